@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `serve` is told, checked once, and frozen.
+
+Every value is checked here and nowhere else: whoever holds a `ServeConfig` or a `MirrorTarget` may rely on
+it. What a value *names* (a disk, a directory) is looked at by whoever opens it. All checks raise
+ConfigError with a sentence that names the option, so that it can be shown as it is."""
+
+import hashlib
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from .errors import ConfigError
+
+Cache = Literal["none", "writeback"]
+LogFormat = Literal["auto", "text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+OnCongestion = Literal["block"]
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# The limits that the engine has are in c_shim/shim_api.h (enum vs_limit); a unit test compares.
+QUEUES_MAX: Final = 64
+SERIAL_BYTES_MAX: Final = 20  # virtio 1.x 5.2.6, VIRTIO_BLK_ID_BYTES
+REQUEST_BYTES_MAX: Final = 8 * MIB
+BLOCK_BYTES: Final = (512, 4096)
+
+LOG_BYTES_MIN: Final = REQUEST_BYTES_MAX  # durability.md, rule 6: at least the largest request
+LOG_BYTES_MAX: Final = 64 * GIB
+MAX_LAG_MS_MAX: Final = 60_000
+TIMEOUT_S_MAX: Final = 3600.0
+COPY_DEPTH_MAX: Final = 256
+DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
+DIRTY_REGION_BYTES_MAX: Final = 4 * MIB
+SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
+SPEED_BYTES_PER_S_MAX: Final = 2**63 - 1
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:iB)?|B)?", re.IGNORECASE | re.ASCII)
+_SIZE_UNIT: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|min|h)?", re.ASCII)
+_DURATION_UNIT_S: Final = {
+    "ms": Decimal("0.001"),
+    "s": Decimal(1),
+    "m": Decimal(60),
+    "min": Decimal(60),
+    "h": Decimal(3600),
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "4096", "64M", "1GiB", "1.5G" (powers of 1024). ConfigError where it is none, or no whole
+    number."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or len(text) > 40:
+        raise ConfigError(
+            f"{text!r} is not a size; write a number of bytes, or one with K, M, G or T such as 64M or 1GiB."
+        )
+    amount = Decimal(match[1]) * _SIZE_UNIT[(match[2] or "").upper()]
+    if amount != amount.to_integral_value():
+        raise ConfigError(f"{text!r} is not a whole number of bytes.")
+    if amount > SPEED_BYTES_PER_S_MAX:
+        raise ConfigError(f"{text!r} is more than any disk here can have.")
+    return int(amount)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds from "10", "2.5s", "500ms", "2m", "1h". ConfigError where it is none."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or len(text) > 40:
+        raise ConfigError(
+            f"{text!r} is not a duration; write seconds, or a number with ms, s, m or h such as 500ms or 10s."
+        )
+    return float(Decimal(match[1]) * _DURATION_UNIT_S[match[2] or "s"])
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """A loopback address and a port (0: the kernel chooses)."""
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.host!r} is not an IP address; metrics are served on 127.0.0.1, [::1] or a unix socket."
+            ) from error
+        if not address.is_loopback:
+            raise ConfigError(
+                f"{self.host} is not a loopback address; put a proxy in front to show metrics to a network."
+            )
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"{self.port} is not a TCP port.")
+
+
+def parse_metrics(text: str) -> Path | TcpAddress:
+    """Where metrics are served: "/run/x.sock", "unix:/run/x.sock", "127.0.0.1:9100", "[::1]:9100"."""
+    if text.startswith("unix:") or "/" in text:
+        return _absolute(Path(text.removeprefix("unix:")))
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
+        raise ConfigError(
+            f"{text!r} is no place for metrics; write the path of a unix socket, or 127.0.0.1:PORT."
+        )
+    return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
+
+
+def default_state_path(
+    disk: Path, environment: Mapping[str, str] = os.environ, uid: int | None = None
+) -> Path:
+    """Where the state record of a disk is kept unless told: one file, named after the disk's real path, in
+    the directory that systemd gives, else /var/lib/vhostsync for root and the user's own state directory
+    for others."""
+    directory = environment.get("STATE_DIRECTORY", "").split(":")[0]
+    if directory:
+        base = Path(directory)
+    elif (os.getuid() if uid is None else uid) == 0:
+        base = Path("/var/lib/vhostsync")
+    elif environment.get("XDG_STATE_HOME", "").startswith("/"):
+        base = Path(environment["XDG_STATE_HOME"]) / "vhostsync"
+    else:
+        base = Path.home() / ".local/state/vhostsync"
+    real = os.path.realpath(disk)
+    digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+    # The readable part is for people; the digest tells apart two disks of one name. 255 bytes is a name's
+    # limit.
+    readable = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(real))[:100]
+    return base / f"{readable}.{digest}.state"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Everything that `serve` is told. Paths are made absolute. Raises ConfigError."""
+
+    blk_file: Path
+    socket_path: Path | None = None  # exactly one of socket_path and fd
+    fd: int | None = None  # a listening or connected unix socket that was inherited
+    read_only: bool = False
+    cache: Cache = "none"  # none: direct I/O; writeback: through the page cache
+    destination_cache: Cache = "none"  # for a mirror-start that names none
+    num_queues: int = 4
+    serial: str = ""
+    block_bytes: int | None = None  # None: as the disk has it
+    write_cache: bool = True  # the default of virtio's WCE; False is write-through
+    state_file: Path | None = None  # None: default_state_path
+    no_state_file: bool = False
+    control_path: Path | None = None  # None: "<socket_path>.control"
+    log_bytes: int = 64 * MIB
+    max_lag_ms: int = 500
+    on_congestion: OnCongestion = "block"
+    destination_timeout_s: float = 10.0
+    stop_timeout_s: float = 1.0
+    copy_depth: int = 16  # region copies in flight
+    dirty_region_bytes: int = 64 * KIB
+    metrics: Path | TcpAddress | None = None
+    log_format: LogFormat = "auto"
+    log_level: LogLevel = "info"
+
+    def __post_init__(self) -> None:
+        for name in ("blk_file", "socket_path", "state_file", "control_path"):
+            path = getattr(self, name)
+            if path is not None:
+                object.__setattr__(self, name, _absolute(path))
+        self._check_places()
+        self._check_device()
+        self._check_mirror()
+        _one_of("--log-format", self.log_format, get_args(LogFormat))
+        _one_of("--log-level", self.log_level, get_args(LogLevel))
+
+    def _check_places(self) -> None:
+        if (self.socket_path is None) == (self.fd is None):
+            raise ConfigError("Give exactly one of --socket-path and --fd.")
+        if self.fd is not None and self.fd < 0:
+            raise ConfigError(f"--fd {self.fd} is not a file descriptor.")
+        if self.no_state_file and self.state_file is not None:
+            raise ConfigError("Give --state-file or --no-state-file, not both.")
+        sockets = [("--socket-path", self.socket_path), ("--control", self.control_socket)]
+        if isinstance(self.metrics, Path):
+            sockets.append(("--metrics", self.metrics))
+        seen: dict[Path, str] = {}
+        for option, path in sockets:
+            if path is None:
+                continue
+            if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+                raise ConfigError(
+                    f"{option}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
+                )
+            if path in seen:
+                raise ConfigError(
+                    f"{option} and {seen[path]} both name {path}; each needs a socket of its own."
+                )
+            seen[path] = option
+
+    def _check_device(self) -> None:
+        _one_of("--cache", self.cache, get_args(Cache))
+        _one_of("--destination-cache", self.destination_cache, get_args(Cache))
+        _within("--num-queues", self.num_queues, 1, QUEUES_MAX)
+        if self.block_bytes is not None:
+            _one_of("--block-size", self.block_bytes, BLOCK_BYTES)
+        if not self.serial.isascii() or (self.serial and not self.serial.isprintable()):
+            raise ConfigError(f"--serial {self.serial!r} has characters that are not printable ASCII.")
+        if len(self.serial) > SERIAL_BYTES_MAX:
+            raise ConfigError(f"--serial {self.serial!r} is longer than {SERIAL_BYTES_MAX} characters.")
+
+    def _check_mirror(self) -> None:
+        _within("--log-size", self.log_bytes, LOG_BYTES_MIN, LOG_BYTES_MAX)
+        _within("--max-lag-ms", self.max_lag_ms, 1, MAX_LAG_MS_MAX)
+        _one_of("--on-congestion", self.on_congestion, get_args(OnCongestion))
+        for option, seconds in (
+            ("--destination-timeout", self.destination_timeout_s),
+            ("--stop-timeout", self.stop_timeout_s),
+        ):
+            _within(option, seconds, 0.001, TIMEOUT_S_MAX, " seconds")
+        _within("--copy-depth", self.copy_depth, 1, COPY_DEPTH_MAX)
+        _within(
+            "--dirty-region-size", self.dirty_region_bytes, DIRTY_REGION_BYTES_MIN, DIRTY_REGION_BYTES_MAX
+        )
+        if self.dirty_region_bytes & (self.dirty_region_bytes - 1):
+            raise ConfigError(f"--dirty-region-size {self.dirty_region_bytes} is not a power of two.")
+
+    @property
+    def control_socket(self) -> Path | None:
+        """Where the control socket is made; None where nobody said and there is no vhost-user path to
+        derive it from."""
+        if self.control_path is not None or self.socket_path is None:
+            return self.control_path
+        return self.socket_path.with_name(self.socket_path.name + ".control")
+
+    @property
+    def state_path(self) -> Path | None:
+        """Where the state record is kept; None with --no-state-file."""
+        if self.no_state_file:
+            return None
+        return self.state_file or default_state_path(self.blk_file)
+
+
+@dataclass(frozen=True)
+class MirrorTarget:
+    """The destination of `mirror-start`. `speed_bytes_per_s` bounds the bulk copy; 0 is no bound. Raises
+    ConfigError."""
+
+    path: Path
+    create: bool = False  # make the image file, at the right size; it must not exist
+    cache: Cache = "none"
+    speed_bytes_per_s: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.path.is_absolute():
+            raise ConfigError(f"The destination {str(self.path)!r} must be an absolute path.")
+        _no_zero_byte(self.path)
+        _one_of("cache", self.cache, get_args(Cache))
+        check_speed(self.speed_bytes_per_s)
+
+
+def check_speed(bytes_per_s: int) -> int:
+    """`bytes_per_s` if it is a speed limit (0: none); else ConfigError."""
+    _within("speed", bytes_per_s, 0, SPEED_BYTES_PER_S_MAX, " bytes per second")
+    return bytes_per_s
+
+
+def _absolute(path: Path) -> Path:
+    _no_zero_byte(path)
+    if not str(path) or path == Path():
+        raise ConfigError("A path is empty.")
+    return path.absolute()
+
+
+def _no_zero_byte(path: Path) -> None:
+    if "\0" in str(path):
+        raise ConfigError(f"The path {str(path)!r} has a zero byte in it.")
+
+
+def _one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        choice = " or ".join(map(str, allowed))
+        raise ConfigError(f"{option} {value} is not known here; write {choice}.")
+
+
+def _within(option: str, value: float, least: float, most: float, unit: str = "") -> None:
+    if not least <= value <= most:  # also refuses a NaN
+        raise ConfigError(
+            f"{option} {value:,}{unit} is out of range; it is from {least:,} to {most:,}{unit}."
+        )

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every exception that vhostsync raises for a reason outside its own code.
+
+The message of each is one clear sentence (what is wrong and what to do) because it is what a person reads:
+on stderr of `serve`, in the reply on the control socket, in the log. The exception that led to it is kept
+as its cause (`raise … from error`). Programmer errors are not here: they are asserts, ValueError and
+TypeError.
+
+The tree::
+
+    VhostsyncError
+      ConfigError         an option or a file named by an option; `serve` ends with exit code 1
+      DiskError           a disk that cannot serve
+      StateRecordError    a damaged state record, or a disk that it says is superseded
+      FrontendError       ends the connection of this frontend, and of no other
+      EngineError         the data plane refused; has an errno
+      MirrorError         a command that does not fit the state
+        SwitchError       a switch that was aborted; the guest is still on the source
+      ControlError        the control socket as a client sees it
+        UnreachableError  nobody answers there
+"""
+
+import errno
+import os
+
+
+class VhostsyncError(Exception):
+    """Base of all; never raised itself."""
+
+
+class ConfigError(VhostsyncError):
+    """A value or a file in the configuration is wrong."""
+
+
+class DiskError(VhostsyncError):
+    """A disk cannot serve: missing, too small, in use by somebody else, a block size that does not fit."""
+
+
+class StateRecordError(VhostsyncError):
+    """The state record is damaged, or it names another disk as the current one."""
+
+
+class FrontendError(VhostsyncError):
+    """A frontend sent what it must not; its connection ends."""
+
+
+class EngineError(VhostsyncError):
+    """The engine (C) refused a call. `errno` is a positive error number of <errno.h>."""
+
+    def __init__(self, message: str, error_number: int) -> None:
+        super().__init__(message)
+        self.errno = error_number
+
+    @classmethod
+    def from_errno(cls, doing: str, error_number: int) -> "EngineError":
+        """An error whose sentence is `doing` followed by what the number means; the sign of the number does
+        not matter."""
+        number = abs(error_number)
+        name = errno.errorcode.get(number, f"errno {number}")
+        return cls(f"{doing}: {os.strerror(number)} ({name})", number)
+
+
+class MirrorError(VhostsyncError):
+    """The mirror cannot do that now; the reply on the control socket is this sentence."""
+
+
+class SwitchError(MirrorError):
+    """The switch was given up before the exchange: the guest is still on the source and the mirror is as it
+    was."""
+
+
+class ControlError(VhostsyncError):
+    """A client of the control socket got an error reply, or something that is no reply."""
+
+
+class UnreachableError(ControlError):
+    """The control socket cannot be reached, or the backend went away before it replied."""
