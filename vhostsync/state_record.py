@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which disk is the truth: the state record (docs/durability.md, "Who is the truth").
+
+Theory of operation
+-------------------
+A *lineage* is one guest's disk through all its switches: the current disk, perhaps a peer (the destination of
+its mirror) and the disks that were current once. One file holds the record of one lineage. It is replaced
+atomically: the new text goes to a temporary file beside it, which is fsynced (`StateFile.prepare`); then it
+is renamed over the old one and the directory is fsynced (`Prepared.commit`). Only the commit lies in the
+guest's pause at a switch. After a crash at any instant the file holds the old record or the new one, whole.
+
+Two records never mix: a lock beside the record is held as long as the StateFile is open, and a Prepared that
+something else was written after refuses to be committed.
+
+How `serve`, given any disk of a lineage, finds its record when the operator named none: see `state_index`.
+
+What this leaves out: a second copy for a medium that loses sectors (a damaged record is refused with a
+sentence, never guessed at), and the dirty bitmap.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from enum import Enum, StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import structlog
+
+from vhostsync.errors import StateRecordError
+
+log = structlog.get_logger(__name__)
+
+RECORD_VERSION = 1
+SUPERSEDED_MAX = 16
+
+
+class Worth(StrEnum):
+    """What the peer would be worth if the current disk were lost now."""
+
+    UP_TO_DATE = "up-to-date"
+    OUTDATED = "outdated"
+    INCONSISTENT = "inconsistent"
+
+
+class Likeness(Enum):
+    SAME = "same"
+    OTHER = "other"
+    UNSURE = "unsure"
+
+
+@dataclass(frozen=True)
+class DiskIdentity:
+    """How a disk is recognised. `device` is st_dev of a file and st_rdev of a block device; `generation`
+    tells a file from an earlier one with the same inode number (file systems that have it); `ctime_ns` is
+    recorded at a clean detach only, so that a file that somebody changed meanwhile is seen."""
+
+    path: str
+    kind: Literal["file", "block"]
+    device: int
+    inode: int
+    bytes: int
+    ctime_ns: int | None = None
+    generation: int | None = None
+    serial: str | None = None
+    wwn: str | None = None
+    partuuid: str | None = None
+
+    def likeness(self, other: "DiskIdentity") -> Likeness:
+        """Whether both are the same disk, as far as can be seen. Sizes do not count: disks grow."""
+        if self.kind != other.kind:
+            return Likeness.OTHER
+        return self._like_file(other) if self.kind == "file" else self._like_block(other)
+
+    def _like_file(self, other: "DiskIdentity") -> Likeness:
+        generations_known = self.generation is not None and other.generation is not None
+        if generations_known and self.generation != other.generation:
+            return Likeness.OTHER
+        if self.inode != other.inode:
+            # The inode numbers of one file system differ: two files. Of two file systems (or one that was
+            # numbered anew at boot) a shared path is a hint, no more.
+            same_path_elsewhere = self.device != other.device and self.path == other.path
+            return Likeness.UNSURE if same_path_elsewhere else Likeness.OTHER
+        if self.device == other.device:
+            return Likeness.SAME
+        if self.path != other.path:
+            return Likeness.OTHER
+        return Likeness.SAME if generations_known else Likeness.UNSURE
+
+    def _like_block(self, other: "DiskIdentity") -> Likeness:
+        pairs = ((self.wwn, other.wwn), (self.serial, other.serial), (self.partuuid, other.partuuid))
+        if any(mine is not None and theirs is not None and mine != theirs for mine, theirs in pairs):
+            return Likeness.OTHER
+        # A copied disk has the partition UUIDs of its original, so these alone prove nothing.
+        if any(mine is not None and mine == theirs for mine, theirs in pairs[:2]):
+            return Likeness.SAME
+        if self.device == other.device:
+            return Likeness.SAME
+        return Likeness.UNSURE if self.path == other.path else Likeness.OTHER
+
+    @property
+    def changes_show(self) -> bool:
+        """Whether a change while nobody watched can be seen. Not on block devices."""
+        return self.kind == "file"
+
+    def changed_since(self, detached: "DiskIdentity") -> str | None:
+        """Why the content may differ from what it was at the clean detach recorded in `detached`: a phrase,
+        or None when nothing speaks for a change. Ask `changes_show` what that None is worth."""
+        if detached.likeness(self) is not Likeness.SAME:
+            return "it is another disk"
+        if self.bytes != detached.bytes:
+            return f"its size was {detached.bytes} bytes and is {self.bytes}"
+        if self.changes_show and (detached.ctime_ns is None or self.ctime_ns != detached.ctime_ns):
+            return "it was changed since (ctime)"
+        return None
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """The record of one lineage. `clean`: both disks were detached in order, and the identities have the
+    ctimes of that moment. The methods below are the only transitions."""
+
+    epoch: int
+    current: DiskIdentity
+    peer: DiskIdentity | None = None
+    peer_worth: Worth | None = None
+    outdated_since: str | None = None
+    clean: bool = False
+    superseded: tuple[DiskIdentity, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.peer is None) != (self.peer_worth is None):
+            raise ValueError("peer and peer_worth go together")
+        if self.outdated_since is not None and self.peer_worth is not Worth.OUTDATED:
+            raise ValueError("outdated_since belongs to an outdated peer")
+        if self.epoch < 1 or len(self.superseded) > SUPERSEDED_MAX:
+            raise ValueError("epoch or superseded out of range")
+
+    @classmethod
+    def first(cls, current: DiskIdentity) -> "StateRecord":
+        return cls(epoch=1, current=current)
+
+    def with_peer(self, peer: DiskIdentity) -> "StateRecord":
+        """A destination is attached. To be written before the first byte goes to it: it is worth nothing
+        until the copy is done."""
+        return replace(self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False)
+
+    def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
+        return replace(self, peer_worth=worth, outdated_since=outdated_since, clean=False)
+
+    def without_peer(self) -> "StateRecord":
+        return replace(self, peer=None, peer_worth=None, outdated_since=None, clean=False)
+
+    def switched(self, *, keep_mirror: bool) -> "StateRecord":
+        """The peer becomes the current disk. With `keep_mirror` the old one becomes the peer, up to date;
+        in any case it is superseded, and a start with it will be refused."""
+        if self.peer is None:
+            raise ValueError("a switch needs a peer")
+        return StateRecord(
+            epoch=self.epoch + 1,
+            current=self.peer,
+            peer=self.current if keep_mirror else None,
+            peer_worth=Worth.UP_TO_DATE if keep_mirror else None,
+            superseded=self._superseded_by(self.peer),
+        )
+
+    def detached(self, current: DiskIdentity, peer: DiskIdentity | None) -> "StateRecord":
+        """A clean end: identities as they are now, after the last write, with ctimes."""
+        return replace(self, current=current, peer=peer, clean=True)
+
+    def promoted(self, disk: DiskIdentity) -> "StateRecord":
+        """The operator declares `disk` the truth, whatever was recorded (the current one is lost)."""
+        return StateRecord(epoch=self.epoch + 1, current=disk, superseded=self._superseded_by(disk))
+
+    def _superseded_by(self, disk: DiskIdentity) -> tuple[DiskIdentity, ...]:
+        former = [self.current, *(old for old in self.superseded if not _same(old, self.current))]
+        return tuple(old for old in former if not _same(old, disk))[:SUPERSEDED_MAX]
+
+
+def _same(one: DiskIdentity, other: DiskIdentity) -> bool:
+    return one.likeness(other) is Likeness.SAME
+
+
+def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | None = None) -> StateRecord:
+    """The record to go on with when `serve` is started with `disk`: `current` updated to how the disk is
+    called today. StateRecordError when the disk is not the current one.
+
+    What a disk *is* goes before what it is called: a renamed current disk is accepted, an old disk renamed to
+    the current one's path is refused. A new file at the current disk's path (restored, compacted) is
+    accepted, and the peer is then worth nothing."""
+    if _same(record.current, disk):
+        return replace(record, current=disk)
+    former = [(False, old) for old in record.superseded]
+    if record.peer is not None:
+        former.insert(0, (True, record.peer))
+    for is_peer, old in former:
+        if _same(old, disk):
+            raise StateRecordError(_refusal(record, disk, record_path, is_peer=is_peer, replaced=False))
+    if disk.path == record.current.path:
+        log.warning(
+            "the disk at the current disk's path is not the one recorded; going on with it",
+            path=disk.path, recorded_inode=record.current.inode, inode=disk.inode,
+        )
+        worth = None if record.peer is None else Worth.INCONSISTENT
+        return replace(record, current=disk, peer_worth=worth, outdated_since=None, clean=False)
+    for is_peer, old in former:
+        if old.path == disk.path:
+            replaced = old.likeness(disk) is Likeness.OTHER
+            raise StateRecordError(_refusal(record, disk, record_path, is_peer=is_peer, replaced=replaced))
+    raise StateRecordError(
+        f"{_named(record_path)} belongs to other disks (the current one is {record.current.path}) and does "
+        f"not know {disk.path}; name another --state-file, or start with --blk-file {record.current.path}"
+    )
+
+
+def _named(record_path: Path | None) -> str:
+    return "the state record" if record_path is None else f"the state record {record_path}"
+
+
+def _refusal(
+    record: StateRecord, disk: DiskIdentity, record_path: Path | None, *, is_peer: bool, replaced: bool
+) -> str:
+    if is_peer:
+        assert record.peer_worth is not None
+        since = f" since {record.outdated_since}" if record.outdated_since else ""
+        what = f"is the other half of a mirror ({record.peer_worth.value}{since}), not the current disk"
+    else:
+        what = "was superseded by a switch"
+    note = " (the file there now is not the one that was recorded)" if replaced else ""
+    lack = "" if is_peer and record.peer_worth is Worth.UP_TO_DATE else ", without what the guest wrote since"
+    return (
+        f"{disk.path} {what}{note}: the current disk is {record.current.path}, says {_named(record_path)} "
+        f"(epoch {record.epoch}); start with --blk-file {record.current.path}, or, if that disk is lost for "
+        f"good, move the record away to start anew from this one{lack}"
+    )
+
+
+# ---- the text of a record -----------------------------------------------
+
+
+def encode_checked(kind: str, body: dict[str, Any]) -> bytes:
+    """JSON with a version and a checksum over everything else in it."""
+    content = {"kind": kind, "version": RECORD_VERSION, "body": body}
+    return json.dumps({**content, "sha256": _checksum(content)}, indent=1).encode() + b"\n"
+
+
+def decode_checked(kind: str, text: bytes) -> dict[str, Any]:
+    """ValueError with a phrase when the text is not whole."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError("it is no JSON" if text else "it is empty") from error
+    if not isinstance(content, dict) or not isinstance(content.get("body"), dict):
+        raise ValueError("it is not of this program")
+    found = content.pop("sha256", None)
+    if found != _checksum(content):
+        raise ValueError("its checksum does not fit")
+    if content.get("kind") != kind:
+        raise ValueError(f"it is a {content.get('kind')}, not a {kind}")
+    if content.get("version") != RECORD_VERSION:
+        raise ValueError(f"it is of version {content.get('version')}, this program knows {RECORD_VERSION}")
+    body: dict[str, Any] = content["body"]
+    return body
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def decode_identity(body: dict[str, Any]) -> DiskIdentity:
+    return DiskIdentity(**body)
+
+
+def encode_record(record: StateRecord) -> bytes:
+    return encode_checked("state-record", asdict(record))
+
+
+def decode_record(text: bytes) -> StateRecord:
+    """ValueError with a phrase when the text is no whole record."""
+    body = decode_checked("state-record", text)
+    try:
+        peer, worth = body["peer"], body["peer_worth"]
+        return StateRecord(
+            epoch=body["epoch"],
+            current=decode_identity(body["current"]),
+            peer=None if peer is None else decode_identity(peer),
+            peer_worth=None if worth is None else Worth(worth),
+            outdated_since=body["outdated_since"],
+            clean=body["clean"],
+            superseded=tuple(decode_identity(disk) for disk in body["superseded"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError("fields are missing or unknown") from error
+
+
+# ---- the file -------------------------------------------------------------
+
+
+class FileSystem(Protocol):
+    """What the record needs of the operating system; tests put one with crashes in its place. OSError."""
+
+    def read(self, path: Path) -> bytes: ...
+    def write_durable(self, path: Path, text: bytes) -> None: ...
+    def rename(self, old: Path, new: Path) -> None: ...
+    def sync_directory(self, path: Path) -> None: ...
+    def unlink(self, path: Path) -> None: ...
+    def names(self, path: Path) -> list[str]: ...
+
+
+class RealFileSystem:
+    def read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def write_durable(self, path: Path, text: bytes) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            view = memoryview(text)
+            while view:
+                view = view[os.write(fd, view):]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        old.rename(new)
+
+    def sync_directory(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def names(self, path: Path) -> list[str]:
+        return sorted(entry.name for entry in path.iterdir())
+
+
+class StateFile:
+    """The record's file. Every method blocks; all are safe from any thread. `before_write` is called with
+    each record before it is prepared (state_index makes both disks find it)."""
+
+    def __init__(
+        self, path: Path, *, files: FileSystem | None = None,
+        before_write: Callable[[StateRecord], None] | None = None,
+    ) -> None:
+        self.path = path
+        self._files: FileSystem = files if files is not None else RealFileSystem()
+        self._before_write = before_write
+        self._mutex = threading.Lock()
+        self._commits = 0
+        self._serial = 0
+        self._lock_fd: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def lock(self, timeout_s: float) -> None:
+        """Nobody else uses this record from here to `close`; waits `timeout_s` for a process that is ending.
+        What a process that died left of its temporary files is removed."""
+        path = Path(f"{self.path}.lock")
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StateRecordError(
+                f"the lock of the state record, {path}, cannot be opened: {error.strerror}"
+            ) from error
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    os.close(fd)
+                    raise StateRecordError(
+                        f"{_named(self.path)} is in use by another process; end that one, or name another "
+                        f"--state-file"
+                    ) from error
+                time.sleep(0.02)
+            else:
+                self._lock_fd = fd
+                self._remove_leftovers()
+                return
+
+    def _remove_leftovers(self) -> None:
+        try:
+            for name in self._files.names(self.path.parent):
+                if name.startswith(f"{self.path.name}.new"):
+                    self._forget(self.path.with_name(name))
+        except OSError:
+            log.debug("the state directory cannot be listed", path=str(self.path.parent))
+
+    def close(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def load(self) -> StateRecord | None:
+        """The record, None when there is none yet, StateRecordError when it is damaged or unreadable."""
+        try:
+            text = self._files.read(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateRecordError(f"{_named(self.path)} cannot be read: {error.strerror}") from error
+        try:
+            return decode_record(text)
+        except ValueError as error:
+            raise StateRecordError(
+                f"{_named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
+                f"one; find that out, then restore the record or move it away"
+            ) from error
+
+    def prepare(self, record: StateRecord) -> "Prepared":
+        """Everything but the rename: the long part, done before the guest is paused."""
+        with self._mutex:
+            self._serial += 1
+            temporary = self.path.with_name(f"{self.path.name}.new{os.getpid()}-{self._serial}")
+            try:
+                if self._before_write is not None:
+                    self._before_write(record)
+                self._files.write_durable(temporary, encode_record(record))
+            except OSError as error:
+                self._forget(temporary)
+                raise StateRecordError(f"{_named(self.path)} cannot be written: {error.strerror}") from error
+            return Prepared(self, temporary, record, self._commits)
+
+    def write(self, record: StateRecord) -> None:
+        self.prepare(record).commit()
+
+    def _commit(self, temporary: Path, commits_seen: int) -> None:
+        with self._mutex:
+            if commits_seen != self._commits:
+                self._forget(temporary)
+                raise StateRecordError("a later state record was written meanwhile; this one is void")
+            try:
+                self._files.rename(temporary, self.path)
+            except OSError as error:
+                self._forget(temporary)
+                raise StateRecordError(f"{_named(self.path)} cannot be replaced: {error.strerror}") from error
+            self._commits += 1
+            try:
+                self._files.sync_directory(self.path.parent)
+            except OSError as error:
+                raise StateRecordError(
+                    f"{_named(self.path)} was replaced, but whether that would outlive a power cut is "
+                    f"unknown: {error.strerror}"
+                ) from error
+
+    def _forget(self, temporary: Path) -> None:
+        try:
+            self._files.unlink(temporary)
+        except OSError:
+            log.debug("a temporary state record could not be removed", path=str(temporary))
+
+
+class Prepared:
+    """A record that is written and durable under a temporary name. Commit or discard it, once.
+
+    A `commit` that raises has either not changed the record (nothing happened), or, when the directory could
+    not be synced, left the new one in place without a guarantee: write the record that holds then."""
+
+    def __init__(self, file: StateFile, temporary: Path, record: StateRecord, commits_seen: int) -> None:
+        self.record = record
+        self._file = file
+        self._temporary = temporary
+        self._commits_seen = commits_seen
+        self._used = False
+
+    def commit(self) -> None:
+        """One rename and one fsync of the directory: all that lies in the guest's pause."""
+        assert not self._used, "committed or discarded twice"
+        self._used = True
+        self._file._commit(self._temporary, self._commits_seen)
+
+    def discard(self) -> None:
+        """Does nothing after a commit, so it may stand in a finally."""
+        if not self._used:
+            self._used = True
+            self._file._forget(self._temporary)
