@@ -164,8 +164,8 @@ class Index:
                 if path == own:
                     raise StateRecordError(
                         f"{path}, which says where the state record of this disk is, is damaged ({error}); "
-                        f"name the record with --state-file, or remove that file if the disk is certainly the "
-                        f"current one"
+                        f"name the record with --state-file, or remove that file if the disk is certainly "
+                        f"the current one"
                     ) from error
                 log.warning("a damaged pointer to a state record is passed over", path=name, error=str(error))
         return found
