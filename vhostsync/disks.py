@@ -47,8 +47,8 @@ READER_SHARES = frozenset({READ})
 
 FS_IOC_GETVERSION = 0x80087601  # _IOR('v', 1, long), <linux/fs.h>
 FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
-RETRY_S = (0.01, 0.03)  # a random pause in between: two that start at once must not refuse each other for
-ever
+# A random pause between two attempts: two that start at once must not refuse each other for ever.
+RETRY_S = (0.01, 0.03)
 
 
 @dataclass(frozen=True)
