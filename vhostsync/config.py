@@ -92,7 +92,7 @@ class TcpAddress:
             address = ipaddress.ip_address(self.host)
         except ValueError as error:
             raise ConfigError(
-                f"{self.host!r} is not an IP address; metrics are served on 127.0.0.1, [::1] or a unix socket."
+                f"{self.host!r} is not an IP address; metrics want 127.0.0.1, [::1] or a unix socket."
             ) from error
         if not address.is_loopback:
             raise ConfigError(
@@ -133,7 +133,7 @@ def default_state_path(
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
     # The readable part is for people; the digest tells apart two disks of one name. 255 bytes is a name's
     # limit.
-    readable = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(real))[:100]
+    readable = re.sub(r"[^A-Za-z0-9._-]", "_", Path(real).name)[:100]
     return base / f"{readable}.{digest}.state"
 
 

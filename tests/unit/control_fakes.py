@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend that only plays one, for the tests of the control socket and of the command line."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from vhostsync import events
+from vhostsync.config import MirrorTarget
+from vhostsync.control.server import serve_control
+from vhostsync.errors import MirrorError, SwitchError
+from vhostsync.events import EventHub
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class FakeStatus:
+    state: str = "passthrough"
+    worth: str | None = None
+    source: str = "/disks/a.img"
+    destination: str | None = None
+    counts: dict[str, int | None] = field(
+        default_factory=lambda: {
+            "source_generation": 7,
+            "source_flushed": 5,
+            "writes_mirrored": None,
+            "flush_request": 5,
+            "writes_flushed": None,
+        }
+    )
+    lag_bytes: int = 0
+    lag_writes: int = 0
+    lag_ms: float = 0.0
+    copy_bytes_total: int = 0
+    copy_bytes_done: int = 0
+    copy_bytes_sparse: int = 0
+    copy_rate_bytes_per_s: float = 0.0
+    copy_remaining_s: float | None = None
+    speed_bytes_per_s: int = 0
+    last_error: str | None = None
+    reason: str | None = None
+    doubt: tuple[dict[str, int], ...] = ()
+    outdated_since: str | None = None
+
+
+@dataclass(frozen=True)
+class FakeSwitchResult:
+    pause_us: int
+    attempts: int
+    source_path: str
+    destination_path: str | None
+
+
+class FakeMirror:
+    """Copies in `copy_steps` steps, one for each time that somebody asks; `hold_switch` keeps a switch
+    under way."""
+
+    def __init__(self, hub: EventHub) -> None:
+        self.hub = hub
+        self.now = FakeStatus()
+        self.target: MirrorTarget | None = None
+        self.copy_steps = 4
+        self.fail_copy: str | None = None
+        self.hold_switch: anyio.Event | None = None
+        self.switching = anyio.Event()
+        self.switched = anyio.Event()
+        self.switch_error: Exception | None = None
+        self.switch_arguments: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def _become(self, **changes: Any) -> None:
+        before = self.now.state
+        self.now = replace(self.now, **changes)
+        if self.now.state != before:
+            self.hub.publish(
+                events.MIRROR_STATE_CHANGE, {"from": before, "to": self.now.state, "reason": self.now.reason}
+            )
+
+    async def status(self) -> FakeStatus:
+        if self.now.state == "syncing":
+            if self.fail_copy is not None:
+                self._become(
+                    state="degraded", worth="inconsistent", reason=self.fail_copy, last_error=self.fail_copy
+                )
+            elif self.now.copy_bytes_done >= GIB:
+                self._become(state="steady", worth="up-to-date")
+            elif self.copy_steps:
+                done = min(GIB, self.now.copy_bytes_done + GIB // self.copy_steps)
+                self._become(
+                    copy_bytes_done=done, copy_rate_bytes_per_s=1e8, copy_remaining_s=(GIB - done) / 1e8
+                )
+        return self.now
+
+    async def start(self, target: MirrorTarget) -> None:
+        self.calls.append("start")
+        if self.now.state != "passthrough":
+            raise MirrorError("There is a destination already; cancel the mirror first.")
+        self.target = target
+        self._become(
+            state="syncing",
+            worth="inconsistent",
+            destination=str(target.path),
+            copy_bytes_total=GIB,
+            speed_bytes_per_s=target.speed_bytes_per_s,
+        )
+
+    async def cancel(self, *, force: bool) -> None:
+        self.calls.append(f"cancel {force}")
+        if self.now.state == "passthrough":
+            raise MirrorError("There is no mirror to cancel.")
+        self._become(state="passthrough", worth=None, destination=None)
+
+    async def set_speed(self, bytes_per_s: int) -> None:
+        self._become(speed_bytes_per_s=bytes_per_s)
+
+    async def switch(self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool) -> FakeSwitchResult:
+        self.switch_arguments = {"deadline_s": deadline_s, "max_pause_ms": max_pause_ms, "keep": keep_mirror}
+        if self.now.state != "steady":
+            raise SwitchError(f"The mirror is {self.now.state}, not steady; the guest stays where it is.")
+        self.switching.set()
+        if self.hold_switch is not None:
+            await self.hold_switch.wait()
+        if self.switch_error is not None:
+            raise self.switch_error
+        self.switched.set()
+        new = str(self.now.destination)
+        self._become(state="passthrough", source=new, destination=None, worth=None)
+        return FakeSwitchResult(1234, 1, new, None)
+
+
+class FakeBackend:
+    def __init__(self) -> None:
+        self.events = EventHub()
+        self.mirror = FakeMirror(self.events)
+        self.quit_asked = anyio.Event()
+        self.quit_force: bool | None = None
+
+    async def query_status(self) -> dict[str, Any]:
+        return {
+            "status": "running",
+            "frontends": 1,
+            "active": True,
+            "disk": self.mirror.now.source,
+            "capacity": GIB,
+            "epoch": 3,
+        }
+
+    async def query_stats(self) -> dict[str, Any]:
+        def operation(count: int) -> dict[str, Any]:
+            log2 = [0] * 32
+            log2[16] = count
+            return {
+                "operations": count,
+                "bytes": count * 4096,
+                "errors": 0,
+                "latency-us": {"mean": 98.3, "p50": 98.3, "p99": 131.1, "p999": 131.1},
+                "latency-log2-ns": log2,
+            }
+
+        def disk(path: str) -> dict[str, Any]:
+            kinds = ("read", "write", "flush", "zero")
+            return {"path": path, "in-flight": 0, "operations": {kind: operation(5) for kind in kinds}}
+
+        queue = {
+            "index": 0,
+            "running": True,
+            "broken": None,
+            "in-flight": 2,
+            "malformed": 0,
+            "kicks": 9,
+            "notifications": 8,
+            "operations": {"read": operation(10), "write": operation(20), "flush": operation(3)},
+        }
+        return {
+            "queues": [queue, {**queue, "index": 1, "running": False, "broken": "a chain that loops"}],
+            "disks": {"source": disk("/disks/a.img"), "destination": None},
+            "engine": {
+                "wakeups": 40,
+                "syscalls": 50,
+                "throttled-ms": 0,
+                "events-lost": 0,
+                "log-bytes-used": 4096,
+                "log-bytes": 64 << 20,
+            },
+        }
+
+    async def quit(self, *, force: bool) -> None:
+        self.quit_force = force
+        self.quit_asked.set()
+
+
+@asynccontextmanager
+async def running(path: Path, backend: FakeBackend) -> AsyncIterator[anyio.abc.TaskGroup]:
+    """The control server at `path`, until the block ends or somebody sends `quit`."""
+
+    async def until_quit() -> None:
+        await backend.quit_asked.wait()
+        backend.events.publish(events.SHUTDOWN, {"reason": "quit"})
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(lambda *, task_status: serve_control(path, backend, task_status=task_status))
+        tasks.start_soon(until_quit)
+        yield tasks
+        tasks.cancel_scope.cancel()

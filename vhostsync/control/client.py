@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small QMP client for the command line: one task, one request at a time, events kept until they are
+asked for."""
+
+import errno
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.abc
+
+from ..errors import ControlError, UnreachableError
+from . import qmp
+
+LINE_BYTES_MAX: Final = 16 * 1024 * 1024
+EVENTS_MAX: Final = 1024
+CONNECT_S: Final = 10.0
+
+
+class RefusedError(ControlError):
+    """The backend answered with an error; the message is its text. `kind` is QMP's class."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class ControlClient:
+    """A negotiated connection; `connect` makes one."""
+
+    def __init__(self, stream: anyio.abc.ByteStream, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+        self._buffer = bytearray()
+        self._events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_MAX)
+        self._next_id = 1
+        self.greeting: Mapping[str, Any] = {}
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """What the command returns. RefusedError, UnreachableError, ControlError. Not to be used again when
+        cancelled."""
+        identity, self._next_id = self._next_id, self._next_id + 1
+        request: dict[str, Any] = {"execute": command, "id": identity}
+        if arguments:
+            request["arguments"] = dict(arguments)
+        line = json.dumps(request).encode("ascii") + b"\n"
+        if len(line) > qmp.MESSAGE_BYTES_MAX:
+            raise ControlError(f"The arguments of {command} are too long.")
+        try:
+            await self._stream.send(line)
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise self._lost() from error
+        while True:
+            message = await self._read()
+            if "event" in message:
+                self._events.append(message)
+            elif message.get("id") == identity and "return" in message:
+                return message["return"]
+            elif message.get("id") == identity and isinstance(message.get("error"), dict):
+                refusal = message["error"]
+                raise RefusedError(
+                    str(refusal.get("desc", "?")), str(refusal.get("class", qmp.GENERIC_ERROR))
+                )
+            else:
+                raise ControlError(f"The backend at {self._path} answered with what is no reply: {message}.")
+
+    async def next_event(self) -> Mapping[str, Any]:
+        """The next event ("event", "data", "timestamp"). Loses nothing when cancelled."""
+        while not self._events:
+            message = await self._read()
+            if "event" not in message:
+                raise ControlError(f"The backend at {self._path} sent a reply that nobody asked for.")
+            self._events.append(message)
+        return self._events.popleft()
+
+    async def _negotiate(self) -> None:
+        self.greeting = await self._read()
+        if "QMP" not in self.greeting:
+            raise ControlError(f"{self._path} is no control socket: its greeting is {dict(self.greeting)}.")
+        await self.execute(qmp.CAPABILITIES)
+
+    async def _read(self) -> dict[str, Any]:
+        """The next message. The bytes of one that is not complete stay in the buffer."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > LINE_BYTES_MAX:
+                raise ControlError(f"{self._path} is no control socket: it sends lines without an end.")
+            try:
+                self._buffer += await self._stream.receive()
+            except (
+                OSError,
+                anyio.EndOfStream,
+                anyio.BrokenResourceError,
+                anyio.ClosedResourceError,
+            ) as error:
+                raise self._lost() from error
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            message = json.loads(line)
+        except ValueError as error:
+            raise ControlError(f"{self._path} is no control socket: it sends what is no JSON.") from error
+        if not isinstance(message, dict):
+            raise ControlError(f"{self._path} is no control socket: it sends what is no JSON object.")
+        return message
+
+    def _lost(self) -> UnreachableError:
+        return UnreachableError(
+            f"The backend at {self._path} closed the connection; it ended, or this user may not control it."
+        )
+
+
+@asynccontextmanager
+async def connect(path: Path) -> AsyncIterator[ControlClient]:
+    """A client of the control socket at `path`. UnreachableError where nobody answers."""
+    try:
+        with anyio.fail_after(CONNECT_S):
+            stream = await anyio.connect_unix(path)
+    except OSError as error:  # also TimeoutError
+        raise UnreachableError(_why(path, error)) from error
+    async with stream:
+        client = ControlClient(stream, path)
+        try:
+            with anyio.fail_after(CONNECT_S):
+                await client._negotiate()
+        except TimeoutError as error:
+            raise UnreachableError(f"The backend at {path} does not answer.") from error
+        yield client
+
+
+def _why(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"There is no control socket {path}; is the backend running, and is that its --control?"
+    if error.errno == errno.ECONNREFUSED:
+        return f"Nobody listens on {path}; the backend that made it has ended."
+    if isinstance(error, PermissionError):
+        return f"No permission to connect to {path}; be the user that the backend runs as, or root."
+    if isinstance(error, TimeoutError):
+        return f"The backend at {path} does not answer."
+    return f"Cannot connect to {path}: {error.strerror or error}."

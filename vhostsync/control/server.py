@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket's server: a unix socket, several clients, none of which can hold up another.
+
+Each client has three tasks: one reads requests, one carries them out in order (as QEMU does), one forwards
+events. They share a lock for writing. What can pile up for a client is bounded: requests by REQUESTS_MAX
+(then its socket is read no further), events by its buffer in the EventHub (then the oldest are lost, and it
+is told how many). A client that takes nothing for SEND_TIMEOUT_S is disconnected.
+
+A command runs in the server's task group and not in its client's: a client that goes away in the middle of
+a `switch` does not cancel it. A client that closes its sending side still gets the answers to what it had
+sent.
+
+When the server is cancelled, replies and events that are already there are still sent, for CLOSING_S at most.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import structlog
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from ..config import Cache
+from ..errors import ConfigError
+from ..events import Event, Subscription
+from . import qmp
+from .commands import Backend, Dispatcher
+
+log = structlog.get_logger(__name__)
+
+CLIENTS_MAX: Final = 32
+REQUESTS_MAX: Final = 8
+SEND_TIMEOUT_S: Final = 30.0
+CLOSING_S: Final = 1.0
+BACKLOG: Final = 16
+READ_BYTES: Final = 16 * 1024
+DIRECTORY_LOCK_S: Final = 3.0
+
+EVENTS_LOST: Final = "EVENTS_LOST"
+
+
+@dataclass(frozen=True)
+class BoundSocket:
+    """A listening, non-blocking unix socket and the file that it made."""
+
+    listener: socket.socket
+    path: Path
+    device: int
+    inode: int
+
+    def close(self) -> None:
+        """Listen no more, and remove the file unless another took its place."""
+        self.listener.close()
+        with suppress(OSError):
+            now = self.path.lstat()
+            if (now.st_dev, now.st_ino) == (self.device, self.inode):
+                self.path.unlink()
+
+
+def bind_unix_socket(path: Path, mode: int = 0o600) -> BoundSocket:
+    """A listening unix socket at `path` with `mode` less the umask. May block for DIRECTORY_LOCK_S.
+
+    The mode is set on the socket before it is bound: Linux gives the file the mode of the socket
+    (unix_bind_bsd in net/unix/af_unix.c), so there is no instant at which others could connect. A file left
+    by a process that is gone is replaced; one that somebody listens on is not. A lock on the directory
+    keeps two processes that start at once from taking each other's for a leftover. Raises ConfigError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        os.fchmod(listener.fileno(), mode)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(directory, path)
+            try:
+                listener.bind(str(path))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                _remove_leftover(path)
+                listener.bind(str(path))
+            made = path.lstat()
+            listener.listen(BACKLOG)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"Cannot make the socket {path}: {error.strerror}.") from error
+    except BaseException:
+        listener.close()
+        raise
+    return BoundSocket(listener, path, made.st_dev, made.st_ino)
+
+
+def _lock(directory: int, path: Path) -> None:
+    """Take the lock that closing `directory` gives back. ConfigError where another process keeps it."""
+    until = time.monotonic() + DIRECTORY_LOCK_S
+    while True:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"Cannot make the socket {path}: another process has locked {path.parent}; try again."
+                ) from None
+            time.sleep(0.02)  # this runs in a thread of its own
+        else:
+            return
+
+
+def _remove_leftover(path: Path) -> None:
+    """Remove the socket of a process that is gone. ConfigError where it is in use, or is no socket."""
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise ConfigError(f"Cannot make the socket {path}: there is a file of that name that is no socket.")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        # ECONNREFUSED is the one answer that says that nobody listens (EAGAIN: somebody who is busy).
+        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+            raise ConfigError(f"Cannot make the socket {path}: another process listens on it.")
+    path.unlink()
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user at the other end when it connected (SO_PEERCRED, unix(7))."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return int(uid)
+
+
+async def serve_control(
+    path: Path,
+    backend: Backend,
+    *,
+    destination_cache: Cache = "none",
+    task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the control socket at `path` until cancelled; `task_status` tells when it can be connected to.
+    ConfigError."""
+    bound = await anyio.to_thread.run_sync(bind_unix_socket, path)
+    try:
+        log.info("control socket ready", path=str(path))
+        task_status.started()
+        await ControlServer(backend, destination_cache).run(bound.listener)
+    finally:
+        bound.close()
+
+
+class ControlServer:
+    """The clients of one listening socket."""
+
+    def __init__(self, backend: Backend, destination_cache: Cache = "none") -> None:
+        self._backend = backend
+        self._dispatcher = Dispatcher(backend, destination_cache)
+        self._clients: set[_Client] = set()
+        self.closing = False
+
+    async def run(self, listener: socket.socket) -> None:
+        """Accept clients until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            try:
+                while True:
+                    connection = await _accept(listener)
+                    if self._welcome(connection):
+                        client = _Client(connection, self)
+                        self._clients.add(client)
+                        tasks.start_soon(self._serve, client, tasks)
+                    else:
+                        connection.close()
+            finally:
+                self.closing = True
+                for client in self._clients:
+                    client.hurry()
+
+    def _welcome(self, connection: socket.socket) -> bool:
+        uid = peer_uid(connection)
+        if uid not in (0, os.geteuid()):
+            log.warning("control client refused: another user", uid=uid)
+            return False
+        if len(self._clients) >= CLIENTS_MAX:
+            log.warning("control client refused: too many", clients=len(self._clients))
+            return False
+        return True
+
+    async def _serve(self, client: "_Client", tasks: anyio.abc.TaskGroup) -> None:
+        """One client, from greeting to goodbye."""
+        put, take = anyio.create_memory_object_stream[qmp.Request | qmp.Reply](REQUESTS_MAX)
+        finished = anyio.Event()
+        tasks.start_soon(self._carry_out, client, take, finished)
+        try:
+            async with put:
+                await client.send(qmp.greeting_line())
+                async with anyio.create_task_group() as own:
+                    own.start_soon(self._forward_events, client)
+                    await client.read_into(put)
+                    put.close()
+                    await finished.wait()  # the client may have closed its sending side only
+                    own.cancel_scope.cancel()
+        except Exception:
+            log.exception("a control client failed in a way that nobody foresaw")
+        finally:
+            with anyio.move_on_after(CLOSING_S, shield=True):
+                await finished.wait()  # when the server ends: the last reply
+            self._clients.discard(client)
+            client.close()
+
+    async def _carry_out(
+        self,
+        client: "_Client",
+        requests: MemoryObjectReceiveStream[qmp.Request | qmp.Reply],
+        finished: anyio.Event,
+    ) -> None:
+        """The client's requests, one after the other, also of a client that has gone meanwhile."""
+        try:
+            async with requests:
+                async for item in requests:
+                    if isinstance(item, qmp.Request):
+                        await client.send(await self._execute(client, item))
+                        continue
+                    await client.send(item.line)
+                    if item.negotiated:
+                        client.negotiated.set()
+        finally:
+            finished.set()
+
+    async def _execute(self, client: "_Client", request: qmp.Request) -> bytes:
+        try:
+            return await self._dispatcher.execute(request)
+        except anyio.get_cancelled_exc_class():
+            done = request.command == "quit"  # it ends the server, and with it this task
+            await client.send(
+                qmp.return_line({}, request.id)
+                if done
+                else qmp.error_line("The backend is going down.", request.id)
+            )
+            raise
+
+    async def _forward_events(self, client: "_Client") -> None:
+        await client.negotiated.wait()
+        async with self._backend.events.subscribe() as events:
+            try:
+                async for event in events:
+                    await client.send(_event_lines(event))
+            finally:
+                if self.closing:
+                    await self._send_rest(client, events)
+
+    async def _send_rest(self, client: "_Client", events: Subscription) -> None:
+        """What was published before the server was told to end: SHUTDOWN, above all."""
+        events.close()
+        with anyio.CancelScope(shield=True):
+            async for event in events:
+                await client.send(_event_lines(event))
+
+
+def _event_lines(event: Event) -> bytes:
+    lost = qmp.event_line(EVENTS_LOST, {"count": event.lost}, event.wall_ns) if event.lost else b""
+    return lost + qmp.event_line(event.name, event.data, event.wall_ns)
+
+
+class _Client:
+    """A connection and the state of its conversation."""
+
+    def __init__(self, connection: socket.socket, server: ControlServer) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._server = server
+        self._session = qmp.Session()
+        self._writing = anyio.Lock()
+        self._sending: anyio.CancelScope | None = None
+        self._gone = False
+        self.negotiated = anyio.Event()
+
+    async def read_into(self, requests: "MemoryObjectSendStream[qmp.Request | qmp.Reply]") -> None:
+        """Read until the client sends no more."""
+        while not self._gone:
+            try:
+                data = self._connection.recv(READ_BYTES)
+            except BlockingIOError:
+                with suppress(anyio.ClosedResourceError):
+                    await anyio.wait_readable(self._connection)
+                continue
+            except OSError:
+                self.leave()
+                return
+            if not data:
+                return
+            for item in self._session.receive(data):
+                await requests.send(item)
+
+    async def send(self, data: bytes) -> None:
+        """Send all of `data`, or find that the client is gone. Not cancelled half-way: a half line would
+        spoil the next."""
+        with anyio.CancelScope(shield=True) as scope:
+            scope.deadline = anyio.current_time() + (CLOSING_S if self._server.closing else SEND_TIMEOUT_S)
+            async with self._writing:
+                self._sending = scope
+                try:
+                    await self._send_all(memoryview(data))
+                except OSError:
+                    self.leave()
+                finally:
+                    self._sending = None
+        if scope.cancelled_caught and not self._gone:
+            log.warning("control client disconnected: it takes nothing", seconds=SEND_TIMEOUT_S)
+            self.leave()
+
+    async def _send_all(self, rest: memoryview) -> None:
+        while rest and not self._gone:
+            try:
+                rest = rest[self._connection.send(rest, socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                with suppress(anyio.ClosedResourceError):
+                    await anyio.wait_writable(self._connection)
+
+    def hurry(self) -> None:
+        """The server ends: what is being sent now has CLOSING_S left."""
+        if self._sending is not None:
+            self._sending.deadline = min(self._sending.deadline, anyio.current_time() + CLOSING_S)
+
+    def leave(self) -> None:
+        """Nothing more can be sent or read; wakes the task that reads."""
+        self._gone = True
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self._gone = True
+        anyio.notify_closing(self._connection)
+        self._connection.close()
+
+
+async def _accept(listener: socket.socket) -> socket.socket:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            await anyio.wait_readable(listener)
+        except ConnectionAbortedError:
+            continue
+        except OSError as error:
+            # Out of descriptors or memory: the socket stays readable, so wait a little rather than spin.
+            log.error("cannot accept a control client", reason=error.strerror)
+            await anyio.sleep(0.5)
+        else:
+            return connection
