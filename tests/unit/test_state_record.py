@@ -253,8 +253,8 @@ class CrashError(BaseException):
 
 class VolatileFileSystem:
     """Files in memory with what a power cut may do: names and contents are kept apart; content that was not
-    fsynced may be lost in part, names changed since the directory's fsync may be old or new, each by itself
-    but in their order. Every step, within a call too, is a place to crash."""
+    fsynced may be lost in part, names changed since the directory's fsync may be old or new, each by itself.
+    Every step, within a call too, is a place to crash."""
 
     def __init__(self) -> None:
         self.names_now: dict[PurePath, int] = {}
@@ -310,7 +310,13 @@ class VolatileFileSystem:
 
     def power_cut(self, data: st.DataObject) -> None:
         self.steps_left = 1 << 30
-        self.names_now = dict(data.draw(st.sampled_from(self.changes), label="directory after the cut"))
+        cut: dict[PurePath, int] = {}
+        for name in sorted({name for state in self.changes for name in state}):
+            inodes = list(dict.fromkeys(state.get(name) for state in self.changes))
+            inode = inodes[0] if len(inodes) == 1 else data.draw(st.sampled_from(inodes), label=f"{name}")
+            if inode is not None:
+                cut[name] = inode
+        self.names_now = cut
         self.changes = [dict(self.names_now)]
         for inode in set(self.names_now.values()):
             durable, volatile = self.durable[inode], self.contents[inode]
