@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Frontends' attachments: their memory, their rings, and when a ring runs.
+ */
+#ifndef VS_ATTACHMENT_H
+#define VS_ATTACHMENT_H
+
+#include "engine.h"
+
+void attachments_init(struct vs_engine *e);
+/* The engine's thread has ended. */
+void attachment_free(struct attachment *a);
+/* Applies one of the commands VS_CMD_ATTACH .. VS_CMD_SET_WRITE_CACHE. Takes its descriptors. */
+void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c);
+/* Ends what a lost mapping has touched. */
+void attachments_check_memory(struct vs_engine *e);
+/* The destination is given up if a ring has waited too long for it to become quiet. */
+void attachments_check_deadlines(struct vs_engine *e);
+uint64_t attachments_deadline_ns(const struct vs_engine *e);
+
+/* The ring may have work. */
+void queue_ready(struct queue *q);
+/* A request of it was answered. */
+void queue_finished_one(struct queue *q);
+/* The guest's rubbish: this ring is not looked at again until it is set up anew. */
+void queue_break(struct queue *q, uint32_t breach);
+/* Shows the guest what was pushed since the last pass, one notification a ring. */
+void queues_notify(struct vs_engine *e);
+
+/* In engine.c. */
+void engine_report_io_error(struct vs_engine *e, uint32_t role, const struct disk_io *io);
+
+#endif

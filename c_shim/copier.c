@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The bulk copy. Why every byte of the destination ends up as the source's,
+ * though no region is read twice while the guest writes:
+ *
+ * Capture is on, and no uncaptured write is in flight, before the first region
+ * is taken. A region copy clears its dirty bits and takes its range slot on the
+ * destination *before* its read starts (rule 3). A guest write W of that region
+ *   - completed on the source before that: the read sees it. Its entry, if it
+ *     was handed to the replicator earlier, holds an earlier slot and is
+ *     written first; if it comes to the replicator later, it is written again
+ *     after the copy, and so is every later write of those bytes, in order;
+ *   - completed later: its entry follows, behind the copy's slot.
+ * So the last writer of every byte is the last write in the order, or the copy
+ * that has read it. Dirty bits only fall, and the copy ends under any load.
+ *
+ * A hole is looked for before the slot is taken and verified after, so that a
+ * write that filled it meanwhile is either seen or captured. On the destination
+ * zeroes are only written where there is no hole already.
+ *
+ * Leaves out: resuming, and reading around unreadable regions.
+ */
+#include "copier.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "attachment.h"
+#include "engine.h"
+
+static void read_done(struct disk_io *io);
+static void piece_done(struct disk_io *io);
+static void put_next(struct region_copy *c);
+static void slot_granted(struct range_slot *slot);
+
+int copier_init(struct vs_engine *e)
+{
+    struct copier *k = &e->copier;
+    k->depth = e->config.copy_depth;
+    if (k->depth < 1 || k->depth > COPY_DEPTH_MAX)
+        return -EINVAL;
+    k->buffers = mmap(NULL, (size_t)COPY_DEPTH_MAX * COPY_BYTES, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (k->buffers == MAP_FAILED) {
+        k->buffers = NULL;
+        return -ENOMEM;
+    }
+    (void)madvise(k->buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES, MADV_DONTDUMP);
+    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
+        k->copies[i].engine = e;
+        k->copies[i].buffer = k->buffers + (size_t)i * COPY_BYTES;
+        k->copies[i].slot.grant = slot_granted;
+    }
+    return 0;
+}
+
+void copier_free(struct vs_engine *e)
+{
+    if (e->copier.buffers)
+        munmap(e->copier.buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES);
+}
+
+void copier_start(struct vs_engine *e)
+{
+    struct copier *k = &e->copier;
+    dirty_map_set_all(&e->dirty);
+    k->cursor = 0;
+    k->bytes_total = e->config.capacity_bytes;
+    k->bytes_done = k->bytes_sparse = 0;
+    k->not_before_ns = 0;
+}
+
+bool copier_finished(const struct vs_engine *e)
+{
+    return e->dirty.dirty == 0 && e->copier.in_use == 0;
+}
+
+static bool current(const struct region_copy *c)
+{
+    return c->epoch == c->engine->mirror.epoch;
+}
+
+/* Back to the pool; its slot is given back by the caller or by the mirror's end. */
+static void end_copy(struct region_copy *c)
+{
+    struct copier *k = &c->engine->copier;
+    c->step = COPY_FREE;
+    k->in_use--;
+    if (k->in_use == 0 && c->engine->dirty.dirty == 0) /* done: the buffers are not needed for long */
+        (void)madvise(k->buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES, MADV_DONTNEED);
+}
+
+static void finish_copy(struct region_copy *c)
+{
+    struct vs_engine *e = c->engine;
+    range_release(&e->mirror.slots, &c->slot);
+    e->copier.bytes_done += c->length;
+    end_copy(c);
+}
+
+/* ---- putting a region onto the destination ------------------------------ */
+
+static bool is_zero(const uint8_t *p, uint64_t bytes)
+{
+    return p[0] == 0 && memcmp(p, p + 1, bytes - 1) == 0;
+}
+
+static uint64_t unit_at(const struct region_copy *c, uint64_t at)
+{
+    return c->length - at < COPY_ZERO_BYTES ? c->length - at : COPY_ZERO_BYTES;
+}
+
+/* The longest piece from "put" on that is all zeroes or holds none of them; true: zeroes. */
+static bool next_piece(const struct region_copy *c, uint64_t *piece)
+{
+    uint64_t at = c->put;
+    bool zero;
+    if (c->hole) {
+        *piece = c->length - c->put;
+        return true;
+    }
+    zero = is_zero(c->buffer + at, unit_at(c, at));
+    do
+        at += unit_at(c, at);
+    while (at < c->length && is_zero(c->buffer + at, unit_at(c, at)) == zero);
+    *piece = at - c->put;
+    return zero;
+}
+
+static void put_next(struct region_copy *c)
+{
+    struct vs_engine *e = c->engine;
+    while (c->put < c->length) {
+        uint64_t at = c->offset + c->put;
+        bool zero = next_piece(c, &c->piece);
+        if (zero)
+            e->copier.bytes_sparse += c->piece;
+        if (zero && disk_hole_end(e->mirror.disk, at, at + c->piece) == at + c->piece) {
+            c->put += c->piece;
+            continue;
+        }
+        if (zero && c->piece > (uint64_t)VS_ZERO_SECTORS_MAX * 512) {
+            e->copier.bytes_sparse -= c->piece - (uint64_t)VS_ZERO_SECTORS_MAX * 512;
+            c->piece = (uint64_t)VS_ZERO_SECTORS_MAX * 512;
+        }
+        c->iov = (struct iovec){c->buffer + c->put, (size_t)c->piece};
+        c->io.kind = zero ? VS_DISK_ZERO : VS_DISK_WRITE;
+        c->io.may_unmap = true;
+        c->io.offset = at;
+        c->io.length = c->piece;
+        c->io.iov = &c->iov;
+        c->io.iov_count = 1;
+        c->io.done = piece_done;
+        disk_submit(e->mirror.disk, &c->io);
+        return;
+    }
+    finish_copy(c);
+}
+
+static void piece_done(struct disk_io *io)
+{
+    struct region_copy *c = container_of(io, struct region_copy, io);
+    struct vs_engine *e = c->engine;
+    if (io->result < 0)
+        engine_report_io_error(e, VS_DESTINATION, io);
+    if (!current(c)) {
+        end_copy(c);
+        return;
+    }
+    if (io->result < 0) {
+        mirror_degrade(e, VS_REASON_DESTINATION_WRITE, io->result);
+        end_copy(c);
+        return;
+    }
+    c->put += c->piece;
+    put_next(c);
+}
+
+static void slot_granted(struct range_slot *slot)
+{
+    struct region_copy *c = container_of(slot, struct region_copy, slot);
+    if (c->step != COPY_READ || !current(c))
+        return;
+    /* Not put_next() at once: it may end the copy, and a grant must not give back a slot. */
+    c->step = COPY_GRANTED;
+    c->engine->copier.granted = true;
+}
+
+/* ---- reading ----------------------------------------------------------- */
+
+static void was_read(struct region_copy *c)
+{
+    c->step = c->slot.granted ? COPY_PUTTING : COPY_READ;
+    if (c->slot.granted)
+        put_next(c);
+}
+
+static void read_done(struct disk_io *io)
+{
+    struct region_copy *c = container_of(io, struct region_copy, io);
+    struct vs_engine *e = c->engine;
+    if (io->result < 0)
+        engine_report_io_error(e, VS_SOURCE, io);
+    if (!current(c)) {
+        end_copy(c);
+    } else if (io->result < 0) {
+        mirror_degrade(e, VS_REASON_SOURCE_READ, io->result);
+        end_copy(c);
+    } else {
+        was_read(c);
+    }
+}
+
+/* Takes its place in the order; only then may the source be looked at. */
+static void place(struct region_copy *c, uint64_t offset, uint64_t length)
+{
+    struct vs_engine *e = c->engine;
+    c->epoch = e->mirror.epoch;
+    c->step = COPY_READING;
+    c->offset = offset;
+    c->length = length;
+    c->put = 0;
+    c->hole = false;
+    e->copier.in_use++;
+    e->copier.cursor = offset + length;
+    dirty_map_clear(&e->dirty, offset, length);
+    range_take(&e->mirror.slots, &c->slot, offset, length);
+}
+
+static void start_reading(struct region_copy *c)
+{
+    struct vs_engine *e = c->engine;
+    c->iov = (struct iovec){c->buffer, (size_t)c->length};
+    c->io.kind = VS_DISK_READ;
+    c->io.offset = c->offset;
+    c->io.length = c->length;
+    c->io.iov = &c->iov;
+    c->io.iov_count = 1;
+    c->io.done = read_done;
+    if (e->copier.speed_bytes_per_s) {
+        uint64_t from = e->copier.not_before_ns > engine_now(e) ? e->copier.not_before_ns : engine_now(e);
+        e->copier.not_before_ns =
+            from + (uint64_t)((double)c->length * 1e9 / (double)e->copier.speed_bytes_per_s);
+    }
+    disk_submit(e->source, &c->io);
+}
+
+/* A hole of at least a region at a run's beginning is passed over as a whole. */
+static bool start_hole(struct region_copy *c, uint64_t offset)
+{
+    struct vs_engine *e = c->engine;
+    uint64_t region = 1ull << e->dirty.region_shift, run, length;
+    if (disk_hole_end(e->source, offset, offset + 1) == offset)
+        return false;
+    dirty_map_find(&e->dirty, offset, COPY_HOLE_BYTES, &offset, &run);
+    length = disk_hole_end(e->source, offset, offset + run) - offset;
+    if (length < run)
+        length -= length % region;
+    if (length == 0)
+        return false;
+    place(c, offset, length);
+    if (disk_hole_end(e->source, offset, offset + length) != offset + length) {
+        /* A write filled it meanwhile: as if it had never been placed. */
+        range_release(&e->mirror.slots, &c->slot);
+        dirty_map_set(&e->dirty, offset, length);
+        e->copier.cursor = offset;
+        end_copy(c);
+        return false;
+    }
+    c->hole = true;
+    was_read(c);
+    return true;
+}
+
+/* The guest goes first: while it has requests in flight the copy keeps few of its own,
+ * and one while somebody waits for a flush. */
+static unsigned depth_now(const struct vs_engine *e)
+{
+    unsigned busy = e->copier.depth < 2 ? e->copier.depth : 2;
+    if (e->flush.waiting)
+        return 1;
+    return e->requests_in_flight ? busy : e->copier.depth;
+}
+
+static struct region_copy *free_copy(struct copier *k)
+{
+    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
+        if (k->copies[i].step == COPY_FREE)
+            return &k->copies[i];
+    return NULL;
+}
+
+static void put_granted(struct copier *k)
+{
+    k->granted = false;
+    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
+        struct region_copy *c = &k->copies[i];
+        if (c->step != COPY_GRANTED)
+            continue;
+        c->step = COPY_PUTTING;
+        put_next(c);
+    }
+}
+
+void copier_pump(struct vs_engine *e)
+{
+    struct copier *k = &e->copier;
+    uint64_t offset, run;
+    if (k->granted)
+        put_granted(k);
+    if (e->mirror.state != VS_SYNCING || e->mirror.uncaptured_writes)
+        return;
+    while (k->in_use < depth_now(e) && k->not_before_ns <= engine_now(e)) {
+        struct region_copy *c = free_copy(k);
+        if (!dirty_map_find(&e->dirty, k->cursor, COPY_BYTES, &offset, &run))
+            return;
+        if (start_hole(c, offset))
+            continue;
+        place(c, offset, run);
+        start_reading(c);
+    }
+}
+
+uint64_t copier_deadline_ns(const struct vs_engine *e)
+{
+    bool waits = e->mirror.state == VS_SYNCING && e->dirty.dirty && e->copier.not_before_ns > engine_now(e);
+    return waits ? e->copier.not_before_ns : UINT64_MAX;
+}
+
+void copier_drop(struct vs_engine *e)
+{
+    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
+        if (e->copier.copies[i].step == COPY_READ || e->copier.copies[i].step == COPY_GRANTED)
+            end_copy(&e->copier.copies[i]);
+    dirty_map_clear_all(&e->dirty);
+}

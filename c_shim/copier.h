@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The bulk copy while the guest runs. See copier.c for why no region has to be
+ * copied twice.
+ */
+#ifndef VS_COPIER_H
+#define VS_COPIER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+#include "limits.h"
+#include "range_slots.h"
+
+struct vs_engine;
+
+/* Read: waits for its turn on the destination; granted: has it. */
+enum copy_step { COPY_FREE, COPY_READING, COPY_READ, COPY_GRANTED, COPY_PUTTING };
+
+struct region_copy {
+    struct vs_engine *engine;
+    uint64_t epoch;
+    enum copy_step step;
+    bool hole;         /* nothing was read: zeroes */
+    uint64_t offset, length;
+    uint64_t put;      /* bytes dealt with on the destination */
+    uint64_t piece;    /* bytes of the write or zero in flight */
+    uint8_t *buffer;   /* COPY_BYTES */
+    struct iovec iov;
+    struct range_slot slot;
+    struct disk_io io;
+};
+
+struct copier {
+    struct region_copy copies[COPY_DEPTH_MAX];
+    uint8_t *buffers;
+    unsigned depth;     /* at most so many at once */
+    bool granted;       /* a copy that was read has got its turn on the destination */
+    unsigned in_use;
+    uint64_t cursor;
+    uint64_t bytes_total, bytes_done, bytes_sparse;
+    uint64_t speed_bytes_per_s; /* 0: no limit */
+    uint64_t not_before_ns;     /* by the speed limit */
+};
+
+int copier_init(struct vs_engine *e);
+void copier_free(struct vs_engine *e);
+/* All dirty regions are to be copied. */
+void copier_start(struct vs_engine *e);
+void copier_pump(struct vs_engine *e);
+/* The destination is given up. */
+void copier_drop(struct vs_engine *e);
+bool copier_finished(const struct vs_engine *e);
+uint64_t copier_deadline_ns(const struct vs_engine *e);
+
+#endif

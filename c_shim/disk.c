@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "disk.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <unistd.h>
+
+void op_stats_add(struct vs_op_stats *s, uint64_t bytes, uint64_t latency_ns, bool failed)
+{
+    unsigned bucket = latency_ns ? 63u - (unsigned)__builtin_clzll(latency_ns) : 0;
+    s->operations++;
+    s->latency_ns_total += latency_ns;
+    s->latency_ns_log2[bucket < VS_LATENCY_BUCKETS ? bucket : VS_LATENCY_BUCKETS - 1]++;
+    if (failed)
+        s->errors++;
+    else
+        s->bytes += bytes;
+}
+
+void disk_host_init(struct disk_host *host, struct uring *uring, int wake_fd)
+{
+    host->uring = uring;
+    host->now_ns = 0;
+    host->wake_fd = wake_fd;
+    list_init(&host->done);
+    list_init(&host->remote);
+    pthread_mutex_init(&host->lock, NULL);
+}
+
+void disk_host_free(struct disk_host *host)
+{
+    pthread_mutex_destroy(&host->lock);
+}
+
+void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
+               uint32_t memory_align_bytes, bool direct)
+{
+    disk->ops = ops;
+    disk->bytes = bytes;
+    disk->block_bytes = block_bytes;
+    disk->memory_align_bytes = memory_align_bytes;
+    disk->direct = direct;
+    disk->flush_failed = false;
+    disk->host = NULL;
+    disk->stats = (struct vs_disk_stats){0};
+    list_init(&disk->in_flight_list);
+}
+
+void disk_adopt(struct vs_disk *disk, struct disk_host *host)
+{
+    assert(list_empty(&disk->in_flight_list));
+    disk->host = host;
+}
+
+void disk_close(struct vs_disk *disk)
+{
+    assert(disk->stats.in_flight == 0);
+    disk->ops->close(disk);
+}
+
+void vs_disk_close(vs_disk *disk)
+{
+    disk_close(disk);
+}
+
+void disk_submit(struct vs_disk *disk, struct disk_io *io)
+{
+    assert(io->kind < VS_DISK_OPS);
+    if (io->kind != VS_DISK_FLUSH) {
+        assert(io->length > 0 && io->offset <= disk->bytes && io->length <= disk->bytes - io->offset);
+        assert(io->offset % disk->block_bytes == 0 && io->length % disk->block_bytes == 0);
+    }
+    if (io->kind == VS_DISK_READ || io->kind == VS_DISK_WRITE)
+        assert(iov_bytes(io->iov, io->iov_count) == io->length);
+    io->disk = disk;
+    io->result = 0;
+    io->transferred = 0;
+    io->step = 0;
+    io->submitted_ns = disk->host->now_ns;
+    list_append(&disk->in_flight_list, &io->link);
+    disk->stats.in_flight++;
+    if (io->kind == VS_DISK_FLUSH && disk->flush_failed)
+        disk_complete(io, -EIO);
+    else
+        disk->ops->submit(disk, io);
+}
+
+void disk_complete(struct disk_io *io, int result)
+{
+    assert(result <= 0);
+    io->result = result;
+    list_remove(&io->link);
+    list_append(&io->disk->host->done, &io->link);
+}
+
+void disk_complete_remote(struct disk_io *io, int result)
+{
+    struct disk_host *host = io->disk->host;
+    uint64_t one = 1;
+    assert(result <= 0);
+    pthread_mutex_lock(&host->lock);
+    io->result = result;
+    list_append(&host->remote, &io->remote_link);
+    /* Under the lock: once the engine has seen io, it may end and take host with it. */
+    if (write(host->wake_fd, &one, sizeof one) < 0)
+        assert(errno == EAGAIN || errno == EINTR); /* the counter is full: it wakes anyway */
+    pthread_mutex_unlock(&host->lock);
+}
+
+static void finish(struct disk_io *io)
+{
+    struct vs_disk *disk = io->disk;
+    assert(disk->stats.in_flight > 0);
+    disk->stats.in_flight--;
+    op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
+                 disk->host->now_ns - io->submitted_ns, io->result < 0);
+    if (io->kind == VS_DISK_FLUSH && io->result < 0 && !disk->direct)
+        disk->flush_failed = true;
+    io->done(io);
+}
+
+unsigned disk_run_done(struct disk_host *host)
+{
+    unsigned count = 0;
+    struct list *node;
+    pthread_mutex_lock(&host->lock);
+    while ((node = list_pop(&host->remote))) {
+        struct disk_io *io = container_of(node, struct disk_io, remote_link);
+        disk_complete(io, io->result);
+    }
+    pthread_mutex_unlock(&host->lock);
+    while ((node = list_pop(&host->done))) {
+        finish(container_of(node, struct disk_io, link));
+        count++;
+    }
+    return count;
+}
+
+bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count)
+{
+    uint64_t bits = 0;
+    if (disk->memory_align_bytes <= 1)
+        return true;
+    for (int i = 0; i < count; i++)
+        bits |= (uintptr_t)iov[i].iov_base | iov[i].iov_len;
+    /* Lengths too: direct I/O takes each segment for itself. */
+    return (bits & (disk->memory_align_bytes - 1)) == 0;
+}
+
+uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
+{
+    return disk->ops->hole_end ? disk->ops->hole_end(disk, offset, end) : offset;
+}
+
+uint64_t disk_oldest_ns(const struct vs_disk *disk)
+{
+    /* Submitted in order, so the head of the list is the oldest. */
+    if (list_empty(&disk->in_flight_list))
+        return UINT64_MAX;
+    return container_of(disk->in_flight_list.next, struct disk_io, link)->submitted_ns;
+}
+
+int iov_advance(struct iovec **iov, int count, uint64_t bytes)
+{
+    while (count > 0 && bytes >= (*iov)->iov_len) {
+        bytes -= (*iov)->iov_len;
+        (*iov)++;
+        count--;
+    }
+    if (count > 0) {
+        (*iov)->iov_base = (char *)(*iov)->iov_base + bytes;
+        (*iov)->iov_len -= bytes;
+    }
+    return count;
+}
+
+uint64_t iov_bytes(const struct iovec *iov, int count)
+{
+    uint64_t sum = 0;
+    for (int i = 0; i < count; i++)
+        sum += iov[i].iov_len;
+    return sum;
+}

@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A disk behind one small ops struct: files and block devices (disk_file.c),
+ * and for tests a volatile-cache disk (disk_test.c).
+ *
+ * disk_submit() is the one gate of every operation on a disk: it asserts what
+ * the callers promise (bounds, alignment), counts and takes the time. An
+ * operation belongs to the disk until its done() is called, exactly once, from
+ * disk_run_done(), never from within disk_submit(): so there is no recursion.
+ */
+#ifndef VS_DISK_H
+#define VS_DISK_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/uio.h>
+
+#include "list.h"
+#include "shim.h"
+#include "uring.h"
+
+struct disk_io {
+    /* Set by the caller. */
+    uint32_t kind; /* enum vs_disk_op */
+    bool may_unmap; /* VS_DISK_ZERO: the range may become a hole */
+    uint64_t offset;
+    uint64_t length;
+    struct iovec *iov; /* read and write: adds up to length; the disk changes it */
+    int iov_count;
+    void (*done)(struct disk_io *io);
+    /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
+    int result;
+    /* The disk's own. */
+    struct vs_disk *disk;
+    struct uring_op op;
+    struct list link;        /* in flight, then done: the engine's */
+    struct list remote_link; /* completed by another thread: guarded by disk_host.lock */
+    uint64_t submitted_ns;
+    uint64_t transferred;
+    int step;
+};
+
+/* What an engine lends to its disks. */
+struct disk_host {
+    struct uring *uring;
+    uint64_t now_ns; /* CLOCK_MONOTONIC, read once per pass of the engine's loop */
+    struct list done;
+    /* Completions from other threads (test disks): lock guards remote. */
+    pthread_mutex_t lock;
+    struct list remote;
+    int wake_fd;
+};
+
+struct disk_ops {
+    /* Ends in disk_complete() or disk_complete_remote(), now or later. */
+    void (*submit)(struct vs_disk *disk, struct disk_io *io);
+    /* Nothing is in flight any more. */
+    void (*close)(struct vs_disk *disk);
+    /* The end of the hole that begins at offset (offset itself: data; unknown: data). */
+    uint64_t (*hole_end)(struct vs_disk *disk, uint64_t offset, uint64_t end);
+};
+
+struct vs_disk {
+    const struct disk_ops *ops;
+    uint64_t bytes;
+    uint32_t block_bytes;        /* offsets and lengths are multiples of it */
+    uint32_t memory_align_bytes; /* buffers are */
+    bool direct;
+    bool flush_failed; /* buffered: a later fdatasync would succeed without the data, so it stays an error */
+    struct disk_host *host;
+    struct list in_flight_list; /* every io between submit and done */
+    struct vs_disk_stats stats;
+};
+
+void disk_host_init(struct disk_host *host, struct uring *uring, int wake_fd);
+void disk_host_free(struct disk_host *host);
+
+void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
+               uint32_t memory_align_bytes, bool direct);
+/* An engine takes the disk. */
+void disk_adopt(struct vs_disk *disk, struct disk_host *host);
+void disk_close(struct vs_disk *disk);
+
+void disk_submit(struct vs_disk *disk, struct disk_io *io);
+/* By the disk, on the engine's thread: queues io for done(). */
+void disk_complete(struct disk_io *io, int result);
+/* The same from any other thread. */
+void disk_complete_remote(struct disk_io *io, int result);
+
+/* Calls done() of all that has completed; returns how many. */
+unsigned disk_run_done(struct disk_host *host);
+
+bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count);
+uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end);
+/* When the oldest operation in flight was submitted; UINT64_MAX: none is. */
+uint64_t disk_oldest_ns(const struct vs_disk *disk);
+
+/* Takes the first "bytes" off an iovec array, in place; returns the new count. */
+int iov_advance(struct iovec **iov, int count, uint64_t bytes);
+uint64_t iov_bytes(const struct iovec *iov, int count);
+
+void op_stats_add(struct vs_op_stats *s, uint64_t bytes, uint64_t latency_ns, bool failed);
+
+#endif

@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A disk on a file or block device, through io_uring; on memory-backed files
+ * (tmpfs) by plain calls, because there io_uring would only hand every request
+ * to a worker thread.
+ *
+ * A short transfer is continued, EINTR and EAGAIN are tried again. Zeroing
+ * goes down a ladder until a step is supported: punch a hole (if asked to),
+ * zero the range, write zeroes. All of them read back as zeroes.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <unistd.h>
+
+#include "disk.h"
+
+/* What zeroes are written from; a zero step writes at most ZERO_IOV of them at once. */
+#define ZERO_BYTES (64u << 10)
+#define ZERO_IOV 16
+static _Alignas(4096) uint8_t zeroes[ZERO_BYTES];
+
+enum zero_step { ZERO_PUNCH, ZERO_RANGE, ZERO_WRITE };
+
+struct file_disk {
+    struct vs_disk disk;
+    int fd;
+    bool inline_io;
+    bool is_block_device;
+    bool no_punch, no_zero_range; /* learnt from EOPNOTSUPP */
+    struct iovec zero_iov[ZERO_IOV];
+};
+
+static void file_complete(struct uring_op *op, int result, unsigned flags);
+static void issue(struct file_disk *f, struct disk_io *io);
+
+static int zero_mode(int step)
+{
+    return FALLOC_FL_KEEP_SIZE | (step == ZERO_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+}
+
+static int zero_iov(struct file_disk *f, uint64_t left)
+{
+    int count = 0;
+    for (; count < ZERO_IOV && left > 0; count++) {
+        f->zero_iov[count].iov_base = zeroes;
+        f->zero_iov[count].iov_len = left < ZERO_BYTES ? (size_t)left : ZERO_BYTES;
+        left -= f->zero_iov[count].iov_len;
+    }
+    return count;
+}
+
+static void issue_inline(struct file_disk *f, struct disk_io *io)
+{
+    off_t at = (off_t)(io->offset + io->transferred);
+    off_t left = (off_t)(io->length - io->transferred);
+    ssize_t n;
+    switch (io->kind) {
+    case VS_DISK_READ:
+        n = preadv(f->fd, io->iov, io->iov_count, at);
+        break;
+    case VS_DISK_WRITE:
+        n = pwritev(f->fd, io->iov, io->iov_count, at);
+        break;
+    case VS_DISK_FLUSH:
+        n = fdatasync(f->fd);
+        break;
+    default:
+        n = io->step == ZERO_WRITE ? pwritev(f->fd, f->zero_iov, zero_iov(f, (uint64_t)left), at)
+                                   : fallocate(f->fd, zero_mode(io->step), at, left);
+    }
+    file_complete(&io->op, n < 0 ? -errno : (int)n, 0);
+}
+
+/* Prepares the next step of io. The iovec array must outlive the submission:
+ * it does, being the caller's until done(); zero_iov is shared, and its content
+ * is the same for whoever uses it but for the length of the last segment, so a
+ * zero step of less than a whole array takes a plain write of one buffer. */
+static void issue(struct file_disk *f, struct disk_io *io)
+{
+    struct io_uring_sqe *sqe;
+    uint64_t at = io->offset + io->transferred;
+    uint64_t left = io->length - io->transferred;
+    if (f->inline_io) {
+        issue_inline(f, io);
+        return;
+    }
+    sqe = uring_sqe(f->disk.host->uring, &io->op);
+    switch (io->kind) {
+    case VS_DISK_READ:
+        if (io->iov_count == 1)
+            io_uring_prep_read(sqe, f->fd, io->iov->iov_base, (unsigned)io->iov->iov_len, at);
+        else
+            io_uring_prep_readv(sqe, f->fd, io->iov, (unsigned)io->iov_count, at);
+        break;
+    case VS_DISK_WRITE:
+        if (io->iov_count == 1)
+            io_uring_prep_write(sqe, f->fd, io->iov->iov_base, (unsigned)io->iov->iov_len, at);
+        else
+            io_uring_prep_writev(sqe, f->fd, io->iov, (unsigned)io->iov_count, at);
+        break;
+    case VS_DISK_FLUSH:
+        io_uring_prep_fsync(sqe, f->fd, IORING_FSYNC_DATASYNC);
+        break;
+    default:
+        if (io->step != ZERO_WRITE)
+            io_uring_prep_fallocate(sqe, f->fd, zero_mode(io->step), (off_t)at, (off_t)left);
+        else if (left >= sizeof zeroes * ZERO_IOV)
+            io_uring_prep_writev(sqe, f->fd, f->zero_iov, (unsigned)zero_iov(f, left), at);
+        else
+            io_uring_prep_write(sqe, f->fd, zeroes, left < ZERO_BYTES ? (unsigned)left : ZERO_BYTES, at);
+    }
+    io_uring_sqe_set_data(sqe, &io->op); /* older liburing's prep helpers clear it */
+}
+
+/* A step down the ladder; false: there is none left. */
+static bool zero_fall_back(struct file_disk *f, struct disk_io *io, int error)
+{
+    if (io->step == ZERO_WRITE)
+        return false;
+    if (error != EOPNOTSUPP && error != ENOSYS && error != EINVAL && error != ENODEV && error != EPERM)
+        return false;
+    if (error == EOPNOTSUPP || error == ENOSYS) {
+        if (io->step == ZERO_PUNCH)
+            f->no_punch = true;
+        else
+            f->no_zero_range = true;
+    }
+    io->step = io->step == ZERO_PUNCH && !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
+    return true;
+}
+
+static void file_complete(struct uring_op *op, int result, unsigned flags)
+{
+    struct disk_io *io = container_of(op, struct disk_io, op);
+    struct file_disk *f = container_of(io->disk, struct file_disk, disk);
+    (void)flags;
+    if (result == -EINTR || result == -EAGAIN) {
+        issue(f, io);
+        return;
+    }
+    if (result < 0) {
+        if (io->kind == VS_DISK_ZERO && zero_fall_back(f, io, -result))
+            issue(f, io);
+        else
+            disk_complete(io, result);
+        return;
+    }
+    if (io->kind == VS_DISK_FLUSH || (io->kind == VS_DISK_ZERO && io->step != ZERO_WRITE)) {
+        disk_complete(io, 0);
+        return;
+    }
+    if (result == 0) { /* the file is shorter than it was, or takes no more */
+        disk_complete(io, io->kind == VS_DISK_READ ? -EIO : -ENOSPC);
+        return;
+    }
+    io->transferred += (uint64_t)result;
+    if (io->transferred == io->length) {
+        disk_complete(io, 0);
+        return;
+    }
+    if (io->kind != VS_DISK_ZERO)
+        io->iov_count = iov_advance(&io->iov, io->iov_count, (uint64_t)result);
+    issue(f, io);
+}
+
+static void file_submit(struct vs_disk *disk, struct disk_io *io)
+{
+    struct file_disk *f = container_of(disk, struct file_disk, disk);
+    io->op.complete = file_complete;
+    if (io->kind == VS_DISK_ZERO)
+        io->step = io->may_unmap && !f->no_punch ? ZERO_PUNCH : !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
+    issue(f, io);
+}
+
+static void file_close(struct vs_disk *disk)
+{
+    struct file_disk *f = container_of(disk, struct file_disk, disk);
+    close(f->fd);
+    free(f);
+}
+
+static uint64_t file_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
+{
+    struct file_disk *f = container_of(disk, struct file_disk, disk);
+    if (f->is_block_device)
+        return offset; /* block devices do not say */
+    off_t data = lseek(f->fd, (off_t)offset, SEEK_DATA);
+    if (data < 0)
+        return errno == ENXIO ? end : offset; /* ENXIO: a hole up to the file's end */
+    return (uint64_t)data < end ? (uint64_t)data : end;
+}
+
+static const struct disk_ops file_ops = {
+    .submit = file_submit,
+    .close = file_close,
+    .hole_end = file_hole_end,
+};
+
+int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out)
+{
+    struct stat st;
+    struct statfs fs;
+    memset(out, 0, sizeof *out);
+    if (fstat(fd, &st) < 0 || fstatfs(fd, &fs) < 0)
+        return -errno;
+    out->logical_block_bytes = 512;
+    out->physical_block_bytes = 512;
+    out->memory_align_bytes = direct ? 4096 : 1;
+    if (S_ISBLK(st.st_mode)) {
+        int logical = 512;
+        unsigned physical = 512;
+        out->is_block_device = 1;
+        if (ioctl(fd, BLKGETSIZE64, &out->bytes) < 0 || ioctl(fd, BLKSSZGET, &logical) < 0)
+            return -errno;
+        if (ioctl(fd, BLKPBSZGET, &physical) < 0)
+            physical = (unsigned)logical;
+        out->logical_block_bytes = (uint32_t)logical;
+        out->physical_block_bytes = physical;
+        out->discard_granularity_bytes = out->logical_block_bytes;
+        if (direct)
+            out->memory_align_bytes = out->logical_block_bytes;
+    } else if (S_ISREG(st.st_mode)) {
+        out->bytes = (uint64_t)st.st_size;
+        out->physical_block_bytes = (uint32_t)st.st_blksize;
+        out->discard_granularity_bytes = (uint32_t)st.st_blksize;
+        out->inline_io = fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC;
+    } else {
+        return -ENOTBLK;
+    }
+#ifdef STATX_DIOALIGN
+    struct statx sx;
+    if (direct && statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &sx) == 0 && (sx.stx_mask & STATX_DIOALIGN) &&
+        sx.stx_dio_offset_align) {
+        if (sx.stx_dio_offset_align > out->logical_block_bytes)
+            out->logical_block_bytes = sx.stx_dio_offset_align;
+        out->memory_align_bytes = sx.stx_dio_mem_align;
+    }
+#endif
+    if (out->inline_io)
+        out->memory_align_bytes = 1;
+    if (out->physical_block_bytes < out->logical_block_bytes)
+        out->physical_block_bytes = out->logical_block_bytes;
+    return 0;
+}
+
+vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
+{
+    struct file_disk *f = calloc(1, sizeof *f);
+    if (!f)
+        return NULL;
+    f->fd = fd;
+    f->inline_io = probe->inline_io;
+    f->is_block_device = probe->is_block_device;
+    disk_init(&f->disk, &file_ops, probe->bytes, probe->logical_block_bytes, probe->memory_align_bytes, direct);
+    return &f->disk;
+}

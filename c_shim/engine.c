@@ -1,0 +1,461 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine's thread: its loop, its commands, the gate of a switch.
+ *
+ * The thread sleeps in io_uring_enter and nowhere else. It is woken by
+ * completions, by kicks and the mailbox (multishot polls on the same ring) and
+ * by the nearest deadline, which is passed to the wait: no timer runs, and an
+ * idle engine does not wake.
+ */
+#include "engine.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "attachment.h"
+#include "request_path.h"
+#include "snapshot.h"
+
+/* How long the end waits for a destination (or source) that does not answer. */
+#define QUIT_PATIENCE_NS 2000000000u
+
+static uint64_t clock_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+void engine_report_io_error(struct vs_engine *e, uint32_t role, const struct disk_io *io)
+{
+    struct vs_event event = {.kind = VS_EV_IO_ERROR,
+                             .result = io->result,
+                             .disk_role = role,
+                             .op = io->kind,
+                             .offset = io->kind == VS_DISK_FLUSH ? 0 : io->offset,
+                             .length = io->kind == VS_DISK_FLUSH ? 0 : io->length};
+    mailbox_post(&e->mailbox, &event);
+}
+
+/* ---- the gate of a switch ----------------------------------------------- */
+
+static void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
+{
+    if (e->gate != GATE_OPEN || e->mirror.state != VS_STEADY) {
+        mailbox_done(&e->mailbox, token, e->gate != GATE_OPEN ? -EBUSY : -ENOTCONN, 0);
+        return;
+    }
+    e->gate = GATE_CLOSING;
+    e->gate_token = token;
+    e->gate_closed_ns = clock_ns();
+    e->gate_deadline_ns = e->gate_closed_ns + allowed_us * 1000;
+}
+
+static void gate_open(struct vs_engine *e)
+{
+    e->gate = GATE_OPEN;
+    list_splice(&e->ready, &e->stalled);
+}
+
+static bool drained(const struct vs_engine *e)
+{
+    return e->requests_in_flight == 0 && log_drained(&e->log) && e->replicator.in_use == 0 &&
+           e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
+}
+
+static void gate_pump(struct vs_engine *e)
+{
+    int rc;
+    if (e->gate != GATE_CLOSING)
+        return;
+    if (e->mirror.state != VS_STEADY)
+        rc = -ENOTCONN;
+    else if (drained(e))
+        rc = 0;
+    else if (engine_now(e) >= e->gate_deadline_ns)
+        rc = -ETIMEDOUT;
+    else
+        return;
+    if (rc == 0)
+        e->gate = GATE_CLOSED;
+    else
+        gate_open(e);
+    mailbox_done(&e->mailbox, e->gate_token, rc, clock_ns() - e->gate_closed_ns);
+}
+
+static void exchange(struct vs_engine *e, uint64_t token, bool keep)
+{
+    int rc = mirror_exchange(e, keep);
+    uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
+    if (e->gate == GATE_CLOSED)
+        gate_open(e);
+    mailbox_done(&e->mailbox, token, rc, pause_ns);
+}
+
+/* ---- drain: a flush of both disks, asked for by the control plane --------- */
+
+struct drain {
+    struct flush_waiter waiter;
+    struct vs_engine *engine;
+    uint64_t token;
+    uint64_t epoch;
+};
+
+static void drain_done(struct flush_waiter *w, int result)
+{
+    struct drain *d = container_of(w, struct drain, waiter);
+    if (result == 0 && d->epoch != d->engine->mirror.epoch)
+        result = -ENOTCONN; /* the source alone holds it: the mirror was lost meanwhile */
+    mailbox_done(&d->engine->mailbox, d->token, result, 0);
+    free(d);
+}
+
+static void drain(struct vs_engine *e, uint64_t token)
+{
+    struct drain *d = e->mirror.state == VS_STEADY ? calloc(1, sizeof *d) : NULL;
+    if (!d) {
+        mailbox_done(&e->mailbox, token, e->mirror.state == VS_STEADY ? -ENOMEM : -ENOTCONN, 0);
+        return;
+    }
+    d->engine = e;
+    d->token = token;
+    d->epoch = e->mirror.epoch;
+    d->waiter.done = drain_done;
+    guest_flush_wait(e, &d->waiter, e->counts.source_generation);
+}
+
+/* ---- commands ------------------------------------------------------------ */
+
+static void record_written(struct vs_engine *e, uint64_t error)
+{
+    e->mirror.record = error ? RECORD_FAILED : RECORD_WRITTEN;
+    e->flush.dirty = true;
+}
+
+static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *c)
+{
+    int rc = 0;
+    switch (c->kind) {
+    case VS_CMD_SNAPSHOT:
+        snapshot_take(e);
+        break;
+    case VS_CMD_MIRROR_START:
+        rc = mirror_start(e, c->disk);
+        break;
+    case VS_CMD_MIRROR_SPEED:
+        e->copier.speed_bytes_per_s = c->value;
+        e->copier.not_before_ns = 0;
+        break;
+    case VS_CMD_MIRROR_DRAIN:
+        drain(e, token);
+        return;
+    case VS_CMD_MIRROR_STOP:
+        mirror_stop(e, (uint32_t)c->value);
+        break;
+    case VS_CMD_RECORD_WRITTEN:
+        record_written(e, c->value);
+        break;
+    case VS_CMD_GATE:
+        gate_close(e, token, c->value);
+        return;
+    case VS_CMD_UNGATE:
+        if (e->gate == GATE_CLOSED)
+            gate_open(e);
+        break;
+    case VS_CMD_EXCHANGE:
+        exchange(e, token, c->value);
+        return;
+    default:
+        if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE) {
+            command_close_fds(c);
+            rc = -EINVAL;
+            break;
+        }
+        attachment_command(e, token, c);
+        return;
+    }
+    mailbox_done(&e->mailbox, token, rc, 0);
+}
+
+/* ---- the loop ------------------------------------------------------------ */
+
+struct mailbox_watch {
+    struct uring_op op;
+    struct vs_engine *engine;
+    bool signalled;
+};
+
+static void watch_mailbox(struct mailbox_watch *w)
+{
+    struct io_uring_sqe *sqe = uring_sqe(&w->engine->uring, &w->op);
+    io_uring_prep_poll_multishot(sqe, w->engine->mailbox.wake_fd, POLLIN);
+    io_uring_sqe_set_data(sqe, &w->op);
+}
+
+static void mailbox_signalled(struct uring_op *op, int result, unsigned flags)
+{
+    struct mailbox_watch *w = container_of(op, struct mailbox_watch, op);
+    w->signalled = true;
+    if (!(flags & IORING_CQE_F_MORE) && result != -ECANCELED)
+        watch_mailbox(w);
+}
+
+static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
+{
+    struct mailbox_command c;
+    uint64_t counter;
+    if (!w->signalled)
+        return;
+    w->signalled = false;
+    if (read(e->mailbox.wake_fd, &counter, sizeof counter) < 0)
+        assert(errno == EAGAIN || errno == EINTR);
+    while (mailbox_next_command(&e->mailbox, &c))
+        apply(e, c.token, &c.command);
+    e->quit = mailbox_stopped(&e->mailbox);
+}
+
+static void serve_queues(struct vs_engine *e, bool completed)
+{
+    struct list turn;
+    struct list *node;
+    if (e->gate != GATE_OPEN)
+        return;
+    if (completed || (e->throttle_until_ns && e->throttle_until_ns <= engine_now(e))) {
+        e->throttle_until_ns = 0;
+        list_splice(&e->ready, &e->stalled);
+    }
+    list_init(&turn);
+    list_splice(&turn, &e->ready);
+    while ((node = list_pop(&turn))) {
+        struct queue *q = container_of(node, struct queue, ready_link);
+        switch (request_path_service(q)) {
+        case SERVICE_MORE:
+            list_append(&e->ready, node);
+            break;
+        case SERVICE_STALLED:
+            list_append(&e->stalled, node);
+            break;
+        case SERVICE_EMPTY:
+            break;
+        }
+    }
+}
+
+static uint64_t min_ns(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* How long the loop may sleep. */
+static uint64_t wait_ns(const struct vs_engine *e)
+{
+    uint64_t deadline = UINT64_MAX, now;
+    if (!list_empty(&e->host.done) || (e->gate == GATE_OPEN && !list_empty(&e->ready)) || e->quit)
+        return 0;
+    if (e->throttle_until_ns && e->gate == GATE_OPEN && !list_empty(&e->stalled))
+        deadline = e->throttle_until_ns;
+    if (e->gate == GATE_CLOSING)
+        deadline = min_ns(deadline, e->gate_deadline_ns);
+    deadline = min_ns(deadline, mirror_deadline_ns(e));
+    deadline = min_ns(deadline, copier_deadline_ns(e));
+    deadline = min_ns(deadline, attachments_deadline_ns(e));
+    if (deadline == UINT64_MAX)
+        return UINT64_MAX;
+    now = clock_ns();
+    return deadline > now ? deadline - now : 0;
+}
+
+/* One pass. The guest is told what is done before the destination is looked
+ * after, so that its next request and our replication overlap. */
+static void pass(struct vs_engine *e, struct mailbox_watch *w)
+{
+    bool completed;
+    e->host.now_ns = clock_ns();
+    completed = uring_reap(&e->uring) > 0;
+    completed |= disk_run_done(&e->host) > 0;
+    take_commands(e, w);
+    serve_queues(e, completed);
+    disk_run_done(&e->host); /* what completed at once */
+    guest_flush_pump(e);
+    queues_notify(e);
+    replicator_pump(e);
+    copier_pump(e);
+    mirror_pump(e);
+    attachments_check_deadlines(e);
+    attachments_check_memory(e);
+    gate_pump(e);
+}
+
+static bool idle_for_good(const struct vs_engine *e)
+{
+    return e->source->stats.in_flight == 0 && (!e->mirror.disk || e->mirror.disk->stats.in_flight == 0) &&
+           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && list_empty(&e->host.done);
+}
+
+/* The end: nothing new is taken up; what the disks have must come back, or the
+ * memory that they may still write to is left to them (false). */
+static bool wind_up(struct vs_engine *e, struct mailbox_watch *w)
+{
+    uint64_t deadline = clock_ns() + QUIT_PATIENCE_NS;
+    (void)w;
+    mirror_stop(e, VS_REASON_COMMAND);
+    e->gate = GATE_CLOSED;
+    while (!idle_for_good(e)) {
+        uint64_t now = clock_ns();
+        if (now >= deadline)
+            return false;
+        uring_enter(&e->uring, list_empty(&e->host.done) ? deadline - now : 0);
+        e->host.now_ns = clock_ns();
+        uring_reap(&e->uring);
+        disk_run_done(&e->host);
+        queues_notify(e);
+    }
+    return true;
+}
+
+struct start {
+    struct vs_engine *engine;
+    sem_t ready;
+    int result;
+    const char *step;
+};
+
+static void *run(void *arg)
+{
+    struct start *start = arg;
+    struct vs_engine *e = start->engine;
+    struct mailbox_watch watch = {.op.complete = mailbox_signalled, .engine = e};
+    sigset_t all;
+    /* Signals are the control plane's; a fault of ours is ours. */
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGSEGV);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    start->result = uring_init(&e->uring, URING_ENTRIES, URING_CQ_ENTRIES, &start->step);
+    if (start->result < 0) {
+        sem_post(&start->ready);
+        return NULL;
+    }
+    watch_mailbox(&watch);
+    sem_post(&start->ready); /* "start" is gone from here on */
+    while (!e->quit) {
+        uint64_t wait = wait_ns(e);
+        uring_enter(&e->uring, wait);
+        if (wait)
+            e->wakeups++;
+        pass(e, &watch);
+    }
+    e->quit = wind_up(e, &watch);
+    if (e->quit)
+        uring_free(&e->uring);
+    return NULL;
+}
+
+/* ---- beginning and end --------------------------------------------------- */
+
+static void free_engine(struct vs_engine *e)
+{
+    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++)
+        attachment_free(&e->attachment[i]);
+    copier_free(e);
+    replicator_free(e);
+    request_path_free(e);
+    repl_log_free(&e->log);
+    dirty_map_free(&e->dirty);
+    disk_host_free(&e->host);
+    mailbox_free(&e->mailbox);
+    free(e);
+}
+
+static int init_engine(struct vs_engine *e, const char **step)
+{
+    int rc = mailbox_init(&e->mailbox, step);
+    if (rc < 0)
+        return rc;
+    disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
+    attachments_init(e);
+    range_slots_init(&e->source_slots);
+    guest_flush_init(e);
+    mirror_init(e);
+    *step = "allocation of the engine's buffers";
+    if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
+        (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0)
+        return rc;
+    return dirty_map_init(&e->dirty, e->config.capacity_bytes, e->config.dirty_region_bytes);
+}
+
+static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
+{
+    uint32_t region = c->dirty_region_bytes;
+    return (c->block_bytes == 512 || c->block_bytes == 4096) && c->capacity_bytes > 0 &&
+           c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
+           source->block_bytes <= c->block_bytes && region >= 4096 && (region & (region - 1)) == 0;
+}
+
+int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step)
+{
+    struct start start = {.step = "pthread_create"};
+    struct vs_engine *e;
+    int rc;
+    *step = "configuration";
+    if (!config_ok(config, source))
+        return -EINVAL;
+    e = calloc(1, sizeof *e);
+    if (!e)
+        return -ENOMEM;
+    e->config = *config;
+    e->limits = (struct blk_limits){config->capacity_bytes, config->block_bytes, config->read_only};
+    e->write_cache = config->writeback;
+    guest_memory_catch_sigbus();
+    rc = init_engine(e, step);
+    if (rc < 0) {
+        free_engine(e);
+        return rc;
+    }
+    disk_adopt(source, &e->host);
+    e->source = source;
+    start.engine = e;
+    sem_init(&start.ready, 0, 0);
+    rc = -pthread_create(&e->thread, NULL, run, &start);
+    if (rc == 0) {
+        pthread_setname_np(e->thread, "vhostsync-data");
+        while (sem_wait(&start.ready) < 0)
+            ;
+        rc = start.result;
+        if (rc < 0)
+            pthread_join(e->thread, NULL);
+    }
+    sem_destroy(&start.ready);
+    if (rc < 0) {
+        *step = start.step;
+        free_engine(e);
+        return rc;
+    }
+    *out = e;
+    return 0;
+}
+
+void vs_engine_destroy(vs_engine *e)
+{
+    uint64_t one = 1;
+    pthread_mutex_lock(&e->mailbox.lock);
+    e->mailbox.stop = true;
+    pthread_mutex_unlock(&e->mailbox.lock);
+    if (write(e->mailbox.wake_fd, &one, sizeof one) < 0)
+        assert(errno == EAGAIN);
+    pthread_join(e->thread, NULL);
+    if (!e->quit)
+        return; /* a disk still owns buffers: they stay mapped until the process ends */
+    disk_close(e->source);
+    if (e->mirror.disk)
+        disk_close(e->mirror.disk);
+    if (e->mirror.former)
+        disk_close(e->mirror.former);
+    free_engine(e);
+}

@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine: all state of the data plane, and which file may change what.
+ *
+ * One thread runs it (engine.c) and alone touches everything here but the
+ * mailbox, which its lock guards. A pass of the loop: reap completions, apply
+ * commands, take up requests, show the guest what is done, then replicate,
+ * copy and flush. Nothing blocks but the wait at the top.
+ */
+#ifndef VS_ENGINE_H
+#define VS_ENGINE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "blk_request.h"
+#include "copier.h"
+#include "counts.h"
+#include "dirty_map.h"
+#include "disk.h"
+#include "doubt.h"
+#include "guest_flush.h"
+#include "guest_memory.h"
+#include "limits.h"
+#include "list.h"
+#include "mailbox.h"
+#include "mirror.h"
+#include "range_slots.h"
+#include "repl_log.h"
+#include "replicator.h"
+#include "throttle.h"
+#include "uring.h"
+#include "virtqueue.h"
+
+struct attachment;
+struct kick_watch;
+
+/* A virtqueue of an attachment, and where it stands (queue.c).
+ * It runs if it was started (KICK), is enabled, mapped, whole, and its
+ * attachment is the active one. */
+struct queue {
+    struct attachment *attachment;
+    uint32_t index;
+    struct virtqueue vq;
+    bool started, enabled, running;
+    bool base_set; /* base is to be taken at the next start */
+    uint16_t base;
+    uint32_t broken; /* enum vs_breach */
+    struct kick_watch *watch;
+    int call_fd, err_fd;
+    unsigned in_flight;      /* requests taken up, not answered */
+    struct list ready_link;  /* in engine.ready or engine.stalled: to be looked at */
+    struct list notify_link; /* in engine.notify: used elements to be shown */
+    /* Commands that wait until nothing is in flight; 0: none. */
+    uint64_t stop_token, disable_token;
+    uint64_t quiet_deadline_ns; /* for them: then the destination is given up */
+};
+
+/* A frontend's connection: its memory and its rings. */
+struct attachment {
+    struct vs_engine *engine;
+    bool open, closing, lost;
+    uint64_t detach_token;
+    uint64_t features;
+    struct guest_memory memory;
+    struct queue queue[VS_MAX_QUEUES];
+    unsigned in_flight;
+};
+
+/* A request's states are told in request_path.c. */
+struct request {
+    struct list link; /* free */
+    struct vs_engine *engine;
+    struct queue *queue;
+    struct mem_table *table; /* pinned */
+    uint16_t head;
+    bool write_through;     /* latched at pop */
+    bool captured;          /* counted in mirror.captured_writes (else uncaptured_writes) */
+    uint64_t mirror_epoch;  /* of the mirror for which it was captured */
+    uint64_t taken_ns;
+    uint64_t generation;    /* once the source has completed it */
+    struct log_entry *entry;
+    uint8_t *bounce;
+    int64_t bounce_slot;
+    struct iovec buffer_iov; /* one segment: the log's or the bounce buffer */
+    struct range_slot slot;
+    struct disk_io io;
+    struct flush_waiter flush;
+    struct blk_request blk; /* last: the iovec array is large and mostly cold */
+};
+
+enum gate { GATE_OPEN, GATE_CLOSING, GATE_CLOSED };
+
+struct vs_engine {
+    struct vs_engine_config config;
+    struct blk_limits limits;
+    struct uring uring;
+    struct disk_host host;
+    struct mailbox mailbox;
+    pthread_t thread;
+    bool quit;
+    /* The device, which outlives its attachments. */
+    vs_disk *source;
+    struct vs_counts counts;
+    struct range_slots source_slots;
+    struct repl_log log;
+    struct ring_alloc bounce;
+    struct doubt doubt;
+    struct throttle throttle;
+    bool write_cache; /* config space WCE */
+    struct guest_flush flush;
+    struct mirror mirror;
+    struct replicator replicator;
+    struct copier copier;
+    struct dirty_map dirty; /* regions that the copy has still to do */
+    enum gate gate;
+    uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
+    unsigned requests_in_flight;
+    /* Its attachments. */
+    struct attachment attachment[VS_MAX_ATTACHMENTS];
+    struct attachment *active; /* the one whose rings run */
+    struct list ready, stalled, notify;
+    uint64_t throttle_until_ns; /* stalled writes may be tried again then; 0: nothing waits for time */
+    uint64_t throttled_since_ns, throttled_ns;
+    struct request *requests;
+    struct list free_requests;
+    /* What is shown. */
+    struct vs_queue_stats queue_stats[VS_MAX_QUEUES];
+    uint64_t wakeups, notifications;
+};
+
+static inline uint64_t engine_now(const struct vs_engine *e)
+{
+    return e->host.now_ns;
+}
+
+#endif

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A waiter is let go when
+ *   - the source holds its generation durably (a source flush that began when G
+ *     was at least it has succeeded), and
+ *   - in steady, the count check says that the destination does too, and
+ *   - the state record is not pending: what is confirmed without the
+ *     destination must first be known not to depend on it (durability.md, "Who
+ *     is the truth").
+ * Source and destination are flushed side by side. At most one flush of each is
+ * in flight; it serves everybody whose generation it covers.
+ */
+#include "guest_flush.h"
+
+#include <errno.h>
+
+#include "attachment.h"
+#include "engine.h"
+
+static void source_flushed(struct disk_io *io);
+static void destination_flushed(struct disk_io *io);
+
+void guest_flush_init(struct vs_engine *e)
+{
+    list_init(&e->flush.waiters);
+    e->flush.source_io.kind = e->flush.destination_io.kind = VS_DISK_FLUSH;
+    e->flush.source_io.done = source_flushed;
+    e->flush.destination_io.done = destination_flushed;
+}
+
+void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation)
+{
+    w->generation = generation;
+    w->source_flush = 0;
+    list_append(&e->flush.waiters, &w->link);
+    e->flush.waiting++;
+    e->flush.dirty = true;
+}
+
+static void let_go(struct guest_flush *f, struct flush_waiter *w, int result)
+{
+    list_remove(&w->link);
+    f->waiting--;
+    w->done(w, result);
+}
+
+/* ---- the source -------------------------------------------------------- */
+
+static void flush_source(struct vs_engine *e)
+{
+    struct guest_flush *f = &e->flush;
+    f->source_in_flight = true;
+    f->source_number++;
+    f->source_generation = e->counts.source_generation;
+    list_each(node, &f->waiters)
+    {
+        container_of(node, struct flush_waiter, link)->source_flush = f->source_number;
+    }
+    disk_submit(e->source, &f->source_io);
+}
+
+static void source_flushed(struct disk_io *io)
+{
+    struct vs_engine *e = container_of(io, struct vs_engine, flush.source_io);
+    struct guest_flush *f = &e->flush;
+    f->source_in_flight = false;
+    f->dirty = true;
+    if (io->result == 0) {
+        counts_source_flushed(&e->counts, f->source_generation);
+        return;
+    }
+    engine_report_io_error(e, VS_SOURCE, io);
+    /* Theirs is an I/O error, whatever the destination holds; who came later has a flush to come. */
+    list_each_safe(node, &f->waiters)
+    {
+        struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        if (w->source_flush == f->source_number && !counts_source_holds(&e->counts, w->generation))
+            let_go(f, w, io->result);
+    }
+}
+
+/* ---- the destination --------------------------------------------------- */
+
+static void flush_destination(struct vs_engine *e)
+{
+    struct guest_flush *f = &e->flush;
+    f->destination_in_flight = true;
+    f->destination_prefix = e->counts.writes_mirrored; /* at its beginning, not at its end */
+    f->destination_epoch = e->mirror.epoch;
+    disk_submit(e->mirror.disk, &f->destination_io);
+}
+
+static void destination_flushed(struct disk_io *io)
+{
+    struct vs_engine *e = container_of(io, struct vs_engine, flush.destination_io);
+    struct guest_flush *f = &e->flush;
+    f->destination_in_flight = false;
+    f->dirty = true;
+    if (io->result < 0)
+        engine_report_io_error(e, VS_DESTINATION, io);
+    if (f->destination_epoch != e->mirror.epoch)
+        return;
+    if (io->result < 0)
+        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
+    else
+        counts_destination_flushed(&e->counts, f->destination_prefix);
+}
+
+static int check(const struct vs_engine *e, const struct flush_waiter *w)
+{
+    if (e->mirror.state != VS_STEADY)
+        return VS_CHECK_HELD;
+    return vs_count_check(w->generation, e->counts.writes_mirrored, e->counts.writes_flushed);
+}
+
+bool guest_flush_waits_for_destination(const struct vs_engine *e)
+{
+    list_each(node, &e->flush.waiters)
+    {
+        if (check(e, container_of(node, struct flush_waiter, link)) != VS_CHECK_HELD)
+            return true;
+    }
+    return false;
+}
+
+/* ---- deciding ---------------------------------------------------------- */
+
+static void decide(struct vs_engine *e, bool *want_source, bool *want_destination)
+{
+    struct guest_flush *f = &e->flush;
+    list_each_safe(node, &f->waiters)
+    {
+        struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        int destination = check(e, w);
+        bool source = counts_source_holds(&e->counts, w->generation);
+        if (!source)
+            *want_source = true;
+        if (destination == VS_CHECK_FLUSH)
+            *want_destination = true;
+        if (!source || destination != VS_CHECK_HELD || e->mirror.record == RECORD_PENDING)
+            continue;
+        let_go(f, w, e->mirror.record == RECORD_FAILED ? -EIO : 0);
+    }
+}
+
+void guest_flush_pump(struct vs_engine *e)
+{
+    struct guest_flush *f = &e->flush;
+    bool want_source = false, want_destination = false;
+    if (!f->dirty)
+        return;
+    f->dirty = false;
+    if (list_empty(&f->waiters))
+        return;
+    decide(e, &want_source, &want_destination);
+    if (want_source && !f->source_in_flight)
+        flush_source(e);
+    if (want_destination && !f->destination_in_flight)
+        flush_destination(e);
+}

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Who waits for durability: guest flushes, write-through writes, and the
+ * control plane's drain. Each waits for the source, and in steady for the
+ * count check; many share a flush. See guest_flush.c.
+ */
+#ifndef VS_GUEST_FLUSH_H
+#define VS_GUEST_FLUSH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+#include "list.h"
+
+struct vs_engine;
+
+struct flush_waiter {
+    struct list link;
+    uint64_t generation;    /* flush_request: all up to it is to be durable */
+    uint64_t source_flush;  /* number of the source flush that it shares; 0: none yet */
+    /* Called once, with 0 or a negative errno. */
+    void (*done)(struct flush_waiter *w, int result);
+};
+
+struct guest_flush {
+    struct list waiters;
+    unsigned waiting;
+    bool dirty; /* something changed that may let waiters go */
+    struct disk_io source_io, destination_io;
+    bool source_in_flight, destination_in_flight;
+    uint64_t source_number;      /* of the source flush that began last */
+    uint64_t source_generation;  /* G when it began */
+    uint64_t destination_prefix; /* M when it began */
+    uint64_t destination_epoch;
+};
+
+void guest_flush_init(struct vs_engine *e);
+/* Waits until all up to generation is durable; done() comes from guest_flush_pump(). */
+void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation);
+void guest_flush_pump(struct vs_engine *e);
+/* Anybody waits for the destination. */
+bool guest_flush_waits_for_destination(const struct vs_engine *e);
+
+#endif

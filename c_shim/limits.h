@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Every bound of the data plane, in one place. What the documents quote stands here.
+ */
+#ifndef VS_LIMITS_H
+#define VS_LIMITS_H
+
+#include <assert.h>
+#include <linux/virtio_ring.h>
+
+#include "shim.h"
+
+/* Requests taken up and not yet answered, over all queues: what no slot is
+ * left for stays in its ring. */
+#define REQUESTS_MAX 1024
+/* Segments of one request as the guest laid them out, plus those that a region
+ * border cuts in two. */
+#define REQUEST_IOV_MAX 160
+/* Log room is given in units of a page, so that any disk's direct I/O can use it. */
+#define LOG_UNIT_BYTES 4096u
+/* Discards and write-zeroes take an entry and no room; they get this many beyond a page each. */
+#define LOG_EXTRA_ENTRIES 1024u
+/* Buffers for requests whose memory is not aligned as direct I/O needs it. */
+#define BOUNCE_BYTES (2u * VS_REQUEST_BYTES_MAX)
+/* Writes to the destination in flight, and what one merged write may hold. */
+#define REPLICA_DEPTH 64
+#define REPLICA_IOV_MAX 64
+#define REPLICA_MERGE_BYTES (1u << 20)
+/* The bulk copy: bytes of one region copy, and how many at most at once. */
+#define COPY_BYTES (1u << 20)
+#define COPY_DEPTH_MAX 16
+/* Zeroes are looked for, and skipped or punched, in units of this size. */
+#define COPY_ZERO_BYTES (64u << 10)
+/* A hole is passed over in steps of this size. */
+#define COPY_HOLE_BYTES (1u << 30)
+/* Queue passes: requests taken from one queue before the next one has its turn. */
+#define QUEUE_BUDGET 128
+#define EVENTS_MAX 2048
+#define URING_ENTRIES 1024
+#define URING_CQ_ENTRIES 8192
+
+static_assert(VS_MAX_QUEUE_SIZE <= 32768, "virtio: a split ring has at most 32768 descriptors");
+static_assert((VS_MAX_QUEUE_SIZE & (VS_MAX_QUEUE_SIZE - 1)) == 0, "a split ring's size is a power of two");
+static_assert(VS_SEGMENT_MAX + 2 <= REQUEST_IOV_MAX, "every legal request fits its iovec array");
+static_assert((unsigned long)VS_SEGMENT_MAX * VS_SEGMENT_BYTES_MAX <= VS_REQUEST_BYTES_MAX,
+              "every legal request is within the bound on its bytes");
+static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be bounced");
+static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
+static_assert(URING_CQ_ENTRIES >=
+                  REQUESTS_MAX + REPLICA_DEPTH + COPY_DEPTH_MAX + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
+              "all that can be in flight fits the completion queue");
+static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");
+
+#endif

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Commands from the control plane to the engine's thread, events back, and the
+ * last snapshot. The only data that two threads share; one lock, never held
+ * across a system call but the wake-up.
+ */
+#ifndef VS_MAILBOX_H
+#define VS_MAILBOX_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "limits.h"
+
+struct mailbox_command {
+    uint64_t token;
+    struct vs_command command;
+};
+
+struct mailbox {
+    pthread_mutex_t lock;
+    int wake_fd;  /* eventfd: commands wait (also remote disk completions) */
+    int event_fd; /* eventfd: events wait */
+    bool stop;
+    uint64_t next_token;
+    unsigned commands_under_way; /* submitted, completion not fetched */
+    struct mailbox_command commands[VS_COMMANDS_MAX];
+    unsigned command_head, command_count;
+    struct vs_event events[EVENTS_MAX];
+    unsigned event_head, event_count;
+    uint64_t events_lost;
+    struct vs_snapshot snapshot;
+    struct vs_queue_stats queue_stats[VS_MAX_QUEUES];
+};
+
+int mailbox_init(struct mailbox *m, const char **step);
+void mailbox_free(struct mailbox *m);
+
+/* The engine's side. */
+bool mailbox_next_command(struct mailbox *m, struct mailbox_command *out);
+bool mailbox_stopped(struct mailbox *m);
+/* Events that are no completion are dropped, and counted, while the queue is half full. */
+void mailbox_post(struct mailbox *m, const struct vs_event *event);
+void mailbox_done(struct mailbox *m, uint64_t token, int result, uint64_t value);
+
+/* Closes the descriptors that a command brought. */
+void command_close_fds(const struct vs_command *c);
+
+#endif

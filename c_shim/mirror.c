@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "mirror.h"
+
+#include <assert.h>
+#include <errno.h>
+
+#include "attachment.h"
+#include "engine.h"
+
+static void steady_flushed(struct disk_io *io);
+
+void mirror_init(struct vs_engine *e)
+{
+    struct mirror *m = &e->mirror;
+    m->epoch = 1;
+    range_slots_init(&m->slots);
+    m->steady_flush.kind = VS_DISK_FLUSH;
+    m->steady_flush.done = steady_flushed;
+}
+
+static void post_state(struct vs_engine *e, uint32_t kind, uint32_t reason, int error)
+{
+    struct vs_event event = {.kind = kind, .value = e->mirror.state, .reason = reason, .result = error};
+    mailbox_post(&e->mailbox, &event);
+}
+
+static void set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t reason, int error)
+{
+    e->mirror.state = state;
+    e->flush.dirty = true; /* waiting flushes are decided anew */
+    post_state(e, VS_EV_STATE, reason, error);
+}
+
+int mirror_start(struct vs_engine *e, vs_disk *disk)
+{
+    struct mirror *m = &e->mirror;
+    if (mirror_attached(m) || m->former || e->gate != GATE_OPEN)
+        return -EBUSY;
+    if (disk->bytes < e->config.capacity_bytes)
+        return -ENOSPC;
+    if (disk->block_bytes > e->config.block_bytes)
+        return -EINVAL;
+    disk_adopt(disk, &e->host);
+    m->disk = disk;
+    m->capturing = true;
+    range_slots_init(&m->slots);
+    throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
+    copier_start(e);
+    set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
+    return 0;
+}
+
+/* ---- the end of a destination ------------------------------------------ */
+
+static void close_former(struct vs_engine *e)
+{
+    struct mirror *m = &e->mirror;
+    struct vs_event event = {.kind = VS_EV_FENCE_CLEAR};
+    if (!m->former || m->former->stats.in_flight || e->replicator.in_use || e->copier.in_use)
+        return;
+    disk_close(m->former);
+    m->former = NULL;
+    mailbox_post(&e->mailbox, &event);
+}
+
+/* Whatever is captured for it, queued for it or in flight to it belongs to a
+ * former mirror from here on. */
+static void give_up(struct vs_engine *e)
+{
+    struct mirror *m = &e->mirror;
+    m->epoch++;
+    m->capturing = false;
+    m->uncaptured_writes += m->captured_writes;
+    m->captured_writes = 0;
+    m->former = m->disk;
+    m->disk = NULL;
+    m->steady_flush_in_flight = false;
+    counts_leave_steady(&e->counts);
+    replicator_drop(e);
+    copier_drop(e);
+    range_slots_init(&m->slots); /* nobody gives back a slot of a former epoch */
+    list_splice(&e->ready, &e->stalled); /* nothing has to wait for log room now */
+    e->throttle_until_ns = 0;
+}
+
+void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
+{
+    struct mirror *m = &e->mirror;
+    bool was_steady = m->state == VS_STEADY;
+    if (!mirror_attached(m))
+        return;
+    give_up(e);
+    if (was_steady)
+        m->record = RECORD_PENDING;
+    set_state(e, VS_DEGRADED, reason, error);
+    if (was_steady)
+        post_state(e, VS_EV_DEGRADED, reason, error);
+}
+
+void mirror_stop(struct vs_engine *e, uint32_t reason)
+{
+    if (mirror_attached(&e->mirror))
+        give_up(e);
+    if (e->mirror.state != VS_PASSTHROUGH)
+        set_state(e, VS_PASSTHROUGH, reason, 0);
+}
+
+/* ---- steady ------------------------------------------------------------ */
+
+/* All regions are copied: what is on the destination now has to be durable there. */
+static void begin_steady(struct vs_engine *e)
+{
+    struct mirror *m = &e->mirror;
+    m->steady_flush_in_flight = true;
+    m->steady_epoch = m->epoch;
+    m->steady_prefix = log_mirrored_prefix(&e->log, e->counts.source_generation);
+    disk_submit(m->disk, &m->steady_flush);
+}
+
+static void steady_flushed(struct disk_io *io)
+{
+    struct vs_engine *e = container_of(io, struct vs_engine, mirror.steady_flush);
+    struct mirror *m = &e->mirror;
+    if (io->result < 0)
+        engine_report_io_error(e, VS_DESTINATION, io);
+    if (m->steady_epoch != m->epoch)
+        return;
+    m->steady_flush_in_flight = false;
+    if (io->result < 0) {
+        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
+        return;
+    }
+    counts_enter_steady(&e->counts, m->steady_prefix);
+    /* Writes that were mirrored while it was flushed. */
+    counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));
+    set_state(e, VS_STEADY, VS_REASON_COPY_DONE, 0);
+}
+
+void mirror_pump(struct vs_engine *e)
+{
+    struct mirror *m = &e->mirror;
+    close_former(e);
+    if (mirror_deadline_ns(e) <= engine_now(e))
+        mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
+    if (m->state == VS_SYNCING && !m->steady_flush_in_flight && !m->uncaptured_writes && copier_finished(e))
+        begin_steady(e);
+}
+
+uint64_t mirror_deadline_ns(const struct vs_engine *e)
+{
+    uint64_t oldest;
+    if (!mirror_attached(&e->mirror))
+        return UINT64_MAX;
+    oldest = disk_oldest_ns(e->mirror.disk);
+    return oldest == UINT64_MAX ? oldest : oldest + e->config.destination_timeout_us * 1000;
+}
+
+/* ---- the exchange ------------------------------------------------------ */
+
+int mirror_exchange(struct vs_engine *e, bool keep)
+{
+    struct mirror *m = &e->mirror;
+    vs_disk *old = e->source;
+    if (m->state != VS_STEADY)
+        return -ENOTCONN;
+    if (e->gate != GATE_CLOSED || e->doubt.count || !e->counts.source_flush_known)
+        return -EBUSY;
+    assert(e->requests_in_flight == 0 && log_drained(&e->log));
+    assert(e->source->stats.in_flight == 0 && m->disk->stats.in_flight == 0);
+    counts_exchange(&e->counts, keep);
+    e->source = m->disk;
+    e->flush.dirty = true;
+    if (keep) {
+        m->disk = old;
+        post_state(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
+        return 0;
+    }
+    m->disk = NULL;
+    m->capturing = false;
+    m->epoch++;
+    disk_close(old);
+    set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);
+    return 0;
+}

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The mirror as the data path knows it: its state and the moves between
+ * states. Policy (when to attach, to retry, to switch) is the control plane's.
+ *
+ *   passthrough --start--> syncing --copied, flushed--> steady
+ *   syncing, steady --failure, timeout--> degraded --start--> syncing
+ *   any --stop--> passthrough
+ *   steady --exchange--> steady (kept) or passthrough
+ *
+ * "epoch" changes whenever a destination is given up: what was captured for a
+ * former one finds that out when it completes, and moves no count.
+ */
+#ifndef VS_MIRROR_H
+#define VS_MIRROR_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+#include "range_slots.h"
+
+enum record { RECORD_WRITTEN, RECORD_PENDING, RECORD_FAILED };
+
+struct mirror {
+    enum vs_mirror_state state;
+    vs_disk *disk;      /* the destination; NULL: there is none */
+    vs_disk *former;    /* given up with requests in flight: fenced until they are over */
+    uint64_t epoch;
+    bool capturing;     /* in syncing and steady */
+    enum record record; /* pending: flushes are held until the state record says "outdated" */
+    unsigned captured_writes, uncaptured_writes; /* writes in flight on the source */
+    struct range_slots slots; /* of the destination */
+    struct disk_io steady_flush; /* the flush that makes it steady */
+    bool steady_flush_in_flight;
+    uint64_t steady_prefix; /* what was on the destination when it began */
+    uint64_t steady_epoch;
+};
+
+void mirror_init(struct vs_engine *e);
+/* 0, -EBUSY (there is one, or a former one is not over), -ENOSPC (smaller than the guest's
+ * disk) or -EINVAL (its block is larger than the guest's). Owns the disk on success. */
+int mirror_start(struct vs_engine *e, vs_disk *disk);
+void mirror_stop(struct vs_engine *e, uint32_t reason);
+/* The destination is lost; the guest is not to notice. */
+void mirror_degrade(struct vs_engine *e, uint32_t reason, int error);
+/* Steps that depend on what has completed: steady, timeouts, the end of a former destination. */
+void mirror_pump(struct vs_engine *e);
+/* -ENOTCONN, -EBUSY (a range in doubt, or not gated) or 0. */
+int mirror_exchange(struct vs_engine *e, bool keep);
+/* When mirror_pump() has to look again without any completion; UINT64_MAX: never. */
+uint64_t mirror_deadline_ns(const struct vs_engine *e);
+
+static inline bool mirror_attached(const struct mirror *m)
+{
+    return m->disk != NULL;
+}
+
+#endif

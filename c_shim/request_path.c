@@ -1,0 +1,373 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * READ FIRST. A request's way, from pop to push.
+ *
+ *   peek -> parse -> room -> take -> [range slot] -> source I/O -> counts, log
+ *        -> [durability] -> status, push
+ *
+ * A request is one struct from take to push. Where it can be, and what may
+ * happen there:
+ *
+ *   in the ring        it is parsed where it lies; it stays there while there
+ *                      is no struct, no log room or no credit for it, so that
+ *                      stopping a ring never waits for the destination's room
+ *   waiting for a slot an overlapping write is on its way to the source
+ *   at the source      disk_io in flight
+ *   waiting for durability  a flush, or a write-through write (guest_flush.c)
+ *   finished           status written, used element pushed; back to the pool
+ *
+ * Invariants:
+ *   - A mirrored write has its log entry before it is taken. Its bytes are
+ *     captured then, once; the source is written from the capture (rule 1).
+ *   - Every content-changing request holds a range slot from take until the
+ *     source has completed it (rule 2), and is counted either in
+ *     mirror.captured_writes or in mirror.uncaptured_writes for that time.
+ *   - source_generation moves before the used element is shown (durability.md).
+ *   - The memory table that the request was translated with is pinned until it
+ *     is finished.
+ *
+ * Not here: the ring's format (virtqueue.c), the checks of a request
+ * (blk_request.c), what replicates it (replicator.c).
+ */
+#include "request_path.h"
+
+#include <errno.h>
+#include <linux/virtio_blk.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attachment.h"
+
+static void source_done(struct disk_io *io);
+static void slot_granted(struct range_slot *slot);
+static void durable(struct flush_waiter *w, int result);
+
+int request_path_init(struct vs_engine *e)
+{
+    list_init(&e->free_requests);
+    if (ring_alloc_init(&e->bounce, BOUNCE_BYTES, LOG_UNIT_BYTES, REQUESTS_MAX) < 0)
+        return -ENOMEM;
+    e->requests = calloc(REQUESTS_MAX, sizeof *e->requests);
+    if (!e->requests)
+        return -ENOMEM;
+    for (unsigned i = REQUESTS_MAX; i-- > 0;) {
+        e->requests[i].engine = e;
+        list_push(&e->free_requests, &e->requests[i].link);
+    }
+    return 0;
+}
+
+void request_path_free(struct vs_engine *e)
+{
+    free(e->requests);
+    ring_alloc_free(&e->bounce);
+}
+
+static bool changes_content(uint32_t op)
+{
+    return op == VS_OP_WRITE || op == VS_OP_DISCARD || op == VS_OP_WRITE_ZEROES;
+}
+
+static void finish(struct request *r, uint8_t status)
+{
+    struct queue *q = r->queue;
+    struct vs_engine *e = r->engine;
+    op_stats_add(&e->queue_stats[q->index].op[r->blk.op], r->blk.length, engine_now(e) - r->taken_ns,
+                 status != VIRTIO_BLK_S_OK);
+    if (r->bounce)
+        ring_give(&e->bounce, r->bounce_slot);
+    *(volatile uint8_t *)r->blk.status = status;
+    virtqueue_push(&q->vq, r->head, status == VIRTIO_BLK_S_OK ? r->blk.writable_bytes : 1);
+    mem_table_unpin(&q->attachment->memory, r->table);
+    list_push(&e->free_requests, &r->link); /* the one last used is warm in the cache */
+    e->requests_in_flight--;
+    queue_finished_one(q);
+}
+
+/* ---- the source -------------------------------------------------------- */
+
+/* The mirror for which it was captured is still the one there is. */
+static bool still_captured(const struct request *r)
+{
+    return r->captured && r->mirror_epoch == r->engine->mirror.epoch;
+}
+
+static void leave_source(struct request *r)
+{
+    struct mirror *m = &r->engine->mirror;
+    range_release(&r->engine->source_slots, &r->slot);
+    if (still_captured(r))
+        m->captured_writes--;
+    else
+        m->uncaptured_writes--; /* mirror.c moved it there if its mirror was given up */
+}
+
+static void write_failed(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    doubt_add(&e->doubt, r->blk.offset, r->blk.length); /* rule 5 */
+    if (r->entry)
+        log_abandon(&e->log, r->entry);
+    finish(r, VIRTIO_BLK_S_IOERR);
+}
+
+static void write_completed(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    bool captured = still_captured(r);
+    r->generation = counts_write_completed(&e->counts);
+    if (e->doubt.count)
+        doubt_clear(&e->doubt, r->blk.offset, r->blk.length);
+    if (captured)
+        log_append(&e->log, r->entry, r->generation, engine_now(e));
+    else if (r->entry)
+        log_abandon(&e->log, r->entry);
+    if (r->write_through) {
+        counts_flush_requested(&e->counts);
+        guest_flush_wait(e, &r->flush, r->generation);
+    } else {
+        finish(r, VIRTIO_BLK_S_OK);
+    }
+}
+
+static void source_done(struct disk_io *io)
+{
+    struct request *r = container_of(io, struct request, io);
+    if (io->result < 0)
+        engine_report_io_error(r->engine, VS_SOURCE, io);
+    if (changes_content(r->blk.op)) {
+        leave_source(r);
+        if (io->result < 0)
+            write_failed(r);
+        else
+            write_completed(r);
+        return;
+    }
+    if (io->result == 0 && r->bounce) {
+        uint8_t *from = r->bounce;
+        for (int i = 0; i < r->blk.iov_count; i++) {
+            memcpy(r->blk.iov[i].iov_base, from, r->blk.iov[i].iov_len);
+            from += r->blk.iov[i].iov_len;
+        }
+    }
+    finish(r, io->result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+}
+
+static void to_source(struct request *r)
+{
+    struct disk_io *io = &r->io;
+    io->offset = r->blk.offset;
+    io->length = r->blk.length;
+    io->may_unmap = r->blk.may_unmap;
+    io->done = source_done;
+    io->kind = r->blk.op == VS_OP_READ ? VS_DISK_READ : r->blk.op == VS_OP_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
+    if (r->entry && r->blk.op == VS_OP_WRITE)
+        r->buffer_iov = (struct iovec){r->entry->data, (size_t)r->blk.length};
+    else if (r->bounce)
+        r->buffer_iov = (struct iovec){r->bounce, (size_t)r->blk.length};
+    if (r->bounce || (r->entry && r->blk.op == VS_OP_WRITE)) {
+        io->iov = &r->buffer_iov;
+        io->iov_count = 1;
+    } else {
+        io->iov = r->blk.iov;
+        io->iov_count = r->blk.iov_count;
+    }
+    disk_submit(r->engine->source, io);
+}
+
+static void slot_granted(struct range_slot *slot)
+{
+    to_source(container_of(slot, struct request, slot));
+}
+
+static void durable(struct flush_waiter *w, int result)
+{
+    finish(container_of(w, struct request, flush), result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+}
+
+/* ---- taking up --------------------------------------------------------- */
+
+static void gather_data(const struct request *r, uint8_t *to)
+{
+    for (int i = 0; i < r->blk.iov_count; i++) {
+        memcpy(to, r->blk.iov[i].iov_base, r->blk.iov[i].iov_len);
+        to += r->blk.iov[i].iov_len;
+    }
+}
+
+/* Log room for a write that is to be mirrored, or false: not now. */
+static bool reserve_log(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    uint64_t room = r->blk.op == VS_OP_WRITE ? r->blk.length : 0;
+    uint64_t oldest_ns = log_oldest_ns(&e->log);
+    uint64_t lag_ns = e->mirror.state == VS_STEADY && oldest_ns ? engine_now(e) - oldest_ns : 0;
+    uint64_t wait_ns = throttle_wait_ns(&e->throttle, ring_used(&e->log.ring), lag_ns, engine_now(e));
+    if (wait_ns == 0) {
+        r->entry = log_reserve(&e->log, room ? LOG_WRITE : LOG_ZERO, r->blk.offset, r->blk.length);
+        if (r->entry) {
+            r->entry->may_unmap = r->blk.may_unmap;
+            throttle_admitted(&e->throttle, room);
+            if (e->throttled_since_ns)
+                e->throttled_ns += engine_now(e) - e->throttled_since_ns;
+            e->throttled_since_ns = 0;
+            return true;
+        }
+    } else if (wait_ns != UINT64_MAX) {
+        uint64_t until = engine_now(e) + wait_ns;
+        if (!e->throttle_until_ns || until < e->throttle_until_ns)
+            e->throttle_until_ns = until;
+    }
+    if (!e->throttled_since_ns)
+        e->throttled_since_ns = engine_now(e);
+    return false;
+}
+
+/* A buffer of our own, where the guest's does not suit direct I/O. */
+static bool reserve_bounce(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    r->bounce_slot = ring_take(&e->bounce, r->blk.length, &r->bounce);
+    if (r->bounce_slot < 0)
+        r->bounce = NULL;
+    return r->bounce != NULL;
+}
+
+/* Everything that a request needs before it is taken; false: it stays in the ring. */
+static bool reserve(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    bool writes = changes_content(r->blk.op);
+    r->entry = NULL;
+    r->bounce = NULL;
+    if (writes && e->mirror.capturing && !reserve_log(r))
+        return false;
+    if ((r->blk.op == VS_OP_READ || (r->blk.op == VS_OP_WRITE && !r->entry)) &&
+        !disk_iov_aligned(e->source, r->blk.iov, r->blk.iov_count))
+        return reserve_bounce(r);
+    return true;
+}
+
+/* Virtio 1.x, 5.2.6.2: write-back only if the driver can flush or said so. */
+static bool is_write_through(const struct queue *q)
+{
+    const uint64_t able = 1ull << VIRTIO_BLK_F_FLUSH | 1ull << VIRTIO_BLK_F_CONFIG_WCE;
+    return !q->attachment->engine->write_cache || !(q->attachment->features & able);
+}
+
+static void start_write(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    struct mirror *m = &e->mirror;
+    r->write_through = is_write_through(r->queue);
+    r->captured = r->entry != NULL;
+    r->mirror_epoch = m->epoch;
+    if (r->captured)
+        m->captured_writes++;
+    else
+        m->uncaptured_writes++;
+    if (r->entry && r->blk.op == VS_OP_WRITE)
+        gather_data(r, r->entry->data);
+    else if (r->bounce)
+        gather_data(r, r->bounce);
+    r->slot.grant = slot_granted;
+    if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
+        to_source(r);
+}
+
+static void answer_id(struct request *r)
+{
+    const char *serial = r->engine->config.serial;
+    size_t left = VS_SERIAL_BYTES;
+    for (int i = 0; i < r->blk.iov_count && left; i++) {
+        size_t part = r->blk.iov[i].iov_len < left ? r->blk.iov[i].iov_len : left;
+        memcpy(r->blk.iov[i].iov_base, serial, part);
+        serial += part;
+        left -= part;
+    }
+    finish(r, VIRTIO_BLK_S_OK);
+}
+
+static void start(struct request *r, int verdict)
+{
+    struct vs_engine *e = r->engine;
+    struct queue *q = r->queue;
+    if (verdict != BLK_OK) {
+        e->queue_stats[q->index].malformed++;
+        r->blk.length = 0;
+        finish(r, verdict == BLK_UNSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
+        return;
+    }
+    switch (r->blk.op) {
+    case VS_OP_READ:
+        to_source(r);
+        break;
+    case VS_OP_WRITE:
+    case VS_OP_DISCARD:
+    case VS_OP_WRITE_ZEROES:
+        start_write(r);
+        break;
+    case VS_OP_FLUSH:
+        guest_flush_wait(e, &r->flush, counts_flush_requested(&e->counts));
+        break;
+    default:
+        answer_id(r);
+    }
+}
+
+/* Takes the head of the ring, if what it needs is there. 1: taken, 0: stalled, or minus an enum vs_breach. */
+static int take_up(struct queue *q, uint16_t head)
+{
+    struct vs_engine *e = q->attachment->engine;
+    struct list *node = e->free_requests.next;
+    struct request *r = container_of(node, struct request, link);
+    int verdict;
+    if (node == &e->free_requests)
+        return 0;
+    verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &e->limits);
+    if (verdict < 0)
+        return verdict;
+    r->entry = NULL;
+    r->bounce = NULL;
+    if (verdict == BLK_OK && !reserve(r)) {
+        if (r->entry)
+            log_abandon(&e->log, r->entry);
+        return 0;
+    }
+    virtqueue_take(&q->vq);
+    list_remove(node);
+    r->queue = q;
+    r->head = head;
+    r->table = mem_table_pin(&q->attachment->memory);
+    r->taken_ns = engine_now(e);
+    r->flush.done = durable;
+    q->in_flight++;
+    q->attachment->in_flight++;
+    e->requests_in_flight++;
+    start(r, verdict);
+    return 1;
+}
+
+enum service request_path_service(struct queue *q)
+{
+    uint16_t head;
+    int rc;
+    virtqueue_no_kicks(&q->vq);
+    for (unsigned n = 0; n < QUEUE_BUDGET; n++) {
+        rc = virtqueue_peek(&q->vq, &head);
+        if (rc == 0) {
+            if (!virtqueue_ask_for_kick(&q->vq))
+                return SERVICE_EMPTY;
+            continue; /* one came in between */
+        }
+        if (rc > 0)
+            rc = take_up(q, head);
+        if (rc == 0)
+            return SERVICE_STALLED;
+        if (rc < 0) {
+            queue_break(q, (uint32_t)-rc);
+            return SERVICE_EMPTY;
+        }
+    }
+    return SERVICE_MORE;
+}

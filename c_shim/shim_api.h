@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The boundary between the control plane (Python, through cffi) and the data
+ * plane (C). Plain declarations only: cffi parses this file as it stands;
+ * C includes it through shim.h, which adds the guards and the static checks.
+ *
+ * Every command returns a token at once. The engine's own thread applies it
+ * between two batches of requests and answers with a VS_EV_DONE event that
+ * carries the token; the event descriptor then becomes readable. Commands are
+ * applied in the order of submission; their completions may overtake each
+ * other (a ring that drains is answered when it has drained).
+ */
+
+enum vs_limit {
+    VS_MAX_QUEUES = 64,
+    VS_MAX_QUEUE_SIZE = 1024,
+    VS_MAX_ATTACHMENTS = 8,
+    VS_MAX_MEM_SLOTS = 128,
+    VS_MEM_TABLE_REGIONS = 8, /* SET_MEM_TABLE's own bound */
+    VS_SEGMENT_MAX = 126,     /* config space seg_max */
+    VS_SEGMENT_BYTES_MAX = 65536,
+    VS_REQUEST_BYTES_MAX = 8388608,
+    VS_SERIAL_BYTES = 20,
+    VS_LATENCY_BUCKETS = 32, /* bucket i: latencies in [2^i, 2^(i+1)) ns */
+    VS_ZERO_SECTORS_MAX = 524288, /* one discard or write-zeroes: 256 MiB */
+    VS_COMMANDS_MAX = 512,
+    VS_DOUBT_RANGES_MAX = 64
+};
+
+typedef struct vs_engine vs_engine;
+typedef struct vs_disk vs_disk;
+
+/* ---- disks ------------------------------------------------------------- */
+
+struct vs_disk_probe {
+    uint64_t bytes;
+    uint32_t is_block_device;
+    uint32_t logical_block_bytes;  /* offsets and lengths of direct I/O */
+    uint32_t physical_block_bytes;
+    uint32_t memory_align_bytes;   /* buffers of direct I/O; 1 if buffered */
+    uint32_t inline_io;            /* memory-backed: plain calls never wait */
+    uint32_t discard_granularity_bytes;
+};
+
+/* Looks at an open descriptor. May block: call it off the event loop.
+ * 0 or a negative errno. */
+int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out);
+
+/* A disk on an open file or block device. Owns fd on success. NULL: no memory. */
+vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct);
+
+/* Only for a disk that no engine owns (yet, or any more). */
+void vs_disk_close(vs_disk *disk);
+
+/* ---- the engine -------------------------------------------------------- */
+
+struct vs_engine_config {
+    uint64_t capacity_bytes;     /* what the guest sees */
+    uint64_t log_bytes;
+    uint64_t destination_timeout_us;
+    uint64_t stop_timeout_us;
+    uint64_t max_lag_us;
+    uint32_t block_bytes;        /* the guest's logical block: 512 or 4096 */
+    uint32_t queues_max;
+    uint32_t read_only;
+    uint32_t dirty_region_bytes; /* power of two */
+    uint32_t copy_depth;         /* region copies in flight */
+    uint32_t writeback;          /* 1: WCE on by default */
+    char serial[20];
+};
+
+/* Starts the engine's thread; owns source on success. Returns 0 or a negative
+ * errno; *step then names the system call that failed. */
+int vs_engine_create(const struct vs_engine_config *config, vs_disk *source,
+                     vs_engine **out, const char **step);
+
+/* Stops the thread and frees everything. May block until the disks have
+ * completed what was submitted to them: call it off the event loop. */
+void vs_engine_destroy(vs_engine *engine);
+
+int vs_engine_event_fd(vs_engine *engine);
+
+enum vs_command_kind {
+    VS_CMD_SNAPSHOT = 1,      /* refresh what vs_engine_snapshot returns */
+    /* A frontend's attachment. "attachment" is 0 .. VS_MAX_ATTACHMENTS-1 and chosen by the caller. */
+    VS_CMD_ATTACH,
+    VS_CMD_DETACH,            /* done when its last request is over and its memory unmapped */
+    VS_CMD_RESET,             /* device reset: features 0, write cache mode back to the default */
+    VS_CMD_SET_FEATURES,      /* value: virtio features as negotiated (without bit 30) */
+    VS_CMD_SET_MEM_TABLE,     /* regions[0 .. region_count); rings are translated anew */
+    VS_CMD_ADD_MEM_REGION,    /* regions[0] */
+    VS_CMD_REMOVE_MEM_REGION, /* regions[0], fd -1; done when no request uses it */
+    VS_CMD_VRING_NUM,         /* value */
+    VS_CMD_VRING_ADDR,        /* desc, used, avail: frontend user addresses; log: guest address or ~0 */
+    VS_CMD_VRING_BASE,        /* value */
+    VS_CMD_VRING_KICK,        /* fd; starts the ring */
+    VS_CMD_VRING_CALL,        /* fd or -1 */
+    VS_CMD_VRING_ERR,         /* fd or -1 */
+    VS_CMD_VRING_ENABLE,      /* value 0 or 1; 0 is done when the ring is quiet */
+    VS_CMD_VRING_STOP,        /* done when drained; the event's value is the base */
+    VS_CMD_SET_WRITE_CACHE,   /* value 0 or 1 (config space WCE) */
+    /* The mirror. */
+    VS_CMD_MIRROR_START,      /* disk: owned on success; full copy, then steady. fenced: -EBUSY */
+    VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
+    VS_CMD_MIRROR_DRAIN,      /* done when M = G and F = G once (steady; the guest runs on) or -ENOTCONN */
+    VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
+    VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
+    VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else -ETIMEDOUT, gate reopened */
+    VS_CMD_UNGATE,
+    VS_CMD_EXCHANGE           /* value: 1 keeps the mirror (roles swap); opens the gate; event value: pause in ns */
+};
+
+struct vs_region {
+    uint64_t guest_addr;
+    uint64_t bytes;
+    uint64_t user_addr;
+    uint64_t mmap_offset;
+    int32_t fd;
+};
+
+struct vs_command {
+    uint32_t kind;
+    uint32_t attachment;
+    uint32_t queue;
+    int32_t fd;
+    uint64_t value;
+    uint64_t desc;
+    uint64_t used;
+    uint64_t avail;
+    uint64_t log;
+    vs_disk *disk;
+    uint32_t region_count;
+    struct vs_region regions[8];
+};
+
+/* The token, never 0; 0 if VS_COMMANDS_MAX are under way. Takes over the
+ * descriptors in the command (also when it then fails), unless 0 is returned. */
+uint64_t vs_engine_submit(vs_engine *engine, const struct vs_command *command);
+
+enum vs_mirror_state {
+    VS_PASSTHROUGH = 0,
+    VS_SYNCING = 1,
+    VS_STEADY = 2,
+    VS_AHEAD = 3,
+    VS_DEGRADED = 4
+};
+
+enum vs_reason {
+    VS_REASON_COMMAND = 0,
+    VS_REASON_COPY_DONE,
+    VS_REASON_DESTINATION_WRITE,
+    VS_REASON_DESTINATION_FLUSH,
+    VS_REASON_DESTINATION_TIMEOUT,
+    VS_REASON_STOP_TIMEOUT,
+    VS_REASON_SOURCE_READ,    /* the bulk copy could not read the source */
+    VS_REASON_SWITCH
+};
+
+enum vs_event_kind {
+    VS_EV_DONE = 1,        /* token, result (0 or negative errno), value */
+    VS_EV_STATE,           /* value: the new vs_mirror_state; reason; result: errno */
+    VS_EV_DEGRADED,        /* the same, left steady: flushes are held until VS_CMD_RECORD_WRITTEN */
+    VS_EV_QUEUE_BROKEN,    /* attachment, queue, reason: enum vs_breach */
+    VS_EV_ATTACHMENT_LOST, /* attachment: its memory is gone (SIGBUS) */
+    VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
+    VS_EV_FENCE_CLEAR      /* the last late request of a former destination is over */
+};
+
+enum vs_breach {
+    VS_BREACH_NONE = 0,
+    VS_BREACH_RING_ADDRESS,     /* a ring lies outside the memory table or is misaligned */
+    VS_BREACH_AVAILABLE_INDEX,  /* moved by more than the queue's size */
+    VS_BREACH_HEAD,             /* a head that is no descriptor */
+    VS_BREACH_CHAIN,            /* loops, leaves the table, or nests indirect tables */
+    VS_BREACH_INDIRECT,         /* an indirect table of a bad length or address */
+    VS_BREACH_NO_STATUS         /* no byte to write the status to */
+};
+
+enum vs_disk_role { VS_SOURCE = 0, VS_DESTINATION = 1 };
+enum vs_disk_op { VS_DISK_READ = 0, VS_DISK_WRITE = 1, VS_DISK_FLUSH = 2, VS_DISK_ZERO = 3, VS_DISK_OPS = 4 };
+
+struct vs_event {
+    uint32_t kind;
+    int32_t result;
+    uint64_t token;
+    uint64_t value;
+    uint64_t offset;
+    uint64_t length;
+    uint32_t attachment;
+    uint32_t queue;
+    uint32_t reason;
+    uint32_t disk_role;
+    uint32_t op;
+};
+
+/* 1 and the next event, or 0. Clears the event descriptor when it returns 0. */
+int vs_engine_next_event(vs_engine *engine, struct vs_event *out);
+
+/* ---- what the engine shows -------------------------------------------- */
+
+struct vs_op_stats {
+    uint64_t operations;
+    uint64_t bytes;
+    uint64_t errors;
+    uint64_t latency_ns_total;
+    uint64_t latency_ns_log2[32];
+};
+
+enum vs_request_op {
+    VS_OP_READ = 0, VS_OP_WRITE = 1, VS_OP_FLUSH = 2, VS_OP_DISCARD = 3,
+    VS_OP_WRITE_ZEROES = 4, VS_OP_OTHER = 5, VS_REQUEST_OPS = 6
+};
+
+struct vs_queue_stats {
+    struct vs_op_stats op[6];
+    uint64_t malformed;
+    uint64_t kicks;
+    uint64_t notifications;
+    uint32_t in_flight;
+    uint32_t running;
+    uint32_t broken; /* enum vs_breach */
+};
+
+struct vs_disk_stats {
+    struct vs_op_stats op[4];
+    uint32_t in_flight;
+};
+
+struct vs_counts {
+    uint64_t source_generation;
+    uint64_t source_flushed;
+    uint64_t writes_mirrored;
+    uint64_t flush_request;
+    uint64_t writes_flushed;
+    uint32_t source_flush_known; /* 0: the source was not flushed yet in this process's life */
+    uint32_t mirrored_known;     /* 0: not steady; writes_mirrored and writes_flushed mean nothing */
+};
+
+struct vs_doubt_range {
+    uint64_t offset;
+    uint64_t length;
+};
+
+struct vs_snapshot {
+    uint32_t mirror_state;
+    uint32_t gated;
+    uint32_t record_pending; /* VS_EV_DEGRADED waits for VS_CMD_RECORD_WRITTEN */
+    uint32_t fenced;         /* requests of a former destination that are not over */
+    uint32_t write_cache;
+    uint32_t active_attachment; /* VS_MAX_ATTACHMENTS: none */
+    struct vs_counts counts;
+    uint64_t lag_bytes;
+    uint64_t lag_writes;
+    uint64_t lag_ns;
+    uint64_t log_bytes_used;
+    uint64_t copy_bytes_total;
+    uint64_t copy_bytes_done;    /* of copy_bytes_total; never falls within one copy */
+    uint64_t copy_bytes_sparse;  /* of copy_bytes_done: holes and zeroes that were not written out */
+    uint64_t throttled_ns;       /* how long writes waited for room in the log */
+    uint64_t wakeups;            /* of the engine's thread */
+    uint64_t syscalls;           /* io_uring_enter and notifications */
+    uint64_t requests_waiting;   /* flushes and write-through writes that wait */
+    uint64_t events_lost;
+    uint32_t doubt_count;
+    struct vs_doubt_range doubt[64];
+    struct vs_disk_stats disk[2]; /* by enum vs_disk_role */
+};
+
+/* Both copy what the last VS_CMD_SNAPSHOT prepared. */
+void vs_engine_snapshot(vs_engine *engine, struct vs_snapshot *out);
+void vs_engine_queue_stats(vs_engine *engine, uint32_t queue, struct vs_queue_stats *out);
+
+/* The count check alone (durability.md), for the exhaustive test: enum vs_check. */
+enum vs_check { VS_CHECK_HELD = 0, VS_CHECK_FLUSH = 1, VS_CHECK_WAIT = 2 };
+int vs_count_check(uint64_t flush_request, uint64_t writes_mirrored, uint64_t writes_flushed);
+
+/* A hash of the C sources that this build was made from. */
+const char *vs_source_hash(void);
+
+/* ---- for tests ---------------------------------------------------------
+ *
+ * A disk in memory with a volatile cache: writes and zeroes are kept apart
+ * until a flush that began after they completed has succeeded; a power cut
+ * keeps any subset of them. Faults and held requests by kind of operation.
+ * All of these but vs_test_disk act at once and may be called from any thread.
+ */
+vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes);
+
+/* Makes requests of this kind wait (before they take effect) until released. */
+void vs_test_disk_hold(vs_disk *disk, uint32_t op, int hold);
+/* Lets at most count held requests of this kind go; returns how many. */
+int vs_test_disk_release(vs_disk *disk, uint32_t op, int count);
+int vs_test_disk_held(vs_disk *disk, uint32_t op);
+
+/* The requests after the next "skip" of this kind fail with errno "error" (or,
+ * error 0, transfer only half of what was asked, at least a block, so that
+ * the continuation is exercised); count of them; count -1: for ever. */
+void vs_test_disk_fault(vs_disk *disk, uint32_t op, int error, int skip, int count);
+
+/* What is on the disk: as the guest reads it (cut 0), or after a power cut
+ * that keeps an unflushed block only if the hash of (seed, its number) has its
+ * low bit set (cut 1), or keeps none of them (cut 2). */
+int vs_test_disk_read(vs_disk *disk, uint64_t offset, uint64_t length, int cut, uint64_t seed, void *out);
+/* Writes durably, past the engine: the initial content. */
+int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const void *bytes);
+/* Operations completed so far, by kind. */
+uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op);
+/* A reference of the test's own keeps the disk's memory after the engine closed it; drop it last. */
+void vs_test_disk_keep(vs_disk *disk);
+void vs_test_disk_drop(vs_disk *disk);

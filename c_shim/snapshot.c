@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the engine shows of itself, put together on its own thread when asked.
+ */
+#include "snapshot.h"
+
+#include <string.h>
+
+static void fill(const struct vs_engine *e, struct vs_snapshot *s)
+{
+    uint64_t oldest_ns = log_oldest_ns(&e->log);
+    memset(s, 0, sizeof *s);
+    s->mirror_state = e->mirror.state;
+    s->gated = e->gate != GATE_OPEN;
+    s->record_pending = e->mirror.record != RECORD_WRITTEN;
+    s->fenced = e->mirror.former ? e->mirror.former->stats.in_flight : 0;
+    s->write_cache = e->write_cache;
+    s->active_attachment = e->active ? (uint32_t)(e->active - e->attachment) : VS_MAX_ATTACHMENTS;
+    s->counts = e->counts;
+    s->lag_bytes = e->log.lag_bytes;
+    s->lag_writes = log_lag_writes(&e->log);
+    s->lag_ns = oldest_ns ? engine_now(e) - oldest_ns : 0;
+    s->log_bytes_used = ring_used(&e->log.ring);
+    s->copy_bytes_total = e->copier.bytes_total;
+    s->copy_bytes_done = e->copier.bytes_done;
+    s->copy_bytes_sparse = e->copier.bytes_sparse;
+    s->throttled_ns = e->throttled_ns + (e->throttled_since_ns ? engine_now(e) - e->throttled_since_ns : 0);
+    s->wakeups = e->wakeups;
+    s->syscalls = e->uring.enters + e->notifications;
+    s->requests_waiting = e->flush.waiting;
+    s->doubt_count = e->doubt.count;
+    memcpy(s->doubt, e->doubt.range, sizeof s->doubt);
+    s->disk[VS_SOURCE] = e->source->stats;
+    if (e->mirror.disk)
+        s->disk[VS_DESTINATION] = e->mirror.disk->stats;
+}
+
+void snapshot_take(struct vs_engine *e)
+{
+    struct mailbox *m = &e->mailbox;
+    struct vs_snapshot s;
+    fill(e, &s);
+    pthread_mutex_lock(&m->lock);
+    m->snapshot = s;
+    m->snapshot.events_lost = m->events_lost;
+    memcpy(m->queue_stats, e->queue_stats, sizeof m->queue_stats);
+    for (unsigned i = 0; e->active && i < VS_MAX_QUEUES; i++) {
+        const struct queue *q = &e->active->queue[i];
+        m->queue_stats[i].in_flight = q->in_flight;
+        m->queue_stats[i].running = q->running;
+        m->queue_stats[i].broken = q->broken;
+    }
+    pthread_mutex_unlock(&m->lock);
+}

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "uring.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const char **step)
+{
+    /* DEFER_TASKRUN and SINGLE_ISSUER came with Linux 6.1: completions are then
+     * worked off when this thread enters, never by interrupting it. Older
+     * kernels answer EINVAL and get a plain ring. */
+    static const unsigned flags[] = {
+        IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+        IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN,
+        IORING_SETUP_CQSIZE,
+    };
+    int rc = -EINVAL;
+    memset(u, 0, sizeof *u);
+    for (size_t i = 0; i < sizeof flags / sizeof flags[0] && rc == -EINVAL; i++) {
+        struct io_uring_params p = {.flags = flags[i], .cq_entries = cq_entries};
+        rc = io_uring_queue_init_params(entries, &u->ring, &p);
+        if (rc == 0 && !(p.features & (IORING_FEAT_EXT_ARG))) {
+            io_uring_queue_exit(&u->ring);
+            *step = "io_uring_setup (Linux 5.11 or newer is needed)";
+            return -ENOSYS;
+        }
+    }
+    if (rc < 0)
+        *step = "io_uring_setup";
+    return rc;
+}
+
+void uring_free(struct uring *u)
+{
+    io_uring_queue_exit(&u->ring);
+}
+
+static struct io_uring_sqe *take_sqe(struct uring *u)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&u->ring);
+    while (!sqe) {
+        u->enters++;
+        io_uring_submit(&u->ring);
+        sqe = io_uring_get_sqe(&u->ring);
+    }
+    memset(sqe, 0, sizeof *sqe);
+    return sqe;
+}
+
+struct io_uring_sqe *uring_sqe(struct uring *u, struct uring_op *op)
+{
+    struct io_uring_sqe *sqe = take_sqe(u);
+    io_uring_sqe_set_data(sqe, op);
+    u->in_flight++;
+    return sqe;
+}
+
+struct io_uring_sqe *uring_sqe_detached(struct uring *u)
+{
+    return take_sqe(u);
+}
+
+void uring_enter(struct uring *u, uint64_t wait_ns)
+{
+    struct io_uring_cqe *cqe;
+    u->enters++;
+    if (wait_ns == 0) {
+        /* Also makes the kernel post what DEFER_TASKRUN has put off. */
+        io_uring_submit_and_get_events(&u->ring);
+    } else if (wait_ns == UINT64_MAX) {
+        io_uring_submit_and_wait(&u->ring, 1);
+    } else {
+        struct __kernel_timespec ts = {.tv_sec = (int64_t)(wait_ns / 1000000000u),
+                                       .tv_nsec = (int64_t)(wait_ns % 1000000000u)};
+        io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &ts, NULL);
+    }
+    /* EINTR, EAGAIN, EBUSY and ETIME all mean the same here: look at what has
+     * completed; entries that were not taken stay queued for the next call. */
+}
+
+unsigned uring_reap(struct uring *u)
+{
+    struct io_uring_cqe *cqe;
+    unsigned head, seen = 0;
+    io_uring_for_each_cqe(&u->ring, head, cqe)
+    {
+        struct uring_op *op = io_uring_cqe_get_data(cqe);
+        seen++;
+        if (!op)
+            continue;
+        if (!(cqe->flags & IORING_CQE_F_MORE)) {
+            assert(u->in_flight > 0);
+            u->in_flight--;
+        }
+        op->complete(op, cqe->res, cqe->flags);
+    }
+    io_uring_cq_advance(&u->ring, seen);
+    return seen;
+}
