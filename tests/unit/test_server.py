@@ -19,7 +19,7 @@ from qemu.qmp import ConnectError, ExecuteError, QMPClient
 from tests.unit.control_fakes import FakeBackend, running
 from vhostsync import events
 from vhostsync.control import client as control_client
-from vhostsync.control import server
+from vhostsync.control import server, sockets
 from vhostsync.control.commands import COMMANDS
 from vhostsync.errors import ConfigError
 
@@ -128,7 +128,7 @@ async def test_the_socket_never_had_another_mode(path: Path, monkeypatch: pytest
     monkeypatch.setattr(socket, "socket", Watched)
     before = os.umask(0)
     try:
-        server.bind_unix_socket(path).close()
+        sockets.bind_unix_socket(path).close()
     finally:
         os.umask(before)
     assert seen == [0o600]
@@ -138,7 +138,7 @@ async def test_the_socket_never_had_another_mode(path: Path, monkeypatch: pytest
 async def test_peers_of_other_users_are_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, uid: int | None, welcome: bool
 ) -> None:
-    monkeypatch.setattr(server, "peer_uid", lambda _: os.geteuid() if uid is None else uid)
+    monkeypatch.setattr(sockets, "peer_uid", lambda _: os.geteuid() if uid is None else uid)
     async with running(path, FakeBackend()):
         stream = await anyio.connect_unix(path)
         if welcome:
@@ -152,13 +152,13 @@ async def test_peers_of_other_users_are_refused(
 async def test_the_peer_is_who_connected(path: Path) -> None:
     a, b = socket.socketpair(socket.AF_UNIX)
     with a, b:
-        assert server.peer_uid(a) == os.geteuid()
+        assert sockets.peer_uid(a) == os.geteuid()
 
 
 def test_a_leftover_socket_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as leftover:
         leftover.bind(str(path))
-    bound = server.bind_unix_socket(path)
+    bound = sockets.bind_unix_socket(path)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
     bound.close()
@@ -166,9 +166,9 @@ def test_a_leftover_socket_is_replaced(path: Path) -> None:
 
 
 def test_a_socket_in_use_is_not_taken(path: Path) -> None:
-    bound = server.bind_unix_socket(path)
+    bound = sockets.bind_unix_socket(path)
     with pytest.raises(ConfigError, match="another process listens on it"):
-        server.bind_unix_socket(path)
+        sockets.bind_unix_socket(path)
     bound.close()
 
 
@@ -178,18 +178,18 @@ def test_a_busy_socket_is_not_taken_for_a_leftover(path: Path) -> None:
         busy.listen(0)
         waiting.connect(str(path))
         with pytest.raises(ConfigError, match="another process listens on it"):
-            server.bind_unix_socket(path)
+            sockets.bind_unix_socket(path)
 
 
 def test_a_file_that_is_no_socket_is_left_alone(path: Path) -> None:
     path.write_text("precious")
     with pytest.raises(ConfigError, match="no socket"):
-        server.bind_unix_socket(path)
+        sockets.bind_unix_socket(path)
     assert path.read_text() == "precious"
 
 
 def test_the_file_of_a_successor_is_left_alone(path: Path) -> None:
-    bound = server.bind_unix_socket(path)
+    bound = sockets.bind_unix_socket(path)
     path.unlink()
     path.write_text("another's")
     bound.close()
@@ -198,20 +198,20 @@ def test_the_file_of_a_successor_is_left_alone(path: Path) -> None:
 
 def test_no_directory_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file or directory"):
-        server.bind_unix_socket(tmp_path / "no" / "control")
+        sockets.bind_unix_socket(tmp_path / "no" / "control")
 
 
 def test_of_many_that_start_at_once_over_a_leftover_one_wins(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as leftover:
         leftover.bind(str(path))
-    won: list[server.BoundSocket] = []
+    won: list[sockets.BoundSocket] = []
     lost: list[ConfigError] = []
     start = threading.Barrier(8)
 
     def contend() -> None:
         start.wait()
         try:
-            won.append(server.bind_unix_socket(path))
+            won.append(sockets.bind_unix_socket(path))
         except ConfigError as error:
             lost.append(error)
 

@@ -13,15 +13,9 @@ sent.
 When the server is cancelled, replies and events that are already there are still sent, for CLOSING_S at most.
 """
 
-import errno
-import fcntl
 import os
 import socket
-import stat
-import struct
-import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -32,9 +26,8 @@ import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ..config import Cache
-from ..errors import ConfigError
 from ..events import Event, Subscription
-from . import qmp
+from . import qmp, sockets
 from .commands import Backend, Dispatcher
 
 log = structlog.get_logger(__name__)
@@ -43,96 +36,8 @@ CLIENTS_MAX: Final = 32
 REQUESTS_MAX: Final = 8
 SEND_TIMEOUT_S: Final = 30.0
 CLOSING_S: Final = 1.0
-BACKLOG: Final = 16
-READ_BYTES: Final = 16 * 1024
-DIRECTORY_LOCK_S: Final = 3.0
 
 EVENTS_LOST: Final = "EVENTS_LOST"
-
-
-@dataclass(frozen=True)
-class BoundSocket:
-    """A listening, non-blocking unix socket and the file that it made."""
-
-    listener: socket.socket
-    path: Path
-    device: int
-    inode: int
-
-    def close(self) -> None:
-        """Listen no more, and remove the file unless another took its place."""
-        self.listener.close()
-        with suppress(OSError):
-            now = self.path.lstat()
-            if (now.st_dev, now.st_ino) == (self.device, self.inode):
-                self.path.unlink()
-
-
-def bind_unix_socket(path: Path, mode: int = 0o600) -> BoundSocket:
-    """A listening unix socket at `path` with `mode` less the umask. May block for DIRECTORY_LOCK_S.
-
-    The mode is set on the socket before it is bound: Linux gives the file the mode of the socket
-    (unix_bind_bsd in net/unix/af_unix.c), so there is no instant at which others could connect. A file left
-    by a process that is gone is replaced; one that somebody listens on is not. A lock on the directory
-    keeps two processes that start at once from taking each other's for a leftover. Raises ConfigError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        os.fchmod(listener.fileno(), mode)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _lock(directory, path)
-            try:
-                listener.bind(str(path))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                _remove_leftover(path)
-                listener.bind(str(path))
-            made = path.lstat()
-            listener.listen(BACKLOG)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"Cannot make the socket {path}: {error.strerror}.") from error
-    except BaseException:
-        listener.close()
-        raise
-    return BoundSocket(listener, path, made.st_dev, made.st_ino)
-
-
-def _lock(directory: int, path: Path) -> None:
-    """Take the lock that closing `directory` gives back. ConfigError where another process keeps it."""
-    until = time.monotonic() + DIRECTORY_LOCK_S
-    while True:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise ConfigError(
-                    f"Cannot make the socket {path}: another process has locked {path.parent}; try again."
-                ) from None
-            time.sleep(0.02)  # this runs in a thread of its own
-        else:
-            return
-
-
-def _remove_leftover(path: Path) -> None:
-    """Remove the socket of a process that is gone. ConfigError where it is in use, or is no socket."""
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise ConfigError(f"Cannot make the socket {path}: there is a file of that name that is no socket.")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        # ECONNREFUSED is the one answer that says that nobody listens (EAGAIN: somebody who is busy).
-        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
-            raise ConfigError(f"Cannot make the socket {path}: another process listens on it.")
-    path.unlink()
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end when it connected (SO_PEERCRED, unix(7))."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)
 
 
 async def serve_control(
@@ -144,7 +49,7 @@ async def serve_control(
 ) -> None:
     """Serve the control socket at `path` until cancelled; `task_status` tells when it can be connected to.
     ConfigError."""
-    bound = await anyio.to_thread.run_sync(bind_unix_socket, path)
+    bound = await anyio.to_thread.run_sync(sockets.bind_unix_socket, path)
     try:
         log.info("control socket ready", path=str(path))
         task_status.started()
@@ -167,7 +72,7 @@ class ControlServer:
         async with anyio.create_task_group() as tasks:
             try:
                 while True:
-                    connection = await _accept(listener)
+                    connection = await sockets.accept(listener)
                     if self._welcome(connection):
                         client = _Client(connection, self)
                         self._clients.add(client)
@@ -180,7 +85,7 @@ class ControlServer:
                     client.hurry()
 
     def _welcome(self, connection: socket.socket) -> bool:
-        uid = peer_uid(connection)
+        uid = sockets.peer_uid(connection)
         if uid not in (0, os.geteuid()):
             log.warning("control client refused: another user", uid=uid)
             return False
@@ -269,7 +174,6 @@ class _Client:
     """A connection and the state of its conversation."""
 
     def __init__(self, connection: socket.socket, server: ControlServer) -> None:
-        connection.setblocking(False)
         self._connection = connection
         self._server = server
         self._session = qmp.Session()
@@ -282,11 +186,7 @@ class _Client:
         """Read until the client sends no more."""
         while not self._gone:
             try:
-                data = self._connection.recv(READ_BYTES)
-            except BlockingIOError:
-                with suppress(anyio.ClosedResourceError):
-                    await anyio.wait_readable(self._connection)
-                continue
+                data = await sockets.receive(self._connection)
             except OSError:
                 self.leave()
                 return
@@ -303,7 +203,8 @@ class _Client:
             async with self._writing:
                 self._sending = scope
                 try:
-                    await self._send_all(memoryview(data))
+                    if not self._gone:
+                        await sockets.send_all(self._connection, data)
                 except OSError:
                     self.leave()
                 finally:
@@ -311,14 +212,6 @@ class _Client:
         if scope.cancelled_caught and not self._gone:
             log.warning("control client disconnected: it takes nothing", seconds=SEND_TIMEOUT_S)
             self.leave()
-
-    async def _send_all(self, rest: memoryview) -> None:
-        while rest and not self._gone:
-            try:
-                rest = rest[self._connection.send(rest, socket.MSG_NOSIGNAL) :]
-            except BlockingIOError:
-                with suppress(anyio.ClosedResourceError):
-                    await anyio.wait_writable(self._connection)
 
     def hurry(self) -> None:
         """The server ends: what is being sent now has CLOSING_S left."""
@@ -336,19 +229,3 @@ class _Client:
         self._gone = True
         anyio.notify_closing(self._connection)
         self._connection.close()
-
-
-async def _accept(listener: socket.socket) -> socket.socket:
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except BlockingIOError:
-            await anyio.wait_readable(listener)
-        except ConnectionAbortedError:
-            continue
-        except OSError as error:
-            # Out of descriptors or memory: the socket stays readable, so wait a little rather than spin.
-            log.error("cannot accept a control client", reason=error.strerror)
-            await anyio.sleep(0.5)
-        else:
-            return connection

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics in Prometheus' text exposition format (version 0.0.4), made of what query-mirror and query-stats
+return.
+
+`render` is pure. `serve_metrics` answers `GET /metrics` on a unix socket or a loopback port; it is a few
+lines of HTTP/1.1 that close after each answer, because that is all that a scraper needs."""
+
+import math
+import socket
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import structlog
+
+from .config import TcpAddress
+from .control import sockets
+from .control.commands import Backend, dashed
+from .errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+STATES: Final = ("passthrough", "syncing", "steady", "ahead", "degraded")
+WORTHS: Final = ("up-to-date", "outdated", "inconsistent")
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+REQUEST_BYTES_MAX: Final = 8 * 1024
+CONNECTION_S: Final = 10.0
+CONNECTIONS_MAX: Final = 8
+
+_Kind = Literal["counter", "gauge", "histogram"]
+_Labels = Mapping[str, str]
+
+
+class _Page:
+    """Collects samples by family, because a family's samples must stand together."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, list[str]] = {}
+
+    def family(self, name: str, kind: _Kind, text: str) -> Callable[[Any, _Labels], None]:
+        """Begin a family; the result adds a sample, or nothing where the value is None."""
+        lines = self._families.setdefault(
+            name, [f"# HELP vhostsync_{name} {text}", f"# TYPE vhostsync_{name} {kind}"]
+        )
+
+        def add(value: Any, labels: _Labels) -> None:
+            if value is not None:
+                inner = ",".join(f'{key}="{_escaped(each)}"' for key, each in labels.items())
+                lines.append(f"vhostsync_{name}{'{' + inner + '}' if inner else ''} {_number(value)}")
+
+        return add
+
+    def one(self, name: str, kind: _Kind, text: str, value: Any) -> None:
+        """A family of one sample."""
+        self.family(name, kind, text)(value, {})
+
+    def histogram(self, name: str, text: str, rows: Mapping[tuple[tuple[str, str], ...], "_Latency"]) -> None:
+        """A histogram in seconds from counts by powers of two of nanoseconds."""
+        self.family(name, "histogram", text)
+        lines = self._families[name]
+        for labels, row in rows.items():
+            before = "".join(f'{key}="{_escaped(each)}",' for key, each in labels)
+            total = 0
+            for power, count in enumerate(row.counts[:-1]):
+                total += count
+                lines.append(
+                    f'vhostsync_{name}_bucket{{{before}le="{2.0 ** (power + 1) / 1e9:.9g}"}} {total}'
+                )
+            total += row.counts[-1]
+            lines.append(f'vhostsync_{name}_bucket{{{before}le="+Inf"}} {total}')
+            tail = "{" + before.rstrip(",") + "}" if before else ""
+            lines.append(f"vhostsync_{name}_sum{tail} {_number(row.seconds)}")
+            lines.append(f"vhostsync_{name}_count{tail} {total}")
+
+    def text(self) -> str:
+        """The page, without the families that have no sample."""
+        return "".join("\n".join(lines) + "\n" for lines in self._families.values() if len(lines) > 2)
+
+
+class _Latency:
+    """Latencies of some operations, summed up."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * 32
+        self.seconds = 0.0
+
+    def add(self, operation: Mapping[str, Any]) -> None:
+        for power, count in enumerate(operation["latency-log2-ns"]):
+            self.counts[power] += count
+        mean_us = operation["latency-us"]["mean"]
+        self.seconds += (mean_us or 0.0) / 1e6 * operation["operations"]
+
+
+def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+    """The page, from what query-status, query-mirror and query-stats return."""
+    page = _Page()
+    page.one("capacity_bytes", "gauge", "Size of the disk as the guest sees it.", status.get("capacity"))
+    page.one("frontends", "gauge", "Frontends connected.", status.get("frontends"))
+    page.one("active", "gauge", "1 while a frontend runs rings.", status.get("active"))
+    page.one("epoch", "counter", "The epoch of the state record.", status.get("epoch"))
+    _mirror(page, mirror)
+    _queues(page, stats.get("queues", ()))
+    _disks(page, stats.get("disks", {}))
+    _engine(page, stats.get("engine", {}))
+    return page.text()
+
+
+def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
+    state = page.family("mirror_state", "gauge", "1 for the state that the mirror is in.")
+    for name in STATES:
+        state(int(mirror.get("state") == name), {"state": name})
+    worth = page.family("mirror_worth", "gauge", "1 for what the destination is worth; all 0 without one.")
+    for name in WORTHS:
+        worth(int(mirror.get("worth") == name), {"worth": name})
+    for key, text in (
+        ("source-generation", "Guest writes completed on the source."),
+        ("source-flushed", "Guest writes that the source holds durably."),
+        ("writes-mirrored", "Guest writes that the destination holds."),
+        ("flush-request", "The newest write that a guest's flush has asked for."),
+        ("writes-flushed", "Guest writes that the destination holds durably."),
+    ):
+        # Gauges, because they are undefined until the state is steady and start anew with a destination.
+        page.one(key.replace("-", "_"), "gauge", text, mirror.get("counts", {}).get(key))
+    page.one("lag_bytes", "gauge", "Bytes that the destination is behind.", mirror.get("lag-bytes"))
+    page.one("lag_writes", "gauge", "Writes that the destination is behind.", mirror.get("lag-writes"))
+    lag_ms = mirror.get("lag-ms")
+    page.one(
+        "lag_seconds",
+        "gauge",
+        "Age of the oldest write not mirrored.",
+        lag_ms / 1000 if lag_ms is not None else None,
+    )
+    page.one("copy_bytes", "gauge", "Bytes that the copy has to go through.", mirror.get("copy-bytes-total"))
+    page.one(
+        "copy_done_bytes", "gauge", "Bytes that the copy is through with.", mirror.get("copy-bytes-done")
+    )
+    page.one("copy_sparse_bytes", "gauge", "Of those, holes and zeroes.", mirror.get("copy-bytes-sparse"))
+    page.one("doubt_ranges", "gauge", "Ranges of the source in doubt.", len(mirror.get("doubt") or ()))
+
+
+def _queues(page: _Page, queues: Any) -> None:
+    rows_of_queues: tuple[tuple[str, _Kind, str, str], ...] = (
+        ("queue_running", "gauge", "running", "1 while the guest's driver uses the queue."),
+        ("queue_in_flight", "gauge", "in-flight", "Requests taken up and not answered."),
+        ("queue_malformed_total", "counter", "malformed", "Requests that were malformed."),
+        ("queue_kicks_total", "counter", "kicks", "Kicks by the guest."),
+        ("queue_notifications_total", "counter", "notifications", "Notifications to the guest."),
+    )
+    for name, kind, key, text in rows_of_queues:
+        family = page.family(name, kind, text)
+        for queue in queues:
+            family(queue.get(key), {"queue": str(queue["index"])})
+    broken = page.family(
+        "queue_broken", "gauge", "1 if the queue was given up because of what the guest put there."
+    )
+    for queue in queues:
+        broken(int(queue.get("broken") is not None), {"queue": str(queue["index"])})
+    rows = [
+        ({"queue": str(queue["index"]), "operation": name}, operation)
+        for queue in queues
+        for name, operation in queue.get("operations", {}).items()
+    ]
+    _operations(page, "queue", "guest requests", rows)
+    # By operation only: a histogram for each of 64 queues would be twelve thousand lines.
+    latencies: dict[tuple[tuple[str, str], ...], _Latency] = {}
+    for labels, operation in rows:
+        latencies.setdefault((("operation", labels["operation"]),), _Latency()).add(operation)
+    page.histogram("request_latency_seconds", "Guest requests, from taken up to answered.", latencies)
+
+
+def _disks(page: _Page, disks: Mapping[str, Any]) -> None:
+    present = {role: disk for role, disk in disks.items() if disk is not None}
+    in_flight = page.family("disk_in_flight", "gauge", "Requests that the disk has not completed.")
+    for role, disk in present.items():
+        in_flight(disk.get("in-flight"), {"disk": role})
+    rows = [
+        ({"disk": role, "operation": name}, operation)
+        for role, disk in present.items()
+        for name, operation in disk.get("operations", {}).items()
+    ]
+    _operations(page, "disk", "requests to the disk", rows)
+    latencies: dict[tuple[tuple[str, str], ...], _Latency] = {}
+    for labels, operation in rows:
+        latencies.setdefault(tuple(labels.items()), _Latency()).add(operation)
+    page.histogram("disk_latency_seconds", "Requests to the disk.", latencies)
+
+
+def _operations(
+    page: _Page, prefix: str, what: str, rows: list[tuple[dict[str, str], Mapping[str, Any]]]
+) -> None:
+    for key, text in (("operations", "Completed"), ("bytes", "Bytes of completed"), ("errors", "Failed")):
+        family = page.family(f"{prefix}_{key}_total", "counter", f"{text} {what}.")
+        for labels, operation in rows:
+            family(operation.get(key), labels)
+
+
+def _engine(page: _Page, engine: Mapping[str, Any]) -> None:
+    page.one("engine_wakeups_total", "counter", "Wake-ups of the engine's thread.", engine.get("wakeups"))
+    page.one("engine_syscalls_total", "counter", "System calls of the engine.", engine.get("syscalls"))
+    throttled_ms = engine.get("throttled-ms")
+    page.one(
+        "throttled_seconds_total",
+        "counter",
+        "How long guest writes waited for room in the log.",
+        throttled_ms / 1000 if throttled_ms is not None else None,
+    )
+    page.one(
+        "engine_events_lost_total", "counter", "Events that the engine dropped.", engine.get("events-lost")
+    )
+    page.one("log_used_bytes", "gauge", "Bytes in the replication log.", engine.get("log-bytes-used"))
+    page.one("log_bytes", "gauge", "Size of the replication log.", engine.get("log-bytes"))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("+Inf" if value > 0 else "-Inf")
+    return repr(value)
+
+
+async def serve_metrics(
+    where: Path | TcpAddress,
+    backend: Backend,
+    *,
+    task_status: anyio.abc.TaskStatus[Path | TcpAddress] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled; `task_status` tells the place, with the port that the kernel chose.
+    ConfigError."""
+    bound: sockets.BoundSocket | None = None
+    if isinstance(where, Path):
+        bound = await anyio.to_thread.run_sync(sockets.bind_unix_socket, where, 0o660)
+        listener = bound.listener
+    else:
+        listener, where = _listen_tcp(where)
+    try:
+        log.info("metrics ready", where=str(where))
+        task_status.started(where)
+        async with anyio.create_task_group() as tasks:
+            room = anyio.Semaphore(CONNECTIONS_MAX)
+            while True:
+                await room.acquire()  # scrapers beyond that wait in the backlog
+                connection = await sockets.accept(listener)
+                tasks.start_soon(_answer, connection, backend, room)
+    finally:
+        if bound is not None:
+            bound.close()
+        else:
+            listener.close()
+
+
+def _listen_tcp(where: TcpAddress) -> tuple[socket.socket, TcpAddress]:
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((where.host, where.port))
+        listener.listen(sockets.BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot serve metrics on {where.host} port {where.port}: {error.strerror}."
+        ) from error
+    return listener, TcpAddress(where.host, listener.getsockname()[1])
+
+
+async def _answer(connection: socket.socket, backend: Backend, room: anyio.Semaphore) -> None:
+    try:
+        with connection, anyio.move_on_after(CONNECTION_S):
+            request = b""
+            while b"\r\n\r\n" not in request and len(request) <= REQUEST_BYTES_MAX:
+                data = await sockets.receive(connection)
+                if not data:
+                    return
+                request += data
+            await sockets.send_all(connection, await _response(request, backend))
+    except OSError:
+        return  # the scraper went away
+    except Exception:
+        log.exception("metrics could not be made")
+    finally:
+        room.release()
+
+
+async def _response(request: bytes, backend: Backend) -> bytes:
+    method, target = ([*request.split(b"\r\n", 1)[0].split(b" "), b"", b""])[:2]
+    if b"\r\n\r\n" not in request:
+        code, body = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request is too long.\n"
+    elif method not in (b"GET", b"HEAD"):
+        code, body = HTTPStatus.METHOD_NOT_ALLOWED, "Only GET is answered here.\n"
+    elif target.split(b"?")[0] != b"/metrics":
+        code, body = HTTPStatus.NOT_FOUND, "The metrics are at /metrics.\n"
+    else:
+        status = dashed(await backend.query_status())
+        mirror = dashed(await backend.mirror.status())
+        code, body = HTTPStatus.OK, render(status, mirror, dashed(await backend.query_stats()))
+    content = body.encode()
+    head = (
+        f"HTTP/1.1 {code.value} {code.phrase}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + (b"" if method == b"HEAD" else content)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client commands of the command line: each connects to the control socket, asks, prints and returns an
+exit code.
+
+What a command prints for people goes to stdout; with --json stdout has JSON and nothing else.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import anyio
+
+from . import show
+from .control.client import ControlClient, RefusedError, connect
+from .errors import MirrorError, UnreachableError
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_UNREACHABLE: Final = 3
+EXIT_TIMED_OUT: Final = 4
+
+REPLY_GRACE_S: Final = 30.0
+"""How long after its own deadline `switch` may take to answer (it aborts, and tells why)."""
+
+Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
+
+
+async def run(command: Command, options: argparse.Namespace) -> int:
+    """Connect, then `command`. UnreachableError, RefusedError, ControlError, MirrorError."""
+    async with connect(options.control) as client:
+        return await command(client, options)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"vhostsync: {text}\n")
+
+
+def _print_json(value: Any) -> None:
+    _say(json.dumps(value))
+
+
+async def status(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync status`."""
+    device, mirror = await client.execute("query-status"), await client.execute("query-mirror")
+    if options.json:
+        _print_json({"status": device, "mirror": mirror})
+    else:
+        _say(show.status_text(device, mirror).rstrip("\n"))
+    return EXIT_OK
+
+
+async def stats(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync stats`."""
+    result = await client.execute("query-stats")
+    if options.json:
+        _print_json(result)
+    else:
+        _say(show.stats_text(result).rstrip("\n"))
+    return EXIT_OK
+
+
+async def watch(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync watch`: until the backend ends, or a key is pressed."""
+    live = show.Live(sys.stdout)
+    ending = False
+    try:
+        while True:
+            mirror = await client.execute("query-mirror")
+            if options.json:
+                _print_json({"mirror": mirror})
+            else:
+                live.update(show.mirror_line(mirror, live.width))
+            until_s = time.monotonic() + options.interval
+            while (event := await _next_event(client, until_s)) is not None:
+                ending = ending or event["event"] == "SHUTDOWN"
+                if options.json:
+                    _print_json(event)
+                elif event["event"] != "MIRROR_PROGRESS":
+                    live.say(show.event_text(event))
+    except UnreachableError:
+        if not ending:
+            raise
+        return EXIT_OK
+    finally:
+        if not options.json:
+            live.finish()
+
+
+async def mirror_start(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync mirror start`, with --wait until the destination is up to date."""
+    arguments: dict[str, Any] = {"destination": str(options.destination), "create": options.create}
+    if options.cache is not None:
+        arguments["cache"] = options.cache
+    if options.speed:
+        arguments["speed"] = options.speed
+    started_s = time.monotonic()
+    await client.execute("mirror-start", arguments)
+    if not options.wait:
+        if options.json:
+            _print_json(await client.execute("query-mirror"))
+        else:
+            _say(f"Copying to {options.destination}; `vhostsync watch` shows the progress.")
+        return EXIT_OK
+    live = None if options.json else show.Live(sys.stdout)
+    deadline_s = None if options.timeout is None else started_s + options.timeout
+    try:
+        mirror = await _until_steady(client, str(options.destination), deadline_s, live)
+    finally:
+        if live is not None:
+            live.finish()
+    if options.json:
+        _print_json(mirror)
+    if mirror["state"] == "steady":
+        if live is not None:
+            live.finish(
+                f"{options.destination} is up to date after {show.duration(time.monotonic() - started_s)}."
+            )
+        return EXIT_OK
+    _complain(
+        f"{options.destination} is not up to date after {show.duration(options.timeout)}; the copy goes on."
+    )
+    return EXIT_TIMED_OUT
+
+
+async def _until_steady(
+    client: ControlClient, destination: str, deadline_s: float | None, live: show.Live | None
+) -> Mapping[str, Any]:
+    """The mirror when it is steady, or when the deadline has passed. MirrorError where it will not become
+    steady."""
+    while True:
+        mirror: Mapping[str, Any] = await client.execute("query-mirror")
+        if live is not None:
+            live.update(show.mirror_line(mirror, live.width))
+        state, now_s = mirror["state"], time.monotonic()
+        if state == "passthrough" or mirror["destination"] != destination:
+            raise MirrorError(f"The mirror to {destination} was ended by another command.")
+        if state == "degraded":
+            raise MirrorError(
+                f"The mirror to {destination} failed: {mirror['reason'] or mirror['last-error']}."
+            )
+        if state == "steady" or (deadline_s is not None and now_s >= deadline_s):
+            return mirror
+        # A change of state ends the wait, so that `steady` is seen at once; a progress event is one more
+        # reason to look.
+        until_s = now_s + (0.2 if live is not None and live.width else 1.0)
+        await _next_event(client, until_s if deadline_s is None else min(until_s, deadline_s))
+
+
+async def _next_event(client: ControlClient, until_s: float) -> Mapping[str, Any] | None:
+    """The next event, None when there was none until `until_s` (time.monotonic)."""
+    with anyio.move_on_after(until_s - time.monotonic()):
+        return await client.next_event()
+    return None
+
+
+async def mirror_cancel(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync mirror cancel`."""
+    await client.execute("mirror-cancel", {"force": options.force})
+    return await _done(client, options, "The mirror is cancelled.")
+
+
+async def mirror_speed(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync mirror speed`."""
+    await client.execute("mirror-set-speed", {"speed": options.speed})
+    limit = f"limited to {show.size(options.speed)} a second" if options.speed else "not limited"
+    return await _done(client, options, f"The copy is {limit}.")
+
+
+async def _done(client: ControlClient, options: argparse.Namespace, text: str) -> int:
+    if options.json:
+        _print_json(await client.execute("query-mirror"))
+    else:
+        _say(text)
+    return EXIT_OK
+
+
+async def switch(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync switch`. Exit code 4 where the deadline ended it."""
+    arguments = {
+        "deadline-ms": round(options.deadline * 1000),
+        "max-pause-ms": round(options.max_pause * 1000),
+        "keep-mirror": options.keep_mirror,
+    }
+    began_s = time.monotonic()
+    try:
+        with anyio.fail_after(options.deadline + REPLY_GRACE_S):
+            result = await client.execute("switch", arguments)
+    except RefusedError as error:
+        if time.monotonic() - began_s < options.deadline:
+            raise
+        _complain(str(error))
+        return EXIT_TIMED_OUT
+    if options.json:
+        _print_json(result)
+        return EXIT_OK
+    tries = result["attempts"]
+    _say(
+        f"The guest runs on {result['source-path']}. It was paused for {result['pause-us'] / 1000:.1f} ms"
+        f"{'' if tries == 1 else f', at try {tries}'}."
+    )
+    if result.get("destination-path"):
+        _say(f"{result['destination-path']} is its mirror now.")
+    return EXIT_OK
+
+
+async def quit_backend(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync quit`: returns when the backend has let go of the control socket."""
+    with anyio.fail_after(options.timeout):
+        await client.execute("quit", {"force": options.force})
+        try:
+            while True:
+                await client.next_event()
+        except UnreachableError:
+            if options.json:
+                _print_json({})
+            return EXIT_OK

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line prints about a backend: numbers for people, a progress bar, tables. Pure but for
+`Live`."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TextIO
+
+PLAIN_EVERY_S: Final = 5.0
+"""Without a terminal: at most one line of progress in this time."""
+
+_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def size(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in _UNITS:
+        count /= 1024
+        if count < 1023.95 or unit == _UNITS[-1]:
+            return f"{count:.1f} {unit}"
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """95 -> "1 min 35 s"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def bar(done: int, total: int, width: int) -> str:
+    """ "[####----]", `width` characters wide; full only where all is done."""
+    inner = max(width - 2, 1)
+    filled = inner if done >= total else done * inner // total
+    return "[" + "#" * filled + "-" * (inner - filled) + "]"
+
+
+def copy_line(mirror: Mapping[str, Any], width: int | None = None) -> str:
+    """Progress of the copy in one line; with a bar where the width of the terminal is known."""
+    done, total = mirror["copy-bytes-done"], mirror["copy-bytes-total"]
+    # Rounded down, so that 100 % means all.
+    percent = 1000 * done // total / 10 if total else 100.0
+    remaining = mirror.get("copy-remaining-s")
+    parts = [f"{percent:5.1f} %", f"{size(done)} of {size(total)}"]
+    if done < total:
+        parts.append(f"{size(mirror['copy-rate-bytes-per-s'])}/s")
+        parts.append("estimating" if remaining is None else f"about {duration(remaining)} left")
+    text = "  ".join(parts)
+    if width is None:
+        return text.strip()
+    room = width - len(text) - 3
+    return f"{bar(done, total, min(room, 40))} {text}" if room >= 10 else text
+
+
+def mirror_line(mirror: Mapping[str, Any], width: int | None = None) -> str:
+    """The mirror in one line: progress while it copies, the lag otherwise."""
+    state = mirror["state"]
+    if state == "syncing":
+        return f"syncing  {copy_line(mirror, None if width is None else width - 9)}"
+    if state == "passthrough":
+        return "passthrough  no destination"
+    lag = f"lag {mirror['lag-writes']} writes, {size(mirror['lag-bytes'])}, {mirror['lag-ms']:.0f} ms"
+    if state == "steady":
+        return f"steady  {mirror['destination']} is up to date; {lag}"
+    reason = mirror["reason"] or "no reason given"
+    return f"{state}  {mirror['destination']} is {mirror['worth']}: {reason}; {lag}"
+
+
+def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
+    """What `vhostsync status` prints."""
+    frontends = status["frontends"]
+    guest = f"{frontends} frontend{'' if frontends == 1 else 's'} connected"
+    if status.get("active"):
+        guest += ", one runs rings"
+    rows = [
+        ("Disk", f"{status['disk']}, {size(status['capacity'])}"),
+        ("Backend", f"{status['status']}, {guest}"),
+        ("Mirror", mirror_line(mirror)),
+    ]
+    if mirror["state"] != "passthrough":
+        counts = {key: "-" if count is None else f"{count:,}" for key, count in mirror["counts"].items()}
+        source = f"{counts['source-generation']} writes completed, {counts['source-flushed']} durable"
+        destination = f"{counts['writes-mirrored']} writes mirrored, {counts['writes-flushed']} durable"
+        asked = f"; the guest asked for {counts['flush-request']}"
+        rows += [("Source", source), ("Destination", destination + asked)]
+        sparse = mirror["copy-bytes-sparse"]
+        rows.append(("Copy", copy_line(mirror) + (f", {size(sparse)} of it sparse" if sparse else "")))
+        if mirror["speed-bytes-per-s"]:
+            rows.append(("Speed limit", f"{size(mirror['speed-bytes-per-s'])}/s"))
+    if mirror.get("outdated-since"):
+        rows.append(("Outdated", f"since {mirror['outdated-since']}"))
+    if mirror.get("last-error"):
+        rows.append(("Last error", mirror["last-error"]))
+    for doubt in mirror.get("doubt") or ():
+        rows.append(("In doubt", f"{doubt['length']} bytes of the source from {doubt['offset']} on"))
+    return "".join(f"{name:<12} {text}\n" for name, text in rows)
+
+
+_COLUMNS: Final = ("", "operations", "bytes", "errors", "mean us", "p50", "p99", "p99.9")
+
+
+def stats_text(stats: Mapping[str, Any]) -> str:
+    """What `vhostsync stats` prints."""
+    parts = []
+    for queue in stats["queues"]:
+        state = "running" if queue["running"] else "stopped"
+        if queue["broken"]:
+            state = f"broken ({queue['broken']})"
+        parts.append(
+            f"Queue {queue['index']}: {state}, {queue['in-flight']} in flight, {queue['malformed']} malformed, "
+            f"{queue['kicks']} kicks, {queue['notifications']} notifications\n"
+        )
+        parts.append(_table(queue["operations"]))
+    for role, disk in stats["disks"].items():
+        if disk is not None:
+            parts.append(f"{role.capitalize()} {disk['path']}: {disk['in-flight']} in flight\n")
+            parts.append(_table(disk["operations"]))
+    engine = stats["engine"]
+    parts.append(
+        f"Engine: {engine['wakeups']:,} wake-ups, {engine['syscalls']:,} system calls, log "
+        f"{size(engine['log-bytes-used'])} of {size(engine['log-bytes'])}, writes throttled for "
+        f"{engine['throttled-ms']:,} ms, {engine['events-lost']} events lost\n"
+    )
+    return "".join(parts)
+
+
+def _table(operations: Mapping[str, Mapping[str, Any]]) -> str:
+    rows: list[Sequence[str]] = [_COLUMNS]
+    for name, operation in operations.items():
+        if not operation["operations"] and not operation["errors"]:
+            continue
+        latency = operation["latency-us"]
+        rows.append(
+            (
+                name,
+                f"{operation['operations']:,}",
+                size(operation["bytes"]),
+                f"{operation['errors']:,}",
+                *(_microseconds(latency[key]) for key in ("mean", "p50", "p99", "p999")),
+            )
+        )
+    if len(rows) == 1:
+        return "  nothing yet\n"
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = []
+    for first, *rest in rows:
+        cells = [
+            first.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)),
+        ]
+        lines.append("  " + "  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
+
+
+def _microseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def event_text(event: Mapping[str, Any]) -> str:
+    """One event of the control socket as a line."""
+    stamp = event["timestamp"]
+    clock = time.strftime("%H:%M:%S", time.localtime(stamp["seconds"]))
+    data = ", ".join(f"{key} {value}" for key, value in event.get("data", {}).items() if value is not None)
+    return f"{clock}  {event['event'].lower().replace('_', ' ')}{': ' if data else ''}{data}"
+
+
+class Live:
+    """A line that is kept current: rewritten in place on a terminal, printed now and then without one."""
+
+    def __init__(self, stream: TextIO, terminal: bool | None = None) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty() if terminal is None else terminal
+        self._shown = ""
+        self._next_s = 0.0
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None without one."""
+        return shutil.get_terminal_size().columns if self._terminal else None
+
+    def update(self, line: str) -> None:
+        """Show `line` in the place of the one before."""
+        if self._terminal:
+            if line != self._shown:
+                self._stream.write("\r" + line[: (self.width or 80) - 1] + "\x1b[K")
+                self._stream.flush()
+        elif time.monotonic() >= self._next_s and line != self._shown:
+            self._next_s = time.monotonic() + PLAIN_EVERY_S
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        else:
+            return
+        self._shown = line
+
+    def say(self, line: str) -> None:
+        """Print `line` for good, above the line that is kept current."""
+        if self._terminal:
+            self._stream.write("\r" + line + "\x1b[K\n")
+            if self._shown:
+                self._stream.write(self._shown[: (self.width or 80) - 1])
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def finish(self, line: str | None = None) -> None:
+        """End with `line`, or with what is shown."""
+        if self._terminal and (line or self._shown):
+            self._stream.write("\r" + (line or self._shown) + "\x1b[K\n")
+        elif line and line != self._shown:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+        self._shown = ""
