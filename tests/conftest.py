@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+
+
+def _failed_stages() -> str:
+    """What failed before pytest began (set by `./run test`): pytest's summary ends the output, so it tells
+    of it."""
+    return os.environ.get("VHOSTSYNC_FAILED_STAGES", "")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _failed_stages() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _failed_stages():
+        terminalreporter.section("failed before pytest", red=True)
+        terminalreporter.line(_failed_stages())
 
 
 @pytest.fixture(scope="session")
