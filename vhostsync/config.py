@@ -5,11 +5,9 @@ Every value is checked here and nowhere else: whoever holds a `ServeConfig` or a
 it. What a value *names* (a disk, a directory) is looked at by whoever opens it. All checks raise
 ConfigError with a sentence that names the option, so that it can be shown as it is."""
 
-import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -114,29 +112,6 @@ def parse_metrics(text: str) -> Path | TcpAddress:
     return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
 
 
-def default_state_path(
-    disk: Path, environment: Mapping[str, str] = os.environ, uid: int | None = None
-) -> Path:
-    """Where the state record of a disk is kept unless told: one file, named after the disk's real path, in
-    the directory that systemd gives, else /var/lib/vhostsync for root and the user's own state directory
-    for others."""
-    directory = environment.get("STATE_DIRECTORY", "").split(":")[0]
-    if directory:
-        base = Path(directory)
-    elif (os.getuid() if uid is None else uid) == 0:
-        base = Path("/var/lib/vhostsync")
-    elif environment.get("XDG_STATE_HOME", "").startswith("/"):
-        base = Path(environment["XDG_STATE_HOME"]) / "vhostsync"
-    else:
-        base = Path.home() / ".local/state/vhostsync"
-    real = os.path.realpath(disk)
-    digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
-    # The readable part is for people; the digest tells apart two disks of one name. 255 bytes is a name's
-    # limit.
-    readable = re.sub(r"[^A-Za-z0-9._-]", "_", Path(real).name)[:100]
-    return base / f"{readable}.{digest}.state"
-
-
 @dataclass(frozen=True)
 class ServeConfig:
     """Everything that `serve` is told. Paths are made absolute. Raises ConfigError."""
@@ -151,7 +126,7 @@ class ServeConfig:
     serial: str = ""
     block_bytes: int | None = None  # None: as the disk has it
     write_cache: bool = True  # the default of virtio's WCE; False is write-through
-    state_file: Path | None = None  # None: default_state_path
+    state_file: Path | None = None  # None: state_index.py finds or names it
     no_state_file: bool = False
     control_path: Path | None = None  # None: "<socket_path>.control"
     log_bytes: int = 64 * MIB
@@ -234,13 +209,6 @@ class ServeConfig:
         if self.control_path is not None or self.socket_path is None:
             return self.control_path
         return self.socket_path.with_name(self.socket_path.name + ".control")
-
-    @property
-    def state_path(self) -> Path | None:
-        """Where the state record is kept; None with --no-state-file."""
-        if self.no_state_file:
-            return None
-        return self.state_file or default_state_path(self.blk_file)
 
 
 @dataclass(frozen=True)

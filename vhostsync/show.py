@@ -112,10 +112,9 @@ def stats_text(stats: Mapping[str, Any]) -> str:
         state = "running" if queue["running"] else "stopped"
         if queue["broken"]:
             state = f"broken ({queue['broken']})"
-        parts.append(
-            f"Queue {queue['index']}: {state}, {queue['in-flight']} in flight, {queue['malformed']} malformed, "
-            f"{queue['kicks']} kicks, {queue['notifications']} notifications\n"
-        )
+        taken = f"{queue['in-flight']} in flight, {queue['malformed']} malformed"
+        signals = f"{queue['kicks']} kicks, {queue['notifications']} notifications"
+        parts.append(f"Queue {queue['index']}: {state}, {taken}, {signals}\n")
         parts.append(_table(queue["operations"]))
     for role, disk in stats["disks"].items():
         if disk is not None:
