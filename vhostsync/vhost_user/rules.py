@@ -195,8 +195,9 @@ def _get_protocol_features(state: State, device: BlkDevice, message: Message, fd
 def _set_protocol_features(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     assert isinstance(message.payload, U64)
     value = message.payload.value
-    if value & ~OFFERED:
-        raise FrontendError(f"SET_PROTOCOL_FEATURES with features not offered: {value & ~OFFERED:#x}")
+    foreign = value & ~int(OFFERED)  # the complement of an IntFlag has its named bits only
+    if foreign:
+        raise FrontendError(f"SET_PROTOCOL_FEATURES with features that were not offered: {foreign:#x}")
     return Step(replace(state, protocol_features=ProtocolFeature(value)))
 
 

@@ -175,9 +175,7 @@ class FrontendServer:
         connection, session = frontend.connection, frontend.session
         while (received := await connection.receive()) is not None:
             message, fds = received
-            log.debug(
-                "message", frontend=frontend.number, request=message.request.name, payload=message.payload
-            )
+            log.debug("message", frontend=frontend.number, message=message, fds=len(fds))
             try:
                 outcome = await session.handle(message, fds, attachment)
             finally:

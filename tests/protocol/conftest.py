@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the protocol's tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The daemon runs on asyncio."""
+    return "asyncio"
+
+
+def open_fds() -> set[str]:
+    """The numbers of this process's open descriptors."""
+    listed = [entry.name for entry in Path("/proc/self/fd").iterdir()]
+    return {name for name in listed if Path("/proc/self/fd", name).is_symlink()}  # not that of the listing
+
+
+@pytest.fixture
+def no_leak() -> Iterator[None]:
+    """Fails if the test leaves more descriptors open than it found."""
+    before = open_fds()
+    yield
+    assert open_fds() - before == set()

@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state table: what each message leads to, where it is refused, and what is answered. No socket."""
+
+import errno
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.protocol.fakes import FD, WANTED, RecordingAttachment, RecordingChannel, device, region, some_fds
+from tests.protocol.traces import QEMU_PROTOCOL, RAM, RINGS_REGION, TRACES, Sent
+from vhostsync.errors import FrontendError
+from vhostsync.vhost_user.messages import FORMATS, HEADER, Message, ProtocolFeature, Request
+from vhostsync.vhost_user.owned_fd import OwnedFd, close_all
+from vhostsync.vhost_user.payloads import (
+    FEATURE_PROTOCOL_FEATURES,
+    U64,
+    ConfigAccess,
+    Empty,
+    MemoryTable,
+    Payload,
+    SingleRegion,
+    VringAddress,
+    VringFile,
+    VringState,
+    encode_config,
+    encode_u64,
+    encode_vring_state,
+)
+from vhostsync.vhost_user.rules import MEM_SLOTS, OFFERED, QUEUE_ENTRIES_MAX, RULES
+from vhostsync.vhost_user.session import Session
+from vhostsync.virtio_blk import BlkDevice, DeviceShape, Feature
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leak")]
+
+R = Request
+VIRTIO = WANTED & ~Feature.PROTOCOL_FEATURES
+
+
+class Desk:
+    """A session, its attachment and its channels, and a short way to say things to it."""
+
+    def __init__(self, blk: BlkDevice | None = None) -> None:
+        self.blk = blk or device()
+        self.attachment = RecordingAttachment()
+        self.channels: list[RecordingChannel] = []
+        self.session = Session(self.blk, self._open)
+        self.refusals: list[str] = []
+
+    def _open(self, fd: OwnedFd) -> RecordingChannel:
+        fd.close()
+        self.channels.append(RecordingChannel())
+        return self.channels[-1]
+
+    async def say(
+        self, request: Request, payload: Payload | None = None, fds: int = 0, *, need_reply: bool = False
+    ) -> bytes | None:
+        """The reply's payload, or None if there was no reply."""
+        owned = some_fds(fds)
+        try:
+            message = Message(request, payload or Empty(), need_reply)
+            outcome = await self.session.handle(message, owned, self.attachment)
+        finally:
+            close_all(owned)
+        if outcome.refusal is not None:
+            self.refusals.append(outcome.refusal)
+        if outcome.reply is None:
+            return None
+        number, flags, size = HEADER.unpack_from(outcome.reply)
+        content = outcome.reply[HEADER.size :]
+        assert (number, flags, size) == (request, 0x5, len(content))
+        return content
+
+    async def negotiate(self, protocol: ProtocolFeature = OFFERED, features: int = WANTED) -> None:
+        await self.say(R.SET_PROTOCOL_FEATURES, U64(protocol))
+        await self.say(R.SET_FEATURES, U64(features))
+        self.attachment.calls.clear()
+
+    async def lay_out(self, queue: int = 0) -> None:
+        await self.say(R.SET_VRING_NUM, VringState(queue, 128))
+        await self.say(R.SET_VRING_ADDR, VringAddress(queue, 0x1000, 0x3000, 0x2000, None))
+
+    async def start(self, queue: int = 0) -> None:
+        """Make the ring run."""
+        await self.lay_out(queue)
+        await self.say(R.SET_VRING_KICK, VringFile(queue, True), 1)
+        await self.say(R.SET_VRING_ENABLE, VringState(queue, 1))
+        self.attachment.calls.clear()
+
+    @property
+    def calls(self) -> list[tuple[Any, ...]]:
+        return self.attachment.calls
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    one = Desk()
+    yield one
+    one.session.close()
+
+
+def test_every_rule_has_a_form_and_every_gate_is_offered() -> None:
+    assert RULES.keys() <= FORMATS.keys()
+    assert all(rule.needs & ~OFFERED == 0 for rule in RULES.values())
+    # What is read but not served belongs to features that come later.
+    assert FORMATS.keys() - RULES.keys() == {
+        R.SET_LOG_BASE,
+        R.SET_LOG_FD,
+        R.GET_INFLIGHT_FD,
+        R.SET_INFLIGHT_FD,
+    }
+
+
+# ---- traces ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRACES)
+async def test_what_real_frontends_send_is_obeyed(desk: Desk, name: str) -> None:
+    for sent in TRACES[name]:
+        reply = await desk.say(sent.request, sent.payload, sent.fds, need_reply=sent.need_reply)
+        assert (reply is not None) == sent.replied, sent
+        if sent.need_reply and not sent.request.name.startswith("GET_"):
+            refused = isinstance(sent.payload, ConfigAccess) and sent.payload.offset != 32
+            assert reply == encode_u64(int(refused)), sent
+
+
+@pytest.mark.parametrize("name", TRACES)
+async def test_every_message_may_come_twice(desk: Desk, name: str) -> None:
+    """A second GET, an ENABLE of an enabled ring, a new call descriptor, a replaced memory table: nothing of
+    that is unusual. What adds or removes, and the size and base of a ring that runs, are the exceptions."""
+    once = {R.ADD_MEM_REG, R.REM_MEM_REG}
+    for sent in TRACES[name]:
+        for _ in range(1 if sent.request in once else 2):
+            await desk.say(sent.request, sent.payload, sent.fds, need_reply=sent.need_reply)
+
+
+async def test_qemu_s_calls_on_the_engine(desk: Desk) -> None:
+    for sent in TRACES["qemu 7.2"][: len(TRACES["qemu 7.2"]) // 2]:
+        await desk.say(sent.request, sent.payload, sent.fds, need_reply=sent.need_reply)
+    features = 0x1_0000_0046
+    at = 0x7FD5_F800_0000
+    assert desk.calls[:16] == [
+        ("set_vring_call", 0, FD),
+        ("set_vring_err", 0, FD),
+        ("set_vring_call", 1, FD),
+        ("set_vring_err", 1, FD),
+        ("set_features", features),
+        ("set_vring_call", 0, FD),
+        ("set_vring_call", 1, FD),
+        ("set_features", features),
+        ("add_mem_region", RAM),
+        ("set_vring_num", 0, 256),
+        ("set_vring_base", 0, 0),
+        ("set_vring_addr", 0, at, at + 0x2000, at + 0x1000, None),
+        ("set_vring_kick", 0, FD),
+        ("set_vring_enable", 0, True),
+        ("set_vring_enable", 1, True),
+        ("set_vring_enable", 0, False),
+    ]
+
+
+# ---- negotiation -----------------------------------------------------------------------------------------
+
+
+async def test_what_is_offered(desk: Desk) -> None:
+    assert await desk.say(R.GET_FEATURES) == encode_u64(desk.blk.features)
+    assert await desk.say(R.GET_PROTOCOL_FEATURES) == encode_u64(0xA229)
+    assert await desk.say(R.GET_QUEUE_NUM) == encode_u64(4)
+    await desk.negotiate()
+    assert await desk.say(R.GET_MAX_MEM_SLOTS) == encode_u64(MEM_SLOTS)
+    assert desk.calls == []
+
+
+async def test_features_that_were_not_offered(desk: Desk) -> None:
+    for bit in range(64):
+        if not desk.blk.features & (1 << bit):
+            with pytest.raises(FrontendError, match="not offered"):
+                await desk.say(R.SET_FEATURES, U64(WANTED | 1 << bit))
+        if not OFFERED & (1 << bit):
+            with pytest.raises(FrontendError, match="not offered"):
+                await desk.say(R.SET_PROTOCOL_FEATURES, U64(1 << bit))
+    assert desk.calls == []
+
+
+@pytest.mark.parametrize("request_", [request for request, rule in RULES.items() if rule.needs])
+async def test_a_request_needs_its_protocol_feature(desk: Desk, request_: Request) -> None:
+    await desk.negotiate(OFFERED & ~RULES[request_].needs)
+    with pytest.raises(FrontendError, match=f"{request_.name} without {RULES[request_].needs.name}"):
+        await desk.say(request_)
+
+
+@pytest.mark.parametrize("request_", sorted(FORMATS.keys() - RULES.keys()))
+async def test_a_request_of_a_feature_that_is_not_offered(desk: Desk, request_: Request) -> None:
+    await desk.negotiate()
+    with pytest.raises(FrontendError, match="not offered"):
+        await desk.say(request_)
+
+
+async def test_bit_30_is_not_the_engine_s(desk: Desk) -> None:
+    await desk.say(R.SET_FEATURES, U64(WANTED))
+    assert desk.calls == [("set_features", VIRTIO)]
+
+
+async def test_rings_start_enabled_without_protocol_features(desk: Desk) -> None:
+    await desk.say(R.SET_FEATURES, U64(VIRTIO))
+    enabled = [("set_vring_enable", queue, True) for queue in range(4)]
+    assert desk.calls == [("set_features", VIRTIO), *enabled]
+    await desk.say(R.SET_FEATURES, U64(VIRTIO))
+    assert desk.calls[5:] == [("set_features", VIRTIO)]
+
+
+async def test_features_never_disable_rings(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.start(1)
+    await desk.say(R.SET_FEATURES, U64(WANTED))
+    assert desk.calls == [("set_features", VIRTIO)]
+    assert desk.session.state.rings[1].running
+
+
+async def test_other_features_while_a_ring_runs(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.start(1)
+    with pytest.raises(FrontendError, match="while rings run"):
+        await desk.say(R.SET_FEATURES, U64(WANTED | Feature.EVENT_IDX))
+    await desk.say(R.SET_VRING_ENABLE, VringState(1, 0))
+    await desk.say(R.SET_FEATURES, U64(WANTED | Feature.EVENT_IDX))
+
+
+async def test_reset_device(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
+    await desk.start(2)
+    await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
+    assert desk.blk.read_config(32, 1) == b"\0"
+    assert await desk.say(R.RESET_DEVICE, need_reply=True) == encode_u64(0)
+    assert desk.calls == [("set_write_cache", False), ("reset",)]
+    assert desk.blk.read_config(32, 1) == b"\1"
+    assert not any(ring.started or ring.enabled for ring in desk.session.state.rings)
+    assert desk.session.state.features is None
+    assert desk.session.state.regions == (RAM,)
+    assert desk.session.state.protocol_features == OFFERED
+    with pytest.raises(FrontendError, match="before its size and addresses"):
+        await desk.say(R.SET_VRING_KICK, VringFile(2, True), 1)
+
+
+# ---- replies ---------------------------------------------------------------------------------------------
+
+
+async def test_an_acknowledgement_only_where_it_is_asked_for(desk: Desk) -> None:
+    assert await desk.say(R.SET_OWNER) is None
+    assert await desk.say(R.SET_OWNER, need_reply=True) == encode_u64(0)
+    # The very message that turns it on (virtio_uml).
+    assert await desk.say(R.SET_PROTOCOL_FEATURES, U64(QEMU_PROTOCOL), need_reply=True) == encode_u64(0)
+    # One reply, not two (libblkio).
+    assert await desk.say(R.GET_QUEUE_NUM, need_reply=True) == encode_u64(4)
+
+
+async def test_a_call_that_the_engine_refuses(desk: Desk) -> None:
+    await desk.negotiate()
+    desk.attachment.refuse["add_mem_region"] = errno.ENOMEM
+    assert await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True) == encode_u64(1)
+    assert "ENOMEM" in desk.refusals[0]
+    assert desk.session.state.regions == ()  # as if it had not come
+    with pytest.raises(FrontendError, match="ADD_MEM_REG failed"):
+        await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
+    desk.attachment.refuse.clear()
+    assert await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True) == encode_u64(0)
+
+
+async def test_a_refused_call_within_an_answer_ends_the_connection(desk: Desk) -> None:
+    await desk.negotiate()
+    desk.attachment.refuse["stop_vring"] = errno.EIO
+    with pytest.raises(FrontendError, match="GET_VRING_BASE failed"):
+        await desk.say(R.GET_VRING_BASE, VringState(0, 0), need_reply=True)
+
+
+async def test_half_a_message_obeyed_ends_the_connection(desk: Desk) -> None:
+    desk.attachment.refuse["set_vring_enable"] = errno.EIO
+    with pytest.raises(FrontendError, match="SET_FEATURES failed"):
+        await desk.say(R.SET_FEATURES, U64(VIRTIO), need_reply=True)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------
+
+
+async def test_a_table_replaces_all(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.say(R.ADD_MEM_REG, SingleRegion(region(9)), 1)
+    await desk.say(R.SET_MEM_TABLE, MemoryTable((region(0), region(9))), 2)
+    assert desk.calls == [("add_mem_region", region(9)), ("set_mem_table", region(0), region(9))]
+    assert desk.session.state.regions == (region(0), region(9))
+
+
+async def test_regions_that_overlap(desk: Desk) -> None:
+    await desk.negotiate()
+    with pytest.raises(FrontendError, match="overlap"):
+        await desk.say(R.SET_MEM_TABLE, MemoryTable((region(1), region(1))), 2)
+    await desk.say(R.ADD_MEM_REG, SingleRegion(region(1)), 1)
+    with pytest.raises(FrontendError, match="overlap"):
+        await desk.say(R.ADD_MEM_REG, SingleRegion(region(1)), 1)
+
+
+async def test_no_more_regions_than_slots(desk: Desk) -> None:
+    await desk.negotiate()
+    for number in range(MEM_SLOTS):
+        await desk.say(R.ADD_MEM_REG, SingleRegion(region(number)), 1)
+    with pytest.raises(FrontendError, match=f"{MEM_SLOTS} regions"):
+        await desk.say(R.ADD_MEM_REG, SingleRegion(region(MEM_SLOTS)), 1)
+    for number in range(MEM_SLOTS):
+        await desk.say(R.REM_MEM_REG, SingleRegion(region(number)))
+    await desk.say(R.ADD_MEM_REG, SingleRegion(RINGS_REGION), 1)
+
+
+async def test_only_a_region_that_is_there_is_removed(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.say(R.ADD_MEM_REG, SingleRegion(region(3)), 1)
+    for other in (region(4), RAM):
+        with pytest.raises(FrontendError, match="not there"):
+            await desk.say(R.REM_MEM_REG, SingleRegion(other))
+    await desk.say(
+        R.REM_MEM_REG, SingleRegion(region(3)), 1
+    )  # a descriptor too many, which the spec forgives
+    assert desk.calls[1:] == [("remove_mem_region", region(3))]
+    with pytest.raises(FrontendError, match="not there"):
+        await desk.say(R.REM_MEM_REG, SingleRegion(region(3)))
+
+
+# ---- rings -----------------------------------------------------------------------------------------------
+
+RING_REQUESTS: list[tuple[Request, Payload, int]] = [
+    (R.SET_VRING_NUM, VringState(4, 128), 0),
+    (R.SET_VRING_ADDR, VringAddress(4, 0, 0, 0, None), 0),
+    (R.SET_VRING_BASE, VringState(4, 0), 0),
+    (R.GET_VRING_BASE, VringState(4, 0), 0),
+    (R.SET_VRING_KICK, VringFile(4, True), 1),
+    (R.SET_VRING_CALL, VringFile(4, True), 1),
+    (R.SET_VRING_ERR, VringFile(255, True), 1),
+    (R.SET_VRING_ENABLE, VringState(0xFFFF_FFFF, 1), 0),
+]
+
+
+@pytest.mark.parametrize(("request_", "payload", "fds"), RING_REQUESTS)
+async def test_a_ring_that_the_device_has_not(
+    desk: Desk, request_: Request, payload: Payload, fds: int
+) -> None:
+    await desk.negotiate()
+    with pytest.raises(FrontendError, match="of a device with 4"):
+        await desk.say(request_, payload, fds)
+    assert desk.calls == []
+
+
+@pytest.mark.parametrize("num", [0, 3, 127, QUEUE_ENTRIES_MAX * 2, 0xFFFF_FFFF])
+async def test_an_impossible_ring_size(desk: Desk, num: int) -> None:
+    with pytest.raises(FrontendError, match="power of two"):
+        await desk.say(R.SET_VRING_NUM, VringState(0, num))
+
+
+@pytest.mark.parametrize("num", [1 << n for n in range(11)])
+async def test_every_legal_ring_size(desk: Desk, num: int) -> None:
+    await desk.say(R.SET_VRING_NUM, VringState(0, num))
+    assert desk.calls == [("set_vring_num", 0, num)]
+
+
+async def test_an_impossible_base(desk: Desk) -> None:
+    await desk.say(R.SET_VRING_BASE, VringState(0, 0xFFFF))
+    with pytest.raises(FrontendError, match="16 bits"):
+        await desk.say(R.SET_VRING_BASE, VringState(0, 0x10000))
+
+
+async def test_an_impossible_enable(desk: Desk) -> None:
+    with pytest.raises(FrontendError, match="0 and 1"):
+        await desk.say(R.SET_VRING_ENABLE, VringState(0, 2))
+
+
+async def test_a_kick_without_descriptor(desk: Desk) -> None:
+    await desk.lay_out()
+    with pytest.raises(FrontendError, match="without a descriptor"):
+        await desk.say(R.SET_VRING_KICK, VringFile(0, False))
+
+
+async def test_call_and_err_may_be_taken_away(desk: Desk) -> None:
+    await desk.say(R.SET_VRING_CALL, VringFile(0, False))
+    await desk.say(R.SET_VRING_ERR, VringFile(0, False))
+    assert desk.calls == [("set_vring_call", 0, None), ("set_vring_err", 0, None)]
+
+
+async def test_a_kick_needs_size_and_addresses(desk: Desk) -> None:
+    kick = (R.SET_VRING_KICK, VringFile(0, True), 1)
+    with pytest.raises(FrontendError, match="before its size and addresses"):
+        await desk.say(*kick)
+    await desk.say(R.SET_VRING_ADDR, VringAddress(0, 0, 0, 0, None))
+    with pytest.raises(FrontendError, match="before its size and addresses"):
+        await desk.say(*kick)
+    await desk.say(R.SET_VRING_NUM, VringState(0, 128))
+    await desk.say(*kick)
+
+
+async def test_a_running_ring_keeps_its_size_and_base(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.start()
+    for request in (R.SET_VRING_NUM, R.SET_VRING_BASE):
+        with pytest.raises(FrontendError, match="while it runs"):
+            await desk.say(request, VringState(0, 64))
+        await desk.say(request, VringState(1, 64))  # another ring's are free
+    await desk.say(R.SET_VRING_ADDR, VringAddress(0, 0x1000, 0x3000, 0x2000, None))
+    await desk.say(R.SET_VRING_CALL, VringFile(0, True), 1)
+    await desk.say(R.SET_VRING_KICK, VringFile(0, True), 1)
+
+
+@pytest.mark.parametrize(
+    "quiet", [(R.SET_VRING_ENABLE, VringState(0, 0)), (R.GET_VRING_BASE, VringState(0, 0))]
+)
+async def test_a_ring_at_rest_may_change(desk: Desk, quiet: tuple[Request, Payload]) -> None:
+    await desk.negotiate()
+    await desk.start()
+    await desk.say(*quiet)
+    await desk.lay_out()
+    await desk.say(R.SET_VRING_BASE, VringState(0, 9))
+    await desk.start()
+
+
+async def test_stopping_keeps_the_memory_and_answers_the_base(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
+    await desk.start()
+    desk.attachment.base = 0xFFFE
+    assert await desk.say(R.GET_VRING_BASE, VringState(0, 99)) == encode_vring_state(0, 0xFFFE)
+    assert desk.calls == [("stop_vring", 0)]
+    assert desk.session.state.regions == (RAM,)
+    assert desk.session.state.rings[0].enabled
+    assert not desk.session.state.rings[0].started
+
+
+async def test_logging_is_refused_while_it_is_not_offered(desk: Desk) -> None:
+    with pytest.raises(FrontendError, match="logging"):
+        await desk.say(R.SET_VRING_ADDR, VringAddress(0, 0, 0, 0, 0x1000))
+
+
+# ---- config space ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 24, 33, 36, 57, 60, 256])
+async def test_config_space_is_read(desk: Desk, size: int) -> None:
+    await desk.negotiate()
+    expected = desk.blk.read_config(0, size)
+    assert await desk.say(R.GET_CONFIG, ConfigAccess(0, 0, bytes(size))) == encode_config(0, 0, expected)
+    last = desk.blk.read_config(256 - size, size)
+    reply = await desk.say(R.GET_CONFIG, ConfigAccess(256 - size, 1, bytes(size)))
+    assert reply == encode_config(256 - size, 1, last)
+
+
+async def test_the_write_cache_is_written(desk: Desk) -> None:
+    await desk.negotiate()
+    for value in (0, 1, 0):
+        access = ConfigAccess(32, 0, bytes([value]))
+        assert await desk.say(R.SET_CONFIG, access, need_reply=True) == encode_u64(0)
+        assert await desk.say(R.GET_CONFIG, ConfigAccess(32, 0, b"\0")) == encode_config(
+            32, 0, bytes([value])
+        )
+    assert desk.calls == [("set_write_cache", value) for value in (False, True, False)]
+
+
+async def test_the_write_cache_mode_outlives_the_connection(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
+    other = Desk(desk.blk)
+    await other.negotiate()
+    assert await other.say(R.GET_CONFIG, ConfigAccess(32, 0, b"\1")) == encode_config(32, 0, b"\0")
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        ConfigAccess(32, 0, b"\2"),
+        ConfigAccess(32, 0, b"\0\0"),
+        ConfigAccess(31, 0, b"\0"),
+        ConfigAccess(0, 1, b"\0"),
+    ],
+)
+async def test_nothing_else_is_written(desk: Desk, access: ConfigAccess) -> None:
+    """A guest can cause this; it hurts neither the connection nor the device."""
+    await desk.negotiate()
+    assert await desk.say(R.SET_CONFIG, access, need_reply=True) == encode_u64(1)
+    assert await desk.say(R.SET_CONFIG, access) is None
+    assert len(desk.refusals) == 2
+    assert desk.calls == []
+    assert desk.blk.writeback
+
+
+async def test_the_write_cache_needs_its_feature(desk: Desk) -> None:
+    await desk.negotiate(features=WANTED & ~Feature.CONFIG_WCE)
+    assert await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"), need_reply=True) == encode_u64(1)
+
+
+async def test_a_write_cache_that_the_engine_refuses(desk: Desk) -> None:
+    await desk.negotiate()
+    desk.attachment.refuse["set_write_cache"] = errno.EBUSY
+    assert await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"), need_reply=True) == encode_u64(1)
+    assert desk.blk.writeback
+
+
+# ---- the backend's own requests ----------------------------------------------------------------------------
+
+
+async def test_a_config_change_waits_for_a_channel_and_a_started_ring(desk: Desk) -> None:
+    desk.session.config_changed()
+    desk.session.config_changed()
+    await desk.negotiate()
+    await desk.lay_out()
+    await desk.say(R.SET_BACKEND_REQ_FD, fds=1)
+    (channel,) = desk.channels
+    assert channel.sent == 0
+    await desk.say(R.SET_VRING_KICK, VringFile(0, True), 1)
+    assert channel.sent == 1
+    desk.session.config_changed()
+    assert channel.sent == 2
+    await desk.say(R.GET_VRING_BASE, VringState(0, 0))
+    desk.session.config_changed()
+    assert channel.sent == 2
+    await desk.say(R.SET_VRING_KICK, VringFile(0, True), 1)
+    assert channel.sent == 3
+
+
+async def test_a_channel_that_comes_late_and_one_that_is_replaced(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.start()
+    desk.session.config_changed()
+    await desk.say(R.SET_BACKEND_REQ_FD, fds=1)
+    await desk.say(R.SET_BACKEND_REQ_FD, fds=1, need_reply=True)
+    first, second = desk.channels
+    assert (first.sent, first.closed, second.sent, second.closed) == (1, True, 0, False)
+    desk.session.config_changed()
+    assert second.sent == 1
+    desk.session.close()
+    assert second.closed
+
+
+# ---- descriptors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        Sent(R.SET_MEM_TABLE, MemoryTable((region(0), region(1))), 2),
+        Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1),
+        Sent(R.SET_VRING_KICK, VringFile(0, True), 1),
+        Sent(R.SET_VRING_CALL, VringFile(0, True), 1),
+        Sent(R.SET_VRING_ERR, VringFile(0, True), 1),
+    ],
+    ids=lambda sent: sent.request.name,
+)
+async def test_descriptors_are_handed_over(desk: Desk, sent: Sent) -> None:
+    await desk.negotiate()
+    await desk.lay_out()
+    fds = some_fds(sent.fds)
+    await desk.session.handle(Message(sent.request, sent.payload), fds, desk.attachment)
+    assert not any(fd.owned for fd in fds)
+
+
+def test_the_shape_s_queues_are_the_session_s() -> None:
+    blk = BlkDevice(DeviceShape(capacity_bytes=0, num_queues=64))
+    assert len(Session(blk, lambda fd: RecordingChannel()).state.rings) == 64
+    assert FEATURE_PROTOCOL_FEATURES & blk.features
