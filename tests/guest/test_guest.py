@@ -11,22 +11,9 @@ import pytest
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import start_backend
 from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
+from tests.guest.images import MIB, digest, new_image
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
-
-MIB = 1 << 20
-
-
-def new_image(path: Path, mib: int) -> Path:
-    with path.open("wb") as file:
-        file.truncate(mib * MIB)
-    return path
-
-
-def digest(path: Path, offset: int, length: int) -> str:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def test_write_sync_read_back_and_discard(assets: GuestAssets, work: Path) -> None:
