@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The task tree of `serve`: what starts and stops in which order.
+
+Beginning: the disk is opened and locked (nothing is touched before the lock is held), the state record says
+whether it is the right one, the engine starts, the sockets open. End (SIGTERM, SIGINT, `quit`, or the only
+frontend of --fd gone): frontends are let go first, which finishes their requests; the mirror is brought up to
+date; the engine ends; the record notes the clean end.
+
+    run ── engine.pump, mirror.run          (to the very end)
+        └─ frontends ─ one task a connection  (until the end begins)
+        └─ control socket, metrics             (until the end begins)
+        └─ signals
+"""
+
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import structlog
+
+from vhostsync import disks, events
+from vhostsync import log as logging
+from vhostsync.config import ServeConfig
+from vhostsync.control.server import serve_control
+from vhostsync.disks import Disk
+from vhostsync.engine import BREACHES, Engine, EngineConfig, EngineEvent, EventKind, OpStats, probe
+from vhostsync.errors import VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror
+from vhostsync.state_index import open_state_file
+from vhostsync.state_record import StateFile, StateRecord, Worth, check_start
+from vhostsync.vhost_user import listener
+from vhostsync.vhost_user.server import FrontendServer
+from vhostsync.virtio_blk import BlkDevice, DeviceShape
+
+log = structlog.get_logger(__name__)
+
+# A killed predecessor's I/O goes on for tens of milliseconds in the kernel, and its lock with it.
+SOURCE_LOCK_S = 5.0
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1."""
+    logging.configure(config.log_format, config.log_level)
+    try:
+        anyio.run(_serve, config)
+    except* VhostsyncError as group:
+        for error in _leaves(group):
+            print(f"vhostsync: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The device before its engine runs."""
+
+    disk: Disk
+    state_file: StateFile | None
+    record: StateRecord | None
+
+    def close(self) -> None:
+        self.disk.close()
+        if self.state_file is not None:
+            self.state_file.close()
+
+
+def open_device(config: ServeConfig) -> Opened:
+    """Open and lock the disk, and follow the state record. Blocks. DiskError, StateRecordError."""
+    disk = disks.open_disk(
+        config.blk_file,
+        read_only=config.read_only,
+        cache=config.cache,
+        lock_timeout_s=SOURCE_LOCK_S,
+        probe=probe,
+    )
+    state_file = None
+    try:
+        if config.no_state_file:
+            return Opened(disk, None, None)
+        state_file = open_state_file(config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S)
+        return Opened(disk, state_file, _follow_record(state_file, disk))
+    except BaseException:
+        disk.close()
+        if state_file is not None:
+            state_file.close()
+        raise
+
+
+def _follow_record(state_file: StateFile, disk: Disk) -> StateRecord | None:
+    found = state_file.load()
+    if found is None:
+        return None
+    record = check_start(found, disk.identity, state_file.path)
+    if disk.read_only:
+        return record
+    if record.peer_worth is Worth.UP_TO_DATE:
+        # From here on the guest's flushes are confirmed without the peer.
+        record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
+    if record != found:
+        state_file.write(record)
+    return record
+
+
+def _since_last_time(record: StateRecord) -> str:
+    return "the end of the last run" if record.clean else "a crash of the last run"
+
+
+def device_shape(config: ServeConfig, disk: Disk) -> DeviceShape:
+    """What the guest will see of the disk. DiskError when the block size asked for does not fit it."""
+    found = disk.probe
+    block = config.block_bytes or max(512, found.logical_block_bytes)
+    if block < found.logical_block_bytes:
+        raise disks.DiskError(
+            f"--block-size {block} is smaller than the {found.logical_block_bytes} bytes in which {disk.path} "
+            f"can be accessed; leave the option out, or use --cache=writeback"
+        )
+    capacity = disk.bytes - disk.bytes % block
+    if capacity != disk.bytes:
+        log.warning("the end of the disk is no whole block and is not shown", bytes=disk.bytes - capacity)
+    return DeviceShape(
+        capacity_bytes=capacity,
+        block_bytes=block,
+        physical_block_bytes=found.physical_block_bytes,
+        discard_bytes=found.discard_granularity_bytes,
+        num_queues=config.num_queues,
+        read_only=config.read_only,
+        writeback=config.write_cache,
+    )
+
+
+def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
+    return EngineConfig(
+        capacity_bytes=shape.capacity_bytes,
+        block_bytes=shape.block_bytes,
+        log_bytes=config.log_bytes,
+        destination_timeout_s=config.destination_timeout_s,
+        stop_timeout_s=config.stop_timeout_s,
+        max_lag_ms=config.max_lag_ms,
+        num_queues=config.num_queues,
+        read_only=config.read_only,
+        dirty_region_bytes=config.dirty_region_bytes,
+        copy_depth=config.copy_depth,
+        writeback=config.write_cache,
+        serial=config.serial,
+    )
+
+
+class Backend:
+    """What the control socket and the metrics see of the process."""
+
+    def __init__(self, config: ServeConfig, engine: Engine, mirror: Mirror, hub: EventHub) -> None:
+        self.config = config
+        self.engine = engine
+        self.mirror = mirror
+        self.events = hub
+        self.frontends: FrontendServer | None = None
+        self.force_quit = False
+        self._quit = anyio.Event()
+
+    async def query_status(self) -> dict[str, Any]:
+        snapshot = await self.engine.snapshot()
+        return {
+            "status": "running",
+            "frontends": self.frontends.frontends if self.frontends else 0,
+            "active": snapshot.active_attachment is not None,
+            "disk": str(self.mirror.source_path),
+            "capacity": self.engine.config.capacity_bytes,
+            "block-size": self.engine.config.block_bytes,
+            "queues": self.engine.config.num_queues,
+            "read-only": self.engine.config.read_only,
+            "write-cache": snapshot.write_cache,
+            "mirror": str(self.mirror.state),
+            "epoch": self.mirror.epoch,
+        }
+
+    async def query_stats(self) -> dict[str, Any]:
+        snapshot = await self.engine.snapshot()
+        queues = await self.engine.queue_stats()
+        status = await self.mirror.status()
+        attached = status.state in ("syncing", "steady")
+        paths = {"source": status.source, "destination": status.destination if attached else None}
+        return {
+            "queues": [
+                {
+                    "index": index,
+                    "running": queue.running,
+                    "broken": queue.broken,
+                    "in-flight": queue.in_flight,
+                    "malformed": queue.malformed,
+                    "kicks": queue.kicks,
+                    "notifications": queue.notifications,
+                    "operations": _operations(queue.operations),
+                }
+                for index, queue in enumerate(queues)
+            ],
+            "disks": {
+                role: {
+                    "path": path,
+                    "in-flight": snapshot.disks_in_flight[role],
+                    "operations": _operations(snapshot.disks[role]),
+                }
+                if path
+                else None
+                for role, path in paths.items()
+            },
+            "engine": {
+                "wakeups": snapshot.wakeups,
+                "syscalls": snapshot.syscalls,
+                "throttled-ms": snapshot.throttled_ns / 1e6,
+                "events-lost": snapshot.events_lost,
+                "log-bytes-used": snapshot.log_bytes_used,
+                "log-bytes": self.engine.config.log_bytes,
+                "requests-waiting": snapshot.requests_waiting,
+            },
+        }
+
+    async def quit(self, *, force: bool) -> None:
+        self.stop(force=force)
+
+    def stop(self, *, force: bool = False) -> None:
+        """Begin the end. May be called again, with force."""
+        self.force_quit |= force
+        self._quit.set()
+
+    async def wait_stopped(self) -> None:
+        await self._quit.wait()
+
+
+def _operations(stats: dict[str, OpStats]) -> dict[str, Any]:
+    return {name: _operation(each) for name, each in stats.items()}
+
+
+def _operation(stats: OpStats) -> dict[str, Any]:
+    return {
+        "operations": stats.operations,
+        "bytes": stats.bytes,
+        "errors": stats.errors,
+        "latency-us": {
+            "mean": stats.latency_ns_total / stats.operations / 1000 if stats.operations else 0.0,
+            "p50": percentile_us(stats, 0.5),
+            "p99": percentile_us(stats, 0.99),
+            "p999": percentile_us(stats, 0.999),
+        },
+        "latency-log2-ns": list(stats.latency_ns_log2),
+    }
+
+
+def percentile_us(stats: OpStats, share: float) -> float:
+    """The latency below which `share` of the operations lie: the upper bound of its power of two, so never
+    more than twice too much; 0.0 when there were none."""
+    wanted, seen = share * stats.operations, 0
+    for bucket, count in enumerate(stats.latency_ns_log2):
+        seen += count
+        if count and seen >= wanted:
+            return float(2 ** (bucket + 1)) / 1000
+    return 0.0
+
+
+async def _serve(config: ServeConfig) -> None:
+    opened = await anyio.to_thread.run_sync(open_device, config)
+    try:
+        shape = device_shape(config, opened.disk)
+        endpoint = _open_endpoint(config)
+        try:
+            engine = await Engine.create(engine_config(config, shape), opened.disk)
+            try:
+                mirror = await _serve_device(config, opened, shape, engine, endpoint)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await engine.close()
+        finally:
+            endpoint.close()
+        await anyio.to_thread.run_sync(mirror.record_clean)
+    finally:
+        opened.close()
+    log.info("ended", disk=str(mirror.source_path))
+
+
+def _open_endpoint(config: ServeConfig) -> listener.Endpoint:
+    if config.fd is not None:
+        return listener.adopt(config.fd)
+    assert config.socket_path is not None
+    return listener.listen_at(config.socket_path)
+
+
+async def _serve_device(
+    config: ServeConfig, opened: Opened, shape: DeviceShape, engine: Engine, endpoint: listener.Endpoint
+) -> Mirror:
+    hub = EventHub()
+    mirror = Mirror(engine, opened.disk, hub, opened.state_file, opened.record)
+    backend = Backend(config, engine, mirror, hub)
+    frontends = FrontendServer(BlkDevice(shape), engine.attach, hub.publish)
+    backend.frontends = frontends
+    engine.on_event(lambda event: _on_event(event, engine, frontends, hub))
+    async with anyio.create_task_group() as lasting:
+        lasting.start_soon(engine.pump)
+        lasting.start_soon(mirror.run)
+        await lasting.start(_watch_signals, backend)
+        async with anyio.create_task_group() as serving:
+            await _start_control(config, backend, serving)
+            serving.start_soon(_serve_frontends, frontends, endpoint, backend)
+            log.info(
+                "serving",
+                disk=str(opened.disk.path),
+                capacity_bytes=shape.capacity_bytes,
+                block_bytes=shape.block_bytes,
+                direct=opened.disk.direct,
+                socket=str(config.socket_path) if config.socket_path else f"fd {config.fd}",
+            )
+            await backend.wait_stopped()
+            hub.publish(events.SHUTDOWN, {"force": backend.force_quit})
+            serving.cancel_scope.cancel()
+        await mirror.detach(force=backend.force_quit)
+        hub.close()
+        lasting.cancel_scope.cancel()
+    return mirror
+
+
+async def _start_control(config: ServeConfig, backend: Backend, tasks: anyio.abc.TaskGroup) -> None:
+    if config.control_socket is not None:
+
+        async def control(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+            assert config.control_socket is not None
+            await serve_control(
+                config.control_socket,
+                backend,
+                destination_cache=config.destination_cache,
+                task_status=task_status,
+            )
+
+        await tasks.start(control)
+
+
+async def _serve_frontends(frontends: FrontendServer, endpoint: listener.Endpoint, backend: Backend) -> None:
+    await frontends.serve(endpoint)
+    backend.stop()  # the only frontend of --fd has gone
+
+
+async def _watch_signals(
+    backend: Backend, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    """The first SIGTERM or SIGINT ends in order, a second one without waiting for the destination."""
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name)
+            backend.stop(force=backend._quit.is_set())
+
+
+def _on_event(event: EngineEvent, engine: Engine, frontends: FrontendServer, hub: EventHub) -> None:
+    if event.kind is EventKind.QUEUE_BROKEN:
+        data = {"attachment": event.attachment, "queue": event.queue, "reason": BREACHES[event.reason]}
+        log.warning("a queue is broken", **data)
+        hub.publish(events.QUEUE_BROKEN, data)
+    elif event.kind is EventKind.ATTACHMENT_LOST:
+        attachment = engine.attachment(event.attachment)
+        if attachment is not None:
+            frontends.disconnect(attachment, "its memory is gone: the frontend has shrunk the file behind it")

@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data plane as Python sees it: commands that are awaited, events, snapshots.
+
+The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h). A command is handed to the
+engine's thread and returns a token at once; its completion arrives through the event descriptor, which `pump`
+watches. So nothing here blocks the event loop, and no Python object is ever touched by the C threads.
+"""
+
+import errno
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, cast
+
+import anyio
+import anyio.to_thread
+
+from vhostsync._shim import ffi, lib
+from vhostsync._source_hash import expected_source_hash
+from vhostsync.disks import Disk, DiskProbe
+from vhostsync.errors import EngineError
+from vhostsync.vhost_user.attachment import MemoryRegion
+from vhostsync.vhost_user.owned_fd import OwnedFd
+
+_built = ffi.string(lib.vs_source_hash()).decode()
+if (_expected := expected_source_hash()) not in (None, _built):
+    raise ImportError(
+        "the C part of vhostsync was built from other sources than those in c_shim/; build it again "
+        "(pip install --no-build-isolation -e .)"
+    )
+
+ATTACHMENTS_MAX: Final[int] = lib.VS_MAX_ATTACHMENTS
+QUEUES_MAX: Final[int] = lib.VS_MAX_QUEUES
+NO_LOG: Final = (1 << 64) - 1
+
+
+class State(IntEnum):
+    """enum vs_mirror_state."""
+
+    PASSTHROUGH = lib.VS_PASSTHROUGH
+    SYNCING = lib.VS_SYNCING
+    STEADY = lib.VS_STEADY
+    AHEAD = lib.VS_AHEAD
+    DEGRADED = lib.VS_DEGRADED
+
+
+class Reason(IntEnum):
+    """enum vs_reason: why the mirror changed its state."""
+
+    COMMAND = lib.VS_REASON_COMMAND
+    COPY_DONE = lib.VS_REASON_COPY_DONE
+    DESTINATION_WRITE = lib.VS_REASON_DESTINATION_WRITE
+    DESTINATION_FLUSH = lib.VS_REASON_DESTINATION_FLUSH
+    DESTINATION_TIMEOUT = lib.VS_REASON_DESTINATION_TIMEOUT
+    STOP_TIMEOUT = lib.VS_REASON_STOP_TIMEOUT
+    SOURCE_READ = lib.VS_REASON_SOURCE_READ
+    SWITCH = lib.VS_REASON_SWITCH
+
+
+class EventKind(IntEnum):
+    """enum vs_event_kind, but for the completions, which `pump` deals with."""
+
+    STATE = lib.VS_EV_STATE
+    DEGRADED = lib.VS_EV_DEGRADED
+    QUEUE_BROKEN = lib.VS_EV_QUEUE_BROKEN
+    ATTACHMENT_LOST = lib.VS_EV_ATTACHMENT_LOST
+    IO_ERROR = lib.VS_EV_IO_ERROR
+    FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
+
+
+BREACHES: Final = {
+    lib.VS_BREACH_RING_ADDRESS: "its rings lie outside the guest's memory",
+    lib.VS_BREACH_AVAILABLE_INDEX: "its available index jumped",
+    lib.VS_BREACH_HEAD: "a head is no descriptor",
+    lib.VS_BREACH_CHAIN: "a descriptor chain loops or leaves its table",
+    lib.VS_BREACH_INDIRECT: "an indirect table has a bad length or address",
+    lib.VS_BREACH_NO_STATUS: "a request has no byte for its status",
+}
+ROLES: Final = ("source", "destination")
+DISK_OPS: Final = ("read", "write", "flush", "zero")
+REQUEST_OPS: Final = ("read", "write", "flush", "discard", "write-zeroes", "other")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """struct vs_engine_config; sizes in bytes, times in seconds."""
+
+    capacity_bytes: int
+    block_bytes: int
+    log_bytes: int
+    destination_timeout_s: float
+    stop_timeout_s: float
+    max_lag_ms: int
+    num_queues: int
+    read_only: bool
+    dirty_region_bytes: int
+    copy_depth: int
+    writeback: bool
+    serial: str
+
+
+@dataclass(frozen=True)
+class EngineEvent:
+    """struct vs_event, of any kind but a completion. `error` is a positive errno or 0."""
+
+    kind: EventKind
+    error: int
+    value: int
+    offset: int
+    length: int
+    attachment: int
+    queue: int
+    reason: int
+    role: str
+    op: str
+
+
+@dataclass(frozen=True)
+class OpStats:
+    """struct vs_op_stats: latencies in nanoseconds, the histogram by powers of two."""
+
+    operations: int
+    bytes: int
+    errors: int
+    latency_ns_total: int
+    latency_ns_log2: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """struct vs_queue_stats."""
+
+    operations: dict[str, OpStats]
+    malformed: int
+    kicks: int
+    notifications: int
+    in_flight: int
+    running: bool
+    broken: str | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """struct vs_counts (docs/durability.md). M and F are None outside the steady state."""
+
+    source_generation: int
+    source_flushed: int | None
+    flush_request: int
+    writes_mirrored: int | None
+    writes_flushed: int | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """struct vs_snapshot and the queues' statistics, of one moment."""
+
+    state: State
+    gated: bool
+    record_pending: bool
+    fenced: int
+    write_cache: bool
+    active_attachment: int | None
+    counts: Counts
+    lag_bytes: int
+    lag_writes: int
+    lag_ns: int
+    log_bytes_used: int
+    copy_bytes_total: int
+    copy_bytes_done: int
+    copy_bytes_sparse: int
+    throttled_ns: int
+    wakeups: int
+    syscalls: int
+    requests_waiting: int
+    events_lost: int
+    doubt: tuple[tuple[int, int], ...]
+    disks: dict[str, dict[str, OpStats]]
+    disks_in_flight: dict[str, int]
+
+
+def probe(fd: int, direct: bool) -> DiskProbe:
+    """Look at an open disk. Blocks. EngineError."""
+    found = ffi.new("struct vs_disk_probe *")
+    rc = lib.vs_disk_probe_fd(fd, direct, found)
+    if rc < 0:
+        raise EngineError.from_errno("examining the disk", rc)
+    return DiskProbe(
+        bytes=found.bytes,
+        is_block_device=bool(found.is_block_device),
+        logical_block_bytes=found.logical_block_bytes,
+        physical_block_bytes=found.physical_block_bytes,
+        memory_align_bytes=found.memory_align_bytes,
+        inline_io=bool(found.inline_io),
+        discard_granularity_bytes=found.discard_granularity_bytes,
+    )
+
+
+def _engine_disk(disk: Disk) -> Any:
+    """A vs_disk that owns the descriptor of `disk`."""
+    found = disk.probe
+    c_probe = ffi.new(
+        "struct vs_disk_probe *",
+        {
+            "bytes": found.bytes,
+            "is_block_device": found.is_block_device,
+            "logical_block_bytes": found.logical_block_bytes,
+            "physical_block_bytes": found.physical_block_bytes,
+            "memory_align_bytes": found.memory_align_bytes,
+            "inline_io": found.inline_io,
+            "discard_granularity_bytes": found.discard_granularity_bytes,
+        },
+    )
+    handle = lib.vs_disk_file(disk.fd.fileno(), c_probe, disk.direct)
+    if handle == ffi.NULL:
+        raise EngineError.from_errno(f"opening {disk.path}", errno.ENOMEM)
+    disk.fd.take()
+    return handle
+
+
+_SETUP_ADVICE: Final = {
+    errno.EPERM: "a seccomp profile or kernel.io_uring_disabled forbids io_uring here; allow it",
+    errno.ENOMEM: "the limit on locked memory is too small; raise it (LimitMEMLOCK=, ulimit -l)",
+    errno.ENOSYS: "this kernel has no io_uring that will do; Linux 5.11 or newer is needed",
+    errno.EINVAL: "this kernel lacks a flag of io_uring that is needed, or the configuration is impossible",
+}
+
+
+class _Waiter:
+    """Somebody who awaits a command."""
+
+    def __init__(self) -> None:
+        self.done = anyio.Event()
+        self.result = 0
+        self.value = 0
+
+
+class Engine:
+    """One engine. `pump` must run as long as anybody awaits anything of it."""
+
+    def __init__(self, handle: Any, config: EngineConfig) -> None:
+        self._handle = handle
+        self.config = config
+        self._waiters: dict[int, _Waiter] = {}
+        self._listeners: list[Callable[[EngineEvent], None]] = []
+        self._attachments: dict[int, EngineAttachment] = {}
+
+    @classmethod
+    async def create(cls, config: EngineConfig, source: Disk) -> "Engine":
+        """Start the data plane on `source`, whose descriptor it then owns. EngineError."""
+        return await anyio.to_thread.run_sync(cls._create, config, source)
+
+    @classmethod
+    def _create(cls, config: EngineConfig, source: Disk) -> "Engine":
+        c_config = ffi.new("struct vs_engine_config *")
+        c_config.capacity_bytes = config.capacity_bytes
+        c_config.block_bytes = config.block_bytes
+        c_config.log_bytes = config.log_bytes
+        c_config.destination_timeout_us = int(config.destination_timeout_s * 1e6)
+        c_config.stop_timeout_us = int(config.stop_timeout_s * 1e6)
+        c_config.max_lag_us = config.max_lag_ms * 1000
+        c_config.queues_max = config.num_queues
+        c_config.read_only = config.read_only
+        c_config.dirty_region_bytes = config.dirty_region_bytes
+        c_config.copy_depth = config.copy_depth
+        c_config.writeback = config.writeback
+        c_config.serial = config.serial.encode("ascii")
+        disk = _engine_disk(source)
+        out, step = ffi.new("vs_engine **"), ffi.new("const char **")
+        rc = lib.vs_engine_create(c_config, disk, out, step)
+        if rc < 0:
+            lib.vs_disk_close(disk)
+            doing = f"starting the data plane failed in {ffi.string(step[0]).decode()}"
+            if -rc in _SETUP_ADVICE:
+                doing += f" ({_SETUP_ADVICE[-rc]})"
+            raise EngineError.from_errno(doing, rc)
+        return cls(out[0], config)
+
+    def on_event(self, listener: Callable[[EngineEvent], None]) -> None:
+        """Call `listener`, on the event loop, with every event. It must not block."""
+        self._listeners.append(listener)
+
+    async def pump(self) -> None:
+        """Deliver completions and events until cancelled."""
+        event = ffi.new("struct vs_event *")
+        event_fd = lib.vs_engine_event_fd(self._handle)
+        while True:
+            await anyio.wait_readable(event_fd)
+            while lib.vs_engine_next_event(self._handle, event):
+                if event.kind == lib.VS_EV_DONE:
+                    self._complete(event.token, event.result, event.value)
+                else:
+                    self._tell(event)
+
+    def _complete(self, token: int, result: int, value: int) -> None:
+        waiter = self._waiters.pop(token)
+        waiter.result, waiter.value = result, value
+        waiter.done.set()
+
+    def _tell(self, c_event: Any) -> None:
+        event = EngineEvent(
+            kind=EventKind(c_event.kind),
+            error=-c_event.result,
+            value=c_event.value,
+            offset=c_event.offset,
+            length=c_event.length,
+            attachment=c_event.attachment,
+            queue=c_event.queue,
+            reason=c_event.reason,
+            role=ROLES[c_event.disk_role],
+            op=DISK_OPS[c_event.op],
+        )
+        for listener in self._listeners:
+            listener(event)
+
+    async def close(self) -> None:
+        """End the data plane: what its disks have under way is waited for, but not for ever."""
+        handle, self._handle = self._handle, None
+        await anyio.to_thread.run_sync(lib.vs_engine_destroy, handle)
+
+    # ---- commands ------------------------------------------------------------
+
+    async def command(
+        self,
+        kind: int,
+        doing: str,
+        *,
+        fds: Sequence[OwnedFd] = (),
+        regions: Sequence[tuple[MemoryRegion, int]] = (),
+        **fields: Any,
+    ) -> int:
+        """Submit a command and await it; returns the completion's value. EngineError, beginning with `doing`.
+        `fds` are those named by the fields and regions: the engine owns them once it has the command."""
+        c_command = ffi.new("struct vs_command *", {"kind": kind, "fd": -1, **fields})
+        c_command.region_count = len(regions)
+        for each, (region, fd) in zip(c_command.regions, regions, strict=False):
+            each.guest_addr = region.guest_addr
+            each.bytes = region.bytes
+            each.user_addr = region.user_addr
+            each.mmap_offset = region.mmap_offset
+            each.fd = fd
+        token = lib.vs_engine_submit(self._handle, c_command)
+        if token == 0:
+            raise EngineError.from_errno(f"{doing}: too many commands at once", errno.EAGAIN)
+        for fd_owner in fds:
+            fd_owner.take()
+        waiter = self._waiters[token] = _Waiter()
+        await waiter.done.wait()
+        if waiter.result < 0:
+            raise EngineError.from_errno(doing, waiter.result)
+        return waiter.value
+
+    async def mirror_start(self, destination: Disk) -> None:
+        """Attach `destination` and copy everything to it. The engine owns its descriptor on success."""
+        disk = _engine_disk(destination)
+        try:
+            await self.command(lib.VS_CMD_MIRROR_START, f"attaching {destination.path}", disk=disk)
+        except EngineError:
+            await anyio.to_thread.run_sync(lib.vs_disk_close, disk)
+            raise
+
+    async def mirror_stop(self) -> None:
+        await self.command(lib.VS_CMD_MIRROR_STOP, "letting go of the destination", value=lib.VS_REASON_COMMAND)
+
+    async def mirror_speed(self, bytes_per_s: int) -> None:
+        """Limit the bulk copy; 0: no limit."""
+        await self.command(lib.VS_CMD_MIRROR_SPEED, "limiting the copy", value=bytes_per_s)
+
+    async def mirror_drain(self) -> None:
+        """Returns when both disks hold durably all that the guest had written when this began."""
+        await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing both disks")
+
+    async def record_written(self, error_number: int) -> None:
+        """The state record says (0), or could not be made to say, that the destination is outdated."""
+        await self.command(lib.VS_CMD_RECORD_WRITTEN, "confirming the state record", value=error_number)
+
+    async def gate(self, allowed_us: int) -> None:
+        """Take up no requests until `exchange` or `ungate`; returns when the destination holds everything.
+        EngineError ETIMEDOUT: it took longer than allowed, and the gate is open again."""
+        await self.command(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
+
+    async def ungate(self) -> None:
+        await self.command(lib.VS_CMD_UNGATE, "letting the guest's requests go on")
+
+    async def exchange(self, *, keep_mirror: bool) -> int:
+        """Change the disks' roles and open the gate; returns the guest's pause in nanoseconds."""
+        return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=int(keep_mirror))
+
+    async def attach(self) -> "EngineAttachment":
+        """A new attachment for a frontend."""
+        index = next((i for i in range(ATTACHMENTS_MAX) if i not in self._attachments), None)
+        if index is None:
+            raise EngineError.from_errno("attaching a frontend: too many are attached", errno.EBUSY)
+        attachment = self._attachments[index] = EngineAttachment(self, index)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self.command(lib.VS_CMD_ATTACH, "attaching a frontend", attachment=index)
+        except EngineError:
+            del self._attachments[index]
+            raise
+        return attachment
+
+    async def detach(self, index: int) -> None:
+        """Ends an attachment; returns when its last request is over."""
+        await self.command(lib.VS_CMD_DETACH, "detaching a frontend", attachment=index)
+        del self._attachments[index]
+
+    def attachment(self, index: int) -> "EngineAttachment | None":
+        """The one that an event names, if it is still there."""
+        return self._attachments.get(index)
+
+    # ---- what it shows ---------------------------------------------------------
+
+    async def snapshot(self) -> Snapshot:
+        await self.command(lib.VS_CMD_SNAPSHOT, "looking at the data plane")
+        c_snapshot = ffi.new("struct vs_snapshot *")
+        lib.vs_engine_snapshot(self._handle, c_snapshot)
+        return _snapshot(c_snapshot)
+
+    async def queue_stats(self) -> list[QueueStats]:
+        """Of each queue that the device has."""
+        await self.command(lib.VS_CMD_SNAPSHOT, "looking at the data plane")
+        c_stats = ffi.new("struct vs_queue_stats *")
+        found = []
+        for queue in range(self.config.num_queues):
+            lib.vs_engine_queue_stats(self._handle, queue, c_stats)
+            found.append(_queue_stats(c_stats))
+        return found
+
+
+def _op_stats(s: Any) -> OpStats:
+    return OpStats(s.operations, s.bytes, s.errors, s.latency_ns_total, tuple(s.latency_ns_log2))
+
+
+def _queue_stats(s: Any) -> QueueStats:
+    return QueueStats(
+        operations={name: _op_stats(s.op[i]) for i, name in enumerate(REQUEST_OPS)},
+        malformed=s.malformed,
+        kicks=s.kicks,
+        notifications=s.notifications,
+        in_flight=s.in_flight,
+        running=bool(s.running),
+        broken=BREACHES[s.broken] if s.broken else None,
+    )
+
+
+def _snapshot(s: Any) -> Snapshot:
+    c = s.counts
+    return Snapshot(
+        state=State(s.mirror_state),
+        gated=bool(s.gated),
+        record_pending=bool(s.record_pending),
+        fenced=s.fenced,
+        write_cache=bool(s.write_cache),
+        active_attachment=None if s.active_attachment == ATTACHMENTS_MAX else s.active_attachment,
+        counts=Counts(
+            source_generation=c.source_generation,
+            source_flushed=c.source_flushed if c.source_flush_known else None,
+            flush_request=c.flush_request,
+            writes_mirrored=c.writes_mirrored if c.mirrored_known else None,
+            writes_flushed=c.writes_flushed if c.mirrored_known else None,
+        ),
+        lag_bytes=s.lag_bytes,
+        lag_writes=s.lag_writes,
+        lag_ns=s.lag_ns,
+        log_bytes_used=s.log_bytes_used,
+        copy_bytes_total=s.copy_bytes_total,
+        copy_bytes_done=s.copy_bytes_done,
+        copy_bytes_sparse=s.copy_bytes_sparse,
+        throttled_ns=s.throttled_ns,
+        wakeups=s.wakeups,
+        syscalls=s.syscalls,
+        requests_waiting=s.requests_waiting,
+        events_lost=s.events_lost,
+        doubt=tuple((s.doubt[i].offset, s.doubt[i].length) for i in range(s.doubt_count)),
+        disks={
+            role: {name: _op_stats(s.disk[r].op[i]) for i, name in enumerate(DISK_OPS)}
+            for r, role in enumerate(ROLES)
+        },
+        disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
+    )
+
+
+class EngineAttachment:
+    """One frontend's memory and rings in the engine: vhost_user.attachment.Attachment."""
+
+    def __init__(self, engine: Engine, index: int) -> None:
+        self._engine = engine
+        self.index = index
+        self._command = functools.partial(engine.command, attachment=index)
+
+    async def reset(self) -> None:
+        for queue in range(self._engine.config.num_queues):
+            await self.stop_vring(queue)
+            await self.set_vring_enable(queue, False)
+        await self._command(lib.VS_CMD_RESET, "resetting the device")
+
+    async def set_features(self, features: int) -> None:
+        await self._command(lib.VS_CMD_SET_FEATURES, "setting the features", value=features)
+
+    async def set_mem_table(self, regions: Sequence[tuple[MemoryRegion, OwnedFd]]) -> None:
+        await self._command(
+            lib.VS_CMD_SET_MEM_TABLE,
+            "mapping the guest's memory",
+            fds=[fd for _, fd in regions],
+            regions=[(region, fd.fileno()) for region, fd in regions],
+        )
+
+    async def add_mem_region(self, region: MemoryRegion, fd: OwnedFd) -> None:
+        await self._command(
+            lib.VS_CMD_ADD_MEM_REGION, "mapping a region", fds=[fd], regions=[(region, fd.fileno())]
+        )
+
+    async def remove_mem_region(self, region: MemoryRegion) -> None:
+        await self._command(lib.VS_CMD_REMOVE_MEM_REGION, "unmapping a region", regions=[(region, -1)])
+
+    async def set_vring_num(self, queue: int, num: int) -> None:
+        await self._command(lib.VS_CMD_VRING_NUM, f"setting the size of ring {queue}", queue=queue, value=num)
+
+    async def set_vring_addr(self, queue: int, desc: int, used: int, avail: int, log: int | None) -> None:
+        await self._command(
+            lib.VS_CMD_VRING_ADDR,
+            f"setting the addresses of ring {queue}",
+            queue=queue,
+            desc=desc,
+            used=used,
+            avail=avail,
+            log=NO_LOG if log is None else log,
+        )
+
+    async def set_vring_base(self, queue: int, base: int) -> None:
+        await self._command(lib.VS_CMD_VRING_BASE, f"setting the base of ring {queue}", queue=queue, value=base)
+
+    async def _set_fd(self, kind: int, doing: str, queue: int, fd: OwnedFd | None) -> None:
+        await self._command(
+            kind,
+            f"{doing} of ring {queue}",
+            queue=queue,
+            fd=-1 if fd is None else fd.fileno(),
+            fds=() if fd is None else (fd,),
+        )
+
+    async def set_vring_kick(self, queue: int, fd: OwnedFd) -> None:
+        await self._set_fd(lib.VS_CMD_VRING_KICK, "setting the kick", queue, fd)
+
+    async def set_vring_call(self, queue: int, fd: OwnedFd | None) -> None:
+        await self._set_fd(lib.VS_CMD_VRING_CALL, "setting the call", queue, fd)
+
+    async def set_vring_err(self, queue: int, fd: OwnedFd | None) -> None:
+        await self._set_fd(lib.VS_CMD_VRING_ERR, "setting the error descriptor", queue, fd)
+
+    async def set_vring_enable(self, queue: int, enabled: bool) -> None:
+        await self._command(
+            lib.VS_CMD_VRING_ENABLE, f"enabling ring {queue}", queue=queue, value=int(enabled)
+        )
+
+    async def stop_vring(self, queue: int) -> int:
+        return cast(int, await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue))
+
+    async def set_write_cache(self, writeback: bool) -> None:
+        await self._command(
+            lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback)
+        )
+
+    async def close(self) -> None:
+        await self._engine.detach(self.index)

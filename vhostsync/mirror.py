@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mirror's policy: attach a destination, let go of it, switch to it, and keep the state record true.
+
+The engine (C) knows how to copy, replicate and flush; it reports what becomes of the destination. This file
+decides what is allowed when, and what must be durably recorded before what (docs/durability.md, "Who is the
+truth"):
+
+* before the first byte goes to a destination, the record says that it is inconsistent;
+* once the engine reports `steady`, it says up to date (late is safe, early would not be);
+* when the engine lost a steady destination it holds every flush until the record says "outdated";
+* in a switch, the record names the new disk before the first request goes there.
+
+One command at a time: a second one is refused, not queued.
+"""
+
+import errno
+import math
+import os
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from vhostsync import disks, events
+from vhostsync.config import MirrorTarget
+from vhostsync.disks import Disk
+from vhostsync.engine import Engine, EngineEvent, EventKind, Reason, Snapshot, State, probe
+from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchError, VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.state_record import DiskIdentity, Prepared, StateFile, StateRecord, Worth
+
+log = structlog.get_logger(__name__)
+
+PROGRESS_S: Final = 1.0
+RATE_WINDOW_S: Final = 10.0
+RECORD_RETRY_S: Final = 1.0
+DESTINATION_LOCK_S: Final = 1.0
+SWITCH_RETRY_S: Final = 0.05
+
+
+class MirrorState(StrEnum):
+    PASSTHROUGH = "passthrough"
+    SYNCING = "syncing"
+    STEADY = "steady"
+    AHEAD = "ahead"
+    DEGRADED = "degraded"
+
+
+# Every move there is. The engine reports the states; one that is not in here is a defect, and is logged as such.
+TRANSITIONS: Final = {
+    MirrorState.PASSTHROUGH: {MirrorState.SYNCING},
+    MirrorState.SYNCING: {MirrorState.STEADY, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
+    MirrorState.STEADY: {MirrorState.STEADY, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
+    MirrorState.DEGRADED: {MirrorState.SYNCING, MirrorState.PASSTHROUGH},
+    MirrorState.AHEAD: set(),
+}
+
+REASONS: Final = {
+    Reason.COMMAND: "commanded",
+    Reason.COPY_DONE: "everything is copied and flushed",
+    Reason.DESTINATION_WRITE: "a write to the destination failed",
+    Reason.DESTINATION_FLUSH: "a flush of the destination failed",
+    Reason.DESTINATION_TIMEOUT: "the destination did not answer within destination_timeout",
+    Reason.STOP_TIMEOUT: "a ring could not be stopped within stop_timeout because of the destination",
+    Reason.SOURCE_READ: "the copy could not read the source",
+    Reason.SWITCH: "switched",
+}
+
+
+@dataclass(frozen=True)
+class MirrorStatus:
+    """What `query-mirror` shows; bytes, milliseconds, bytes per second, seconds. `worth` is what the
+    destination is worth if the source were lost now."""
+
+    state: str
+    worth: str | None
+    source: str
+    destination: str | None
+    counts: dict[str, int | None]
+    lag_bytes: int
+    lag_writes: int
+    lag_ms: float
+    copy_bytes_total: int
+    copy_bytes_done: int
+    copy_bytes_sparse: int
+    copy_rate_bytes_per_s: float
+    copy_remaining_s: float | None
+    speed_bytes_per_s: int
+    last_error: str | None
+    reason: str | None
+    doubt: list[dict[str, int]]
+    outdated_since: str | None
+
+
+@dataclass(frozen=True)
+class SwitchResult:
+    """`pause_us`: for how long no request of the guest was taken up; `attempts` counts gates closed."""
+
+    pause_us: int
+    attempts: int
+    source_path: str
+    destination_path: str | None
+
+
+class CopyRate:
+    """Bytes per second over the last RATE_WINDOW_S of a copy."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def clear(self) -> None:
+        self._samples.clear()
+
+    def add(self, now_s: float, bytes_done: int) -> None:
+        self._samples.append((now_s, bytes_done))
+        while now_s - self._samples[0][0] > RATE_WINDOW_S:
+            self._samples.popleft()
+
+    def bytes_per_s(self) -> float:
+        """0.0 while unknown."""
+        if len(self._samples) < 2:
+            return 0.0
+        (begin_s, begin), (end_s, end) = self._samples[0], self._samples[-1]
+        return (end - begin) / (end_s - begin_s) if end_s > begin_s else 0.0
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A disk that the engine has: how it is called and recognised."""
+
+    path: Path
+    identity: DiskIdentity
+
+    @classmethod
+    def of(cls, disk: Disk) -> "_Place":
+        return cls(disk.path, disk.identity)
+
+
+class Mirror:
+    """The mirror of one device. `run` must run as long as it is used."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: Disk,
+        hub: EventHub,
+        state_file: StateFile | None,
+        record: StateRecord | None,
+    ) -> None:
+        self.state = MirrorState.PASSTHROUGH
+        self._engine = engine
+        self._hub = hub
+        self._source = _Place.of(source)
+        self._destination: _Place | None = None
+        self._state_file = state_file
+        self._record = record if record is not None else StateRecord.first(source.identity)
+        self._read_only = source.read_only
+        self._busy: str | None = None
+        self._speed_bytes_per_s = 0
+        self._rate = CopyRate()
+        self._reason: str | None = None
+        self._last_error: str | None = None
+        self._was_steady = False
+        self._fenced_path: Path | None = None
+        self._changed = anyio.Event()
+        self._to_record: deque[EngineEvent] = deque()
+        engine.on_event(self._on_event)
+
+    @property
+    def source_path(self) -> Path:
+        """The disk that the guest is on."""
+        return self._source.path
+
+    @property
+    def epoch(self) -> int:
+        return self._record.epoch
+
+    # ---- what the engine reports ---------------------------------------------
+
+    def _on_event(self, event: EngineEvent) -> None:
+        if event.kind is EventKind.STATE:
+            self._enter(MirrorState(State(event.value).name.lower()), Reason(event.reason), event.error)
+        elif event.kind is EventKind.IO_ERROR:
+            self._note_io_error(event)
+        elif event.kind is EventKind.FENCE_CLEAR:
+            log.info("the last request of the former destination is over", path=str(self._fenced_path))
+            self._fenced_path = None
+        if event.kind in (EventKind.STATE, EventKind.DEGRADED):
+            self._to_record.append(event)
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def _note_io_error(self, event: EngineEvent) -> None:
+        path = str(self._source.path if event.role == "source" else self._destination_path())
+        name = EngineError.from_errno(f"{event.op} of {path} at byte {event.offset}", event.error)
+        self._last_error = str(name)
+        data = {
+            "disk": event.role,
+            "path": path,
+            "operation": event.op,
+            "offset": event.offset,
+            "length": event.length,
+            "error": str(name),
+        }
+        log.error("I/O error", **data)
+        self._hub.publish(events.IO_ERROR, data)
+
+    def _destination_path(self) -> Path | None:
+        return self._destination.path if self._destination is not None else self._fenced_path
+
+    def _enter(self, state: MirrorState, reason: Reason, error: int) -> None:
+        former = self.state
+        if state not in TRANSITIONS[former]:
+            log.critical("a move between states that must not be", former=former, state=state)
+        self.state = state
+        self._reason = REASONS[reason]
+        if error:
+            self._last_error = str(EngineError.from_errno(REASONS[reason], error))
+        if state is MirrorState.DEGRADED and self._destination is not None:
+            self._fenced_path, self._destination = self._destination.path, None
+        if state is MirrorState.SYNCING:
+            self._was_steady = False
+        self._was_steady |= state is MirrorState.STEADY
+        say = log.warning if state is MirrorState.DEGRADED else log.info
+        say("mirror", state=str(state), former=str(former), reason=self._reason, error=self._last_error if error else None)
+        self._hub.publish(
+            events.MIRROR_STATE_CHANGE,
+            {
+                "state": str(state),
+                "former": str(former),
+                "reason": self._reason,
+                "destination": str(self._destination_path()) if self._destination_path() else None,
+                "error": self._last_error if error else None,
+            },
+        )
+
+    async def run(self) -> None:
+        """Keep the record true and report progress, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._report_progress)
+            while True:
+                changed = self._changed
+                while self._to_record:
+                    await self._record_change(self._to_record.popleft())
+                await changed.wait()
+
+    async def _record_change(self, event: EngineEvent) -> None:
+        """The record follows the engine. Only the loss of a steady destination is waited for by the engine."""
+        if event.kind is EventKind.DEGRADED:
+            await self._record_outdated()
+        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE and self._record.peer is not None:
+            try:
+                await self._write_record(self._record.with_worth(Worth.UP_TO_DATE))
+            except StateRecordError as error:
+                # Too modest a record loses no data: the destination is worth more than it says.
+                log.error("the state record still calls the destination inconsistent", error=str(error))
+
+    async def _record_outdated(self) -> None:
+        """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
+        durable, they fail."""
+        while True:
+            error_number = 0
+            try:
+                await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
+            except StateRecordError as error:
+                error_number = errno.EIO
+                self._last_error = str(error)
+                log.error("flushes fail until the state record can be written", error=str(error))
+            await self._engine.record_written(error_number)
+            if not error_number:
+                return
+            await anyio.sleep(RECORD_RETRY_S)
+
+    async def _write_record(self, record: StateRecord) -> None:
+        if self._state_file is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._state_file.write, record)
+        self._record = record
+
+    # ---- progress ----------------------------------------------------------------
+
+    async def _report_progress(self) -> None:
+        while True:
+            while self.state is not MirrorState.SYNCING:
+                await self._changed.wait()
+            self._rate.clear()
+            while self.state is MirrorState.SYNCING:
+                status = await self.status()
+                self._hub.publish(
+                    events.MIRROR_PROGRESS,
+                    {
+                        "bytes-done": status.copy_bytes_done,
+                        "bytes-total": status.copy_bytes_total,
+                        "rate": round(status.copy_rate_bytes_per_s),
+                        "remaining-s": status.copy_remaining_s,
+                    },
+                )
+                changed = self._changed
+                with anyio.move_on_after(PROGRESS_S):
+                    await changed.wait()
+
+    async def status(self) -> MirrorStatus:
+        now = await self._engine.snapshot()
+        if now.state is State.SYNCING:
+            self._rate.add(anyio.current_time(), now.copy_bytes_done)
+        return self._status(now)
+
+    def _status(self, now: Snapshot) -> MirrorStatus:
+        rate = self._rate.bytes_per_s() if now.state is State.SYNCING else 0.0
+        left = now.copy_bytes_total - now.copy_bytes_done
+        if now.state is not State.SYNCING:
+            remaining_s = None
+        else:
+            remaining_s = math.ceil(left / rate * 10) / 10 if rate else None
+        peer = self._record.peer
+        return MirrorStatus(
+            state=str(self.state),
+            worth=self._worth(),
+            source=str(self._source.path),
+            destination=str(self._destination.path) if self._destination else (peer.path if peer else None),
+            counts=asdict(now.counts),
+            lag_bytes=now.lag_bytes,
+            lag_writes=now.lag_writes,
+            lag_ms=now.lag_ns / 1e6,
+            copy_bytes_total=now.copy_bytes_total,
+            copy_bytes_done=now.copy_bytes_done,
+            copy_bytes_sparse=now.copy_bytes_sparse,
+            copy_rate_bytes_per_s=rate,
+            copy_remaining_s=remaining_s,
+            speed_bytes_per_s=self._speed_bytes_per_s,
+            last_error=self._last_error,
+            reason=self._reason,
+            doubt=[{"offset": offset, "length": length} for offset, length in now.doubt],
+            outdated_since=self._record.outdated_since,
+        )
+
+    def _worth(self) -> str | None:
+        if self.state is MirrorState.STEADY:
+            return Worth.UP_TO_DATE.value
+        if self.state is MirrorState.SYNCING:
+            return Worth.INCONSISTENT.value
+        return self._record.peer_worth.value if self._record.peer_worth is not None else None
+
+    # ---- commands ------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _command(self, name: str) -> AsyncIterator[None]:
+        if self._busy is not None:
+            raise MirrorError(f"{name} has to wait: {self._busy} is under way; try again when it is over")
+        self._busy = name
+        try:
+            yield
+        finally:
+            self._busy = None
+
+    async def start(self, target: MirrorTarget) -> None:
+        """Attach a destination and begin the copy. MirrorError, DiskError, StateRecordError, EngineError:
+        nothing was changed."""
+        async with self._command("mirror-start"):
+            if self.state in (MirrorState.SYNCING, MirrorState.STEADY):
+                raise MirrorError(
+                    f"a mirror to {self._destination_path()} is {self.state} already; cancel it first (mirror-cancel)"
+                )
+            if self._read_only:
+                raise MirrorError("a disk that is served read-only has nothing to mirror; serve it without --read-only")
+            if (await self._engine.snapshot()).fenced or self._fenced_path is not None:
+                raise MirrorError(
+                    f"requests to the former destination {self._fenced_path} are not over yet, and could still "
+                    f"write there; wait until it has answered, or restart the backend"
+                )
+            disk = await anyio.to_thread.run_sync(self._open_destination, target)
+            try:
+                await self._attach(disk, target)
+            finally:
+                disk.close()  # what the engine did not take
+
+    def _open_destination(self, target: MirrorTarget) -> Disk:
+        """Blocks."""
+        capacity = self._engine.config.capacity_bytes
+        disks.check_distinct(self._source.path, target.path)
+        if target.create:
+            disks.create_image(target.path, capacity)
+        disk = disks.open_disk(
+            target.path, read_only=False, cache=target.cache, lock_timeout_s=DESTINATION_LOCK_S, probe=probe
+        )
+        try:
+            disks.check_destination(
+                disk, capacity_bytes=capacity, guest_block_bytes=self._engine.config.block_bytes
+            )
+        except BaseException:
+            disk.close()
+            raise
+        return disk
+
+    async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
+        former = self._record
+        place = _Place.of(disk)
+        await self._write_record(self._record.with_peer(disk.identity))
+        try:
+            await self._engine.mirror_speed(target.speed_bytes_per_s)
+            self._destination, self._last_error = place, None
+            await self._engine.mirror_start(disk)
+        except EngineError:
+            self._destination = None
+            await self._write_record(former)
+            raise
+        self._speed_bytes_per_s = target.speed_bytes_per_s
+
+    async def cancel(self, *, force: bool) -> None:
+        """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first.
+        MirrorError when there is none, or it could not be brought up to date."""
+        async with self._command("mirror-cancel"):
+            if self.state is MirrorState.PASSTHROUGH:
+                raise MirrorError("there is no mirror to cancel")
+            if self.state is MirrorState.STEADY and not force:
+                await self._drain("mirror-cancel --force lets go without that")
+            await self._let_go()
+
+    async def _drain(self, otherwise: str) -> None:
+        try:
+            await self._engine.mirror_drain()
+        except EngineError as error:
+            raise MirrorError(f"the destination could not be brought up to date ({error}); {otherwise}") from error
+
+    async def _let_go(self) -> None:
+        # First the record: after the stop, flushes are confirmed without the destination.
+        if self.state is MirrorState.STEADY:
+            await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
+        await self._engine.mirror_stop()
+        self._destination = None
+
+    async def set_speed(self, bytes_per_s: int) -> None:
+        """Limit the bulk copy; 0: no limit."""
+        await self._engine.mirror_speed(bytes_per_s)
+        self._speed_bytes_per_s = bytes_per_s
+
+    # ---- the switch ------------------------------------------------------------------
+
+    async def switch(self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool) -> SwitchResult:
+        """Move the guest to the destination. SwitchError: it is still on the source, and the mirror is as it
+        was (or what the error says became of it)."""
+        async with self._command("switch"):
+            await self._check_switch()
+            assert self._destination is not None
+            self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._destination.path)})
+            try:
+                with anyio.fail_after(deadline_s):
+                    result = await self._try_until_switched(max_pause_ms, keep_mirror)
+            except TimeoutError as error:
+                raise self._switch_failed(
+                    f"the switch did not succeed within {deadline_s:g} s: no pause of at most {max_pause_ms:g} ms "
+                    f"was enough to bring the destination up to date; allow a longer pause or deadline"
+                ) from error
+            except VhostsyncError as error:
+                raise self._switch_failed(str(error)) from error
+            log.info("switched", **asdict(result))
+            self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
+            return result
+
+    def _switch_failed(self, reason: str) -> SwitchError:
+        log.warning("switch failed", reason=reason)
+        self._hub.publish(events.SWITCH_FAILED, {"reason": reason})
+        return SwitchError(f"the guest is still on {self._source.path}: {reason}")
+
+    async def _check_switch(self) -> None:
+        if self.state is not MirrorState.STEADY:
+            raise SwitchError(
+                f"a switch needs the mirror in the steady state, and it is {self.state}; "
+                f"start it and wait until it is steady (mirror start --wait)"
+            )
+        doubt = (await self._engine.snapshot()).doubt
+        if doubt:
+            raise SwitchError(
+                f"writes to the source failed in {len(doubt)} range(s), so that what they hold is in doubt "
+                f"(query-mirror lists them); the guest has to write there again first"
+            )
+
+    async def _try_until_switched(self, max_pause_ms: float, keep_mirror: bool) -> SwitchResult:
+        attempts = 0
+        while True:
+            attempts += 1
+            # Prepare, the guest running: the lag shrinks, and the destination shows that it can flush.
+            await self._engine.mirror_drain()
+            prepared = await self._prepare_record(keep_mirror)
+            try:
+                try:
+                    await self._engine.gate(int(max_pause_ms * 1000))
+                except EngineError as error:
+                    if error.errno != errno.ETIMEDOUT:  # then the gate is open again
+                        raise
+                    await anyio.sleep(SWITCH_RETRY_S * attempts)
+                    continue
+                # From here to the end nothing may be cut off: the guest is held.
+                with anyio.CancelScope(shield=True):
+                    pause_ns = await self._exchange(prepared, keep_mirror)
+                return SwitchResult(
+                    pause_us=pause_ns // 1000,
+                    attempts=attempts,
+                    source_path=str(self._source.path),
+                    destination_path=str(self._destination.path) if self._destination else None,
+                )
+            finally:
+                if prepared is not None:
+                    with anyio.CancelScope(shield=True):
+                        await anyio.to_thread.run_sync(prepared.discard)
+
+    async def _prepare_record(self, keep_mirror: bool) -> Prepared | None:
+        if self._state_file is None:
+            return None
+        record = self._record.switched(keep_mirror=keep_mirror)
+        return await anyio.to_thread.run_sync(self._state_file.prepare, record)
+
+    async def _exchange(self, prepared: Prepared | None, keep_mirror: bool) -> int:
+        """With the gate closed: the record, then the disks; the pause in nanoseconds."""
+        former = self._record
+        try:
+            if prepared is not None:
+                await anyio.to_thread.run_sync(prepared.commit)
+            pause_ns = await self._engine.exchange(keep_mirror=keep_mirror)
+        except VhostsyncError:
+            await self._engine.ungate()
+            await self._restore_record(former)
+            raise
+        assert self._destination is not None
+        self._record = former.switched(keep_mirror=keep_mirror)
+        self._source, self._destination = self._destination, self._source if keep_mirror else None
+        return pause_ns
+
+    async def _restore_record(self, record: StateRecord) -> None:
+        """The exchange did not take place, and the record may say that it did. Should this fail too, nothing
+        that was flushed is at stake: the mirror is steady, and the engine confirms no flush without the
+        destination before another record is durable."""
+        try:
+            await self._write_record(record)
+        except StateRecordError as error:
+            log.error("the state record may name the destination as the current disk", error=str(error))
+
+    # ---- the end -----------------------------------------------------------------------
+
+    async def detach(self, *, force: bool) -> None:
+        """The backend ends, no frontend is attached any more: leave a destination that is worth what the
+        record says. Errors are logged; the end goes on."""
+        if self.state is MirrorState.STEADY and not force:
+            try:
+                await self._engine.mirror_drain()
+            except EngineError as error:
+                log.error("the destination could not be brought up to date", error=str(error))
+
+    def record_clean(self) -> None:
+        """After the engine was closed: how both disks look now, so that a change meanwhile is seen. Blocks."""
+        if self._state_file is None or self._read_only:
+            return
+        current = _look_again(self._source)
+        peer = self._record.peer
+        if current is None:
+            return
+        if peer is not None and self._destination is not None:
+            peer = _look_again(self._destination) or peer
+        try:
+            self._state_file.write(self._record.detached(current, peer))
+        except StateRecordError as error:
+            log.error("the state record could not note the clean end", error=str(error))
+
+
+def _look_again(place: _Place) -> DiskIdentity | None:
+    try:
+        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        log.warning("a disk cannot be looked at again", path=str(place.path), error=error.strerror)
+        return None
+    try:
+        return disks.identify(fd, place.path, with_ctime=True)
+    finally:
+        os.close(fd)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
