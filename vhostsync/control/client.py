@@ -4,6 +4,7 @@ asked for."""
 
 import errno
 import json
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -11,10 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
-import anyio.abc
 
 from ..errors import ControlError, UnreachableError
-from . import qmp
+from . import qmp, sockets
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENTS_MAX: Final = 1024
@@ -32,8 +32,8 @@ class RefusedError(ControlError):
 class ControlClient:
     """A negotiated connection; `connect` makes one."""
 
-    def __init__(self, stream: anyio.abc.ByteStream, path: Path) -> None:
-        self._stream = stream
+    def __init__(self, connection: socket.socket, path: Path) -> None:
+        self._connection = connection
         self._path = path
         self._buffer = bytearray()
         self._events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_MAX)
@@ -51,8 +51,8 @@ class ControlClient:
         if len(line) > qmp.MESSAGE_BYTES_MAX:
             raise ControlError(f"The arguments of {command} are too long.")
         try:
-            await self._stream.send(line)
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            await sockets.send_all(self._connection, line)
+        except OSError as error:
             raise self._lost() from error
         while True:
             message = await self._read()
@@ -89,14 +89,12 @@ class ControlClient:
             if len(self._buffer) > LINE_BYTES_MAX:
                 raise ControlError(f"{self._path} is no control socket: it sends lines without an end.")
             try:
-                self._buffer += await self._stream.receive()
-            except (
-                OSError,
-                anyio.EndOfStream,
-                anyio.BrokenResourceError,
-                anyio.ClosedResourceError,
-            ) as error:
+                data = await sockets.receive(self._connection)
+            except OSError as error:
                 raise self._lost() from error
+            if not data:
+                raise self._lost()
+            self._buffer += data
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
@@ -118,11 +116,11 @@ async def connect(path: Path) -> AsyncIterator[ControlClient]:
     """A client of the control socket at `path`. UnreachableError where nobody answers."""
     try:
         with anyio.fail_after(CONNECT_S):
-            stream = await anyio.connect_unix(path)
+            connection = await sockets.connect(path)
     except OSError as error:  # also TimeoutError
         raise UnreachableError(_why(path, error)) from error
-    async with stream:
-        client = ControlClient(stream, path)
+    with connection:
+        client = ControlClient(connection, path)
         try:
             with anyio.fail_after(CONNECT_S):
                 await client._negotiate()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unix sockets made without a race, and plain sockets awaited on the event loop."""
+"""Unix sockets made without a race, and plain sockets awaited on the event loop.
+
+anyio's own streams are not used: their receive, cancelled in the very iteration of the loop in which data
+arrives, leaves an InvalidStateError for the loop's exception handler (seen with anyio 4.16 on asyncio).
+wait_readable does not."""
 
 import errno
 import fcntl
@@ -126,6 +130,24 @@ async def accept(listener: socket.socket) -> socket.socket:
         else:
             connection.setblocking(False)
             return connection
+
+
+async def connect(path: Path) -> socket.socket:
+    """A connection to the unix socket at `path`, waiting while its backlog is full. OSError."""
+    connection = socket.socket(
+        socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    )
+    try:
+        while True:
+            try:
+                connection.connect(str(path))
+            except BlockingIOError:
+                await anyio.sleep(0.02)  # connect(2): nothing tells when there is room
+            else:
+                return connection
+    except BaseException:
+        connection.close()
+        raise
 
 
 async def receive(connection: socket.socket) -> bytes:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from tests.unit.control_fakes import FakeBackend, running
+from vhostsync import events
+from vhostsync.control import client as client_module
+from vhostsync.control.client import RefusedError, connect
+from vhostsync.errors import ControlError, UnreachableError
+
+pytestmark = pytest.mark.anyio
+
+GREETING: dict[str, Any] = {"QMP": {"version": {}, "capabilities": []}}
+NEGOTIATED: dict[str, Any] = {"return": {}, "id": 1}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "control"
+
+
+@asynccontextmanager
+async def answering(path: Path, *messages: Any) -> AsyncIterator[None]:
+    """A server that sends these, one for each packet that it receives after the first, and then hangs up."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for number, message in enumerate(messages):
+                if number:
+                    connection.recv(4096)
+                connection.sendall(
+                    message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
+                )
+            connection.recv(4096)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        await anyio.to_thread.run_sync(thread.join)
+
+
+async def test_commands_events_and_refusals(path: Path) -> None:
+    backend = FakeBackend()
+    async with running(path, backend), connect(path) as client:
+        assert "QMP" in client.greeting
+        await client.execute("mirror-start", {"destination": "/b"})
+        with pytest.raises(RefusedError, match="cancel the mirror first") as caught:
+            await client.execute("mirror-start", {"destination": "/b"})
+        assert caught.value.kind == "GenericError"
+        backend.events.publish(events.IO_ERROR, {"number": 1})
+        assert (await client.next_event())["event"] == "MIRROR_STATE_CHANGE"
+        assert (await client.next_event())["data"] == {"number": 1}
+
+
+async def test_a_wait_for_events_that_is_cancelled_loses_nothing(path: Path) -> None:
+    backend = FakeBackend()
+    async with running(path, backend), connect(path) as client:
+        await client.execute("query-status")
+        with anyio.move_on_after(0.01):
+            await client.next_event()
+        backend.events.publish(events.IO_ERROR)
+        assert (await client.execute("query-version"))["package"].startswith("vhostsync")
+        assert (await client.next_event())["event"] == "IO_ERROR"
+
+
+async def test_no_socket_is_a_sentence(path: Path) -> None:
+    with pytest.raises(UnreachableError, match="is the backend running"):
+        async with connect(path):
+            pass
+
+
+async def test_a_leftover_socket_is_a_sentence(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as leftover:
+        leftover.bind(str(path))
+    with pytest.raises(UnreachableError, match="has ended"):
+        async with connect(path):
+            pass
+
+
+async def test_a_path_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="Cannot connect"):
+        async with connect(tmp_path / ("x" * 200)):
+            pass
+
+
+async def test_a_server_that_says_nothing_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CONNECT_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        with pytest.raises(UnreachableError, match="does not answer"):
+            async with connect(path):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("greeting", "reason"),
+    [
+        (b"SSH-2.0\n", "what is no JSON\\."),
+        (b"[]\n", "no JSON object"),
+        ({"hello": 1}, "its greeting is"),
+        (b"x" * 100, "lines without an end"),
+    ],
+)
+async def test_what_is_no_control_socket_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, greeting: Any, reason: str
+) -> None:
+    monkeypatch.setattr(client_module, "LINE_BYTES_MAX", 50)
+    async with answering(path, greeting):
+        with pytest.raises(ControlError, match=reason):
+            async with connect(path):
+                pass
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{"return": {}, "id": 77}, {"id": 2}, {"error": "x", "id": 2}, {"hello": 1}, {"error": {"desc": "x"}}],
+)
+async def test_a_reply_that_is_none_is_told(path: Path, reply: Any) -> None:
+    async with answering(path, GREETING, NEGOTIATED, reply), connect(path) as client:
+        with pytest.raises(ControlError, match="what is no reply"):
+            await client.execute("query-status")
+
+
+async def test_a_backend_that_dies_in_a_command_is_told(path: Path) -> None:
+    async with answering(path, GREETING, NEGOTIATED), connect(path) as client:
+        with pytest.raises(UnreachableError, match="closed the connection"):
+            await client.execute("query-status")
+        with pytest.raises(UnreachableError):
+            await client.next_event()
+
+
+async def test_arguments_that_are_too_long_are_not_sent(path: Path) -> None:
+    async with running(path, FakeBackend()), connect(path) as client:
+        with pytest.raises(ControlError, match="too long"):
+            await client.execute("mirror-start", {"destination": "/" + "x" * 70_000})
+        await client.execute("query-status")
