@@ -215,8 +215,10 @@ static void update(struct attachment *a)
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS && !e->active; i++)
         if (e->attachment[i].open && attachment_wants_to_run(&e->attachment[i]))
             e->active = &e->attachment[i];
-    if (e->active)
+    if (e->active) {
+        e->write_cache = e->active->write_cache;
         update_rings(e->active);
+    }
 }
 
 static void map_rings(struct attachment *a)
@@ -255,7 +257,6 @@ static void maybe_closed(struct attachment *a)
     guest_memory_free(&a->memory);
     a->open = a->closing = a->lost = false;
     a->features = 0;
-    e->write_cache = e->config.writeback;
     mailbox_done(&e->mailbox, a->detach_token, 0, 0);
     update(a);
 }
@@ -306,6 +307,7 @@ static int attach(struct attachment *a)
     if (rc < 0)
         return rc;
     a->open = true;
+    a->write_cache = a->engine->write_cache;
     return 0;
 }
 
@@ -412,10 +414,18 @@ static void set_features(struct attachment *a, uint64_t features)
     map_rings(a); /* the event fields belong to the rings now, or no more */
 }
 
+/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. */
+static void set_write_cache(struct attachment *a, bool write_cache)
+{
+    a->write_cache = write_cache;
+    if (!a->engine->active || a->engine->active == a)
+        a->engine->write_cache = write_cache;
+}
+
 static void reset_device(struct attachment *a)
 {
     a->features = 0;
-    a->engine->write_cache = a->engine->config.writeback;
+    set_write_cache(a, a->engine->config.writeback);
 }
 
 /* Done at once (true, with *rc), or answered later (false). */
@@ -491,7 +501,7 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             set_features(a, c->value);
             break;
         case VS_CMD_SET_WRITE_CACHE:
-            e->write_cache = c->value;
+            set_write_cache(a, c->value);
             break;
         case VS_CMD_SET_MEM_TABLE:
         case VS_CMD_ADD_MEM_REGION:

@@ -63,6 +63,7 @@ struct attachment {
     bool open, closing, lost;
     uint64_t detach_token;
     uint64_t features;
+    bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
     struct guest_memory memory;
     struct queue queue[VS_MAX_QUEUES];
     unsigned in_flight;
@@ -108,7 +109,7 @@ struct vs_engine {
     struct ring_alloc bounce;
     struct doubt doubt;
     struct throttle throttle;
-    bool write_cache; /* config space WCE */
+    bool write_cache; /* config space WCE, as the guest on the active attachment has set it */
     struct guest_flush flush;
     struct mirror mirror;
     struct replicator replicator;

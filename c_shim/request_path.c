@@ -252,7 +252,7 @@ static bool reserve(struct request *r)
 static bool is_write_through(const struct queue *q)
 {
     const uint64_t able = 1ull << VIRTIO_BLK_F_FLUSH | 1ull << VIRTIO_BLK_F_CONFIG_WCE;
-    return !q->attachment->engine->write_cache || !(q->attachment->features & able);
+    return !q->attachment->write_cache || !(q->attachment->features & able);
 }
 
 static void start_write(struct request *r)

@@ -28,7 +28,7 @@ from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
 from vhostsync.disks import Disk
 from vhostsync.engine import BREACHES, Engine, EngineConfig, EngineEvent, EventKind, OpStats, probe
-from vhostsync.errors import VhostsyncError
+from vhostsync.errors import DiskError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.state_index import open_state_file
@@ -46,13 +46,14 @@ SOURCE_LOCK_S = 5.0
 def run(config: ServeConfig) -> int:
     """Serve until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1."""
     logging.configure(config.log_format, config.log_level)
+    failures: list[BaseException] = []
     try:
         anyio.run(_serve, config)
     except* VhostsyncError as group:
-        for error in _leaves(group):
-            print(f"vhostsync: {error}", file=sys.stderr)
-        return 1
-    return 0
+        failures = _leaves(group)
+    for failure in failures:
+        sys.stderr.write(f"vhostsync: {failure}\n")
+    return 1 if failures else 0
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
@@ -122,7 +123,7 @@ def device_shape(config: ServeConfig, disk: Disk) -> DeviceShape:
     found = disk.probe
     block = config.block_bytes or max(512, found.logical_block_bytes)
     if block < found.logical_block_bytes:
-        raise disks.DiskError(
+        raise DiskError(
             f"--block-size {block} is smaller than the {found.logical_block_bytes} bytes in which {disk.path} "
             f"can be accessed; leave the option out, or use --cache=writeback"
         )

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import anyio
 import anyio.to_thread
@@ -555,7 +555,7 @@ class EngineAttachment:
         )
 
     async def stop_vring(self, queue: int) -> int:
-        return cast(int, await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue))
+        return await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue)
 
     async def set_write_cache(self, writeback: bool) -> None:
         await self._command(
