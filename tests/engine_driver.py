@@ -351,6 +351,13 @@ class EngineDriver:
             disk_in_flight=(int(raw.disk[0].in_flight), int(raw.disk[1].in_flight)),
         )
 
+    def lag_ns(self) -> int:
+        """How long the oldest write that is not mirrored has been on the source."""
+        self.call(lib.VS_CMD_SNAPSHOT)
+        raw = ffi.new("struct vs_snapshot *")
+        lib.vs_engine_snapshot(self.engine, raw)
+        return int(raw.lag_ns)
+
     def until(self, condition: Callable[[], bool], what: str, *, timeout_s: float | None = None) -> None:
         """Waits for something that has no event of its own: looks again after each trip to the engine."""
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)

@@ -20,6 +20,7 @@ from tests.engine_driver import (
     State,
 )
 from tests.frontend import DEFAULT_FEATURES, Frontend, Request
+from tests.guest_ring import GuestMemory
 from vhostsync._shim import lib
 
 MIB = 1 << 20
@@ -124,13 +125,20 @@ def rig(
     queue_size: int = 128,
     features: int = DEFAULT_FEATURES,
     mirrored: bool = False,
+    memory_bytes: int = 16 * MIB,
     **options: Any,
 ) -> Iterator[Rig]:
     """A running guest on a disk of zeroes; `mirrored`: and a steady mirror."""
     source, destination = MemoryDisk(size_bytes), MemoryDisk(size_bytes)
     with EngineDriver(EngineOptions(capacity_bytes=size_bytes, **options), source) as driver:
         transport = EngineTransport(driver)
-        guest = Frontend(transport, queues=queues, queue_size=queue_size, features=features)
+        guest = Frontend(
+            transport,
+            queues=queues,
+            queue_size=queue_size,
+            features=features,
+            memory=GuestMemory((memory_bytes,)),
+        )
         it = Rig(driver, transport, guest, source, destination)
         try:
             guest.start()
