@@ -443,3 +443,9 @@ uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op)
     pthread_mutex_unlock(&t->lock);
     return count;
 }
+
+void vs_test_disk_buffered(vs_disk *disk)
+{
+    assert(!disk->host);
+    disk->direct = false;
+}

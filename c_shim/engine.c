@@ -89,6 +89,15 @@ static void gate_pump(struct vs_engine *e)
     mailbox_done(&e->mailbox, e->gate_token, rc, clock_ns() - e->gate_closed_ns);
 }
 
+/* Also while it closes: whoever asked for it has changed his mind. */
+static void ungate(struct vs_engine *e)
+{
+    if (e->gate == GATE_CLOSING)
+        mailbox_done(&e->mailbox, e->gate_token, -ECANCELED, 0);
+    if (e->gate != GATE_OPEN)
+        gate_open(e);
+}
+
 static void exchange(struct vs_engine *e, uint64_t token, bool keep)
 {
     int rc = mirror_exchange(e, keep);
@@ -165,8 +174,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         gate_close(e, token, c->value);
         return;
     case VS_CMD_UNGATE:
-        if (e->gate == GATE_CLOSED)
-            gate_open(e);
+        ungate(e);
         break;
     case VS_CMD_EXCHANGE:
         exchange(e, token, c->value);
@@ -361,11 +369,11 @@ static void *run(void *arg)
 
 static void free_engine(struct vs_engine *e)
 {
+    request_path_free(e); /* before the memory that its requests pin */
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++)
         attachment_free(&e->attachment[i]);
     copier_free(e);
     replicator_free(e);
-    request_path_free(e);
     repl_log_free(&e->log);
     dirty_map_free(&e->dirty);
     disk_host_free(&e->host);

@@ -74,7 +74,7 @@ struct request {
     struct list link; /* free */
     struct vs_engine *engine;
     struct queue *queue;
-    struct mem_table *table; /* pinned */
+    struct mem_table *table; /* pinned; NULL: not in flight */
     uint16_t head;
     bool write_through;     /* latched at pop */
     bool captured;          /* counted in mirror.captured_writes (else uncaptured_writes) */

@@ -34,7 +34,7 @@ static void set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t 
 int mirror_start(struct vs_engine *e, vs_disk *disk)
 {
     struct mirror *m = &e->mirror;
-    if (mirror_attached(m) || m->former || e->gate != GATE_OPEN)
+    if (mirror_attached(m) || m->former || e->gate != GATE_OPEN || m->record != RECORD_WRITTEN)
         return -EBUSY;
     if (disk->bytes < e->config.capacity_bytes)
         return -ENOSPC;
@@ -165,8 +165,9 @@ int mirror_exchange(struct vs_engine *e, bool keep)
         return -ENOTCONN;
     if (e->gate != GATE_CLOSED || e->doubt.count || !e->counts.source_flush_known)
         return -EBUSY;
+    if (e->source->stats.in_flight || m->disk->stats.in_flight)
+        return -EBUSY; /* somebody has asked for a flush behind the gate */
     assert(e->requests_in_flight == 0 && log_drained(&e->log));
-    assert(e->source->stats.in_flight == 0 && m->disk->stats.in_flight == 0);
     counts_exchange(&e->counts, keep);
     e->source = m->disk;
     e->flush.dirty = true;

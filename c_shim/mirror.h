@@ -38,7 +38,7 @@ struct mirror {
 };
 
 void mirror_init(struct vs_engine *e);
-/* 0, -EBUSY (there is one, or a former one is not over), -ENOSPC (smaller than the guest's
+/* 0, -EBUSY (there is one, a former one is not over, or its end is not recorded), -ENOSPC (smaller than the guest's
  * disk) or -EINVAL (its block is larger than the guest's). Owns the disk on success. */
 int mirror_start(struct vs_engine *e, vs_disk *disk);
 void mirror_stop(struct vs_engine *e, uint32_t reason);

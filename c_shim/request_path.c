@@ -59,6 +59,10 @@ int request_path_init(struct vs_engine *e)
 
 void request_path_free(struct vs_engine *e)
 {
+    /* What still waits for durability is not answered: the guest has no promise, and will ask again. */
+    for (unsigned i = 0; e->requests && i < REQUESTS_MAX; i++)
+        if (e->requests[i].table)
+            mem_table_unpin(&e->requests[i].queue->attachment->memory, e->requests[i].table);
     free(e->requests);
     ring_alloc_free(&e->bounce);
 }
@@ -79,6 +83,7 @@ static void finish(struct request *r, uint8_t status)
     *(volatile uint8_t *)r->blk.status = status;
     virtqueue_push(&q->vq, r->head, status == VIRTIO_BLK_S_OK ? r->blk.writable_bytes : 1);
     mem_table_unpin(&q->attachment->memory, r->table);
+    r->table = NULL;
     list_push(&e->free_requests, &r->link); /* the one last used is warm in the cache */
     e->requests_in_flight--;
     queue_finished_one(q);

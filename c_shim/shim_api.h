@@ -303,6 +303,8 @@ void vs_test_disk_fault(vs_disk *disk, uint32_t op, int error, int skip, int cou
 int vs_test_disk_read(vs_disk *disk, uint64_t offset, uint64_t length, int cut, uint64_t seed, void *out);
 /* Writes durably, past the engine: the initial content. */
 int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const void *bytes);
+/* Before the engine has it: behave as a file behind the page cache does, whose failed flush stays failed. */
+void vs_test_disk_buffered(vs_disk *disk);
 /* Operations completed so far, by kind. */
 uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op);
 /* A reference of the test's own keeps the disk's memory after the engine closed it; drop it last. */
