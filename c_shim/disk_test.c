@@ -309,6 +309,11 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
     return &t->disk;
 }
 
+void vs_test_disk_buffered(vs_disk *disk)
+{
+    disk->direct = false;
+}
+
 void vs_test_disk_keep(vs_disk *disk)
 {
     struct test_disk *t = of(disk);
@@ -442,10 +447,4 @@ uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op)
     uint64_t count = t->completed[op];
     pthread_mutex_unlock(&t->lock);
     return count;
-}
-
-void vs_test_disk_buffered(vs_disk *disk)
-{
-    assert(!disk->host);
-    disk->direct = false;
 }
