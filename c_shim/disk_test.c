@@ -14,8 +14,11 @@
  * a write that fails leaves its first half written, and buffers must be aligned
  * to a block.
  *
- * Left out: a failed flush keeps the versions (they are not durable, and a later
- * flush that succeeds makes them so); a torn block.
+ * A failed flush makes nothing durable. A later one that succeeds does, unless
+ * the disk is buffered: then the page cache has forgotten that it had to, and
+ * what was unflushed then stays so for ever.
+ *
+ * Left out: a torn block.
  *
  * Threads: "lock" guards everything here but the struct vs_disk, which is the
  * engine's. A request that takes effect in submit() ends by disk_complete(), one
@@ -35,6 +38,7 @@ struct version {
     struct version *older;
     uint64_t stamp;
     bool zero; /* then there is no data[] */
+    bool lost; /* a buffered disk's flush failed with it: no later flush writes it */
     uint8_t data[];
 };
 
@@ -90,6 +94,7 @@ static void add_version(struct test_disk *t, uint64_t number, const uint8_t *dat
     v->older = b->latest;
     v->stamp = t->stamp;
     v->zero = data == NULL;
+    v->lost = false;
     if (data)
         memcpy(v->data, data, bytes);
     if (!b->latest)
@@ -124,7 +129,7 @@ static void make_durable(struct test_disk *t, uint64_t stamp)
     {
         struct block *b = container_of(node, struct block, dirty_link);
         struct version **at = &b->latest;
-        while (*at && (*at)->stamp > stamp)
+        while (*at && ((*at)->stamp > stamp || (*at)->lost))
             at = &(*at)->older;
         if (!*at)
             continue;
@@ -134,6 +139,16 @@ static void make_durable(struct test_disk *t, uint64_t stamp)
         *at = NULL;
         if (!b->latest)
             list_remove(&b->dirty_link);
+    }
+}
+
+/* As the page cache does after a failed write-back: what was to be flushed counts as clean. */
+static void lose(struct test_disk *t, uint64_t stamp)
+{
+    list_each(node, &t->dirty)
+    {
+        for (struct version *v = container_of(node, struct block, dirty_link)->latest; v; v = v->older)
+            v->lost |= v->stamp <= stamp;
     }
 }
 
@@ -223,8 +238,11 @@ static int take_effect(struct test_disk *t, struct disk_io *io)
     t->stamp++;
     t->completed[io->kind]++;
     if (io->kind == VS_DISK_FLUSH) {
-        if (take_fault(t, io->kind, &error) && error)
+        if (take_fault(t, io->kind, &error) && error) {
+            if (!t->disk.direct)
+                lose(t, io->transferred);
             return -error;
+        }
         make_durable(t, io->transferred);
         return 0;
     }
@@ -311,6 +329,7 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
 
 void vs_test_disk_buffered(vs_disk *disk)
 {
+    assert(!disk->host);
     disk->direct = false;
 }
 

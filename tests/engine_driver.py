@@ -151,6 +151,10 @@ class MemoryDisk:
             self._dropped = True
             lib.vs_test_disk_drop(self.handle)
 
+    def make_buffered(self) -> None:
+        """As a file behind the page cache: before an engine has it."""
+        lib.vs_test_disk_buffered(self.handle)
+
     def hold(self, op: DiskOp, on: bool = True) -> None:
         lib.vs_test_disk_hold(self.handle, op, int(on))
 

@@ -126,10 +126,13 @@ def rig(
     features: int = DEFAULT_FEATURES,
     mirrored: bool = False,
     memory_bytes: int = 16 * MIB,
+    buffered: bool = False,
     **options: Any,
 ) -> Iterator[Rig]:
     """A running guest on a disk of zeroes; `mirrored`: and a steady mirror."""
     source, destination = MemoryDisk(size_bytes), MemoryDisk(size_bytes)
+    if buffered:
+        source.make_buffered()
     with EngineDriver(EngineOptions(capacity_bytes=size_bytes, **options), source) as driver:
         transport = EngineTransport(driver)
         guest = Frontend(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -297,7 +298,7 @@ def test_a_speed_limit_of_the_copy_is_lifted_by_the_next_command() -> None:
 
 
 @contextmanager
-def overfull(**options: int) -> Iterator[tuple[Rig, list[Request]]]:
+def overfull(**options: Any) -> Iterator[tuple[Rig, list[Request]]]:
     """Twice as many bytes under way as the log holds, and a destination that takes none of them."""
     with rig(
         size_bytes=32 * MIB,
