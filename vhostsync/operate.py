@@ -26,6 +26,9 @@ EXIT_TIMED_OUT: Final = 4
 REPLY_GRACE_S: Final = 30.0
 """How long after its own deadline `switch` may take to answer (it aborts, and tells why)."""
 
+LOOK_EVERY_S: Final = 1.0
+LOOK_EVERY_TERMINAL_S: Final = 0.2
+
 Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
 
 
@@ -151,7 +154,7 @@ async def _until_steady(
             return mirror
         # A change of state ends the wait, so that `steady` is seen at once; a progress event is one more
         # reason to look.
-        until_s = now_s + (0.2 if live is not None and live.width else 1.0)
+        until_s = now_s + (LOOK_EVERY_TERMINAL_S if live is not None and live.width else LOOK_EVERY_S)
         await _next_event(client, until_s if deadline_s is None else min(until_s, deadline_s))
 
 
@@ -195,7 +198,9 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
         with anyio.fail_after(options.deadline + REPLY_GRACE_S):
             result = await client.execute("switch", arguments)
     except RefusedError as error:
-        if time.monotonic() - began_s < options.deadline:
+        # No class of QMP's errors says "too late", but a refusal comes at once. The backend may end a try
+        # that cannot be in time a little before the deadline.
+        if time.monotonic() - began_s < 0.9 * options.deadline:
             raise
         _complain(str(error))
         return EXIT_TIMED_OUT

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.abc
 
 from vhostsync import events
 from vhostsync.config import MirrorTarget
@@ -70,6 +71,7 @@ class FakeMirror:
         self.switching = anyio.Event()
         self.switched = anyio.Event()
         self.switch_error: Exception | None = None
+        self.switch_takes_its_time = False
         self.switch_arguments: dict[str, Any] = {}
         self.calls: list[str] = []
 
@@ -126,6 +128,8 @@ class FakeMirror:
         if self.hold_switch is not None:
             await self.hold_switch.wait()
         if self.switch_error is not None:
+            if self.switch_takes_its_time:
+                await anyio.sleep(deadline_s)
             raise self.switch_error
         self.switched.set()
         new = str(self.now.destination)
@@ -195,16 +199,22 @@ class FakeBackend:
 
 
 @asynccontextmanager
-async def running(path: Path, backend: FakeBackend) -> AsyncIterator[anyio.abc.TaskGroup]:
-    """The control server at `path`, until the block ends or somebody sends `quit`."""
+async def running(path: Path, backend: FakeBackend) -> AsyncIterator[anyio.CancelScope]:
+    """The control server at `path`, until the block ends, the scope is cancelled, or somebody sends
+    `quit`."""
+    scope = anyio.CancelScope()
+
+    async def serve(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+        with scope:
+            await serve_control(path, backend, task_status=task_status)
 
     async def until_quit() -> None:
         await backend.quit_asked.wait()
         backend.events.publish(events.SHUTDOWN, {"reason": "quit"})
-        tasks.cancel_scope.cancel()
+        scope.cancel()
 
     async with anyio.create_task_group() as tasks:
-        await tasks.start(lambda *, task_status: serve_control(path, backend, task_status=task_status))
+        await tasks.start(serve)
         tasks.start_soon(until_quit)
-        yield tasks
+        yield scope
         tasks.cancel_scope.cancel()

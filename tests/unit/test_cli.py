@@ -1,0 +1,565 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from tests.unit.control_fakes import GIB, FakeBackend, FakeStatus, running
+from vhostsync import cli, operate, show
+from vhostsync.config import ServeConfig
+from vhostsync.errors import DiskError, SwitchError
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "vhostsync"]
+
+
+class Served:
+    """A backend that runs in a thread beside the test, because the command line runs an event loop of its
+    own."""
+
+    def __init__(self, portal: BlockingPortal, backend: FakeBackend, path: Path) -> None:
+        self.portal = portal
+        self.backend = backend
+        self.path = path
+
+    def become(self, **changes: Any) -> None:
+        self.backend.mirror.now = FakeStatus(**changes)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setattr(operate, "LOOK_EVERY_S", 0.01)
+    path = tmp_path / "control"
+    monkeypatch.setenv("VHOSTSYNC_CONTROL", str(path))
+    with start_blocking_portal("asyncio") as portal:
+        backend = portal.call(FakeBackend)
+        with portal.wrap_async_context_manager(running(path, backend)):
+            yield Served(portal, backend, path)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main(words)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out = capsys.readouterr()
+        # The fake's log shares this process.
+        return code, "".join(line for line in out.out.splitlines(True) if "[info" not in line), out.err
+
+    return call
+
+
+# ---- client commands ----
+
+
+def test_status_for_people(served: Served, run: Run) -> None:
+    served.become(
+        state="steady",
+        worth="up-to-date",
+        destination="/disks/b.img",
+        lag_writes=3,
+        lag_bytes=12288,
+        lag_ms=4.2,
+        copy_bytes_total=GIB,
+        copy_bytes_done=GIB,
+        copy_bytes_sparse=GIB // 2,
+        speed_bytes_per_s=100 << 20,
+        last_error="it hung",
+        outdated_since="2026-01-01T00:00:00Z",
+        doubt=({"offset": 4096, "length": 512},),
+    )
+    code, out, _ = run("status")
+    assert code == 0
+    assert "Disk         /disks/a.img, 1.0 GiB\n" in out
+    assert "running, 1 frontend connected, one runs rings" in out
+    assert "steady  /disks/b.img is up to date; lag 3 writes, 12.0 KiB, 4 ms" in out
+    assert "7 writes completed, 5 durable" in out
+    assert "- writes mirrored, - durable; the guest asked for 5" in out
+    assert "100.0 %  1.0 GiB of 1.0 GiB, 512.0 MiB of it sparse" in out
+    assert "100.0 MiB/s" in out
+    assert "512 bytes of the source from 4096 on" in out
+    assert "it hung" in out
+
+
+def test_status_for_scripts(served: Served, run: Run) -> None:
+    code, out, _ = run("status", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["status"]["capacity"] == GIB
+    assert result["mirror"]["state"] == "passthrough"
+
+
+def test_stats(served: Served, run: Run) -> None:
+    code, out, _ = run("stats")
+    assert code == 0
+    assert "Queue 0: running, 2 in flight, 0 malformed, 9 kicks, 8 notifications" in out
+    assert "Queue 1: broken (a chain that loops)" in out
+    assert "write          20  80.0 KiB       0       98   98  131    131" in out
+    assert "Source /disks/a.img: 0 in flight" in out
+    assert "log 4.0 KiB of 64.0 MiB" in out
+    code, out, _ = run("stats", "--json")
+    assert json.loads(out)["engine"]["wakeups"] == 40
+
+
+def test_a_start_that_does_not_wait(
+    served: Served, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("mirror", "start", "b.img", "--create", "--cache", "writeback", "--speed", "100M")
+    assert code == 0
+    assert "vhostsync watch" in out
+    target = served.backend.mirror.target
+    assert target is not None
+    assert target.path == tmp_path / "b.img"  # the backend's directory is not this one
+    assert (target.create, target.cache, target.speed_bytes_per_s) == (True, "writeback", 100 << 20)
+    code, _, err = run("mirror", "start", "/c.img")
+    assert (code, err) == (1, "vhostsync: There is a destination already; cancel the mirror first.\n")
+
+
+def test_a_start_that_waits_tells_when_it_is_steady(served: Served, run: Run) -> None:
+    code, out, _ = run("mirror", "start", "/b.img", "--wait", "--timeout", "30")
+    assert code == 0
+    first, *_, last = out.splitlines()
+    assert first.startswith("syncing  25.0 %  256.0 MiB of 1.0 GiB  95.4 MiB/s  about 8 s left")
+    assert last.startswith("/b.img is up to date after ")
+
+
+def test_a_start_that_waits_for_scripts_prints_one_object(served: Served, run: Run) -> None:
+    code, out, _ = run("mirror", "start", "/b.img", "--wait", "--json")
+    assert code == 0
+    assert json.loads(out)["state"] == "steady"
+
+
+def test_a_start_that_waits_for_a_failed_mirror_fails(served: Served, run: Run) -> None:
+    served.backend.mirror.fail_copy = "the destination is full"
+    code, _, err = run("mirror", "start", "/b.img", "--wait")
+    assert (code, err) == (1, "vhostsync: The mirror to /b.img failed: the destination is full.\n")
+
+
+def test_a_start_that_waits_too_long_says_that_the_copy_goes_on(served: Served, run: Run) -> None:
+    served.backend.mirror.copy_steps = 0
+    code, _, err = run("mirror", "start", "/b.img", "--wait", "--timeout", "50ms")
+    assert code == 4
+    assert "the copy goes on" in err
+    assert served.backend.mirror.now.state == "syncing"
+
+
+def test_cancel_and_speed(served: Served, run: Run) -> None:
+    served.become(state="syncing", destination="/b.img", copy_bytes_total=GIB)
+    code, out, _ = run("mirror", "speed", "50M")
+    assert (code, out) == (0, "The copy is limited to 50.0 MiB a second.\n")
+    code, out, _ = run("mirror", "speed", "none", "--json")
+    assert json.loads(out)["speed-bytes-per-s"] == 0
+    code, out, _ = run("mirror", "cancel", "--force")
+    assert (code, out) == (0, "The mirror is cancelled.\n")
+    assert served.backend.mirror.calls[-1] == "cancel True"
+    code, _, err = run("mirror", "cancel")
+    assert (code, err) == (1, "vhostsync: There is no mirror to cancel.\n")
+
+
+def test_a_switch(served: Served, run: Run) -> None:
+    served.become(state="steady", destination="/b.img")
+    code, out, _ = run("switch", "--keep-mirror", "--deadline", "3s", "--max-pause", "50ms")
+    assert (code, out) == (0, "The guest runs on /b.img. It was paused for 1.2 ms.\n")
+    assert served.backend.mirror.switch_arguments == {"deadline_s": 3.0, "max_pause_ms": 50, "keep": True}
+    code, _, err = run("switch")
+    assert code == 1
+    assert "not steady" in err
+
+
+def test_a_switch_for_scripts(served: Served, run: Run) -> None:
+    served.become(state="steady", destination="/b.img")
+    code, out, _ = run("switch", "--json")
+    assert (code, json.loads(out)["pause-us"]) == (0, 1234)
+
+
+def test_a_switch_that_its_deadline_ended(served: Served, run: Run) -> None:
+    served.become(state="steady", destination="/b.img")
+    served.backend.mirror.switch_error = SwitchError("The log did not drain in time; the guest stays.")
+    code, _, err = run("switch", "--deadline", "1h")
+    assert code == 1
+    served.backend.mirror.switch_takes_its_time = True
+    code, _, err = run("switch", "--deadline", "1ms")
+    assert (code, err) == (4, "vhostsync: The log did not drain in time; the guest stays.\n")
+
+
+def test_a_switch_that_is_never_answered(served: Served, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import anyio
+
+    monkeypatch.setattr(operate, "REPLY_GRACE_S", 0.05)
+    served.become(state="steady", destination="/b.img")
+    served.backend.mirror.hold_switch = served.portal.call(anyio.Event)
+    code, _, err = run("switch", "--deadline", "1ms")
+    assert code == 4
+    assert "may still be at it" in err
+
+
+def test_quit_waits_for_the_end(served: Served, run: Run) -> None:
+    code, _, _ = run("quit", "--force")
+    assert code == 0
+    assert served.backend.quit_force is True
+    code, _, _ = run("status")
+    assert code == 3
+
+
+def test_quit_does_not_wait_for_ever(served: Served, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_now(*, force: bool) -> None:
+        pass
+
+    monkeypatch.setattr(served.backend, "quit", not_now)
+    code, _, err = run("quit", "--timeout", "50ms")
+    assert code == 4
+    assert "not do that in time" in err
+
+
+def test_the_control_socket_may_be_named_before_or_after_the_command(
+    served: Served, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VHOSTSYNC_CONTROL")
+    assert run("--control", str(served.path), "status")[0] == 0
+    assert run("status", "--control", str(served.path))[0] == 0
+    assert run("mirror", "cancel", f"--control={served.path}")[0] == 1
+    code, _, err = run("status")
+    assert code == 2
+    assert "VHOSTSYNC_CONTROL" in err
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["watch"], ["mirror", "start", "/b", "--wait"], ["switch"], ["quit"]]
+)
+def test_no_backend_is_told_apart(run: Run, tmp_path: Path, words: list[str]) -> None:
+    code, out, err = run(*words, "--control", str(tmp_path / "nobody"))
+    assert (code, out) == (3, "")
+    assert err.count("\n") == 1
+    assert "is the backend running" in err
+
+
+# ---- serve ----
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
+    """Plays the daemon; collects what it is called with. A disk named /missing cannot be served."""
+    called: list[ServeConfig] = []
+
+    def run_daemon(settings: ServeConfig) -> int:
+        called.append(settings)
+        if settings.blk_file == Path("/missing"):
+            raise DiskError("There is no disk /missing; give the path of an image file or a block device.")
+        return 0
+
+    module = types.ModuleType("vhostsync.daemon")
+    module.run = run_daemon  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vhostsync.daemon", module)
+    monkeypatch.setattr("vhostsync.log.configure", lambda *_: None)
+    return called
+
+
+def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> None:
+    options = """--socket-path /run/s --blk-file /a.img --read-only --cache writeback --num-queues 8
+        --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback --log-size 128M
+        --max-lag-ms 100 --on-congestion block --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
+        --dirty-region-size 128K --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
+        --log-format json --log-level debug"""
+    words = ["serve", *options.split()]
+    assert run(*words)[0] == 0
+    [settings] = daemon
+    assert settings.socket_path == Path("/run/s")
+    assert settings.blk_file == Path("/a.img")
+    assert settings.read_only
+    assert (settings.cache, settings.destination_cache) == ("writeback", "writeback")
+    assert (settings.num_queues, settings.serial, settings.block_bytes) == (8, "vm1", 4096)
+    assert not settings.write_cache
+    assert (settings.log_bytes, settings.max_lag_ms) == (128 << 20, 100)
+    assert (settings.destination_timeout_s, settings.stop_timeout_s) == (5, 0.5)
+    assert (settings.copy_depth, settings.dirty_region_bytes) == (4, 128 << 10)
+    assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))
+    assert str(settings.metrics) == "TcpAddress(host='127.0.0.1', port=9100)"
+    assert (settings.log_format, settings.log_level) == ("json", "debug")
+    changed = {
+        name
+        for name, field in ServeConfig.__dataclass_fields__.items()
+        if getattr(settings, name) != field.default
+    }
+    assert set(ServeConfig.__dataclass_fields__) - changed == {"fd", "no_state_file", "on_congestion"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--socket-path=/run/s", "--blk-file=/a.img"],
+        ["--blk-file=/a.img", "--socket-path", "/run/s"],
+        ["serve", "--socket-path=/run/s", "--blk-file=/a.img"],
+    ],
+)
+def test_the_word_serve_may_be_left_out(run: Run, daemon: list[ServeConfig], words: list[str]) -> None:
+    assert run(*words)[0] == 0
+    assert daemon == [ServeConfig(blk_file=Path("/a.img"), socket_path=Path("/run/s"))]
+
+
+def test_an_inherited_descriptor(run: Run, daemon: list[ServeConfig]) -> None:
+    assert run("--fd=3", "--blk-file=/a.img", "--read-only", "--no-state-file")[0] == 0
+    assert (daemon[0].fd, daemon[0].read_only, daemon[0].no_state_file) == (3, True, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--print-capabilities"],
+        ["serve", "--print-capabilities"],
+        ["--fd", "x", "--wrong", "--print-capabilities"],
+    ],
+)
+def test_capabilities_are_printed_and_the_rest_ignored(
+    run: Run, daemon: list[ServeConfig], words: list[str]
+) -> None:
+    code, out, err = run(*words)
+    assert (code, err, daemon) == (0, "", [])
+    assert json.loads(out) == {"type": "block", "features": ["read-only", "blk-file"]}
+
+
+def test_a_start_that_fails_says_why_on_stderr(run: Run, daemon: list[ServeConfig]) -> None:
+    code, out, err = run("--socket-path=/run/s", "--blk-file=/missing")
+    assert (code, out) == (1, "")
+    assert err.startswith("vhostsync: There is no disk /missing")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "invalid choice"),
+        (["serve"], "--blk-file"),
+        (["--blk-file=/a"], "exactly one of --socket-path and --fd"),
+        (["--blk-file=/a", "--socket-path=/s", "--fd=3"], "exactly one of --socket-path and --fd"),
+        (["--blk-file=/a", "--socket-path=/s", "--num-queues=65"], "--num-queues 65 is out of range"),
+        (["--blk-file=/a", "--socket-path=/s", "--log-size=64MB"], "is not a size"),
+        (["--blk-file=/a", "--socket-path=/s", "--metrics=0.0.0.0:1"], "not a loopback address"),
+        (["--blk=/a", "--socket-path=/s"], "--blk-file"),
+        (["mirror"], "ACTION"),
+        (["mirror", "start"], "DESTINATION"),
+        (["mirror", "start", "/b\udcff"], "not UTF-8"),
+        (["mirror", "speed", "fast"], "is not a size"),
+        (["switch", "--deadline", "0"], "longer than nothing"),
+    ],
+)
+def test_wrong_usage(run: Run, daemon: list[ServeConfig], words: list[str], reason: str) -> None:
+    code, out, err = run(*words)
+    assert (code, out, daemon) == (2, "", [])
+    assert reason in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["serve"], ["status"], ["watch"], ["mirror"], ["mirror", "start"], ["switch"], ["stats"], ["quit"], []],
+)
+def test_help_is_there_for_each(run: Run, words: list[str]) -> None:
+    code, out, err = run(*words, "--help")
+    assert (code, err) == (0, "")
+    assert "usage: vhostsync" in out
+    if words in ([], ["serve"], ["mirror", "start"], ["switch"], ["watch"]):
+        assert "example" in out or "how it goes" in out
+
+
+def test_the_descriptor_names_this_backend() -> None:
+    descriptor = json.loads((ROOT / "share/qemu/vhost-user/50-vhostsync.json").read_text())
+    assert descriptor["type"] == cli.CAPABILITIES["type"]
+    assert set(descriptor) == {"description", "type", "binary"}  # the schema vhost-user.json
+    assert Path(descriptor["binary"]).name == "vhostsync"
+
+
+# ---- as a program ----
+
+
+def start(*words: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*PROGRAM, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_as_a_program_it_ends_with_the_code(served: Served, tmp_path: Path) -> None:
+    with start("status") as program:
+        out, err = program.communicate(timeout=30)
+    assert (program.returncode, err) == (0, "")
+    assert "/disks/a.img" in out
+    with start("status", "--control", str(tmp_path / "nobody")) as program:
+        program.communicate(timeout=30)
+    assert program.returncode == 3
+
+
+def test_help_and_capabilities_need_no_library(tmp_path: Path) -> None:
+    for words in (["--help"], ["serve", "--help"], ["--print-capabilities"]):
+        done = subprocess.run(
+            [sys.executable, "-S", "-m", "vhostsync", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupted_wait_leaves_the_copy_alone(served: Served) -> None:
+    served.backend.mirror.copy_steps = 0
+    with start("mirror", "start", "/b.img", "--wait") as program:
+        assert program.stdout is not None
+        assert program.stdout.readline().startswith("syncing")
+        program.send_signal(signal.SIGINT)
+        _, err = program.communicate(timeout=30)
+    assert (program.returncode, err) == (130, "")
+    assert served.backend.mirror.now.state == "syncing"
+
+
+def test_watch_shows_events_and_ends_with_the_backend(served: Served) -> None:
+    with start("watch", "--json", "--interval", "50ms") as program:
+        assert program.stdout is not None
+        assert json.loads(program.stdout.readline())["mirror"]["state"] == "passthrough"
+        served.portal.call(served.backend.events.publish, "IO_ERROR", {"disk": "source"})
+        while "event" not in (line := json.loads(program.stdout.readline())):
+            pass
+        assert line["data"] == {"disk": "source"}
+        served.portal.call(served.backend.quit_asked.set)
+        rest, err = program.communicate(timeout=30)
+    assert (program.returncode, err) == (0, "")
+    assert "SHUTDOWN" in rest
+
+
+def test_a_reader_that_leaves_is_no_error(served: Served) -> None:
+    with start("watch", "--json", "--interval", "1ms") as program:
+        assert program.stdout is not None and program.stderr is not None
+        program.stdout.readline()
+        program.stdout.close()
+        program.wait(timeout=30)
+        assert program.stderr.read() == ""
+    assert program.returncode == 1
+
+
+def test_a_terminal_gets_a_bar(served: Served) -> None:
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "LINES": "24"}
+    program = subprocess.Popen(
+        [*PROGRAM, "mirror", "start", "/b.img", "--wait"],
+        cwd=ROOT,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+    )
+    os.close(theirs)
+    shown = b""
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        try:
+            while data := terminal.read(4096):
+                shown += data
+        except OSError:
+            pass  # EIO: the program has closed it
+    assert program.wait(timeout=30) == 0
+    text = shown.decode()
+    assert "syncing  [#######----------------------]  25.0 %" in text
+    assert "\r" in text
+    assert text.rstrip().split("\r\n")[-1].strip("\r\x1b[K").startswith("/b.img is up to date")
+
+
+# ---- show ----
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (1048575, "1.0 MiB"),
+        (1 << 40, "1.0 TiB"),
+        (1 << 70, "1024.0 EiB"),
+    ],
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert show.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (95, "1 min 35 s"), (3700, "1 h 1 min")]
+)
+def test_durations_for_people(seconds: float, text: str) -> None:
+    assert show.duration(seconds) == text
+
+
+def test_a_bar_is_full_only_at_the_end() -> None:
+    assert show.bar(0, 10, 12) == "[----------]"
+    assert show.bar(999, 1000, 12) == "[#########-]"
+    assert show.bar(10, 10, 12) == "[##########]"
+    assert show.bar(0, 0, 12) == "[##########]"
+
+
+def mirror(**changes: Any) -> dict[str, Any]:
+    base = {name.replace("_", "-"): value for name, value in vars(FakeStatus()).items()}
+    return {**base, **{name.replace("_", "-"): value for name, value in changes.items()}}
+
+
+def test_a_hundred_percent_means_all() -> None:
+    line = show.copy_line(mirror(copy_bytes_total=10**6, copy_bytes_done=10**6 - 1))
+    assert line.startswith("99.9 %")
+    assert "estimating" in line
+    assert show.copy_line(mirror()).startswith("100.0 %")
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_a_line_fits_its_terminal_if_it_can(width: int) -> None:
+    line = show.copy_line(mirror(copy_bytes_total=GIB, copy_bytes_done=5, copy_remaining_s=5), width)
+    assert len(line) < max(width, 70)
+
+
+def test_a_degraded_mirror_says_why() -> None:
+    line = show.mirror_line(mirror(state="degraded", destination="/b", worth="outdated", reason="it hung"))
+    assert line.startswith("degraded  /b is outdated: it hung; lag")
+
+
+def test_without_a_terminal_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("vhostsync.show.time.monotonic", lambda: now)
+    out = io.StringIO()
+    live = show.Live(out)
+    for number in range(20):
+        now += 1
+        live.update(f"line {number}")
+    live.say("event")
+    live.finish("end")
+    assert out.getvalue().splitlines() == ["line 0", "line 5", "line 10", "line 15", "event", "end"]
+
+
+def test_on_a_terminal_the_line_stays_below_what_is_said() -> None:
+    out = io.StringIO()
+    live = show.Live(out, terminal=True)
+    live.update("one")
+    live.update("one")
+    live.say("event")
+    live.finish()
+    assert out.getvalue() == "\rone\x1b[K\revent\x1b[K\none\rone\x1b[K\n"
+
+
+def test_events_for_people() -> None:
+    line = show.event_text(
+        {
+            "event": "IO_ERROR",
+            "data": {"disk": "source", "x": None},
+            "timestamp": {"seconds": 0, "microseconds": 0},
+        }
+    )
+    assert line.endswith("  io error: disk source")

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.unit.control_fakes import FakeBackend
+from vhostsync import metrics
+from vhostsync.config import TcpAddress
+from vhostsync.control.commands import dashed
+from vhostsync.errors import ConfigError
+
+pytestmark = pytest.mark.anyio
+
+SAMPLE = re.compile(r'(vhostsync_[a-z0-9_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)')
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def page_of(backend: FakeBackend) -> str:
+    return metrics.render(
+        dashed(await backend.query_status()),
+        dashed(await backend.mirror.status()),
+        await backend.query_stats(),
+    )
+
+
+def samples(page: str) -> dict[str, float]:
+    """The samples; checks the page's form on the way (Prometheus: text-based exposition format)."""
+    found: dict[str, float] = {}
+    family = ""
+    for line in page.splitlines():
+        if line.startswith("# HELP "):
+            family = line.split()[2]
+            assert f"\n# TYPE {family} " in page
+        elif not line.startswith("#"):
+            match = SAMPLE.fullmatch(line)
+            assert match is not None, line
+            assert match[1].removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") in (
+                family,
+                match[1],
+            )
+            assert match[1].startswith(family)
+            key = line.rsplit(" ", 1)[0]
+            assert key not in found
+            found[key] = float(match[3])
+    return found
+
+
+async def test_the_page_has_what_there_is_and_not_what_is_undefined() -> None:
+    backend = FakeBackend()
+    page = samples(await page_of(backend))
+    assert page["vhostsync_capacity_bytes"] == 1 << 30
+    assert page['vhostsync_mirror_state{state="passthrough"}'] == 1
+    assert page['vhostsync_mirror_state{state="steady"}'] == 0
+    assert page["vhostsync_source_generation"] == 7
+    assert "vhostsync_writes_mirrored" not in page
+    assert page['vhostsync_queue_operations_total{queue="0",operation="write"}'] == 20
+    assert page['vhostsync_queue_broken{queue="1"}'] == 1
+    assert page['vhostsync_disk_bytes_total{disk="source",operation="read"}'] == 5 * 4096
+    assert not any('disk="destination"' in key for key in page)
+
+
+async def test_histograms_are_cumulative_and_in_seconds() -> None:
+    page = samples(await page_of(FakeBackend()))
+    rows = {
+        key: value for key, value in page.items() if "request_latency" in key and 'operation="write"' in key
+    }
+    buckets = [value for key, value in rows.items() if "_bucket" in key]
+    assert buckets == sorted(buckets)
+    # The fake's 20 writes of each of two queues lie in [2^16, 2^17) ns.
+    assert rows['vhostsync_request_latency_seconds_bucket{operation="write",le="6.5536e-05"}'] == 0
+    assert rows['vhostsync_request_latency_seconds_bucket{operation="write",le="0.000131072"}'] == 40
+    assert rows['vhostsync_request_latency_seconds_bucket{operation="write",le="+Inf"}'] == 40
+    assert rows['vhostsync_request_latency_seconds_count{operation="write"}'] == 40
+    assert rows['vhostsync_request_latency_seconds_sum{operation="write"}'] == pytest.approx(40 * 98.3e-6)
+
+
+def test_a_page_of_nothing_is_a_page() -> None:
+    samples(metrics.render({}, {}, {}))
+
+
+def test_values_and_labels_are_escaped() -> None:
+    page = metrics._Page()
+    page.family("x", "gauge", "X.")(float("nan"), {"path": 'a"b\\c\nd'})
+    assert 'vhostsync_x{path="a\\"b\\\\c\\nd"} NaN' in page.text()
+
+
+@asynccontextmanager
+async def serving(where: Path | TcpAddress, backend: FakeBackend) -> AsyncIterator[Path | TcpAddress]:
+    async with anyio.create_task_group() as tasks:
+        yield await tasks.start(
+            lambda *, task_status: metrics.serve_metrics(where, backend, task_status=task_status)
+        )
+        tasks.cancel_scope.cancel()
+
+
+async def fetch(place: Any, request: bytes) -> tuple[str, str]:
+    stream: anyio.abc.ByteStream
+    if isinstance(place, Path):
+        stream = await anyio.connect_unix(place)
+    else:
+        stream = await anyio.connect_tcp(place.host, place.port)
+    async with stream:
+        answer = b""
+        await stream.send(request)
+        try:
+            while True:
+                answer += await stream.receive()
+        except anyio.EndOfStream:
+            head, _, body = answer.partition(b"\r\n\r\n")
+            return head.decode(), body.decode()
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_it_is_served_over_http(tmp_path: Path, kind: str) -> None:
+    where = tmp_path / "metrics" if kind == "unix" else TcpAddress("127.0.0.1", 0)
+    async with serving(where, FakeBackend()) as place:
+        head, body = await fetch(place, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert head.startswith("HTTP/1.1 200 OK\r\n")
+        assert f"Content-Length: {len(body)}" in head
+        assert samples(body)
+        head, body = await fetch(place, b"HEAD /metrics?x=y HTTP/1.1\r\n\r\n")
+        assert head.startswith("HTTP/1.1 200")
+        assert body == ""
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "code"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", 404),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", 405),
+        (b"\r\n\r\n", 405),
+        (b"\xff\xfe\r\n\r\n", 405),
+        (b"GET /" + b"x" * 9000, 431),
+    ],
+)
+async def test_other_requests_are_answered_too(tmp_path: Path, request_bytes: bytes, code: int) -> None:
+    async with serving(tmp_path / "metrics", FakeBackend()) as place:
+        head, _ = await fetch(place, request_bytes)
+        assert head.startswith(f"HTTP/1.1 {code} ")
+
+
+async def test_scrapers_that_say_nothing_and_a_defect_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "CONNECTION_S", 0.05)
+    backend = FakeBackend()
+    async with serving(tmp_path / "metrics", backend) as place:
+        assert isinstance(place, Path)
+        silent = [await anyio.connect_unix(place) for _ in range(metrics.CONNECTIONS_MAX)]
+        head, _ = await fetch(place, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert " 200 " in head
+
+        async def broken() -> dict[str, Any]:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "query_stats", broken)
+            assert await fetch(place, b"GET /metrics HTTP/1.1\r\n\r\n") == ("", "")
+        head, _ = await fetch(place, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert " 200 " in head
+        for stream in silent:
+            await stream.aclose()
+
+
+async def test_a_port_that_is_taken_is_a_sentence() -> None:
+    async with serving(TcpAddress("127.0.0.1", 0), FakeBackend()) as place:
+        assert isinstance(place, TcpAddress)
+        with pytest.raises(ConfigError, match="Address already in use"):
+            await metrics.serve_metrics(place, FakeBackend())
