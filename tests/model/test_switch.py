@@ -250,6 +250,7 @@ def test_an_exchange_without_a_closed_gate_is_refused() -> None:
         r.mirror()
         r.exchange(keep=False, expect=errno.EBUSY)
         r.write_now(0, 1)
+        drained(r)
         r.assert_same_content()
 
 
@@ -361,6 +362,17 @@ def test_a_destination_kept_after_a_switch_can_fail_like_any_other() -> None:
         r.record_written()
         r.guest.wait(flush)
         assert flush.ok and r.durable(r.source, 0) == pattern(2)
+
+
+def test_a_source_that_cannot_be_flushed_can_be_left() -> None:
+    """That is what a switch is for: draining asks the destination alone."""
+    with rig(mirrored=True) as r:
+        r.source.fault(FLUSH, errno.EIO, count=-1)
+        r.write_now(0, 1)
+        assert r.guest.flush_now().status == Status.IOERR
+        r.switch(keep=False)
+        r.flush_now()
+        assert r.durable(r.source, 0) == pattern(1)
 
 
 def test_a_write_through_guest_is_switched() -> None:
