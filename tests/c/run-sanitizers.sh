@@ -17,7 +17,9 @@ run() { # name, sanitizers, environment…
     name=$1 sanitize=$2
     shift 2
     build=${VHOSTSYNC_SANITIZER_BUILDS:-$top}/build-$name
-    if [ ! -f "$build/build.ninja" ]; then
+    # Also made anew when another meson's version made it.
+    if ! meson test -C "$build" --no-rebuild --list >/dev/null 2>&1; then
+        rm -rf "$build"
         meson setup "$build" "$top" -Dextension=disabled -Db_sanitize="$sanitize" -Db_lundef=false -Dwerror=true \
             -Doptimization=1 >/dev/null || return 1
     fi

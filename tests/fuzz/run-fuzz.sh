@@ -10,7 +10,8 @@ seconds=${1:-60}
 [ $# -gt 0 ] && shift
 names=${*:-ring}
 command -v clang >/dev/null || { echo "run-fuzz.sh: clang and its compiler-rt (libclang-rt-dev) are needed" >&2; exit 2; }
-if [ ! -f "$build/build.ninja" ]; then
+if ! meson test -C "$build" --no-rebuild --list >/dev/null 2>&1; then
+    find "$build" -mindepth 1 -maxdepth 1 ! -name 'corpus-*' ! -name 'findings-*' -exec rm -rf {} + 2>/dev/null || true
     CC=clang meson setup "$build" "$top" -Dextension=disabled -Dcore_tests=false -Dfuzz=true -Db_lundef=false \
         -Db_sanitize=address,undefined -Dc_args='-fsanitize=fuzzer-no-link -fno-sanitize-recover=all -O1' >/dev/null
 fi
