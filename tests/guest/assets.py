@@ -47,6 +47,7 @@ class GuestAssets:
     initramfs: Path
     busybox: Path
     vhs_load: Path
+    uml_launch: Path
 
 
 def cache_folder() -> Path:
@@ -154,25 +155,14 @@ def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def build_vhs_load(cache: Path) -> Path:
-    """Compile the writer, static, so that it runs in any guest and on the host."""
-    source = HERE / "vhs-load.c"
-    program = cache / f"vhs-load-{digest(source.read_bytes())}"
+def compile_tool(cache: Path, name: str) -> Path:
+    """Compile one of the C programs here, static, so that it runs in any guest and on the host."""
+    source = HERE / f"{name}.c"
+    program = cache / f"{name}-{digest(source.read_bytes())}"
     if not program.exists():
         partial = program.with_suffix(".partial")
-        run(
-            "cc",
-            "-std=gnu11",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-static",
-            "-pthread",
-            "-o",
-            partial,
-            source,
-        )
+        flags = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread")
+        run("cc", *flags, "-o", partial, source)
         partial.rename(program)
     return program
 
@@ -260,9 +250,11 @@ def guest_assets() -> GuestAssets:
     ready = sorted(cache.glob("kernel-*/vmlinuz"), key=lambda path: path.stat().st_mtime)
     kernel_folder = ready[-1].parent if ready else fetch_kernel(cache)
     busybox = fetch_busybox(cache)
-    vhs_load = build_vhs_load(cache)
+    vhs_load = compile_tool(cache, "vhs-load")
     initramfs = build_initramfs(cache, kernel_folder, busybox, vhs_load)
-    return GuestAssets(kernel_folder / "vmlinuz", initramfs, busybox, vhs_load)
+    return GuestAssets(
+        kernel_folder / "vmlinuz", initramfs, busybox, vhs_load, compile_tool(cache, "uml-launch")
+    )
 
 
 if __name__ == "__main__":
