@@ -397,11 +397,10 @@ def serve_config(options: argparse.Namespace) -> config.ServeConfig:
 
 
 def _serve(settings: config.ServeConfig) -> int:
-    from . import log
-
-    log.configure(settings.log_format, settings.log_level)
-    from .daemon import run
-
+    try:
+        from .daemon import run
+    except ImportError as error:
+        return _failed(f"{error} (the data plane is a C extension; `pip install .` builds it)", EXIT_FAILED)
     return run(settings)
 
 

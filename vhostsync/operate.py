@@ -139,17 +139,18 @@ async def _until_steady(
 ) -> Mapping[str, Any]:
     """The mirror when it is steady, or when the deadline has passed. MirrorError where it will not become
     steady."""
+    attached: str | None = None  # as the backend calls it
     while True:
         mirror: Mapping[str, Any] = await client.execute("query-mirror")
         if live is not None:
             live.update(show.mirror_line(mirror, live.width))
         state, now_s = mirror["state"], time.monotonic()
-        if state == "passthrough" or mirror["destination"] != destination:
-            raise MirrorError(f"The mirror to {destination} was ended by another command.")
         if state == "degraded":
-            raise MirrorError(
-                f"The mirror to {destination} failed: {mirror['reason'] or mirror['last-error']}."
-            )
+            why = mirror["last-error"] or mirror["reason"]
+            raise MirrorError(f"The mirror to {destination} failed: {why}.")
+        attached = attached or mirror["destination"]
+        if state == "passthrough" or mirror["destination"] != attached:
+            raise MirrorError(f"The mirror to {destination} was ended by another command.")
         if state == "steady" or (deadline_s is not None and now_s >= deadline_s):
             return mirror
         # A change of state ends the wait, so that `steady` is seen at once; a progress event is one more
@@ -218,13 +219,9 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
 
 
 async def quit_backend(client: ControlClient, options: argparse.Namespace) -> int:
-    """`vhostsync quit`: returns when the backend has let go of the control socket."""
+    """`vhostsync quit`: returns when the backend is over, and its disks are free."""
     with anyio.fail_after(options.timeout):
-        await client.execute("quit", {"force": options.force})
-        try:
-            while True:
-                await client.next_event()
-        except UnreachableError:
-            if options.json:
-                _print_json({})
-            return EXIT_OK
+        await client.execute_to_the_end("quit", {"force": options.force})
+    if options.json:
+        _print_json({})
+    return EXIT_OK

@@ -64,11 +64,14 @@ def mirror_line(mirror: Mapping[str, Any], width: int | None = None) -> str:
     if state == "syncing":
         return f"syncing  {copy_line(mirror, None if width is None else width - 9)}"
     if state == "passthrough":
-        return "passthrough  no destination"
+        former = mirror["destination"]
+        return "passthrough  no destination" + (
+            f"; the former one, {former}, is {mirror['worth']}" if former else ""
+        )
     lag = f"lag {mirror['lag-writes']} writes, {size(mirror['lag-bytes'])}, {mirror['lag-ms']:.0f} ms"
     if state == "steady":
         return f"steady  {mirror['destination']} is up to date; {lag}"
-    reason = mirror["reason"] or "no reason given"
+    reason = mirror["last-error"] or mirror["reason"] or "no reason given"
     return f"{state}  {mirror['destination']} is {mirror['worth']}: {reason}; {lag}"
 
 
@@ -79,7 +82,10 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
     if status.get("active"):
         guest += ", one runs rings"
     rows = [
-        ("Disk", f"{status['disk']}, {size(status['capacity'])}"),
+        (
+            "Disk",
+            f"{status['disk']}, {size(status['capacity'])}{', read-only' if status.get('read-only') else ''}",
+        ),
         ("Backend", f"{status['status']}, {guest}"),
         ("Mirror", mirror_line(mirror)),
     ]

@@ -80,7 +80,8 @@ class FakeMirror:
         self.now = replace(self.now, **changes)
         if self.now.state != before:
             self.hub.publish(
-                events.MIRROR_STATE_CHANGE, {"from": before, "to": self.now.state, "reason": self.now.reason}
+                events.MIRROR_STATE_CHANGE,
+                {"former": before, "state": self.now.state, "reason": self.now.reason},
             )
 
     async def status(self) -> FakeStatus:

@@ -219,6 +219,46 @@ def test_quit_waits_for_the_end(served: Served, run: Run) -> None:
     assert code == 3
 
 
+def test_quit_waits_for_the_process(tmp_path: Path) -> None:
+    """The backend lets go of its control socket before it brings the mirror up to date."""
+    path, done = tmp_path / "control", tmp_path / "done"
+    script = """if True:
+        import sys, anyio
+        from pathlib import Path
+        from tests.unit.control_fakes import FakeBackend, running
+
+        async def serve():
+            backend = FakeBackend()
+            async with running(Path(sys.argv[1]), backend):
+                print("ready", flush=True)
+                await backend.quit_asked.wait()
+
+        anyio.run(serve)
+        print("closed", flush=True)
+        sys.stdin.read()
+        Path(sys.argv[2]).touch()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", script, path, done],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as backend:
+        assert backend.stdin is not None and backend.stdout is not None
+        while backend.stdout.readline() != "ready\n":
+            pass
+        with start("quit", "--json", "--control", str(path)) as program:
+            while backend.stdout.readline() != "closed\n":
+                pass
+            assert program.poll() is None
+            backend.stdin.close()
+            out, err = program.communicate(timeout=30)
+        assert (program.returncode, out, err) == (0, "{}\n", "")
+        assert done.exists()
+        backend.wait(timeout=30)
+
+
 def test_quit_does_not_wait_for_ever(served: Served, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def not_now(*, force: bool) -> None:
         pass
@@ -268,7 +308,6 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
     module = types.ModuleType("vhostsync.daemon")
     module.run = run_daemon  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vhostsync.daemon", module)
-    monkeypatch.setattr("vhostsync.log.configure", lambda *_: None)
     return called
 
 
@@ -312,6 +351,13 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
 def test_the_word_serve_may_be_left_out(run: Run, daemon: list[ServeConfig], words: list[str]) -> None:
     assert run(*words)[0] == 0
     assert daemon == [ServeConfig(blk_file=Path("/a.img"), socket_path=Path("/run/s"))]
+
+
+def test_without_the_extension_it_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vhostsync.daemon", None)
+    code, _, err = run("--socket-path=/run/s", "--blk-file=/a.img")
+    assert code == 1
+    assert "pip install" in err
 
 
 def test_an_inherited_descriptor(run: Run, daemon: list[ServeConfig]) -> None:

@@ -89,7 +89,7 @@ async def test_a_real_qmp_client_works_on_it(path: Path, connect: Connect) -> No
         with client.listener("MIRROR_STATE_CHANGE") as listener:
             assert await client.execute("mirror-start", {"destination": "/disks/b.img", "speed": 5}) == {}
             event = await listener.get()
-            assert event["data"] == {"from": "passthrough", "to": "syncing", "reason": None}
+            assert event["data"] == {"former": "passthrough", "state": "syncing", "reason": None}
         assert backend.mirror.target is not None
         assert backend.mirror.target.speed_bytes_per_s == 5
         with pytest.raises(ExecuteError, match="cancel the mirror first"):
@@ -311,6 +311,17 @@ async def test_a_slow_client_is_told_how_many_events_it_lost(path: Path, connect
         assert first["event"] == "EVENTS_LOST"
         assert first["data"] == {"count": 10}
         assert second["data"] == {"number": 10}
+
+
+async def test_an_events_names_have_dashes(path: Path, connect: Connect) -> None:
+    backend = FakeBackend()
+    async with running(path, backend):
+        client = await connect()
+        await client.negotiate()
+        await client.send({"execute": "query-version"})
+        await client.read()
+        backend.events.publish(events.SWITCH_COMPLETED, {"pause_us": 5})
+        assert (await client.read())["data"] == {"pause-us": 5}
 
 
 async def test_no_event_before_the_negotiation(path: Path, connect: Connect) -> None:

@@ -4,6 +4,7 @@ asked for."""
 
 import errno
 import json
+import os
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
@@ -76,6 +77,26 @@ class ControlClient:
                 raise ControlError(f"The backend at {self._path} sent a reply that nobody asked for.")
             self._events.append(message)
         return self._events.popleft()
+
+    async def execute_to_the_end(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Execute what ends the backend, and wait until its process is over (it lets go of its control socket
+        before that) or, where the kernel does not show the process, until the connection is closed."""
+        process = sockets.peer_process(self._connection)
+        try:
+            watched = os.pidfd_open(process) if process not in (0, os.getpid()) else None
+        except OSError:
+            watched = None
+        try:
+            await self.execute(command, arguments)
+            try:
+                while True:
+                    await self.next_event()
+            except UnreachableError:
+                if watched is not None:
+                    await anyio.wait_readable(watched)
+        finally:
+            if watched is not None:
+                os.close(watched)
 
     async def _negotiate(self) -> None:
         self.greeting = await self._read()

@@ -28,7 +28,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from ..config import Cache
 from ..events import Event, Subscription
 from . import qmp, sockets
-from .commands import Backend, Dispatcher
+from .commands import Backend, Dispatcher, dashed
 
 log = structlog.get_logger(__name__)
 
@@ -167,7 +167,7 @@ class ControlServer:
 
 def _event_lines(event: Event) -> bytes:
     lost = qmp.event_line(EVENTS_LOST, {"count": event.lost}, event.wall_ns) if event.lost else b""
-    return lost + qmp.event_line(event.name, event.data, event.wall_ns)
+    return lost + qmp.event_line(event.name, dashed(event.data), event.wall_ns)
 
 
 class _Client:

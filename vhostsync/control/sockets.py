@@ -108,10 +108,20 @@ def _remove_leftover(path: Path) -> None:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end when it connected (SO_PEERCRED, unix(7))."""
+    """The user at the other end when it connected, or listened (SO_PEERCRED, unix(7))."""
+    return _peer(connection)[1]
+
+
+def peer_process(connection: socket.socket) -> int:
+    """The process at the other end when it connected, or listened; 0 where it is in a namespace of its
+    own."""
+    return _peer(connection)[0]
+
+
+def _peer(connection: socket.socket) -> tuple[int, int, int]:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)
+    process, user, group = struct.unpack("3i", credentials)
+    return process, user, group
 
 
 async def accept(listener: socket.socket) -> socket.socket:
