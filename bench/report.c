@@ -81,9 +81,10 @@ static void report_intervals(const struct run *run, uint64_t last_ns)
 void report(const struct run *run)
 {
     const struct options *options = &run->options;
-    uint64_t last_ns = 0, kicks = 0, sleeps = 0, gap_ns = 0, gap_at_ns = 0;
+    uint64_t last_ns = 0, submitted = 0, kicks = 0, sleeps = 0, gap_ns = 0, gap_at_ns = 0;
     for (uint32_t queue = 0; queue < options->queues; queue++) {
         const struct worker *worker = &run->workers[queue];
+        submitted += worker->submitted;
         kicks += worker->kicks;
         sleeps += worker->sleeps;
         if (worker->finished_ns > last_ns)
@@ -104,7 +105,7 @@ void report(const struct run *run)
     printf(" \"capacity_bytes\": %llu, \"ring_size\": %u, \"indirect\": %s, \"event_idx\": %s, \"poll\": %s, \"lost\": %s,\n",
            ULL(run->frontend.capacity_bytes), run->frontend.ring_size, options->indirect ? "true" : "false",
            options->event_idx ? "true" : "false", options->poll ? "true" : "false", run->lost ? "true" : "false");
-    printf(" \"seconds\": %.3f, \"kicks\": %llu, \"sleeps\": %llu, \"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n", seconds,
+    printf(" \"seconds\": %.3f, \"submitted\": %llu, \"kicks\": %llu, \"sleeps\": %llu, \"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n", seconds, ULL(submitted),
            ULL(kicks), ULL(sleeps), seconds_of(usage.ru_utime), seconds_of(usage.ru_stime));
     printf(" \"longest_gap_ns\": %llu, \"longest_gap_at_ns\": %llu,\n \"operations\": {", ULL(gap_ns), ULL(gap_at_ns));
     bool first = true;
