@@ -13,7 +13,7 @@ import sys
 from typing import Any, TextIO, cast
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from .config import LogFormat, LogLevel
 
@@ -47,6 +47,7 @@ def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: 
         processors += [
             structlog.processors.format_exc_info,
             structlog.processors.EventRenamer("message"),
+            _common_first,
             structlog.processors.JSONRenderer(default=str),
         ]
     structlog.configure(
@@ -61,6 +62,12 @@ def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: 
     root.addHandler(_ToStructlog())
     # Other people's libraries at debug would tell about each wake-up of the event loop.
     root.setLevel(max(_LEVELS[level], logging.INFO))
+
+
+def _common_first(_: object, __: str, line: EventDict) -> EventDict:
+    """What every line has comes first, for people who read the JSON."""
+    common = ("timestamp", "level", "message")
+    return {key: line[key] for key in common} | {key: line[key] for key in line if key not in common}
 
 
 class _LineStream:

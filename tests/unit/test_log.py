@@ -32,6 +32,7 @@ def test_json_where_there_is_no_terminal() -> None:
     log.configure("auto", "info", out)
     structlog.get_logger().warning("destination failed", lag_bytes=5)
     line = json.loads(out.getvalue())
+    assert list(line) == ["timestamp", "level", "message", "lag_bytes"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line.pop("timestamp"))
     assert line == {"level": "warning", "message": "destination failed", "lag_bytes": 5}
 
