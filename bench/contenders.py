@@ -7,6 +7,8 @@ A measurement is a `Sample`. Both backends are driven by the same load generator
 """
 
 import contextlib
+import functools
+import importlib.util
 import json
 import mmap
 import os
@@ -85,11 +87,15 @@ class Qmp:
         self._socket.close()
 
 
+@functools.cache
 def find_loadgen() -> Path:
     """The load generator: $VHOSTSYNC_LOADGEN, or where the build of this tree put it."""
     places = [Path(os.environ["VHOSTSYNC_LOADGEN"])] if "VHOSTSYNC_LOADGEN" in os.environ else []
-    if "MESONPY_EDITABLE_SKIP" in os.environ:
-        places.append(Path(os.environ["MESONPY_EDITABLE_SKIP"]) / "bench" / "loadgen")
+    with contextlib.suppress(ImportError):
+        # An editable install uses the extension from its build's directory; the load generator is beside it.
+        extension = importlib.util.find_spec("vhostsync._shim")
+        if extension is not None and extension.origin is not None:
+            places.append(Path(extension.origin).parent.parent / "bench" / "loadgen")
     top = Path(__file__).resolve().parent.parent
     places += sorted(top.glob("build*/bench/loadgen")) + sorted(top.glob("build/*/bench/loadgen"))
     for place in places:
