@@ -1,0 +1,330 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Files as disks, through io_uring and by plain calls, on a thread that plays
+ * the engine's part. The files lie in the working directory (for direct I/O
+ * and holes) and in memory.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "disk.h"
+#include "harness.h"
+
+#define BYTES (8u << 20)
+#define IOS 64
+
+static struct uring uring;
+static struct disk_host host;
+static uint8_t *buffer; /* BYTES, aligned */
+static uint8_t mirror[BYTES];
+
+struct call {
+    struct disk_io io; /* first: the two share an address */
+    struct iovec iov[8];
+    int done;
+};
+
+static void on_done(struct disk_io *io)
+{
+    ((struct call *)io)->done++;
+}
+
+static void start(vs_disk *disk, struct call *c, uint32_t kind, uint64_t offset, uint64_t length, void *memory)
+{
+    c->done = 0;
+    c->iov[0] = (struct iovec){memory, length};
+    c->io.kind = kind;
+    c->io.offset = offset;
+    c->io.length = length;
+    c->io.iov = c->iov;
+    c->io.iov_count = 1;
+    c->io.done = on_done;
+    disk_submit(disk, &c->io);
+    CHECK_EQUAL(c->done, 0); /* never from within */
+}
+
+static void turn(void)
+{
+    uring_enter(&uring, list_empty(&host.done) ? UINT64_MAX : 0);
+    uring_reap(&uring);
+    disk_run_done(&host);
+}
+
+static int finish(struct call *c)
+{
+    while (!c->done)
+        turn();
+    CHECK_EQUAL(c->done, 1);
+    return c->io.result;
+}
+
+static int call(vs_disk *disk, uint32_t kind, uint64_t offset, uint64_t length, void *memory)
+{
+    struct call c = {.io.may_unmap = false};
+    start(disk, &c, kind, offset, length, memory);
+    return finish(&c);
+}
+
+static int zero(vs_disk *disk, uint64_t offset, uint64_t length, bool may_unmap)
+{
+    struct call c = {.io.may_unmap = may_unmap};
+    start(disk, &c, VS_DISK_ZERO, offset, length, NULL);
+    return finish(&c);
+}
+
+struct kind_of_file {
+    const char *name;
+    bool direct, memory;
+};
+
+static int open_file(const struct kind_of_file *k)
+{
+    int fd = k->memory ? memfd_create("disk", MFD_CLOEXEC)
+                       : open(".", O_TMPFILE | O_RDWR | O_CLOEXEC | (k->direct ? O_DIRECT : 0), 0600);
+    if (fd >= 0)
+        CHECK_EQUAL(ftruncate(fd, BYTES), 0);
+    return fd;
+}
+
+static vs_disk *open_disk(const struct kind_of_file *k, int *fd)
+{
+    struct vs_disk_probe probe;
+    *fd = open_file(k);
+    if (*fd < 0)
+        return NULL; /* no such files in this directory */
+    CHECK_EQUAL(vs_disk_probe_fd(*fd, k->direct, &probe), 0);
+    CHECK_EQUAL(probe.bytes, BYTES);
+    CHECK_EQUAL(probe.inline_io, k->memory);
+    CHECK(!probe.is_block_device && probe.logical_block_bytes >= 512);
+    vs_disk *disk = vs_disk_file(dup(*fd), &probe, k->direct);
+    CHECK(disk);
+    disk_adopt(disk, &host);
+    return disk;
+}
+
+static void compare(vs_disk *disk)
+{
+    memset(buffer, 0xee, BYTES);
+    CHECK_EQUAL(call(disk, VS_DISK_READ, 0, BYTES, buffer), 0);
+    CHECK(memcmp(buffer, mirror, BYTES) == 0);
+}
+
+static void contents(const struct kind_of_file *k)
+{
+    static const uint64_t cuts[][2] = {{0, 4096},          {4096, 65536},      {1 << 20, 1 << 20}, {12288, 131072 + 4096},
+                                       {3 << 20, 3 << 20}, {BYTES - 4096, 4096}, {0, BYTES}};
+    uint64_t state = 77;
+    int fd;
+    vs_disk *disk = open_disk(k, &fd);
+    if (!disk) {
+        printf("# no %s files here: %s\n", k->name, strerror(errno));
+        return;
+    }
+    memset(mirror, 0, BYTES);
+    compare(disk); /* a hole */
+    CHECK_EQUAL(disk_hole_end(disk, 0, BYTES), BYTES);
+    for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
+        for (int unmap = 0; unmap < 2; unmap++) {
+            for (uint64_t b = 0; b < BYTES; b++)
+                mirror[b] = (uint8_t)(b * 7 + i);
+            memcpy(buffer, mirror, BYTES);
+            CHECK_EQUAL(call(disk, VS_DISK_WRITE, 0, BYTES, buffer), 0);
+            CHECK_EQUAL(disk_hole_end(disk, 0, BYTES), 0);
+            compare(disk);
+            CHECK_EQUAL(zero(disk, cuts[i][0], cuts[i][1], unmap), 0);
+            memset(mirror + cuts[i][0], 0, cuts[i][1]);
+            compare(disk);
+        }
+    }
+    CHECK_EQUAL(call(disk, VS_DISK_FLUSH, 0, 0, NULL), 0);
+    /* Many at once, in pieces. */
+    static struct call calls[IOS];
+    for (unsigned round = 0; round < 4; round++) {
+        uint64_t part = BYTES / IOS;
+        for (unsigned i = 0; i < IOS; i++) {
+            uint64_t at = i * part;
+            struct call *c = &calls[i];
+            for (uint64_t b = 0; b < part; b += 512)
+                memset(buffer + at + b, (int)test_random(&state), 512);
+            memcpy(mirror + at, buffer + at, part);
+            *c = (struct call){.io = {.kind = VS_DISK_WRITE, .offset = at, .length = part, .iov = c->iov,
+                                      .iov_count = 4, .done = on_done}};
+            for (unsigned n = 0; n < 4; n++)
+                c->iov[n] = (struct iovec){buffer + at + n * part / 4, part / 4};
+            disk_submit(disk, &c->io);
+        }
+        for (unsigned i = 0; i < IOS; i++)
+            CHECK_EQUAL(finish(&calls[i]), 0);
+        compare(disk);
+    }
+    CHECK_EQUAL(disk->stats.in_flight, 0);
+    CHECK(disk->stats.op[VS_DISK_WRITE].operations >= 4 * IOS);
+    CHECK_EQUAL(disk->stats.op[VS_DISK_FLUSH].operations, 1);
+    /* The file became shorter than the disk: an error, not less data. */
+    CHECK_EQUAL(ftruncate(fd, BYTES / 2), 0);
+    CHECK_EQUAL(call(disk, VS_DISK_READ, BYTES / 2, 4096, buffer), -EIO);
+    CHECK_EQUAL(call(disk, VS_DISK_READ, BYTES / 2 - 4096, 8192, buffer), -EIO);
+    CHECK_EQUAL(disk->stats.op[VS_DISK_READ].errors, 2);
+    disk_close(disk);
+    close(fd);
+}
+
+static void in_memory(void)
+{
+    contents(&(struct kind_of_file){"memory", false, true});
+}
+
+static void buffered(void)
+{
+    contents(&(struct kind_of_file){"buffered", false, false});
+}
+
+static void direct(void)
+{
+    contents(&(struct kind_of_file){"direct", true, false});
+}
+
+static void errors(void)
+{
+    static const struct kind_of_file kinds[] = {{"memory", false, true}, {"buffered", false, false}};
+    for (int i = 0; i < 2; i++) {
+        int fd;
+        vs_disk *disk = open_disk(&kinds[i], &fd);
+        if (!disk)
+            continue;
+        /* The descriptor stays; what it refers to does not take writes. */
+        struct vs_disk_probe probe;
+        char path[64];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        int read_only = open(path, O_RDONLY | O_CLOEXEC);
+        CHECK(read_only >= 0);
+        CHECK_EQUAL(vs_disk_probe_fd(read_only, 0, &probe), 0);
+        vs_disk *other = vs_disk_file(read_only, &probe, 0);
+        disk_adopt(other, &host);
+        CHECK_EQUAL(call(other, VS_DISK_WRITE, 0, 4096, buffer), -EBADF);
+        CHECK_EQUAL(zero(other, 0, 4096, true), -EBADF);
+        CHECK_EQUAL(call(other, VS_DISK_READ, 0, 4096, buffer), 0);
+        disk_close(other);
+        disk_close(disk);
+        close(fd);
+    }
+    int ends[2];
+    struct vs_disk_probe probe;
+    CHECK_EQUAL(pipe(ends), 0);
+    CHECK_EQUAL(vs_disk_probe_fd(ends[0], 0, &probe), -ENOTBLK);
+    CHECK_EQUAL(vs_disk_probe_fd(-1, 0, &probe), -EBADF);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+/* Writes that the file takes only in part: what is left is written too, or is an error. */
+static void no_space(void)
+{
+    struct rlimit old, limit = {1 << 20, RLIM_INFINITY};
+    int fd;
+    vs_disk *disk = open_disk(&(struct kind_of_file){"memory", false, true}, &fd);
+    CHECK_EQUAL(ftruncate(fd, 0), 0);
+    CHECK_EQUAL(getrlimit(RLIMIT_FSIZE, &old), 0);
+    limit.rlim_max = old.rlim_max;
+    CHECK(signal(SIGXFSZ, SIG_IGN) != SIG_ERR);
+    CHECK_EQUAL(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    int result = call(disk, VS_DISK_WRITE, (1 << 20) - 4096, 8192, buffer);
+    CHECK_EQUAL(setrlimit(RLIMIT_FSIZE, &old), 0);
+    CHECK(result == -EFBIG || result == -ENOSPC);
+    CHECK_EQUAL(disk->stats.op[VS_DISK_WRITE].errors, 1);
+    CHECK_EQUAL(disk->stats.op[VS_DISK_WRITE].bytes, 0);
+    disk_close(disk);
+    close(fd);
+}
+
+/* ---- disk.c with a disk that does as it is told ----------------------------------- */
+
+static int told;
+
+static void told_submit(vs_disk *disk, struct disk_io *io)
+{
+    (void)disk;
+    disk_complete(io, told);
+}
+
+static void told_close(vs_disk *disk)
+{
+    (void)disk;
+}
+
+/* Behind the page cache a second fdatasync succeeds without the data, so the first failure stays one. */
+static void failed_flushes(void)
+{
+    static const struct disk_ops ops = {.submit = told_submit, .close = told_close};
+    for (int is_direct = 0; is_direct < 2; is_direct++) {
+        vs_disk disk;
+        disk_init(&disk, &ops, BYTES, 512, 1, is_direct);
+        disk_adopt(&disk, &host);
+        told = 0;
+        CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), 0);
+        told = -EIO;
+        CHECK_EQUAL(call(&disk, VS_DISK_WRITE, 0, 512, buffer), -EIO);
+        CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), -EIO);
+        told = 0;
+        CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), is_direct ? 0 : -EIO);
+        CHECK_EQUAL(call(&disk, VS_DISK_WRITE, 0, 512, buffer), 0);
+        CHECK_EQUAL(disk_hole_end(&disk, 512, 1024), 512); /* knows of no holes */
+        disk_close(&disk);
+    }
+}
+
+static void iovecs(void)
+{
+    struct iovec iov[3] = {{buffer, 10}, {buffer + 100, 20}, {buffer + 200, 30}}, *at = iov;
+    CHECK_EQUAL(iov_bytes(iov, 3), 60);
+    CHECK_EQUAL(iov_advance(&at, 3, 5), 3);
+    CHECK(at == iov && iov[0].iov_base == buffer + 5 && iov[0].iov_len == 5);
+    CHECK_EQUAL(iov_advance(&at, 3, 5), 2);
+    CHECK(at == iov + 1);
+    CHECK_EQUAL(iov_advance(&at, 2, 21), 1);
+    CHECK(at == iov + 2 && iov[2].iov_base == buffer + 201 && iov[2].iov_len == 29);
+    CHECK_EQUAL(iov_advance(&at, 1, 29), 0);
+}
+
+static void latencies(void)
+{
+    struct vs_op_stats s = {0};
+    op_stats_add(&s, 10, 0, false);
+    op_stats_add(&s, 10, 1, false);
+    op_stats_add(&s, 10, 1023, false);
+    op_stats_add(&s, 10, 1024, true);
+    op_stats_add(&s, 10, UINT64_MAX / 2, false);
+    CHECK_EQUAL(s.operations, 5);
+    CHECK_EQUAL(s.bytes, 40);
+    CHECK_EQUAL(s.errors, 1);
+    CHECK_EQUAL(s.latency_ns_log2[0], 2);
+    CHECK_EQUAL(s.latency_ns_log2[9], 1);
+    CHECK_EQUAL(s.latency_ns_log2[10], 1);
+    CHECK_EQUAL(s.latency_ns_log2[VS_LATENCY_BUCKETS - 1], 1);
+}
+
+int main(void)
+{
+    const char *step = "";
+    buffer = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(buffer != MAP_FAILED);
+    CHECK_EQUAL(uring_init(&uring, 64, 256, &step), 0); /* smaller than what is asked at once: it submits by itself */
+    disk_host_init(&host, &uring, -1);
+    test("a file in memory", in_memory);
+    test("a buffered file", buffered);
+    test("a direct file", direct);
+    test("errors", errors);
+    test("no space", no_space);
+    test("failed flushes", failed_flushes);
+    test("iovecs", iovecs);
+    test("latencies", latencies);
+    CHECK_EQUAL(uring.in_flight, 0);
+    disk_host_free(&host);
+    uring_free(&uring);
+    return tests_end();
+}
