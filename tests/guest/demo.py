@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`./run demo`: a running guest's disk is mirrored and moved to another disk while the guest writes.
+
+Everything is real: a Linux guest under QEMU, an ext4 file system, two image files, the `vhostsync` that a
+user would run. At the end both images are read on the host and compared with what the guest was told was
+safe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.guest.assets import AssetError, GuestAssets, guest_assets
+from tests.guest.backends import Vhostsync, vhostsync_command
+from tests.guest.harness import Guest, GuestDisk, GuestError, Load, Report, machine_command, verify_blocks
+from tests.guest.images import (
+    MIB,
+    ImageError,
+    check_clean,
+    digest,
+    file_of_crashed_ext4,
+    file_of_ext4,
+    fill_random,
+    make_ext4,
+    new_image,
+)
+from tests.guest.processes import ProcessError
+from tests.guest.qmp_client import QmpError
+
+DISK_MIB = 1024
+PHOTOS_MIB = 256
+LOAD_MIB = 64
+LOAD_BLOCKS = LOAD_MIB * MIB // 4096
+COPY_SPEED = "60M"  # slow enough to be watched
+STEPS = 9
+
+Counts = dict[str, Any]
+
+
+class Screen:
+    """Numbered steps, the commands a user would type, and what they print."""
+
+    def __init__(self) -> None:
+        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._step = 0
+        self._started = time.monotonic()
+
+    def _style(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+    def step(self, title: str, why: str = "") -> None:
+        self._step += 1
+        print("\n" + self._style("1;36", f"[{self._step}/{STEPS}] {title}"))
+        for line in textwrap.wrap(why, 92):
+            print(self._style("2", f"      {line}"))
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        print(f"      {text}", flush=True)
+
+    def good(self, text: str) -> None:
+        print("  " + self._style("1;32", "ok") + f"  {text}", flush=True)
+
+    def command(self, *words: str) -> None:
+        print("      " + self._style("1", "$ " + " ".join(words)), flush=True)
+
+    def title(self, text: str) -> None:
+        print("\n" + self._style("1", text), flush=True)
+
+    def bad(self, text: str) -> None:
+        print("\n" + self._style("1;31", "The demo failed: ") + text, file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the guest was told around the switch, for the verification and the summary."""
+
+    load: Load
+    before: Report  # the last sync reported before `switch` was called
+    after: Report  # a sync that began after it had returned
+    last: Report
+    pause_ms: float
+    slowest_ms: float  # the longest single write that the guest saw around the switch
+
+
+def vhostsync(screen: Screen, control: Path, *words: str) -> None:
+    """Run a vhostsync command as a user would, its output on the user's own terminal."""
+    screen.command("vhostsync", *words)
+    done = subprocess.run([*vhostsync_command(), "--control", str(control), *words], check=False)
+    if done.returncode != 0:
+        raise ProcessError(f"`vhostsync {' '.join(words)}` ended with {done.returncode}")
+
+
+def make_disks(screen: Screen, work: Path) -> tuple[Path, Path]:
+    """A source with a file system and data on it, and an empty destination of the same size."""
+    contents = work / "contents"
+    contents.mkdir()
+    for name, mib in (("photos.bin", PHOTOS_MIB), ("load.bin", LOAD_MIB)):
+        fill_random(new_image(contents / name, mib), 0, mib * MIB)
+    source = new_image(work / "source.img", DISK_MIB)
+    make_ext4(source, contents)
+    shutil.rmtree(contents)
+    destination = new_image(work / "destination.img", DISK_MIB)
+    screen.say(f"{source.name}       1 GiB, ext4, {PHOTOS_MIB + LOAD_MIB} MiB of files on it")
+    screen.say(f"{destination.name}  1 GiB, empty")
+    return source, destination
+
+
+def show_counts(screen: Screen, backend: Vhostsync, load: Load) -> None:
+    """The five counts after each of some syncs of the guest."""
+    load.drain()
+    screen.say("")
+    screen.say("          source              |         destination          |  guest")
+    screen.say("  writes done     of these    |  writes held    of these     |  last sync")
+    screen.say("                  durable     |                 durable      |  covers")
+    for _ in range(6):
+        load.next_report()
+        counts: Counts = backend.status()["counts"]
+        done, safe = counts["source-generation"], counts["source-flushed"]
+        held, held_safe = counts["writes-mirrored"], counts["writes-flushed"]
+        row = f"  {done:>11,}  {safe:>11,}    |  {held:>11,}  {held_safe:>11,}    |  {counts['flush-request']:>9,}"
+        screen.say(row)
+    screen.say("")
+
+
+def run_guest(screen: Screen, assets: GuestAssets, work: Path, source: Path, destination: Path) -> Outcome:
+    """Steps 2 to 8: everything that happens while the backend runs."""
+    screen.step("Start the backend", "It serves the source to whoever connects to its socket.")
+    screen.command("vhostsync serve --socket-path disk.sock --blk-file source.img --num-queues 2")
+    with Vhostsync(work, source, queues=2) as backend:
+        screen.good(f"process {backend.process.pid} listens")
+
+        screen.step("Boot a Linux guest whose disk this is", "QEMU without KVM, so that it works everywhere.")
+        started = time.monotonic()
+        with Guest(assets, work, machine_command([GuestDisk(backend.socket, queues=2)])) as guest:
+            guest.run("mount -t ext4 /dev/vda /mnt")
+            kernel = guest.run("uname -r")
+            screen.good(f"Linux {kernel} runs after {time.monotonic() - started:.1f} s, /dev/vda is mounted")
+
+            screen.step(
+                "The guest writes, syncs, and keeps writing",
+                "Each 4 KiB block says which write put it there. After every 64 writes the guest syncs; "
+                "what was synced by then is what must never be lost.",
+            )
+            guest.run("echo 'written before the mirror' >/mnt/early.txt && sync")
+            load = guest.start_load("/mnt/load.bin", blocks=LOAD_BLOCKS)
+            report = load.next_report()
+            screen.good(f"{report.synced:,} writes synced so far, and it goes on")
+
+            screen.step(
+                "Attach the destination and copy, while the guest writes",
+                f"Limited to {COPY_SPEED} a second, so that there is something to see.",
+            )
+            vhostsync(
+                screen, backend.control, "mirror", "start", str(destination), "--speed", COPY_SPEED, "--wait"
+            )
+            screen.good("steady: from here on every sync of the guest is durable on both disks")
+
+            screen.step(
+                "Watch the counts move with the guest's syncs",
+                "The guest's writes are confirmed by the source alone; a sync is confirmed only when the "
+                "destination durably holds all that it covers.",
+            )
+            show_counts(screen, backend, load)
+
+            screen.step("Switch: the guest moves to the destination while it writes")
+            before = load.fresh_report()
+            vhostsync(screen, backend.control, "switch")
+            pause_ms = switch_pause_ms(backend)
+            first = load.next_report()
+            after = load.fresh_report()
+            slowest = max(first.slowest_ms, after.slowest_ms)
+            screen.good(f"the guest goes on: {after.synced:,} writes synced, now on {destination.name}")
+
+            screen.step("The guest writes some more to its new disk, then powers off")
+            guest.run("echo 'written after the switch' >/mnt/late.txt && sync")
+            load.fresh_report()
+            last = guest.stop_load(load)
+            if trouble := guest.io_trouble():
+                raise GuestError("the guest's kernel log tells of trouble:\n" + "\n".join(trouble))
+            guest.power_off()
+            screen.good(f"{last.synced:,} writes synced in all; no I/O error in the guest's kernel log")
+        backend.stop()
+        screen.good("the backend ended cleanly")
+    return Outcome(load, before, after, last, pause_ms, slowest)
+
+
+def switch_pause_ms(backend: Vhostsync) -> float:
+    """The pause of the switch, from the event about it."""
+    data = backend.qmp.wait_event("SWITCH_COMPLETED", 10)
+    return float(data["pause-us"]) / 1000
+
+
+def verify(screen: Screen, assets: GuestAssets, work: Path, disks: tuple[Path, Path], told: Outcome) -> None:
+    """Read both images on the host and compare them with what the guest was told. Raises on any
+    difference."""
+    source, destination = disks
+    screen.step(
+        "Verify both disks on the host",
+        "The new disk was unmounted and must be clean as it is. The old disk is what a power cut at "
+        "the switch would leave: its journal is replayed, on a copy.",
+    )
+    check_clean(destination)
+    screen.good(f"{destination.name}: e2fsck finds a clean file system")
+    new = file_of_ext4(destination, "load.bin", work)
+    verify_blocks(assets, new, told.load, synced=told.last.synced, issued=told.last.issued)
+    screen.good(f"{destination.name}: holds all {told.last.synced:,} synced writes")
+
+    old = file_of_crashed_ext4(source, "load.bin", work)
+    verify_blocks(assets, old, told.load, synced=told.before.synced, issued=told.after.issued)
+    screen.good(
+        f"{source.name}: holds all {told.before.synced:,} writes synced before the switch, none from after"
+    )
+
+    names = ("photos.bin", "early.txt")
+    for name in names:
+        if digest(file_of_ext4(destination, name, work)) != digest(file_of_crashed_ext4(source, name, work)):
+            raise ImageError(f"{name} differs between the two disks")
+    screen.good(f"{' and '.join(names)}: the same on both disks")
+    if file_of_ext4(destination, "late.txt", work).read_text() != "written after the switch\n":
+        raise ImageError(f"late.txt is not on {destination.name}")
+    screen.good(f"late.txt: on {destination.name}")
+
+
+def summarise(screen: Screen, told: Outcome) -> None:
+    screen.title("What you have seen")
+    text = (
+        "A virtual machine wrote to its disk all the time. Its disk was copied to a second one underneath "
+        "it, kept in step, and then replaced by it. The machine was not stopped and noticed nothing: its "
+        f"requests were held for {told.pause_ms:.2f} ms, and the slowest of its writes around the switch "
+        f"took {told.slowest_ms:.0f} ms. Everything that it had synced before the switch is on both disks, "
+        "everything that it synced after it on the new one."
+    )
+    print(textwrap.fill(text, 98))
+    print(f"\nIt took {screen.seconds:.0f} s. Next: README.md; `./run serve --help` for a disk of your own.")
+
+
+@contextlib.contextmanager
+def work_folder() -> Iterator[Path]:
+    """A folder for the two disks, gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="vhs-demo-", dir="/var/tmp"))
+    try:
+        if shutil.disk_usage(folder).free < 3 * DISK_MIB * MIB:
+            raise ImageError("/var/tmp has less than the 3 GiB free that the demo needs")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    def terminated(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminated)  # so that the guest and the folder go, too
+    screen = Screen()
+    try:
+        with work_folder() as work:
+            screen.step("Make two disks")
+            assets = guest_assets()
+            disks = make_disks(screen, work)
+            told = run_guest(screen, assets, work, *disks)
+            verify(screen, assets, work, disks, told)
+            summarise(screen, told)
+    except (AssetError, GuestError, ImageError, ProcessError, QmpError, OSError) as error:
+        screen.bad(str(error))
+        return 1
+    except KeyboardInterrupt:
+        screen.bad("interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
