@@ -87,6 +87,7 @@ def unpack_package(package: str, into: Path) -> None:
                 f"cannot download the package {package} (is the network up?): {error}"
             ) from error
         for archive in Path(folder).glob("*.deb"):
+            into.mkdir(parents=True, exist_ok=True)
             run("dpkg-deb", "-x", archive, into)
 
 

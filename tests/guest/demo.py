@@ -133,8 +133,8 @@ def show_counts(screen: Screen, backend: Vhostsync, load: Load) -> None:
         counts: Counts = backend.status()["counts"]
         done, safe = counts["source-generation"], counts["source-flushed"]
         held, held_safe = counts["writes-mirrored"], counts["writes-flushed"]
-        row = f"  {done:>11,}  {safe:>11,}    |  {held:>11,}  {held_safe:>11,}    |  {counts['flush-request']:>9,}"
-        screen.say(row)
+        row = f"  {done:>11,}  {safe:>11,}    |  {held:>11,}  {held_safe:>11,}    |"
+        screen.say(f"{row}  {counts['flush-request']:>9,}")
     screen.say("")
 
 
