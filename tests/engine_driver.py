@@ -226,6 +226,8 @@ class EngineDriver:
         self.event_fd = int(lib.vs_engine_event_fd(self.engine))
         self.events: list[Event] = []
         """Everything but DONE, oldest first; tests take from it."""
+        self.kicks: dict[tuple[int, int], int] = {}
+        """The kick descriptors of running rings, by attachment and queue: readable until the engine looks."""
         self._done: dict[int, Event] = {}
 
     def __enter__(self) -> EngineDriver:
@@ -378,13 +380,21 @@ class EngineDriver:
         self.until(lambda: self.snapshot().state == state, f"state {state.name}", timeout_s=timeout_s)
 
     def settle(self) -> Snapshot:
-        """Until the engine has nothing more to do by itself: nothing changed over several round trips."""
+        """Until the engine has nothing more to do by itself: every kick is taken, and nothing changed over
+        several round trips."""
+        self.until(self._no_kicks_left, "kicks are taken")
         last, same = self._fingerprint(), 0
         while same < 3:
             now = self._fingerprint()
             same = same + 1 if now == last else 0
             last = now
         return last[0]
+
+    def _no_kicks_left(self) -> bool:
+        poller = select.poll()
+        for fd in self.kicks.values():
+            poller.register(fd, select.POLLIN)
+        return not poller.poll(0)
 
     def _fingerprint(self) -> tuple[Snapshot, tuple[int, ...]]:
         snapshot = self.snapshot()
@@ -439,11 +449,13 @@ class EngineTransport:
         self._call(lib.VS_CMD_VRING_CALL, queue=queue, fd=os.dup(call))
         self._call(lib.VS_CMD_VRING_ERR, queue=queue, fd=os.dup(err))
         self._call(lib.VS_CMD_VRING_KICK, queue=queue, fd=os.dup(kick))
+        self.driver.kicks[self.attachment, queue] = kick
 
     def enable_ring(self, queue: int, enabled: bool) -> None:
         self._call(lib.VS_CMD_VRING_ENABLE, queue=queue, value=int(enabled))
 
     def stop_ring(self, queue: int) -> int:
+        self.driver.kicks.pop((self.attachment, queue), None)
         return self._call(lib.VS_CMD_VRING_STOP, queue=queue).value
 
     def set_write_cache(self, writeback: bool) -> None:
@@ -454,5 +466,6 @@ class EngineTransport:
 
     def close(self) -> None:
         """Detaches; the engine may be gone already."""
+        self.driver.kicks = {key: fd for key, fd in self.driver.kicks.items() if key[0] != self.attachment}
         if self.driver.engine is not None:
             self._call(lib.VS_CMD_DETACH)
