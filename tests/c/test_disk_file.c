@@ -130,8 +130,8 @@ static void contents(const struct kind_of_file *k)
     CHECK_EQUAL(disk_hole_end(disk, 0, BYTES), BYTES);
     for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
         for (int unmap = 0; unmap < 2; unmap++) {
-            for (uint64_t b = 0; b < BYTES; b++)
-                mirror[b] = (uint8_t)(b * 7 + i);
+            for (uint64_t b = 0; b < BYTES; b += 512)
+                memset(mirror + b, (int)(1 + (b / 512 + i) % 255), 512);
             memcpy(buffer, mirror, BYTES);
             CHECK_EQUAL(call(disk, VS_DISK_WRITE, 0, BYTES, buffer), 0);
             CHECK_EQUAL(disk_hole_end(disk, 0, BYTES), 0);

@@ -8,7 +8,7 @@ top=$(cd "$(dirname "$0")/../.." && pwd)
 build=${VHOSTSYNC_FUZZ_BUILD:-$top/build-fuzz}
 seconds=${1:-60}
 [ $# -gt 0 ] && shift
-names=${*:-ring}
+names=${*:-ring engine}
 command -v clang >/dev/null || { echo "run-fuzz.sh: clang and its compiler-rt (libclang-rt-dev) are needed" >&2; exit 2; }
 if ! meson test -C "$build" --no-rebuild --list >/dev/null 2>&1; then
     find "$build" -mindepth 1 -maxdepth 1 ! -name 'corpus-*' ! -name 'findings-*' -exec rm -rf {} + 2>/dev/null || true
@@ -18,10 +18,16 @@ fi
 ninja -C "$build" >/dev/null || { ninja -C "$build"; exit 2; }
 failed=0
 for name in $names; do
-    mkdir -p "$build/corpus-$name"
+    if [ ! -d "$build/corpus-$name" ]; then
+        # Any bytes are a run; long ones to begin with, since the fuzzer is slow to find that length pays.
+        mkdir -p "$build/corpus-$name"
+        for i in 1 2 3 4 5 6 7 8; do
+            head -c $((i * 250)) /dev/urandom >"$build/corpus-$name/seed-$i"
+        done
+    fi
     echo "fuzzing $name for $seconds seconds"
-    "$build/tests/fuzz/fuzz_$name" -max_total_time="$seconds" -max_len=4096 -timeout=20 -rss_limit_mb=2048 \
-        -print_final_stats=1 -verbosity=1 -artifact_prefix="$build/findings-$name-" "$build/corpus-$name" \
+    "$build/tests/fuzz/fuzz_$name" -max_total_time="$seconds" -max_len=4096 -len_control=0 -timeout=20 -rss_limit_mb=2048 \
+        -print_final_stats=1 -print_funcs=0 -artifact_prefix="$build/findings-$name-" "$build/corpus-$name" \
         >"$build/fuzz-$name.log" 2>&1 || failed=1
     grep -E 'stat::number_of_executed_units|cov:.*DONE|ERROR|SUMMARY' "$build/fuzz-$name.log" || true
 done
