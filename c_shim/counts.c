@@ -68,9 +68,11 @@ void counts_leave_steady(struct vs_counts *c)
 void counts_exchange(struct vs_counts *c, bool keep_mirror)
 {
     uint64_t old_source_flushed = c->source_flushed;
-    assert(c->mirrored_known && c->source_flush_known && c->writes_mirrored == c->source_generation);
+    assert(c->mirrored_known && c->writes_mirrored == c->source_generation);
+    assert(c->source_flush_known || !keep_mirror);
     /* Both disks hold 1 .. G; what is durable on each changes places with them. */
     c->source_flushed = c->writes_flushed;
+    c->source_flush_known = 1;
     if (keep_mirror)
         c->writes_flushed = old_source_flushed;
     else

@@ -107,7 +107,7 @@ static void exchange(struct vs_engine *e, uint64_t token, bool keep)
     mailbox_done(&e->mailbox, token, rc, pause_ns);
 }
 
-/* ---- drain: a flush of both disks, asked for by the control plane --------- */
+/* ---- drain: a flush of the destination (or both disks) for the control plane -- */
 
 struct drain {
     struct flush_waiter waiter;
@@ -125,7 +125,7 @@ static void drain_done(struct flush_waiter *w, int result)
     free(d);
 }
 
-static void drain(struct vs_engine *e, uint64_t token)
+static void drain(struct vs_engine *e, uint64_t token, bool both_disks)
 {
     struct drain *d = e->mirror.state == VS_STEADY ? calloc(1, sizeof *d) : NULL;
     if (!d) {
@@ -136,6 +136,7 @@ static void drain(struct vs_engine *e, uint64_t token)
     d->token = token;
     d->epoch = e->mirror.epoch;
     d->waiter.done = drain_done;
+    d->waiter.destination_only = !both_disks;
     guest_flush_wait(e, &d->waiter, e->counts.source_generation);
 }
 
@@ -162,7 +163,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         e->copier.not_before_ns = 0;
         break;
     case VS_CMD_MIRROR_DRAIN:
-        drain(e, token);
+        drain(e, token, c->value);
         return;
     case VS_CMD_MIRROR_STOP:
         mirror_stop(e, (uint32_t)c->value);
@@ -289,6 +290,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     completed |= disk_run_done(&e->host) > 0;
     take_commands(e, w);
     serve_queues(e, completed);
+    e->host.now_ns = clock_ns();
     disk_run_done(&e->host); /* what completed at once */
     guest_flush_pump(e);
     queues_notify(e);

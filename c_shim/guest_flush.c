@@ -74,7 +74,7 @@ static void source_flushed(struct disk_io *io)
     list_each_safe(node, &f->waiters)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if (w->source_flush == f->source_number && !counts_source_holds(&e->counts, w->generation))
+        if (w->source_flush == f->source_number && !w->destination_only && !counts_source_holds(&e->counts, w->generation))
             let_go(f, w, io->result);
     }
 }
@@ -132,7 +132,7 @@ static void decide(struct vs_engine *e, bool *want_source, bool *want_destinatio
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         int destination = check(e, w);
-        bool source = counts_source_holds(&e->counts, w->generation);
+        bool source = w->destination_only || counts_source_holds(&e->counts, w->generation);
         if (!source)
             *want_source = true;
         if (destination == VS_CHECK_FLUSH)

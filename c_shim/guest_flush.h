@@ -19,6 +19,7 @@ struct flush_waiter {
     struct list link;
     uint64_t generation;    /* flush_request: all up to it is to be durable */
     uint64_t source_flush;  /* number of the source flush that it shares; 0: none yet */
+    bool destination_only;  /* a source that cannot be flushed must be possible to leave */
     /* Called once, with 0 or a negative errno. */
     void (*done)(struct flush_waiter *w, int result);
 };
@@ -36,7 +37,8 @@ struct guest_flush {
 };
 
 void guest_flush_init(struct vs_engine *e);
-/* Waits until all up to generation is durable; done() comes from guest_flush_pump(). */
+/* Waits until all up to generation is durable (done and destination_only are the caller's to set); done()
+ * comes from guest_flush_pump(). */
 void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation);
 void guest_flush_pump(struct vs_engine *e);
 /* Anybody waits for the destination. */

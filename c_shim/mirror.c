@@ -163,7 +163,7 @@ int mirror_exchange(struct vs_engine *e, bool keep)
     vs_disk *old = e->source;
     if (m->state != VS_STEADY)
         return -ENOTCONN;
-    if (e->gate != GATE_CLOSED || e->doubt.count || !e->counts.source_flush_known)
+    if (e->gate != GATE_CLOSED || e->doubt.count || (keep && !e->counts.source_flush_known))
         return -EBUSY;
     if (e->source->stats.in_flight || m->disk->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */

@@ -346,6 +346,7 @@ static int take_up(struct queue *q, uint16_t head)
     r->table = mem_table_pin(&q->attachment->memory);
     r->taken_ns = engine_now(e);
     r->flush.done = durable;
+    r->flush.destination_only = false;
     q->in_flight++;
     q->attachment->in_flight++;
     e->requests_in_flight++;

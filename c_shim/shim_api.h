@@ -102,7 +102,7 @@ enum vs_command_kind {
     /* The mirror. */
     VS_CMD_MIRROR_START,      /* disk: owned on success; full copy, then steady. fenced: -EBUSY */
     VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
-    VS_CMD_MIRROR_DRAIN,      /* done when M = G and F = G once (steady; the guest runs on) or -ENOTCONN */
+    VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not steady */
     VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
     VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else -ETIMEDOUT, gate reopened */
@@ -245,7 +245,7 @@ struct vs_snapshot {
     uint32_t mirror_state;
     uint32_t gated;
     uint32_t record_pending; /* VS_EV_DEGRADED waits for VS_CMD_RECORD_WRITTEN */
-    uint32_t fenced;         /* requests of a former destination that are not over */
+    uint32_t fenced;         /* a former destination is not over: its requests in flight, at least 1 */
     uint32_t write_cache;
     uint32_t active_attachment; /* VS_MAX_ATTACHMENTS: none */
     struct vs_counts counts;

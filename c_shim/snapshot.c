@@ -13,7 +13,7 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->mirror_state = e->mirror.state;
     s->gated = e->gate != GATE_OPEN;
     s->record_pending = e->mirror.record != RECORD_WRITTEN;
-    s->fenced = e->mirror.former ? e->mirror.former->stats.in_flight : 0;
+    s->fenced = e->mirror.former ? e->mirror.former->stats.in_flight + !e->mirror.former->stats.in_flight : 0;
     s->write_cache = e->write_cache;
     s->active_attachment = e->active ? (uint32_t)(e->active - e->attachment) : VS_MAX_ATTACHMENTS;
     s->counts = e->counts;

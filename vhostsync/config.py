@@ -34,7 +34,7 @@ LOG_BYTES_MIN: Final = REQUEST_BYTES_MAX  # durability.md, rule 6: at least the 
 LOG_BYTES_MAX: Final = 64 * GIB
 MAX_LAG_MS_MAX: Final = 60_000
 TIMEOUT_S_MAX: Final = 3600.0
-COPY_DEPTH_MAX: Final = 256
+COPY_DEPTH_MAX: Final = 16
 DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
 DIRTY_REGION_BYTES_MAX: Final = 4 * MIB
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
@@ -134,7 +134,7 @@ class ServeConfig:
     on_congestion: OnCongestion = "block"
     destination_timeout_s: float = 10.0
     stop_timeout_s: float = 1.0
-    copy_depth: int = 16  # region copies in flight
+    copy_depth: int = 8  # region copies of 1 MiB in flight
     dirty_region_bytes: int = 64 * KIB
     metrics: Path | TcpAddress | None = None
     log_format: LogFormat = "auto"

@@ -27,10 +27,12 @@ from vhostsync import log as logging
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
 from vhostsync.disks import Disk
-from vhostsync.engine import BREACHES, Engine, EngineConfig, EngineEvent, EventKind, OpStats, probe
+from vhostsync.engine import Engine, EngineConfig, EngineEvent, EventKind, probe
 from vhostsync.errors import DiskError, VhostsyncError
 from vhostsync.events import EventHub
+from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
+from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import StateFile, StateRecord, Worth, check_start
 from vhostsync.vhost_user import listener
@@ -124,8 +126,8 @@ def device_shape(config: ServeConfig, disk: Disk) -> DeviceShape:
     block = config.block_bytes or max(512, found.logical_block_bytes)
     if block < found.logical_block_bytes:
         raise DiskError(
-            f"--block-size {block} is smaller than the {found.logical_block_bytes} bytes in which {disk.path} "
-            f"can be accessed; leave the option out, or use --cache=writeback"
+            f"--block-size {block} is smaller than the {found.logical_block_bytes} bytes in which "
+            f"{disk.path} can be accessed; leave the option out, or use --cache=writeback"
         )
     capacity = disk.bytes - disk.bytes % block
     if capacity != disk.bytes:
@@ -342,6 +344,8 @@ async def _start_control(config: ServeConfig, backend: Backend, tasks: anyio.abc
             )
 
         await tasks.start(control)
+    if config.metrics is not None:
+        tasks.start_soon(serve_metrics, config.metrics, backend)
 
 
 async def _serve_frontends(frontends: FrontendServer, endpoint: listener.Endpoint, backend: Backend) -> None:

@@ -20,6 +20,7 @@ from vhostsync._shim import ffi, lib
 from vhostsync._source_hash import expected_source_hash
 from vhostsync.disks import Disk, DiskProbe
 from vhostsync.errors import EngineError
+from vhostsync.snapshot import DISK_OPS, ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -35,14 +36,9 @@ QUEUES_MAX: Final[int] = lib.VS_MAX_QUEUES
 NO_LOG: Final = (1 << 64) - 1
 
 
-class State(IntEnum):
-    """enum vs_mirror_state."""
-
-    PASSTHROUGH = lib.VS_PASSTHROUGH
-    SYNCING = lib.VS_SYNCING
-    STEADY = lib.VS_STEADY
-    AHEAD = lib.VS_AHEAD
-    DEGRADED = lib.VS_DEGRADED
+# snapshot.py does without the binding, and so with numbers of its own.
+assert list(State) == [lib.VS_PASSTHROUGH, lib.VS_SYNCING, lib.VS_STEADY, lib.VS_AHEAD, lib.VS_DEGRADED]
+assert lib.VS_BREACH_NO_STATUS == 6
 
 
 class Reason(IntEnum):
@@ -67,19 +63,6 @@ class EventKind(IntEnum):
     ATTACHMENT_LOST = lib.VS_EV_ATTACHMENT_LOST
     IO_ERROR = lib.VS_EV_IO_ERROR
     FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
-
-
-BREACHES: Final = {
-    lib.VS_BREACH_RING_ADDRESS: "its rings lie outside the guest's memory",
-    lib.VS_BREACH_AVAILABLE_INDEX: "its available index jumped",
-    lib.VS_BREACH_HEAD: "a head is no descriptor",
-    lib.VS_BREACH_CHAIN: "a descriptor chain loops or leaves its table",
-    lib.VS_BREACH_INDIRECT: "an indirect table has a bad length or address",
-    lib.VS_BREACH_NO_STATUS: "a request has no byte for its status",
-}
-ROLES: Final = ("source", "destination")
-DISK_OPS: Final = ("read", "write", "flush", "zero")
-REQUEST_OPS: Final = ("read", "write", "flush", "discard", "write-zeroes", "other")
 
 
 @dataclass(frozen=True)
@@ -114,69 +97,6 @@ class EngineEvent:
     reason: int
     role: str
     op: str
-
-
-@dataclass(frozen=True)
-class OpStats:
-    """struct vs_op_stats: latencies in nanoseconds, the histogram by powers of two."""
-
-    operations: int
-    bytes: int
-    errors: int
-    latency_ns_total: int
-    latency_ns_log2: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class QueueStats:
-    """struct vs_queue_stats."""
-
-    operations: dict[str, OpStats]
-    malformed: int
-    kicks: int
-    notifications: int
-    in_flight: int
-    running: bool
-    broken: str | None
-
-
-@dataclass(frozen=True)
-class Counts:
-    """struct vs_counts (docs/durability.md). M and F are None outside the steady state."""
-
-    source_generation: int
-    source_flushed: int | None
-    flush_request: int
-    writes_mirrored: int | None
-    writes_flushed: int | None
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """struct vs_snapshot and the queues' statistics, of one moment."""
-
-    state: State
-    gated: bool
-    record_pending: bool
-    fenced: int
-    write_cache: bool
-    active_attachment: int | None
-    counts: Counts
-    lag_bytes: int
-    lag_writes: int
-    lag_ns: int
-    log_bytes_used: int
-    copy_bytes_total: int
-    copy_bytes_done: int
-    copy_bytes_sparse: int
-    throttled_ns: int
-    wakeups: int
-    syscalls: int
-    requests_waiting: int
-    events_lost: int
-    doubt: tuple[tuple[int, int], ...]
-    disks: dict[str, dict[str, OpStats]]
-    disks_in_flight: dict[str, int]
 
 
 def probe(fd: int, direct: bool) -> DiskProbe:
@@ -360,15 +280,18 @@ class Engine:
             raise
 
     async def mirror_stop(self) -> None:
-        await self.command(lib.VS_CMD_MIRROR_STOP, "letting go of the destination", value=lib.VS_REASON_COMMAND)
+        await self.command(
+            lib.VS_CMD_MIRROR_STOP, "letting go of the destination", value=lib.VS_REASON_COMMAND
+        )
 
     async def mirror_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy; 0: no limit."""
         await self.command(lib.VS_CMD_MIRROR_SPEED, "limiting the copy", value=bytes_per_s)
 
-    async def mirror_drain(self) -> None:
-        """Returns when both disks hold durably all that the guest had written when this began."""
-        await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing both disks")
+    async def mirror_drain(self, *, both_disks: bool = False) -> None:
+        """Returns when the destination (both disks) holds durably all that the guest had written when this
+        began."""
+        await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing the destination", value=int(both_disks))
 
     async def record_written(self, error_number: int) -> None:
         """The state record says (0), or could not be made to say, that the destination is outdated."""
@@ -415,7 +338,7 @@ class Engine:
         await self.command(lib.VS_CMD_SNAPSHOT, "looking at the data plane")
         c_snapshot = ffi.new("struct vs_snapshot *")
         lib.vs_engine_snapshot(self._handle, c_snapshot)
-        return _snapshot(c_snapshot)
+        return snapshot_of(c_snapshot, ATTACHMENTS_MAX)
 
     async def queue_stats(self) -> list[QueueStats]:
         """Of each queue that the device has."""
@@ -424,61 +347,8 @@ class Engine:
         found = []
         for queue in range(self.config.num_queues):
             lib.vs_engine_queue_stats(self._handle, queue, c_stats)
-            found.append(_queue_stats(c_stats))
+            found.append(queue_stats_of(c_stats))
         return found
-
-
-def _op_stats(s: Any) -> OpStats:
-    return OpStats(s.operations, s.bytes, s.errors, s.latency_ns_total, tuple(s.latency_ns_log2))
-
-
-def _queue_stats(s: Any) -> QueueStats:
-    return QueueStats(
-        operations={name: _op_stats(s.op[i]) for i, name in enumerate(REQUEST_OPS)},
-        malformed=s.malformed,
-        kicks=s.kicks,
-        notifications=s.notifications,
-        in_flight=s.in_flight,
-        running=bool(s.running),
-        broken=BREACHES[s.broken] if s.broken else None,
-    )
-
-
-def _snapshot(s: Any) -> Snapshot:
-    c = s.counts
-    return Snapshot(
-        state=State(s.mirror_state),
-        gated=bool(s.gated),
-        record_pending=bool(s.record_pending),
-        fenced=s.fenced,
-        write_cache=bool(s.write_cache),
-        active_attachment=None if s.active_attachment == ATTACHMENTS_MAX else s.active_attachment,
-        counts=Counts(
-            source_generation=c.source_generation,
-            source_flushed=c.source_flushed if c.source_flush_known else None,
-            flush_request=c.flush_request,
-            writes_mirrored=c.writes_mirrored if c.mirrored_known else None,
-            writes_flushed=c.writes_flushed if c.mirrored_known else None,
-        ),
-        lag_bytes=s.lag_bytes,
-        lag_writes=s.lag_writes,
-        lag_ns=s.lag_ns,
-        log_bytes_used=s.log_bytes_used,
-        copy_bytes_total=s.copy_bytes_total,
-        copy_bytes_done=s.copy_bytes_done,
-        copy_bytes_sparse=s.copy_bytes_sparse,
-        throttled_ns=s.throttled_ns,
-        wakeups=s.wakeups,
-        syscalls=s.syscalls,
-        requests_waiting=s.requests_waiting,
-        events_lost=s.events_lost,
-        doubt=tuple((s.doubt[i].offset, s.doubt[i].length) for i in range(s.doubt_count)),
-        disks={
-            role: {name: _op_stats(s.disk[r].op[i]) for i, name in enumerate(DISK_OPS)}
-            for r, role in enumerate(ROLES)
-        },
-        disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
-    )
 
 
 class EngineAttachment:
@@ -529,7 +399,9 @@ class EngineAttachment:
         )
 
     async def set_vring_base(self, queue: int, base: int) -> None:
-        await self._command(lib.VS_CMD_VRING_BASE, f"setting the base of ring {queue}", queue=queue, value=base)
+        await self._command(
+            lib.VS_CMD_VRING_BASE, f"setting the base of ring {queue}", queue=queue, value=base
+        )
 
     async def _set_fd(self, kind: int, doing: str, queue: int, fd: OwnedFd | None) -> None:
         await self._command(
@@ -558,9 +430,7 @@ class EngineAttachment:
         return await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue)
 
     async def set_write_cache(self, writeback: bool) -> None:
-        await self._command(
-            lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback)
-        )
+        await self._command(lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback))
 
     async def close(self) -> None:
         await self._engine.detach(self.index)

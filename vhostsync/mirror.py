@@ -32,18 +32,20 @@ import structlog
 from vhostsync import disks, events
 from vhostsync.config import MirrorTarget
 from vhostsync.disks import Disk
-from vhostsync.engine import Engine, EngineEvent, EventKind, Reason, Snapshot, State, probe
+from vhostsync.engine import Engine, EngineEvent, EventKind, Reason, probe
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
+from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchResult
+from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_record import DiskIdentity, Prepared, StateFile, StateRecord, Worth
 
 log = structlog.get_logger(__name__)
 
 PROGRESS_S: Final = 1.0
-RATE_WINDOW_S: Final = 10.0
 RECORD_RETRY_S: Final = 1.0
 DESTINATION_LOCK_S: Final = 1.0
 SWITCH_RETRY_S: Final = 0.05
+FENCE_WAIT_S: Final = 2.0
 
 
 class MirrorState(StrEnum):
@@ -54,7 +56,7 @@ class MirrorState(StrEnum):
     DEGRADED = "degraded"
 
 
-# Every move there is. The engine reports the states; one that is not in here is a defect, and is logged as such.
+# Every move there is. The engine reports them; one that is not in here is a defect, and is logged as such.
 TRANSITIONS: Final = {
     MirrorState.PASSTHROUGH: {MirrorState.SYNCING},
     MirrorState.SYNCING: {MirrorState.STEADY, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
@@ -73,63 +75,6 @@ REASONS: Final = {
     Reason.SOURCE_READ: "the copy could not read the source",
     Reason.SWITCH: "switched",
 }
-
-
-@dataclass(frozen=True)
-class MirrorStatus:
-    """What `query-mirror` shows; bytes, milliseconds, bytes per second, seconds. `worth` is what the
-    destination is worth if the source were lost now."""
-
-    state: str
-    worth: str | None
-    source: str
-    destination: str | None
-    counts: dict[str, int | None]
-    lag_bytes: int
-    lag_writes: int
-    lag_ms: float
-    copy_bytes_total: int
-    copy_bytes_done: int
-    copy_bytes_sparse: int
-    copy_rate_bytes_per_s: float
-    copy_remaining_s: float | None
-    speed_bytes_per_s: int
-    last_error: str | None
-    reason: str | None
-    doubt: list[dict[str, int]]
-    outdated_since: str | None
-
-
-@dataclass(frozen=True)
-class SwitchResult:
-    """`pause_us`: for how long no request of the guest was taken up; `attempts` counts gates closed."""
-
-    pause_us: int
-    attempts: int
-    source_path: str
-    destination_path: str | None
-
-
-class CopyRate:
-    """Bytes per second over the last RATE_WINDOW_S of a copy."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque()
-
-    def clear(self) -> None:
-        self._samples.clear()
-
-    def add(self, now_s: float, bytes_done: int) -> None:
-        self._samples.append((now_s, bytes_done))
-        while now_s - self._samples[0][0] > RATE_WINDOW_S:
-            self._samples.popleft()
-
-    def bytes_per_s(self) -> float:
-        """0.0 while unknown."""
-        if len(self._samples) < 2:
-            return 0.0
-        (begin_s, begin), (end_s, end) = self._samples[0], self._samples[-1]
-        return (end - begin) / (end_s - begin_s) if end_s > begin_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -191,11 +136,12 @@ class Mirror:
         elif event.kind is EventKind.IO_ERROR:
             self._note_io_error(event)
         elif event.kind is EventKind.FENCE_CLEAR:
-            log.info("the last request of the former destination is over", path=str(self._fenced_path))
+            if self._fenced_path is not None:
+                log.info("the last request of the former destination is over", path=str(self._fenced_path))
             self._fenced_path = None
         if event.kind in (EventKind.STATE, EventKind.DEGRADED):
             self._to_record.append(event)
-            self._wake()
+        self._wake()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -233,7 +179,8 @@ class Mirror:
             self._was_steady = False
         self._was_steady |= state is MirrorState.STEADY
         say = log.warning if state is MirrorState.DEGRADED else log.info
-        say("mirror", state=str(state), former=str(former), reason=self._reason, error=self._last_error if error else None)
+        failure = self._last_error if error else None
+        say("mirror", state=str(state), former=str(former), reason=self._reason, error=failure)
         self._hub.publish(
             events.MIRROR_STATE_CHANGE,
             {
@@ -241,7 +188,7 @@ class Mirror:
                 "former": str(former),
                 "reason": self._reason,
                 "destination": str(self._destination_path()) if self._destination_path() else None,
-                "error": self._last_error if error else None,
+                "error": failure,
             },
         )
 
@@ -256,10 +203,10 @@ class Mirror:
                 await changed.wait()
 
     async def _record_change(self, event: EngineEvent) -> None:
-        """The record follows the engine. Only the loss of a steady destination is waited for by the engine."""
+        """The record follows the engine, which waits only where a steady destination was lost."""
         if event.kind is EventKind.DEGRADED:
             await self._record_outdated()
-        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE and self._record.peer is not None:
+        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
             try:
                 await self._write_record(self._record.with_worth(Worth.UP_TO_DATE))
             except StateRecordError as error:
@@ -370,20 +317,32 @@ class Mirror:
         async with self._command("mirror-start"):
             if self.state in (MirrorState.SYNCING, MirrorState.STEADY):
                 raise MirrorError(
-                    f"a mirror to {self._destination_path()} is {self.state} already; cancel it first (mirror-cancel)"
+                    f"a mirror to {self._destination_path()} is {self.state} already; cancel it first"
                 )
             if self._read_only:
-                raise MirrorError("a disk that is served read-only has nothing to mirror; serve it without --read-only")
-            if (await self._engine.snapshot()).fenced or self._fenced_path is not None:
-                raise MirrorError(
-                    f"requests to the former destination {self._fenced_path} are not over yet, and could still "
-                    f"write there; wait until it has answered, or restart the backend"
-                )
+                raise MirrorError("a disk that is served read-only has nothing to mirror")
+            await self._await_fence()
             disk = await anyio.to_thread.run_sync(self._open_destination, target)
             try:
                 await self._attach(disk, target)
             finally:
                 disk.close()  # what the engine did not take
+
+    async def _await_fence(self) -> None:
+        """A destination that was given up may still be written to by what it had under way (rule 8)."""
+        with anyio.move_on_after(FENCE_WAIT_S):
+            while self._fenced_path is not None:
+                await self._changed.wait()
+        if self._fenced_path is not None:
+            raise MirrorError(
+                f"requests to the former destination {self._fenced_path} are not over yet and could still "
+                f"write there; wait until it has answered, or restart the backend"
+            )
+        if (await self._engine.snapshot()).record_pending:
+            raise MirrorError(
+                "the state record does not say yet that the former destination is outdated, because it "
+                "cannot be written (see last-error); mend that first"
+            )
 
     def _open_destination(self, target: MirrorTarget) -> Disk:
         """Blocks."""
@@ -431,14 +390,16 @@ class Mirror:
         try:
             await self._engine.mirror_drain()
         except EngineError as error:
-            raise MirrorError(f"the destination could not be brought up to date ({error}); {otherwise}") from error
+            reason = f"the destination could not be brought up to date ({error}); {otherwise}"
+            raise MirrorError(reason) from error
 
     async def _let_go(self) -> None:
         # First the record: after the stop, flushes are confirmed without the destination.
         if self.state is MirrorState.STEADY:
             await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
+        if self._destination is not None:
+            self._fenced_path, self._destination = self._destination.path, None
         await self._engine.mirror_stop()
-        self._destination = None
 
     async def set_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy; 0: no limit."""
@@ -459,8 +420,9 @@ class Mirror:
                     result = await self._try_until_switched(max_pause_ms, keep_mirror)
             except TimeoutError as error:
                 raise self._switch_failed(
-                    f"the switch did not succeed within {deadline_s:g} s: no pause of at most {max_pause_ms:g} ms "
-                    f"was enough to bring the destination up to date; allow a longer pause or deadline"
+                    f"the switch did not succeed within {deadline_s:g} s: no pause of at most "
+                    f"{max_pause_ms:g} ms was enough to bring the destination up to date; allow a longer "
+                    f"pause or deadline"
                 ) from error
             except VhostsyncError as error:
                 raise self._switch_failed(str(error)) from error
@@ -491,7 +453,7 @@ class Mirror:
         while True:
             attempts += 1
             # Prepare, the guest running: the lag shrinks, and the destination shows that it can flush.
-            await self._engine.mirror_drain()
+            await self._engine.mirror_drain(both_disks=keep_mirror)
             prepared = await self._prepare_record(keep_mirror)
             try:
                 try:
@@ -558,7 +520,7 @@ class Mirror:
                 log.error("the destination could not be brought up to date", error=str(error))
 
     def record_clean(self) -> None:
-        """After the engine was closed: how both disks look now, so that a change meanwhile is seen. Blocks."""
+        """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
         if self._state_file is None or self._read_only:
             return
         current = _look_again(self._source)

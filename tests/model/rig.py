@@ -94,7 +94,7 @@ class Rig:
 
     def switch(self, *, keep: bool) -> None:
         """A whole switch; `source` and `destination` change names with it."""
-        self.driver.call(lib.VS_CMD_MIRROR_DRAIN)
+        self.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=int(keep))
         self.gate()
         self.exchange(keep=keep)
         self.source, self.destination = self.destination, self.source

@@ -199,7 +199,7 @@ def parse_memory_table(data: bytes) -> MemoryTable:
     if not 1 <= count <= MEM_TABLE_REGIONS_MAX:
         raise FrontendError(f"a memory table of {count} regions (1 to {MEM_TABLE_REGIONS_MAX} are possible)")
     used_bytes = _TABLE_HEAD.size + count * _REGION.size
-    # Real frontends send those in use (QEMU), room for two (virtio_uml), or all eight as the specification draws it.
+    # Real frontends send those in use (QEMU), room for two (virtio_uml), or all eight as specified.
     if (len(data) - used_bytes) % _REGION.size or not used_bytes <= len(data) <= TABLE_MOST_BYTES:
         raise FrontendError(f"a memory table of {count} regions in {len(data)} bytes (expected {used_bytes})")
     parts = (data[at : at + _REGION.size] for at in range(_TABLE_HEAD.size, used_bytes, _REGION.size))

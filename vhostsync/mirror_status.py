@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the mirror tells about itself and its copy's progress."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+RATE_WINDOW_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class MirrorStatus:
+    """What `query-mirror` shows; bytes, milliseconds, bytes per second, seconds. `worth` is what the
+    destination is worth if the source were lost now."""
+
+    state: str
+    worth: str | None
+    source: str
+    destination: str | None
+    counts: dict[str, int | None]
+    lag_bytes: int
+    lag_writes: int
+    lag_ms: float
+    copy_bytes_total: int
+    copy_bytes_done: int
+    copy_bytes_sparse: int
+    copy_rate_bytes_per_s: float
+    copy_remaining_s: float | None
+    speed_bytes_per_s: int
+    last_error: str | None
+    reason: str | None
+    doubt: list[dict[str, int]]
+    outdated_since: str | None
+
+
+@dataclass(frozen=True)
+class SwitchResult:
+    """`pause_us`: for how long no request of the guest was taken up; `attempts` counts gates closed."""
+
+    pause_us: int
+    attempts: int
+    source_path: str
+    destination_path: str | None
+
+
+class CopyRate:
+    """Bytes per second over the last RATE_WINDOW_S of a copy."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def clear(self) -> None:
+        self._samples.clear()
+
+    def add(self, now_s: float, bytes_done: int) -> None:
+        self._samples.append((now_s, bytes_done))
+        while now_s - self._samples[0][0] > RATE_WINDOW_S:
+            self._samples.popleft()
+
+    def bytes_per_s(self) -> float:
+        """0.0 while unknown."""
+        if len(self._samples) < 2:
+            return 0.0
+        (begin_s, begin), (end_s, end) = self._samples[0], self._samples[-1]
+        return (end - begin) / (end_s - begin_s) if end_s > begin_s else 0.0
