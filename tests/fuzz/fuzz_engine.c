@@ -21,7 +21,7 @@
 #define CAPACITY (1u << 19)
 #define LANES 2
 #define DISKS_MAX 6
-#define PATIENCE_MS 10000
+#define PATIENCE_MS 60000
 
 #define ENSURE(condition)                                                                          \
     do {                                                                                           \
@@ -236,7 +236,7 @@ static void frontend(void)
         simple(VS_CMD_SET_FEATURES, choose_raw(&w.c, 8));
         return;
     case 9: /* another frontend's, as far as it gets */
-        submit(&(struct vs_command){.kind = VS_CMD_ATTACH + choose(&w.c, 6), .fd = -1, .attachment = choose(&w.c, 10)});
+        submit(&(struct vs_command){.kind = VS_CMD_ATTACH + choose(&w.c, 4), .fd = -1, .attachment = choose(&w.c, 10)});
         return;
     default:
         set_ring(lane, kinds[choose(&w.c, 8)]);

@@ -26,7 +26,7 @@ for name in $names; do
         done
     fi
     echo "fuzzing $name for $seconds seconds"
-    "$build/tests/fuzz/fuzz_$name" -max_total_time="$seconds" -max_len=4096 -len_control=0 -timeout=20 -rss_limit_mb=2048 \
+    "$build/tests/fuzz/fuzz_$name" -max_total_time="$seconds" -max_len=4096 -len_control=0 -timeout=120 -rss_limit_mb=2048 \
         -print_final_stats=1 -print_funcs=0 -artifact_prefix="$build/findings-$name-" "$build/corpus-$name" \
         >"$build/fuzz-$name.log" 2>&1 || failed=1
     grep -E 'stat::number_of_executed_units|cov:.*DONE|ERROR|SUMMARY' "$build/fuzz-$name.log" || true
