@@ -109,9 +109,11 @@ static bool apply(struct history *h, struct vs_counts *c, enum operation op)
         counts_leave_steady(c);
         return true;
     default: /* an exchange; no flush is under way behind a closed gate */
-        if (!h->steady || h->replicated != h->written || !h->source_flushed_once || h->source_flushing ||
-            h->replica_flushing)
+        if (!h->steady || h->replicated != h->written || h->source_flushing || h->replica_flushing)
             return false;
+        if (op == EXCHANGE && !h->source_flushed_once)
+            return false; /* a source that was never flushed can be left, not kept as a mirror */
+        h->source_flushed_once = true; /* the new source was, when the mirror became steady */
         swap = h->source_durable;
         h->source_durable = h->replica_durable;
         h->replica_durable = swap;

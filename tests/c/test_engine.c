@@ -138,7 +138,7 @@ static void source_faults(void)
     CHECK(disk_holds(r.source, 0, 8192, 2, CUT_NONE));
     vs_test_disk_fault(r.source, VS_DISK_WRITE, ENOSPC, 0, 1);
     CHECK_EQUAL(lane_fill(l, 0, 4096, 3), VIRTIO_BLK_S_IOERR);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     struct vs_snapshot s = rig_snapshot(&r);
     CHECK_EQUAL(s.mirror_state, VS_STEADY);
     CHECK_EQUAL(s.doubt_count, 1); /* and no switch while it is there */
@@ -323,6 +323,7 @@ static void refused_destinations(void)
     vs_disk_close(small);
     vs_disk_close(coarse);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), -ENOTCONN);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), -ENOTCONN);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 1000), -ENOTCONN);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), -ENOTCONN);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
@@ -345,7 +346,7 @@ static void switched(bool keep)
         vs_disk *old = r.source, *new = r.destination;
         uint8_t mark = (uint8_t)(0x60 + 4 * round);
         CHECK_EQUAL(lane_fill(l, 0, 4096, mark), VIRTIO_BLK_S_OK);
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
         CHECK_EQUAL(lane_fill(l, 8, 4096, mark), VIRTIO_BLK_S_OK);
         CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
         memset(lane_data(l, 0), mark + 1, 4096);
@@ -383,6 +384,28 @@ static void the_switch(void)
     switched(true);
 }
 
+/* A source that cannot be flushed any more can still be left. */
+static void leaving_a_bad_source(void)
+{
+    struct rig r = rig_begin(1, F_USUAL);
+    struct lane *l = &r.lane[0];
+    rig_mirror(&r);
+    CHECK_EQUAL(lane_fill(l, 0, 4096, 1), VIRTIO_BLK_S_OK);
+    vs_test_disk_fault(r.source, VS_DISK_FLUSH, EIO, 0, -1);
+    CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_IOERR);
+    CHECK(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1) < 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 1), -EBUSY); /* not as a mirror */
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), 0);
+    CHECK(disk_holds(r.destination, 0, 4096, 1, CUT_ALL));
+    CHECK_EQUAL(lane_fill(l, 8, 4096, 2), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_OK);
+    CHECK(disk_holds(r.destination, 8, 4096, 2, CUT_ALL));
+    rig_end(&r);
+}
+
 /* What cannot be drained in time reopens the gate; the guest is still on the source. */
 static void a_gate_that_times_out(void)
 {
@@ -408,11 +431,11 @@ static void a_drain_behind_the_gate(void)
 {
     struct rig r = rig_begin(1, F_USUAL);
     rig_mirror(&r);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     CHECK_EQUAL(lane_fill(&r.lane[0], 0, 4096, 1), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
     vs_test_disk_hold(r.source, VS_DISK_FLUSH, 1);
-    rig_submit(&r, &(struct vs_command){.kind = VS_CMD_MIRROR_DRAIN, .fd = -1});
+    rig_submit(&r, &(struct vs_command){.kind = VS_CMD_MIRROR_DRAIN, .fd = -1, .value = 1});
     while (vs_test_disk_held(r.source, VS_DISK_FLUSH) == 0)
         rig_snapshot(&r);
     int result = rig_simple(&r, VS_CMD_EXCHANGE, 1);
@@ -581,7 +604,7 @@ static void detached_with_requests(void)
     vs_test_disk_hold(r.source, VS_DISK_WRITE, 0);
     vs_test_disk_release(r.source, VS_DISK_WRITE, 100);
     CHECK_EQUAL(rig_wait(&r, token).result, 0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     CHECK(disks_equal(r.source, r.destination, CUT_ALL));
     rig_forget_guest(&r);
     rig_attach(&r, 2, F_USUAL); /* the next one finds a working device */
@@ -597,7 +620,7 @@ static void destroyed_with_waiting_requests(void)
     vs_test_disk_hold(r.destination, VS_DISK_WRITE, 1);
     CHECK_EQUAL(lane_fill(&r.lane[0], 8, 4096, 1), VIRTIO_BLK_S_OK);
     lane_send(&r.lane[0], 0, VIRTIO_BLK_T_FLUSH, 0, 0);
-    rig_submit(&r, &(struct vs_command){.kind = VS_CMD_MIRROR_DRAIN, .fd = -1}); /* waits too */
+    rig_submit(&r, &(struct vs_command){.kind = VS_CMD_MIRROR_DRAIN, .fd = -1, .value = 1}); /* waits too */
     while (rig_snapshot(&r).requests_waiting < 2)
         ;
     vs_test_disk_fault(r.destination, VS_DISK_WRITE, EIO, 0, -1);
@@ -648,6 +671,7 @@ int main(void)
     test("a hanging destination", a_hanging_destination);
     test("refused destinations", refused_destinations);
     test("the switch", the_switch);
+    test("leaving a bad source", leaving_a_bad_source);
     test("a gate that times out", a_gate_that_times_out);
     test("a drain behind the gate", a_drain_behind_the_gate);
     test("stop and resume", stop_and_resume);

@@ -210,7 +210,7 @@ static void a_whole_life(void)
             rig_mirror(&r);
         }
         wait_for_writes(&r, 500);
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
         wait_for_writes(&r, 100);
         CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
         struct vs_snapshot s = rig_snapshot(&r);
@@ -231,7 +231,7 @@ static void a_whole_life(void)
     rig_mirror(&r);
     wait_for_writes(&r, 200);
     drivers_end(0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     CHECK(disks_equal(r.source, r.destination, CUT_ALL));
     atomic_store(&stop_watcher, true);
     pthread_join(watcher, NULL);
@@ -303,7 +303,7 @@ static void stop_and_go(void)
         wait_for_writes(&r, 20);
     }
     drivers_end(0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     CHECK(disks_equal(r.source, r.destination, CUT_ALL));
     /* The kick descriptors of former starts were given back. */
     for (unsigned tries = 0; open_descriptors() > before && tries < 1000; tries++)
@@ -327,7 +327,7 @@ static void a_slow_destination(void)
     vs_test_disk_hold(r.destination, VS_DISK_WRITE, 0);
     vs_test_disk_release(r.destination, VS_DISK_WRITE, 1000);
     drivers_end(0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     CHECK(disks_equal(r.source, r.destination, CUT_ALL));
     rig_end(&r);
 }

@@ -297,7 +297,7 @@ static void operate(void)
         }
         return;
     case 3:
-        simple(VS_CMD_MIRROR_DRAIN, 0);
+        simple(VS_CMD_MIRROR_DRAIN, choose(&w.c, 4) != 3);
         return;
     case 4:
         simple(VS_CMD_MIRROR_STOP, 0);
@@ -312,7 +312,7 @@ static void operate(void)
         simple(VS_CMD_MIRROR_SPEED, choose(&w.c, 2) ? 0 : 1u << 22);
         return;
     default: /* a switch, as it should be done */
-        simple(VS_CMD_MIRROR_DRAIN, 0);
+        simple(VS_CMD_MIRROR_DRAIN, choose(&w.c, 4) != 3);
         uint64_t token = simple(VS_CMD_GATE, 1000 * (1 + choose(&w.c, 20)));
         if (token && wait_for(token) == 0 && choose(&w.c, 8) == 7)
             return; /* and left like that */
