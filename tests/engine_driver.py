@@ -18,7 +18,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any
 
-from tests.guest_ring import Region, RingAddresses
+from tests.guest_ring import TIMEOUT_S, Region, RingAddresses
 from vhostsync._shim import ffi, lib
 
 NO_LOG = (1 << 64) - 1
@@ -211,7 +211,7 @@ class EngineOptions:
 class EngineDriver:
     """An engine on a test disk. A context manager; `close` lets everything go that a disk still holds."""
 
-    def __init__(self, options: EngineOptions, source: MemoryDisk, *, timeout_s: float = 10.0) -> None:
+    def __init__(self, options: EngineOptions, source: MemoryDisk, *, timeout_s: float = TIMEOUT_S) -> None:
         self.options = options
         self.timeout_s = timeout_s
         self.disks = [source]
@@ -384,7 +384,10 @@ class EngineDriver:
         several round trips."""
         self.until(self._no_kicks_left, "kicks are taken")
         last, same = self._fingerprint(), 0
+        deadline = time.monotonic() + 3 * self.timeout_s
         while same < 3:
+            if time.monotonic() > deadline:
+                raise EngineTimeoutError(f"the engine does not come to rest: {last}")
             now = self._fingerprint()
             same = same + 1 if now == last else 0
             last = now

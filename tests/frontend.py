@@ -23,7 +23,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Protocol
 
-from tests.guest_ring import GuestMemory, Region, RingAddresses, Segment, SplitRing
+from tests.guest_ring import TIMEOUT_S, GuestMemory, Region, RingAddresses, Segment, SplitRing
 
 SECTOR_BYTES = 512
 HEADER = struct.Struct("<IIQ")
@@ -164,7 +164,7 @@ class Frontend:
         queue_size: int = 128,
         features: int = DEFAULT_FEATURES,
         memory: GuestMemory | None = None,
-        timeout_s: float = 10.0,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.transport = transport
         self.features = features

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 USER_BASE = 0x7F00_0000_0000
 """Where the pretended frontend has its guest's memory mapped; never a real address here."""
 
+TIMEOUT_S = float(os.environ.get("VHOSTSYNC_TEST_TIMEOUT_S", "10"))
+"""How long a test waits for what must happen; tests that must fail are given less."""
+
 DESCRIPTOR = struct.Struct("<QIHH")
 DESC_NEXT = 1
 DESC_WRITE = 2

@@ -359,6 +359,32 @@ def test_stopping_a_ring_waits_for_the_destination_no_longer_than_the_stop_timeo
         assert flush.ok
 
 
+def test_a_write_that_was_captured_for_a_mirror_that_is_gone() -> None:
+    """It was on its way to the source when its mirror was lost: the next mirror has to copy it."""
+    with rig(mirrored=True) as r:
+        r.source.hold(WRITE)
+        captured = r.write(0, 1)
+        r.driver.await_held(r.source, WRITE)
+        r.destination.fault(ZERO, errno.EIO)
+        r.guest.wait(r.guest.discard(64 * BLOCK, BLOCK))
+        r.await_degraded()
+        r.record_written()
+        r.driver.take_event(EventKind.FENCE_CLEAR)
+        second = r.other_disk()
+        assert r.driver.start_mirror(second) == 0
+        assert r.driver.settle().state == State.SYNCING, (
+            "steady without a write in flight that it did not see"
+        )
+        r.source.hold(WRITE, False)
+        r.source.release(WRITE)
+        r.guest.wait(captured)
+        assert captured.ok
+        r.driver.await_state(State.STEADY)
+        r.flush_now()
+        assert r.durable(second, 0) == pattern(1)
+        assert r.snapshot().log_bytes_used == 0
+
+
 def test_the_mirror_comes_back_after_a_failure() -> None:
     with rig(mirrored=True) as r:
         for round_ in range(3):

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine_driver import DiskOp, EngineTransport
+from tests.engine_driver import DiskOp, EngineTransport, Reason
 from tests.frontend import DEFAULT_FEATURES, Feature
 from tests.model.rig import Rig, flushes, pattern, rig
+from vhostsync._shim import lib
 
 WRITE, FLUSH = DiskOp.WRITE, DiskOp.FLUSH
 
@@ -101,6 +102,36 @@ def test_flush_waits_for_replication() -> None:
         r.guest.wait(flush)
         assert flush.ok
         assert r.durable(r.destination, 5) == pattern(9)
+
+
+def test_m_is_a_contiguous_prefix() -> None:
+    """A later write that is mirrored first does not count before the earlier one is there."""
+    with rig(mirrored=True) as r:
+        r.destination.hold(WRITE)
+        r.write_now(0, 1)
+        r.write_now(8, 2)
+        flush = r.guest.flush()
+        r.driver.await_held(r.destination, WRITE, 2)
+        r.destination.release(WRITE, 1)  # the newest first
+        assert r.unconfirmed(flush)
+        assert r.seen(r.destination, 8) == pattern(2)
+        assert r.snapshot().counts.mirrored == 0
+        r.destination.release(WRITE)
+        r.guest.wait(flush)
+        assert r.snapshot().counts.mirrored == 2
+        assert r.durable(r.destination, 0) == pattern(1)
+
+
+def test_a_waiting_flush_is_decided_anew_when_the_mirror_is_stopped() -> None:
+    with rig(mirrored=True) as r:
+        r.destination.hold(WRITE)
+        r.write_now(0, 1)
+        flush = r.guest.flush()
+        r.driver.await_held(r.destination, WRITE)
+        assert r.unconfirmed(flush)
+        r.driver.call(lib.VS_CMD_MIRROR_STOP, value=Reason.COMMAND)
+        r.guest.wait(flush)
+        assert flush.ok and r.durable(r.source, 0) == pattern(1)
 
 
 def test_waiting_flushes_share_and_one_is_in_flight() -> None:

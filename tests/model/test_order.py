@@ -230,7 +230,8 @@ def test_a_stale_read_never_overtakes_a_write() -> None:
         assert r.driver.start_mirror(r.destination) == 0
         r.driver.await_held(r.destination, WRITE)  # the copy holds the old content and is about to be written
         r.write_now(7, 2)
-        assert r.driver.settle().counts.generation == 1
+        now = r.driver.settle()
+        assert (now.counts.generation, now.state) == (1, State.SYNCING)
         assert r.destination.held(WRITE) == 1  # the guest's write waits its turn
         r.destination.hold(WRITE, False)
         r.destination.release(WRITE)
