@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Debian 13 tree in the cache folder: frontends that the host's distribution may not have.
 
-It holds QEMU 10, QEMU's block driver for vhost-user-blk and nbdkit's blkio plugin (both through libblkio).
 It holds QEMU 10, its block driver for vhost-user-blk and nbdkit's blkio plugin (both through libblkio).
-/proc and /dev are the host's, so that paths of sockets and images are the same inside.
+Its programs run under chroot in a mount namespace of their own, so that no mount can be left behind.
+/var/tmp, /proc and /dev are the host's: paths of sockets and images are the same inside.
 """
 
 from __future__ import annotations

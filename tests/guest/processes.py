@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -33,21 +34,21 @@ class Process:
     ) -> None:
         self.name = name
         self.log = log
+        words = [str(word) for word in command]
+        if shutil.which(words[0]) is None:
+            raise ProcessError(f"{words[0]} is not installed; `./run test` installs what it needs")
+        # Should the test run be killed, the kernel ends this program, too. An `unshare` or `sh`
+        # in front of a program keeps the setting, as each runs the next in its place.
         with log.open("ab") as output:
-            try:
-                self._popen = subprocess.Popen(
-                    [str(word) for word in command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **env} if env else None,
-                    pass_fds=tuple(pass_fds),
-                    start_new_session=True,
-                )
-            except FileNotFoundError:
-                raise ProcessError(
-                    f"{command[0]} is not installed; `./run test` installs what it needs"
-                ) from None
+            self._popen = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env} if env else None,
+                pass_fds=tuple(pass_fds),
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:
