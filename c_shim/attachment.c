@@ -26,6 +26,7 @@
  * freed with its last completion. */
 struct kick_watch {
     struct uring_op op;
+    struct list link;    /* engine.watches */
     struct queue *queue; /* NULL: nobody cares any more */
     struct vs_engine *engine;
     int fd;
@@ -42,6 +43,13 @@ static void watch_arm(struct kick_watch *w)
     struct io_uring_sqe *sqe = uring_sqe(&w->engine->uring, &w->op);
     io_uring_prep_poll_multishot(sqe, w->fd, POLLIN);
     io_uring_sqe_set_data(sqe, &w->op);
+}
+
+static void watch_free(struct kick_watch *w)
+{
+    list_remove(&w->link);
+    close(w->fd);
+    free(w);
 }
 
 static void kicked(struct uring_op *op, int result, unsigned flags)
@@ -68,8 +76,7 @@ static void kicked(struct uring_op *op, int result, unsigned flags)
     }
     if (w->queue)
         w->queue->watch = NULL;
-    close(w->fd);
-    free(w);
+    watch_free(w);
 }
 
 static int watch_start(struct queue *q, int fd)
@@ -84,6 +91,7 @@ static int watch_start(struct queue *q, int fd)
     w->engine = q->attachment->engine;
     w->queue = q;
     w->fd = fd;
+    list_append(&w->engine->watches, &w->link);
     q->watch = w;
     watch_arm(w);
     return 0;
@@ -96,7 +104,8 @@ static void watch_stop(struct queue *q)
         return;
     q->watch = NULL;
     w->queue = NULL;
-    io_uring_prep_poll_remove(uring_sqe_detached(&w->engine->uring), (uint64_t)(uintptr_t)&w->op);
+    /* Not poll_remove: that fails, and the poll stays, while a kick is on its way. */
+    io_uring_prep_cancel(uring_sqe_detached(&w->engine->uring), &w->op, 0);
 }
 
 /* ---- rings ------------------------------------------------------------- */
@@ -175,6 +184,7 @@ static void queue_quiet(struct queue *q)
     if (q->disable_token)
         mailbox_done(&e->mailbox, q->disable_token, 0, 0);
     q->stop_token = q->disable_token = 0;
+    e->quieting--;
 }
 
 static bool can_run(const struct queue *q)
@@ -313,9 +323,17 @@ static int attach(struct attachment *a)
 
 /* ---- commands ---------------------------------------------------------- */
 
-static void quiet_deadline(struct queue *q)
+/* The command "token" is answered when nothing of the ring is in flight. A frontend
+ * has one such command of a kind under way; a second one takes the first one's place. */
+static void become_quiet(struct queue *q, uint64_t *which, uint64_t token)
 {
-    q->quiet_deadline_ns = engine_now(q->attachment->engine) + q->attachment->engine->config.stop_timeout_us * 1000;
+    struct vs_engine *e = q->attachment->engine;
+    if (!q->stop_token && !q->disable_token)
+        e->quieting++;
+    if (*which)
+        mailbox_done(&e->mailbox, *which, -ECANCELED, 0);
+    *which = token;
+    q->quiet_deadline_ns = engine_now(e) + e->config.stop_timeout_us * 1000;
 }
 
 static int vring_num(struct queue *q, uint64_t num)
@@ -382,8 +400,7 @@ static void vring_stop(struct queue *q, uint64_t token)
 {
     q->started = false;
     watch_stop(q);
-    q->stop_token = token;
-    quiet_deadline(q);
+    become_quiet(q, &q->stop_token, token);
     update(q->attachment);
     queue_quiet(q);
 }
@@ -394,8 +411,7 @@ static bool vring_enable(struct queue *q, bool enable, uint64_t token)
     update(q->attachment);
     if (enable)
         return true;
-    q->disable_token = token;
-    quiet_deadline(q);
+    become_quiet(q, &q->disable_token, token);
     queue_quiet(q);
     return false;
 }
@@ -521,6 +537,7 @@ void attachments_init(struct vs_engine *e)
     list_init(&e->ready);
     list_init(&e->stalled);
     list_init(&e->notify);
+    list_init(&e->watches);
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
         a->engine = e;
@@ -535,19 +552,20 @@ void attachments_init(struct vs_engine *e)
     }
 }
 
-void attachment_free(struct attachment *a)
+void attachments_free(struct vs_engine *e)
 {
-    for (unsigned i = 0; a->engine && i < VS_MAX_QUEUES; i++) {
-        struct queue *q = &a->queue[i];
-        if (q->watch) { /* the ring is gone, and with it the poll */
-            close(q->watch->fd);
-            free(q->watch);
+    struct list *node;
+    while (e->watches.next && (node = list_pop(&e->watches))) /* the ring is gone, and with it the polls */
+        watch_free(container_of(node, struct kick_watch, link));
+    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
+        struct attachment *a = &e->attachment[i];
+        for (unsigned k = 0; a->engine && k < VS_MAX_QUEUES; k++) {
+            set_fd(&a->queue[k].call_fd, -1);
+            set_fd(&a->queue[k].err_fd, -1);
         }
-        set_fd(&q->call_fd, -1);
-        set_fd(&q->err_fd, -1);
+        if (a->open)
+            guest_memory_free(&a->memory);
     }
-    if (a->open)
-        guest_memory_free(&a->memory);
 }
 
 void attachments_check_memory(struct vs_engine *e)
@@ -576,7 +594,7 @@ uint64_t attachments_deadline_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX;
     const struct attachment *a = e->active;
-    if (!a || !guest_flush_waits_for_destination(e))
+    if (!a || e->quieting == 0 || guest_flush_since_ns(e) == UINT64_MAX)
         return deadline;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         const struct queue *q = &a->queue[i];

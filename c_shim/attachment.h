@@ -8,8 +8,8 @@
 #include "engine.h"
 
 void attachments_init(struct vs_engine *e);
-/* The engine's thread has ended. */
-void attachment_free(struct attachment *a);
+/* The engine's thread has ended, and its ring with it. */
+void attachments_free(struct vs_engine *e);
 /* Applies one of the commands VS_CMD_ATTACH .. VS_CMD_SET_WRITE_CACHE. Takes its descriptors. */
 void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c);
 /* Ends what a lost mapping has touched. */

@@ -97,6 +97,7 @@ static void finish_copy(struct region_copy *c)
     struct vs_engine *e = c->engine;
     range_release(&e->mirror.slots, &c->slot);
     e->copier.bytes_done += c->length;
+    e->copier.bytes_sparse += c->sparse;
     end_copy(c);
 }
 
@@ -136,13 +137,13 @@ static void put_next(struct region_copy *c)
         uint64_t at = c->offset + c->put;
         bool zero = next_piece(c, &c->piece);
         if (zero)
-            e->copier.bytes_sparse += c->piece;
+            c->sparse += c->piece;
         if (zero && disk_hole_end(e->mirror.disk, at, at + c->piece) == at + c->piece) {
             c->put += c->piece;
             continue;
         }
         if (zero && c->piece > (uint64_t)VS_ZERO_SECTORS_MAX * 512) {
-            e->copier.bytes_sparse -= c->piece - (uint64_t)VS_ZERO_SECTORS_MAX * 512;
+            c->sparse -= c->piece - (uint64_t)VS_ZERO_SECTORS_MAX * 512;
             c->piece = (uint64_t)VS_ZERO_SECTORS_MAX * 512;
         }
         c->iov = (struct iovec){c->buffer + c->put, (size_t)c->piece};
@@ -222,6 +223,7 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     c->offset = offset;
     c->length = length;
     c->put = 0;
+    c->sparse = 0;
     c->hole = false;
     e->copier.in_use++;
     e->copier.cursor = offset + length;

@@ -25,6 +25,7 @@ struct region_copy {
     bool hole;         /* nothing was read: zeroes */
     uint64_t offset, length;
     uint64_t put;      /* bytes dealt with on the destination */
+    uint64_t sparse;   /* of these: holes and zeroes */
     uint64_t piece;    /* bytes of the write or zero in flight */
     uint8_t *buffer;   /* COPY_BYTES */
     struct iovec iov;

@@ -65,10 +65,12 @@ static void issue_inline(struct file_disk *f, struct disk_io *io)
     ssize_t n;
     switch (io->kind) {
     case VS_DISK_READ:
-        n = preadv(f->fd, io->iov, io->iov_count, at);
+        n = io->iov_count == 1 ? pread(f->fd, io->iov->iov_base, io->iov->iov_len, at)
+                               : preadv(f->fd, io->iov, io->iov_count, at);
         break;
     case VS_DISK_WRITE:
-        n = pwritev(f->fd, io->iov, io->iov_count, at);
+        n = io->iov_count == 1 ? pwrite(f->fd, io->iov->iov_base, io->iov->iov_len, at)
+                               : pwritev(f->fd, io->iov, io->iov_count, at);
         break;
     case VS_DISK_FLUSH:
         n = fdatasync(f->fd);

@@ -140,6 +140,19 @@ static void drain(struct vs_engine *e, uint64_t token, bool both_disks)
     guest_flush_wait(e, &d->waiter, e->counts.source_generation);
 }
 
+/* Those that still wait at the end are not answered. */
+static void drains_free(struct vs_engine *e)
+{
+    if (!e->flush.waiters.next)
+        return;
+    list_each_safe(node, &e->flush.waiters)
+    {
+        struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        if (w->done == drain_done)
+            free(container_of(w, struct drain, waiter));
+    }
+}
+
 /* ---- commands ------------------------------------------------------------ */
 
 static void record_written(struct vs_engine *e, uint64_t error)
@@ -371,9 +384,9 @@ static void *run(void *arg)
 
 static void free_engine(struct vs_engine *e)
 {
+    drains_free(e);
     request_path_free(e); /* before the memory that its requests pin */
-    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++)
-        attachment_free(&e->attachment[i]);
+    attachments_free(e);
     copier_free(e);
     replicator_free(e);
     repl_log_free(&e->log);

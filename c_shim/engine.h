@@ -122,6 +122,8 @@ struct vs_engine {
     struct attachment attachment[VS_MAX_ATTACHMENTS];
     struct attachment *active; /* the one whose rings run */
     struct list ready, stalled, notify;
+    unsigned quieting; /* queues with a stop or disable command under way */
+    struct list watches; /* every kick_watch whose poll is not over */
     uint64_t throttle_until_ns; /* stalled writes may be tried again then; 0: nothing waits for time */
     uint64_t throttled_since_ns, throttled_ns;
     struct request *requests;

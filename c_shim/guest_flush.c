@@ -32,6 +32,7 @@ void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t gene
 {
     w->generation = generation;
     w->source_flush = 0;
+    w->since_ns = engine_now(e);
     list_append(&e->flush.waiters, &w->link);
     e->flush.waiting++;
     e->flush.dirty = true;
@@ -113,14 +114,17 @@ static int check(const struct vs_engine *e, const struct flush_waiter *w)
     return vs_count_check(w->generation, e->counts.writes_mirrored, e->counts.writes_flushed);
 }
 
-bool guest_flush_waits_for_destination(const struct vs_engine *e)
+uint64_t guest_flush_since_ns(const struct vs_engine *e)
 {
-    list_each(node, &e->flush.waiters)
+    if (e->mirror.state != VS_STEADY)
+        return UINT64_MAX;
+    list_each(node, &e->flush.waiters) /* in the order in which they came */
     {
-        if (check(e, container_of(node, struct flush_waiter, link)) != VS_CHECK_HELD)
-            return true;
+        const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        if (check(e, w) != VS_CHECK_HELD)
+            return w->since_ns;
     }
-    return false;
+    return UINT64_MAX;
 }
 
 /* ---- deciding ---------------------------------------------------------- */

@@ -17,6 +17,7 @@ struct vs_engine;
 
 struct flush_waiter {
     struct list link;
+    uint64_t since_ns;
     uint64_t generation;    /* flush_request: all up to it is to be durable */
     uint64_t source_flush;  /* number of the source flush that it shares; 0: none yet */
     bool destination_only;  /* a source that cannot be flushed must be possible to leave */
@@ -41,7 +42,7 @@ void guest_flush_init(struct vs_engine *e);
  * comes from guest_flush_pump(). */
 void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation);
 void guest_flush_pump(struct vs_engine *e);
-/* Anybody waits for the destination. */
-bool guest_flush_waits_for_destination(const struct vs_engine *e);
+/* Since when somebody has waited for the destination; UINT64_MAX: nobody does. */
+uint64_t guest_flush_since_ns(const struct vs_engine *e);
 
 #endif

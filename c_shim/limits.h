@@ -35,6 +35,8 @@
 #define COPY_HOLE_BYTES (1u << 30)
 /* Queue passes: requests taken from one queue before the next one has its turn. */
 #define QUEUE_BUDGET 128
+/* In pass-through, requests that have completed at once are shown to the guest in groups of this size. */
+#define EARLY_NOTIFY 16
 #define EVENTS_MAX 2048
 #define URING_ENTRIES 1024
 #define URING_CQ_ENTRIES 8192

@@ -63,6 +63,13 @@ static void close_former(struct vs_engine *e)
     mailbox_post(&e->mailbox, &event);
 }
 
+static void stop_throttling(struct vs_engine *e)
+{
+    if (e->throttled_since_ns)
+        e->throttled_ns += engine_now(e) - e->throttled_since_ns;
+    e->throttled_since_ns = 0;
+}
+
 /* Whatever is captured for it, queued for it or in flight to it belongs to a
  * former mirror from here on. */
 static void give_up(struct vs_engine *e)
@@ -81,6 +88,7 @@ static void give_up(struct vs_engine *e)
     range_slots_init(&m->slots); /* nobody gives back a slot of a former epoch */
     list_splice(&e->ready, &e->stalled); /* nothing has to wait for log room now */
     e->throttle_until_ns = 0;
+    stop_throttling(e);
 }
 
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
@@ -152,6 +160,11 @@ uint64_t mirror_deadline_ns(const struct vs_engine *e)
     if (!mirror_attached(&e->mirror))
         return UINT64_MAX;
     oldest = disk_oldest_ns(e->mirror.disk);
+    /* A destination that answers, but too slowly: neither a flush nor a blocked write waits longer (rule 7). */
+    if (e->throttled_since_ns && e->throttled_since_ns < oldest)
+        oldest = e->throttled_since_ns;
+    if (guest_flush_since_ns(e) < oldest)
+        oldest = guest_flush_since_ns(e);
     return oldest == UINT64_MAX ? oldest : oldest + e->config.destination_timeout_us * 1000;
 }
 

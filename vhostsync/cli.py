@@ -339,7 +339,7 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="the same while the frontend stops a queue (default 1s)",
     )
     mirror.add_argument(
-        "--copy-depth", type=int, metavar="N", help="parts of the copy under way at once (default 16)"
+        "--copy-depth", type=int, metavar="N", help="parts of the copy under way at once (default 8)"
     )
     mirror.add_argument(
         "--dirty-region-size",

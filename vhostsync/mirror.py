@@ -206,7 +206,9 @@ class Mirror:
         """The record follows the engine, which waits only where a steady destination was lost."""
         if event.kind is EventKind.DEGRADED:
             await self._record_outdated()
-        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
+        elif (
+            event.value == State.STEADY and event.reason == Reason.COPY_DONE and self._destination is not None
+        ):
             try:
                 await self._write_record(self._record.with_worth(Worth.UP_TO_DATE))
             except StateRecordError as error:
@@ -456,11 +458,7 @@ class Mirror:
             await self._engine.mirror_drain(both_disks=keep_mirror)
             prepared = await self._prepare_record(keep_mirror)
             try:
-                try:
-                    await self._engine.gate(int(max_pause_ms * 1000))
-                except EngineError as error:
-                    if error.errno != errno.ETIMEDOUT:  # then the gate is open again
-                        raise
+                if not await self._close_gate(max_pause_ms):
                     await anyio.sleep(SWITCH_RETRY_S * attempts)
                     continue
                 # From here to the end nothing may be cut off: the guest is held.
@@ -476,6 +474,21 @@ class Mirror:
                 if prepared is not None:
                     with anyio.CancelScope(shield=True):
                         await anyio.to_thread.run_sync(prepared.discard)
+
+    async def _close_gate(self, max_pause_ms: float) -> bool:
+        """False: it could not be closed in time, and is open again. So it is when this raises or is
+        cancelled (the deadline of the switch): a gate that nobody opens would hold the guest for ever."""
+        try:
+            await self._engine.gate(int(max_pause_ms * 1000))
+        except EngineError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            return False
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._engine.ungate()
+            raise
+        return True
 
     async def _prepare_record(self, keep_mirror: bool) -> Prepared | None:
         if self._state_file is None:
