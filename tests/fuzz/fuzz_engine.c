@@ -281,6 +281,29 @@ static void exchange(bool keep)
     }
 }
 
+/* A destination that is slow or bad from the beginning, so that copy and guest meet. */
+static void disturb_copy(vs_disk *destination)
+{
+    uint32_t op = choose(&w.c, 2) ? VS_DISK_WRITE : VS_DISK_ZERO;
+    switch (choose(&w.c, 6)) {
+    case 1:
+    case 2:
+        vs_test_disk_hold(destination, op, 1);
+        return;
+    case 3:
+        vs_test_disk_hold(w.disk[w.source], VS_DISK_READ, 1);
+        return;
+    case 4:
+        vs_test_disk_fault(destination, choose(&w.c, VS_DISK_OPS), EIO, (int)choose(&w.c, 8), 1);
+        return;
+    case 5:
+        vs_test_disk_fault(w.disk[w.source], VS_DISK_READ, EIO, (int)choose(&w.c, 8), 1);
+        return;
+    default:
+        return;
+    }
+}
+
 static void operate(void)
 {
     switch (choose(&w.c, 10)) {
@@ -289,6 +312,7 @@ static void operate(void)
     case 2:
         if (w.disks < DISKS_MAX) {
             vs_disk *disk = new_disk();
+            disturb_copy(disk);
             uint64_t token = submit(&(struct vs_command){.kind = VS_CMD_MIRROR_START, .fd = -1, .disk = disk});
             if (!token || wait_for(token) < 0)
                 vs_disk_close(disk); /* the engine's reference, still ours */
@@ -398,6 +422,12 @@ static void begin(const uint8_t *data, size_t size)
                                       .writeback = choose(&w.c, 4) != 3,
                                       .serial = "fuzz"};
     vs_disk *source = new_disk();
+    if (choose(&w.c, 4) != 3) { /* with some content, and some holes */
+        static uint8_t content[CAPACITY];
+        for (uint64_t at = 0; at < CAPACITY; at += 4096)
+            memset(content + at, at >> 16 & 1 ? (int)(1 + at / 4096 % 255) : 0, 4096);
+        ENSURE(vs_test_disk_load(source, 0, CAPACITY, content) == 0);
+    }
     ENSURE(vs_engine_create(&config, source, &w.engine, &step) == 0);
     for (unsigned i = 0; i < LANES; i++) {
         w.ring[i] = ring_make(&guest, 64);
@@ -475,6 +505,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             break;
         case 15:
             look();
+            if (rarely(&w.c)) /* time passes: deadlines, the bound on the lag */
+                usleep(1000 * choose(&w.c, 40));
             break;
         default:
             drive();
