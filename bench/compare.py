@@ -368,7 +368,7 @@ def parse(arguments: list[str] | None) -> tuple[Plan, Path]:
         seconds=given.seconds or (1 if given.quick else 8),
         ramp_s=0.2 if given.quick else 1,
         # The log swallows a burst: what counts begins when it no longer can.
-        mirrored_ramp_s=0.8 if given.quick else 2,
+        mirrored_ramp_s=0.6 if given.quick else 2,
         bytes_of={place: int(gib * GIB) for place, gib in sizes.items()},
         directory_of={"disk": given.directory, "memory": given.memory_directory},
         without=without,
