@@ -13,7 +13,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import TracebackType
 from typing import Any
@@ -384,13 +384,17 @@ class EngineDriver:
         several round trips."""
         self.until(self._no_kicks_left, "kicks are taken")
         last, same = self._fingerprint(), 0
+        wakeups = last[0].wakeups
         deadline = time.monotonic() + 3 * self.timeout_s
         while same < 3:
             if time.monotonic() > deadline:
                 raise EngineTimeoutError(f"the engine does not come to rest: {last}")
             now = self._fingerprint()
-            same = same + 1 if now == last else 0
-            last = now
+            if now[1:] != last[1:]:
+                same = 0
+            elif now[0].wakeups != wakeups:  # it has slept meanwhile: it was not all one pass of its loop
+                same += 1
+            last, wakeups = now, now[0].wakeups
         return last[0]
 
     def _no_kicks_left(self) -> bool:
@@ -399,10 +403,10 @@ class EngineDriver:
             poller.register(fd, select.POLLIN)
         return not poller.poll(0)
 
-    def _fingerprint(self) -> tuple[Snapshot, tuple[int, ...]]:
+    def _fingerprint(self) -> tuple[Snapshot, Snapshot, tuple[int, ...]]:
         snapshot = self.snapshot()
         ops = tuple(disk.count(op) for disk in self.disks for op in DiskOp)
-        return Snapshot(**{**vars(snapshot), "wakeups": 0}), ops
+        return snapshot, replace(snapshot, wakeups=0), ops
 
     # -- the mirror -----------------------------------------------------------
 

@@ -350,6 +350,40 @@ def test_the_flushed_counts_change_places_with_the_disks() -> None:
         assert r.durable(r.destination, 2) == pattern(3)
 
 
+def test_what_the_new_source_does_not_hold_durably_is_flushed() -> None:
+    """A gate needs M = G, not F = G: the count must not claim what only the cache holds."""
+    with rig(mirrored=True) as r:
+        r.write_now(0, 1)
+        r.flush_now()
+        r.write_now(1, 2)
+        drained(r)
+        r.gate()
+        r.exchange(keep=False)
+        assert r.snapshot().counts.source_flushed == 1
+        assert r.durable(r.destination, 1) == bytes(BLOCK)
+        r.flush_now()
+        assert r.durable(r.destination, 1) == pattern(2)
+
+
+def test_the_gate_waits_for_write_through_writes() -> None:
+    """Taken up, on both disks, and not yet answered: it waits for a flush."""
+    with rig(mirrored=True) as r:
+        r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=1)
+        r.transport.set_write_cache(False)
+        r.source.hold(FLUSH)
+        write = r.write(0, 1)
+        r.driver.await_held(r.source, FLUSH)
+        r.driver.settle()
+        token = r.driver.submit(lib.VS_CMD_GATE, value=5_000_000)
+        r.driver.settle()
+        assert r.driver.done(token) is None
+        r.source.hold(FLUSH, False)
+        r.source.release(FLUSH)
+        assert r.driver.wait(token).result == 0
+        r.guest.wait(write)
+        assert write.ok and r.durable(r.source, 0) == pattern(1)
+
+
 def test_a_destination_kept_after_a_switch_can_fail_like_any_other() -> None:
     with rig(mirrored=True) as r:
         r.write_now(0, 1)
