@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "request_path.h"
@@ -81,10 +82,15 @@ static void kicked(struct uring_op *op, int result, unsigned flags)
 
 static int watch_start(struct queue *q, int fd)
 {
-    struct kick_watch *w = calloc(1, sizeof *w);
-    if (!w) {
+    struct kick_watch *w = NULL;
+    struct stat st;
+    /* Files and devices are always readable: the ring would be looked at without end. */
+    int rc = fstat(fd, &st) < 0 || S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode) || S_ISREG(st.st_mode) ? -EINVAL : 0;
+    if (rc == 0 && !(w = calloc(1, sizeof *w)))
+        rc = -ENOMEM;
+    if (rc < 0) {
         close(fd);
-        return -ENOMEM;
+        return rc;
     }
     (void)fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     w->op.complete = kicked;
@@ -180,7 +186,7 @@ static void queue_quiet(struct queue *q)
     list_remove(&q->notify_link);
     notify(q); /* the guest sees everything before the frontend hears that the ring is quiet */
     if (q->stop_token)
-        mailbox_done(&e->mailbox, q->stop_token, 0, q->vq.next_avail);
+        mailbox_done(&e->mailbox, q->stop_token, 0, q->base_set ? q->base : q->vq.next_avail);
     if (q->disable_token)
         mailbox_done(&e->mailbox, q->disable_token, 0, 0);
     q->stop_token = q->disable_token = 0;
@@ -265,6 +271,7 @@ static void maybe_closed(struct attachment *a)
         queue_reset(&a->queue[i]);
     }
     guest_memory_free(&a->memory);
+    inflight_unmap(&a->inflight);
     a->open = a->closing = a->lost = false;
     a->features = 0;
     mailbox_done(&e->mailbox, a->detach_token, 0, 0);
@@ -416,6 +423,25 @@ static bool vring_enable(struct queue *q, bool enable, uint64_t token)
     return false;
 }
 
+/* Requests of the rings that this is for must not have begun. */
+static int set_inflight(struct attachment *a, const struct vs_command *c)
+{
+    int rc = -EBUSY;
+    bool busy = a->in_flight > 0;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
+        busy |= a->queue[i].running;
+    if (busy)
+        close(c->fd);
+    else
+        rc = inflight_map(&a->inflight, c->fd, c->value, c->desc, c->used > VS_MAX_QUEUES ? 0 : (uint32_t)c->used);
+    for (unsigned i = 0; !busy && i < VS_MAX_QUEUES; i++) {
+        a->queue[i].vq.inflight = inflight_ring_of(&a->inflight, i);
+        if (a->queue[i].vq.inflight)
+            a->queue[i].base_set = true; /* begin where the record says, also without a base */
+    }
+    return rc;
+}
+
 static void set_features(struct attachment *a, uint64_t features)
 {
     bool event_idx = features & FEATURE_EVENT_IDX;
@@ -513,6 +539,9 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
         case VS_CMD_RESET:
             reset_device(a);
             break;
+        case VS_CMD_SET_INFLIGHT:
+            rc = set_inflight(a, c);
+            break;
         case VS_CMD_SET_FEATURES:
             set_features(a, c->value);
             break;
@@ -563,6 +592,7 @@ void attachments_free(struct vs_engine *e)
             set_fd(&a->queue[k].call_fd, -1);
             set_fd(&a->queue[k].err_fd, -1);
         }
+        inflight_unmap(&a->inflight);
         if (a->open)
             guest_memory_free(&a->memory);
     }
@@ -573,7 +603,7 @@ void attachments_check_memory(struct vs_engine *e)
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
         struct vs_event event = {.kind = VS_EV_ATTACHMENT_LOST, .attachment = i};
-        if (!a->open || a->lost || !guest_memory_lost(&a->memory))
+        if (!a->open || a->lost || !(guest_memory_lost(&a->memory) || inflight_lost(&a->inflight)))
             continue;
         a->lost = true;
         for (unsigned k = 0; k < VS_MAX_QUEUES; k++)

@@ -234,6 +234,7 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
 static void start_reading(struct region_copy *c)
 {
     struct vs_engine *e = c->engine;
+    assert(c->length <= COPY_BYTES);
     c->iov = (struct iovec){c->buffer, (size_t)c->length};
     c->io.kind = VS_DISK_READ;
     c->io.offset = c->offset;
@@ -310,6 +311,7 @@ void copier_pump(struct vs_engine *e)
 {
     struct copier *k = &e->copier;
     uint64_t offset, run;
+    k->more = false;
     if (k->granted)
         put_granted(k);
     if (e->mirror.state != VS_SYNCING || e->mirror.uncaptured_writes)
@@ -318,8 +320,11 @@ void copier_pump(struct vs_engine *e)
         struct region_copy *c = free_copy(k);
         if (!dirty_map_find(&e->dirty, k->cursor, COPY_BYTES, &offset, &run))
             return;
-        if (start_hole(c, offset))
-            continue;
+        if (start_hole(c, offset)) {
+            /* Holes complete at once: one a pass, or a large one would keep the guest waiting. */
+            k->more = true;
+            return;
+        }
         place(c, offset, run);
         start_reading(c);
     }

@@ -39,6 +39,7 @@ struct copier {
     unsigned depth;     /* at most so many at once */
     bool granted;       /* a copy that was read has got its turn on the destination */
     unsigned in_use;
+    bool more;          /* it stopped for the others' sake: call again without waiting */
     uint64_t cursor;
     uint64_t bytes_total, bytes_done, bytes_sparse;
     uint64_t speed_bytes_per_s; /* 0: no limit */

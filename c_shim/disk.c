@@ -138,13 +138,15 @@ unsigned disk_run_done(struct disk_host *host)
 
 bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count)
 {
-    uint64_t bits = 0;
+    uint64_t addresses = 0, lengths = 0;
     if (disk->memory_align_bytes <= 1)
         return true;
-    for (int i = 0; i < count; i++)
-        bits |= (uintptr_t)iov[i].iov_base | iov[i].iov_len;
-    /* Lengths too: direct I/O takes each segment for itself. */
-    return (bits & (disk->memory_align_bytes - 1)) == 0;
+    for (int i = 0; i < count; i++) {
+        addresses |= (uintptr_t)iov[i].iov_base;
+        lengths |= iov[i].iov_len;
+    }
+    /* Direct I/O takes each segment for itself, so its length is a number of blocks. */
+    return (addresses & (disk->memory_align_bytes - 1)) == 0 && (lengths & (disk->block_bytes - 1)) == 0;
 }
 
 uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)

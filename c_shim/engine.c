@@ -242,13 +242,14 @@ static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
     e->quit = mailbox_stopped(&e->mailbox);
 }
 
-static void serve_queues(struct vs_engine *e, bool completed)
+static void serve_queues(struct vs_engine *e)
 {
     struct list turn;
     struct list *node;
     if (e->gate != GATE_OPEN)
         return;
-    if (completed || (e->throttle_until_ns && e->throttle_until_ns <= engine_now(e))) {
+    if (e->room || (e->throttle_until_ns && e->throttle_until_ns <= engine_now(e))) {
+        e->room = false;
         e->throttle_until_ns = 0;
         list_splice(&e->ready, &e->stalled);
     }
@@ -278,7 +279,8 @@ static uint64_t min_ns(uint64_t a, uint64_t b)
 static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, now;
-    if (!list_empty(&e->host.done) || (e->gate == GATE_OPEN && !list_empty(&e->ready)) || e->quit)
+    bool queues = e->gate == GATE_OPEN && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
+    if (queues || !list_empty(&e->host.done) || e->copier.more || e->quit)
         return 0;
     if (e->throttle_until_ns && e->gate == GATE_OPEN && !list_empty(&e->stalled))
         deadline = e->throttle_until_ns;
@@ -297,12 +299,11 @@ static uint64_t wait_ns(const struct vs_engine *e)
  * after, so that its next request and our replication overlap. */
 static void pass(struct vs_engine *e, struct mailbox_watch *w)
 {
-    bool completed;
     e->host.now_ns = clock_ns();
-    completed = uring_reap(&e->uring) > 0;
-    completed |= disk_run_done(&e->host) > 0;
+    uring_reap(&e->uring);
+    disk_run_done(&e->host);
     take_commands(e, w);
-    serve_queues(e, completed);
+    serve_queues(e);
     e->host.now_ns = clock_ns();
     disk_run_done(&e->host); /* what completed at once */
     guest_flush_pump(e);
@@ -418,7 +419,8 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
     uint32_t region = c->dirty_region_bytes;
     return (c->block_bytes == 512 || c->block_bytes == 4096) && c->capacity_bytes > 0 &&
            c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
-           source->block_bytes <= c->block_bytes && region >= 4096 && (region & (region - 1)) == 0;
+           source->block_bytes <= c->block_bytes && region >= 4096 && region <= COPY_BYTES &&
+           (region & (region - 1)) == 0;
 }
 
 int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step)

@@ -22,6 +22,7 @@
 #include "doubt.h"
 #include "guest_flush.h"
 #include "guest_memory.h"
+#include "inflight.h"
 #include "limits.h"
 #include "list.h"
 #include "mailbox.h"
@@ -65,6 +66,7 @@ struct attachment {
     uint64_t features;
     bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
     struct guest_memory memory;
+    struct inflight_area inflight;
     struct queue queue[VS_MAX_QUEUES];
     unsigned in_flight;
 };
@@ -122,6 +124,7 @@ struct vs_engine {
     struct attachment attachment[VS_MAX_ATTACHMENTS];
     struct attachment *active; /* the one whose rings run */
     struct list ready, stalled, notify;
+    bool room; /* something was given back that a stalled queue may wait for */
     unsigned quieting; /* queues with a stop or disable command under way */
     struct list watches; /* every kick_watch whose poll is not over */
     uint64_t throttle_until_ns; /* stalled writes may be tried again then; 0: nothing waits for time */

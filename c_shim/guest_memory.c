@@ -17,7 +17,7 @@
 /* What the signal handler may look at: mappings of all engines of the process.
  * A slot is written by the thread that maps, before any access, and read by
  * the handler in the thread that touched the memory. */
-#define SIGBUS_SLOTS (VS_MAX_ATTACHMENTS * VS_MAX_MEM_SLOTS)
+#define SIGBUS_SLOTS (VS_MAX_ATTACHMENTS * (VS_MAX_MEM_SLOTS + 2))
 static struct {
     atomic_uintptr_t start; /* 0: free */
     atomic_uintptr_t end;
@@ -25,7 +25,7 @@ static struct {
 } mapping[SIGBUS_SLOTS];
 static atomic_uint lost_mappings; /* spares guest_memory_lost() the search */
 
-static int sigbus_slot_take(void *start, uint64_t bytes)
+int guest_memory_watch(void *start, uint64_t bytes)
 {
     for (int i = 0; i < SIGBUS_SLOTS; i++) {
         uintptr_t free_slot = 0;
@@ -38,7 +38,7 @@ static int sigbus_slot_take(void *start, uint64_t bytes)
     return -1;
 }
 
-static void sigbus_slot_give(int slot)
+void guest_memory_unwatch(int slot)
 {
     if (slot < 0)
         return;
@@ -80,15 +80,18 @@ void guest_memory_catch_sigbus(void)
     pthread_once(&once, install_handler);
 }
 
+bool guest_memory_watched_lost(int slot)
+{
+    return slot >= 0 && atomic_load_explicit(&lost_mappings, memory_order_relaxed) && atomic_load(&mapping[slot].lost);
+}
+
 bool guest_memory_lost(const struct guest_memory *m)
 {
     if (atomic_load_explicit(&lost_mappings, memory_order_relaxed) == 0)
         return false;
-    for (unsigned i = 0; i < m->current->count; i++) {
-        int slot = m->current->region[i]->sigbus_slot;
-        if (slot >= 0 && atomic_load(&mapping[slot].lost))
+    for (unsigned i = 0; i < m->current->count; i++)
+        if (guest_memory_watched_lost(m->current->region[i]->sigbus_slot))
             return true;
-    }
     return false;
 }
 
@@ -134,7 +137,7 @@ static int region_map(const struct vs_region *r, struct mem_region **out)
     region->guest_addr = r->guest_addr;
     region->user_addr = r->user_addr;
     region->bytes = r->bytes;
-    region->sigbus_slot = sigbus_slot_take(region->map, bytes);
+    region->sigbus_slot = guest_memory_watch(region->map, bytes);
     *out = region;
     return 0;
 }
@@ -142,7 +145,7 @@ static int region_map(const struct vs_region *r, struct mem_region **out)
 static void region_unmap(struct guest_memory *m, struct mem_region *region)
 {
     uint64_t token = region->gone_token;
-    sigbus_slot_give(region->sigbus_slot);
+    guest_memory_unwatch(region->sigbus_slot);
     munmap(region->map, region->map_bytes);
     free(region);
     m->regions--;

@@ -69,5 +69,9 @@ int guest_iov(const struct mem_table *t, uint64_t addr, uint64_t bytes, struct i
  * goes on and the engine ends the attachment. Once per process. */
 void guest_memory_catch_sigbus(void);
 bool guest_memory_lost(const struct guest_memory *m);
+/* The same care for another mapping of a frontend's memory: a number for the two calls below. */
+int guest_memory_watch(void *start, uint64_t bytes);
+void guest_memory_unwatch(int number);
+bool guest_memory_watched_lost(int number);
 
 #endif

@@ -148,6 +148,8 @@ void mirror_pump(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
     close_former(e);
+    if (list_empty(&e->stalled) || e->gate != GATE_OPEN)
+        stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
         mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
     if (m->state == VS_SYNCING && !m->steady_flush_in_flight && !m->uncaptured_writes && copier_finished(e))

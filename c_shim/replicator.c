@@ -42,6 +42,7 @@ static void release(struct replica *p)
         bytes += entry->kind == LOG_WRITE ? entry->length : 0;
         log_mirrored(&e->log, entry);
     }
+    e->room = true;
     throttle_drained(&e->throttle, bytes, engine_now(e));
     list_remove(&p->link);
     list_push(&e->replicator.free, &p->link);
@@ -112,6 +113,7 @@ void replicator_pump(struct vs_engine *e)
         if (left_to_the_copy(e, entry)) {
             log_take(log);
             log_mirrored(log, entry);
+            e->room = true;
             continue;
         }
         if (list_empty(&e->replicator.free))

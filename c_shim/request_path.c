@@ -86,6 +86,7 @@ static void finish(struct request *r, uint8_t status)
     r->table = NULL;
     list_push(&e->free_requests, &r->link); /* the one last used is warm in the cache */
     e->requests_in_flight--;
+    e->room = true;
     queue_finished_one(q);
 }
 
@@ -264,6 +265,17 @@ static void start_write(struct request *r)
 {
     struct vs_engine *e = r->engine;
     struct mirror *m = &e->mirror;
+    if (r->entry && r->blk.op == VS_OP_WRITE)
+        gather_data(r, r->entry->data);
+    else if (r->bounce)
+        gather_data(r, r->bounce);
+    if (guest_memory_lost(&r->queue->attachment->memory)) {
+        /* What was gathered may be the zeroes of the SIGBUS handler, not the guest's data. */
+        if (r->entry)
+            log_abandon(&e->log, r->entry);
+        finish(r, VIRTIO_BLK_S_IOERR);
+        return;
+    }
     r->write_through = is_write_through(r->queue);
     r->captured = r->entry != NULL;
     r->mirror_epoch = m->epoch;
@@ -271,10 +283,6 @@ static void start_write(struct request *r)
         m->captured_writes++;
     else
         m->uncaptured_writes++;
-    if (r->entry && r->blk.op == VS_OP_WRITE)
-        gather_data(r, r->entry->data);
-    else if (r->bounce)
-        gather_data(r, r->bounce);
     r->slot.grant = slot_granted;
     if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
         to_source(r);
@@ -339,7 +347,7 @@ static int take_up(struct queue *q, uint16_t head)
             log_abandon(&e->log, r->entry);
         return 0;
     }
-    virtqueue_take(&q->vq);
+    virtqueue_take(&q->vq, head);
     list_remove(node);
     r->queue = q;
     r->head = head;

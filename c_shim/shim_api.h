@@ -24,7 +24,8 @@ enum vs_limit {
     VS_LATENCY_BUCKETS = 32, /* bucket i: latencies in [2^i, 2^(i+1)) ns */
     VS_ZERO_SECTORS_MAX = 524288, /* one discard or write-zeroes: 256 MiB */
     VS_COMMANDS_MAX = 512,
-    VS_DOUBT_RANGES_MAX = 64
+    VS_DOUBT_RANGES_MAX = 64,
+    VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
 
 typedef struct vs_engine vs_engine;
@@ -86,6 +87,7 @@ enum vs_command_kind {
     VS_CMD_ATTACH,
     VS_CMD_DETACH,            /* done when its last request is over and its memory unmapped */
     VS_CMD_RESET,             /* device reset: features 0, write cache mode back to the default */
+    VS_CMD_SET_INFLIGHT,      /* fd, value: bytes, desc: offset, used: queues; before the rings start */
     VS_CMD_SET_FEATURES,      /* value: virtio features as negotiated (without bit 30) */
     VS_CMD_SET_MEM_TABLE,     /* regions[0 .. region_count); rings are translated anew */
     VS_CMD_ADD_MEM_REGION,    /* regions[0] */

@@ -50,15 +50,27 @@ void virtqueue_unmap(struct virtqueue *vq)
 
 void virtqueue_start(struct virtqueue *vq, uint16_t base)
 {
-    vq->next_avail = base;
-    vq->avail_seen = base;
     vq->next_used = READ_ONCE(vq->used->idx);
     vq->used_shown = vq->next_used;
+    vq->again_next = vq->again_count = 0;
+    if (vq->inflight) {
+        bool fresh = READ_ONCE(vq->inflight->version) == 0;
+        vq->again_count =
+            inflight_recover(vq->inflight, vq->num, vq->next_used, vq->again, &vq->inflight_counter);
+        if (!fresh)
+            base = (uint16_t)(vq->next_used + vq->again_count);
+    }
+    vq->next_avail = base;
+    vq->avail_seen = base;
     vq->signalled_known = false;
 }
 
 int virtqueue_peek(struct virtqueue *vq, uint16_t *head)
 {
+    if (vq->again_next < vq->again_count) {
+        *head = vq->again[vq->again_next];
+        return 1;
+    }
     if (vq->next_avail == vq->avail_seen) {
         uint16_t index = READ_ONCE(vq->avail->idx);
         if ((uint16_t)(index - vq->next_avail) > vq->num)
@@ -72,6 +84,17 @@ int virtqueue_peek(struct virtqueue *vq, uint16_t *head)
     }
     *head = READ_ONCE(vq->avail->ring[vq->next_avail & (vq->num - 1)]);
     return *head < vq->num ? 1 : -VS_BREACH_HEAD;
+}
+
+void virtqueue_take(struct virtqueue *vq, uint16_t head)
+{
+    if (vq->again_next < vq->again_count) {
+        vq->again_next++; /* it is recorded already */
+        return;
+    }
+    vq->next_avail++;
+    if (vq->inflight)
+        inflight_taken(vq->inflight, head, vq->inflight_counter++);
 }
 
 void chain_begin(struct chain *c, const struct virtqueue *vq, const struct mem_table *table, uint16_t head)
@@ -139,17 +162,21 @@ void virtqueue_push(struct virtqueue *vq, uint16_t head, uint32_t written_bytes)
     WRITE_ONCE(e->id, head);
     WRITE_ONCE(e->len, written_bytes);
     vq->next_used++;
+    if (vq->inflight)
+        inflight_answered(vq->inflight, head);
 }
 
 bool virtqueue_show_used(struct virtqueue *vq)
 {
-    uint16_t old = vq->used_signalled, event;
+    uint16_t old = vq->used_signalled, event, count = (uint16_t)(vq->next_used - vq->used_shown);
     if (!vq->used || vq->next_used == vq->used_shown)
         return false;
     /* The elements, status bytes and data before the index that announces them. */
     atomic_thread_fence(memory_order_release);
     WRITE_ONCE(vq->used->idx, vq->next_used);
     vq->used_shown = vq->next_used;
+    if (vq->inflight)
+        inflight_batch_done(vq->inflight, count, vq->used_shown);
     /* The index before the look at what the guest wants: it writes its wish and
      * then looks at the index, so one of us sees the other. */
     atomic_thread_fence(memory_order_seq_cst);

@@ -5,8 +5,7 @@
  * local, and checked there.
  *
  * Not here: what a chain means (blk_request.h), and when to look (queue.h).
- * A packed ring will come behind the same face; so will the record of requests
- * in flight (peek and push are its two places) and dirty logging (push).
+ * A packed ring will come behind the same face, and dirty logging in push.
  */
 #ifndef VS_VIRTQUEUE_H
 #define VS_VIRTQUEUE_H
@@ -16,6 +15,7 @@
 #include <stdint.h>
 
 #include "guest_memory.h"
+#include "inflight.h"
 
 struct virtqueue {
     /* As the frontend set it up. */
@@ -33,6 +33,12 @@ struct virtqueue {
     uint16_t used_shown;  /* the index that the guest sees */
     uint16_t used_signalled; /* used_shown when the guest was last considered for a notification */
     bool signalled_known;
+    /* The record of what is in flight; NULL: the frontend keeps none. */
+    struct inflight_ring *inflight;
+    uint64_t inflight_counter;
+    /* What a former process took up and did not answer: taken up again first. */
+    uint32_t again_next, again_count;
+    uint16_t again[VS_MAX_QUEUE_SIZE];
 };
 
 /* One descriptor of a chain, checked for nothing but its place. */
@@ -56,17 +62,14 @@ struct chain {
 /* Translates the ring's addresses; false: they are not (all) in the table, or misaligned. */
 bool virtqueue_map(struct virtqueue *vq, const struct mem_table *table);
 void virtqueue_unmap(struct virtqueue *vq);
-/* The ring starts: where to go on in the available ring, and in the used ring
- * where its index in shared memory says. */
+/* The ring starts: where to go on in the available ring, and in the used ring where its index in shared memory
+ * says. With a record of requests in flight the base is worked out from that (frontends' bases differ then). */
 void virtqueue_start(struct virtqueue *vq, uint16_t base);
 
 /* 1 and the next head, 0: there is none, or minus an enum vs_breach. Takes nothing. */
 int virtqueue_peek(struct virtqueue *vq, uint16_t *head);
-/* Takes what virtqueue_peek showed. */
-static inline void virtqueue_take(struct virtqueue *vq)
-{
-    vq->next_avail++;
-}
+/* Takes the head that virtqueue_peek showed. */
+void virtqueue_take(struct virtqueue *vq, uint16_t head);
 
 void chain_begin(struct chain *c, const struct virtqueue *vq, const struct mem_table *table, uint16_t head);
 /* 1 and the next segment, 0: the chain has ended, or minus an enum vs_breach. */

@@ -95,10 +95,10 @@ static void heads(void)
     CHECK_EQUAL(head, 3);
     CHECK_EQUAL(virtqueue_peek(&w.vq, &head), 1); /* takes nothing */
     CHECK_EQUAL(head, 3);
-    virtqueue_take(&w.vq);
+    virtqueue_take(&w.vq, head);
     CHECK_EQUAL(virtqueue_peek(&w.vq, &head), 1);
     CHECK_EQUAL(head, 1);
-    virtqueue_take(&w.vq);
+    virtqueue_take(&w.vq, head);
     CHECK_EQUAL(virtqueue_peek(&w.vq, &head), 0);
     end(&w);
 }
@@ -117,7 +117,7 @@ static void indices_wrap(void)
             for (unsigned i = 0; i < num; i++) {
                 CHECK_EQUAL(virtqueue_peek(&w.vq, &head), 1);
                 CHECK_EQUAL(head, i);
-                virtqueue_take(&w.vq);
+                virtqueue_take(&w.vq, head);
                 virtqueue_push(&w.vq, head, i + 1);
             }
             CHECK_EQUAL(virtqueue_peek(&w.vq, &head), 0);

@@ -173,7 +173,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 break;
             }
             ENSURE(head < vq.num);
-            virtqueue_take(&vq);
+            virtqueue_take(&vq, head);
             rc = blk_request_parse(&request, &vq, memory.current, head, &limits);
             if (rc < 0) {
                 ENSURE(-rc > VS_BREACH_NONE && -rc <= VS_BREACH_NO_STATUS);

@@ -120,6 +120,8 @@ async def converse(script: list[tuple[Message, int]], refuse: frozenset[str]) ->
         try:
             header = Header(message.request, message.need_reply, len(data))
             outcome = await session.handle(parse_message(header, data, fd_count), fds, attachment)
+            if outcome.share is not None:
+                outcome.share.close()
         except FrontendError:
             assert session.state == before
         else:

@@ -2,6 +2,7 @@
 """The state table: what each message leads to, where it is refused, and what is answered. No socket."""
 
 import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from vhostsync.vhost_user.payloads import (
     U64,
     ConfigAccess,
     Empty,
+    InflightArea,
     MemoryTable,
     Payload,
     SingleRegion,
@@ -24,10 +26,11 @@ from vhostsync.vhost_user.payloads import (
     VringFile,
     VringState,
     encode_config,
+    encode_payload,
     encode_u64,
     encode_vring_state,
 )
-from vhostsync.vhost_user.rules import MEM_SLOTS, OFFERED, QUEUE_ENTRIES_MAX, RULES
+from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES, MEM_SLOTS, OFFERED, QUEUE_ENTRIES_MAX, RULES
 from vhostsync.vhost_user.session import Session
 from vhostsync.virtio_blk import BlkDevice, DeviceShape, Feature
 
@@ -46,6 +49,7 @@ class Desk:
         self.channels: list[RecordingChannel] = []
         self.session = Session(self.blk, self._open)
         self.refusals: list[str] = []
+        self.shared: list[OwnedFd] = []
 
     def _open(self, fd: OwnedFd) -> RecordingChannel:
         fd.close()
@@ -62,6 +66,8 @@ class Desk:
             outcome = await self.session.handle(message, owned, self.attachment)
         finally:
             close_all(owned)
+        if outcome.share is not None:
+            self.shared.append(outcome.share)
         if outcome.refusal is not None:
             self.refusals.append(outcome.refusal)
         if outcome.reply is None:
@@ -97,6 +103,7 @@ def desk() -> Iterator[Desk]:
     one = Desk()
     yield one
     one.session.close()
+    close_all(one.shared)
 
 
 def test_every_rule_has_a_form_and_every_gate_is_offered() -> None:
@@ -106,8 +113,6 @@ def test_every_rule_has_a_form_and_every_gate_is_offered() -> None:
     assert FORMATS.keys() - RULES.keys() == {
         R.SET_LOG_BASE,
         R.SET_LOG_FD,
-        R.GET_INFLIGHT_FD,
-        R.SET_INFLIGHT_FD,
     }
 
 
@@ -164,11 +169,27 @@ async def test_qemu_s_calls_on_the_engine(desk: Desk) -> None:
 
 async def test_what_is_offered(desk: Desk) -> None:
     assert await desk.say(R.GET_FEATURES) == encode_u64(desk.blk.features)
-    assert await desk.say(R.GET_PROTOCOL_FEATURES) == encode_u64(0xA229)
+    assert await desk.say(R.GET_PROTOCOL_FEATURES) == encode_u64(0xB229)
     assert await desk.say(R.GET_QUEUE_NUM) == encode_u64(4)
     await desk.negotiate()
     assert await desk.say(R.GET_MAX_MEM_SLOTS) == encode_u64(MEM_SLOTS)
     assert desk.calls == []
+
+
+@pytest.mark.parametrize("wire_bytes", [20, 24])
+async def test_inflight_region(desk: Desk, wire_bytes: int) -> None:
+    """The answer has the size that was asked, and room for 1024 descriptors a ring whatever was asked."""
+    await desk.negotiate()
+    asked = InflightArea(0, 0, 2, 64, wire_bytes)
+    reply = await desk.say(R.GET_INFLIGHT_FD, asked)
+    assert reply == encode_payload(InflightArea(2 * INFLIGHT_RING_BYTES, 0, 2, 64, wire_bytes))
+    assert os.fstat(desk.shared[0].fileno()).st_size == 2 * INFLIGHT_RING_BYTES
+    await desk.say(R.SET_INFLIGHT_FD, InflightArea(2 * INFLIGHT_RING_BYTES, 0, 2, 64, wire_bytes), 1)
+    assert desk.calls == [("set_inflight", FD, 2 * INFLIGHT_RING_BYTES, 0, 2)]
+    for queues in (0, 5):
+        for request, fds in ((R.GET_INFLIGHT_FD, 0), (R.SET_INFLIGHT_FD, 1)):
+            with pytest.raises(FrontendError, match=f"for {queues} rings of a device with 4"):
+                await desk.say(request, InflightArea(0, 0, queues, 64, wire_bytes), fds)
 
 
 async def test_features_that_were_not_offered(desk: Desk) -> None:

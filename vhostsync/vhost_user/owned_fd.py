@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file descriptor with exactly one owner."""
 
+import fcntl
 import os
 from collections.abc import Iterable
 from types import TracebackType
@@ -53,6 +54,19 @@ class OwnedFd:
 
     def __repr__(self) -> str:
         return f"OwnedFd({self._fd})" if self._fd >= 0 else "OwnedFd(gone)"
+
+
+def new_memory(name: str, size_bytes: int) -> OwnedFd:
+    """Zeroed memory of a fixed size, to be shared. OSError."""
+    fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        os.ftruncate(fd.fileno(), size_bytes)
+        # Nobody can make it smaller under those who have mapped it.
+        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        fd.close()
+        raise
+    return fd
 
 
 def close_all(fds: Iterable[OwnedFd]) -> None:

@@ -19,8 +19,8 @@ The rings of one connection, and what may happen in each of their states:
 CALL and ERR come before SET_FEATURES, memory before and after ENABLE, SET_PROTOCOL_FEATURES without a GET
 before it, SET_FEATURES before the protocol features. KICK needs the ring's size and addresses.
 
-What is left out: INFLIGHT_SHMFD and LOG_SHMFD are not offered. Each needs its bit in `OFFERED` and a row for
-GET_INFLIGHT_FD, SET_INFLIGHT_FD, or SET_LOG_BASE, SET_LOG_FD (and bit 26 in the device's features).
+What is left out: LOG_SHMFD is not offered. It needs its bit in `OFFERED`, a row for SET_LOG_BASE and
+SET_LOG_FD, and bit 26 in the device's features.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,12 +32,13 @@ from ..errors import FrontendError
 from ..virtio_blk import WRITEBACK_OFFSET, BlkDevice, Feature
 from .attachment import Attachment, MemoryRegion
 from .messages import Message, ProtocolFeature, Request
-from .owned_fd import OwnedFd
+from .owned_fd import OwnedFd, new_memory
 from .payloads import (
     FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,
     U64,
     ConfigAccess,
+    InflightArea,
     MemoryTable,
     SingleRegion,
     VringAddress,
@@ -45,12 +46,16 @@ from .payloads import (
     VringState,
     describe_region,
     encode_config,
+    encode_payload,
     encode_u64,
     encode_vring_state,
     overlap,
 )
 
 QUEUE_ENTRIES_MAX: Final = 1024
+INFLIGHT_RING_BYTES: Final = 16448
+"""A ring's part of the inflight region, always for 1024 descriptors: frontends (QEMU 10 with SeaBIOS) name
+the ring's size only afterwards. c_shim/inflight.h has the layout."""
 MEM_SLOTS: Final = 128
 """Memory regions of one attachment. Never less in a later version: QEMU refuses a number that shrank."""
 
@@ -61,6 +66,7 @@ OFFERED: Final = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 
 
@@ -101,9 +107,9 @@ class Step:
 
     `calls` are made in order; then `state` holds, `effect` happens, and `answer` makes the payload of the
     request's own reply from the last call's result (None: the request has none, an acknowledgement is due if
-    asked for). `channel` is a descriptor to send the backend's own requests on from then on. `refusal` says
-    why a message in good order is not obeyed: no call is made and the acknowledgement, if asked for, is
-    negative; the connection goes on.
+    asked for); `share` makes a descriptor to send along with it. `channel` is a descriptor to send the
+    backend's own requests on from then on. `refusal` says why a message in good order is not obeyed: no call
+    is made and the acknowledgement, if asked for, is negative; the connection goes on.
     """
 
     state: State
@@ -111,6 +117,7 @@ class Step:
     answer: Callable[[int | None], bytes] | None = None
     effect: Callable[[], None] | None = None
     channel: OwnedFd | None = None
+    share: Callable[[], OwnedFd] | None = None
     refusal: str | None = None
 
 
@@ -357,6 +364,33 @@ def _set_vring_enable(state: State, device: BlkDevice, message: Message, fds: Se
     return Step(after, calls=(_enable_call(queue, enabled),))
 
 
+def _get_inflight(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
+    assert isinstance(message.payload, InflightArea)
+    asked = message.payload
+    if not 1 <= asked.queues <= len(state.rings):
+        raise FrontendError(f"GET_INFLIGHT_FD for {asked.queues} rings of a device with {len(state.rings)}")
+    area = replace(asked, mmap_bytes=asked.queues * INFLIGHT_RING_BYTES, mmap_offset=0)
+    return Step(
+        state,
+        answer=lambda _: encode_payload(area),
+        share=lambda: new_memory("vhostsync-inflight", area.mmap_bytes),
+    )
+
+
+def _set_inflight(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
+    assert isinstance(message.payload, InflightArea)
+    area = message.payload
+    (fd,) = fds
+    if not 1 <= area.queues <= len(state.rings):
+        raise FrontendError(f"SET_INFLIGHT_FD for {area.queues} rings of a device with {len(state.rings)}")
+    return Step(
+        state,
+        calls=(
+            lambda attachment: attachment.set_inflight(fd, area.mmap_bytes, area.mmap_offset, area.queues),
+        ),
+    )
+
+
 # ---- config space ----------------------------------------------------------------------------------------
 
 
@@ -409,6 +443,8 @@ RULES: Final[dict[Request, Rule]] = {
     Request.SET_VRING_CALL: Rule(_set_vring_call),
     Request.SET_VRING_ERR: Rule(_set_vring_err),
     Request.SET_VRING_ENABLE: Rule(_set_vring_enable),
+    Request.GET_INFLIGHT_FD: Rule(_get_inflight, ProtocolFeature.INFLIGHT_SHMFD),
+    Request.SET_INFLIGHT_FD: Rule(_set_inflight, ProtocolFeature.INFLIGHT_SHMFD),
     Request.GET_CONFIG: Rule(_get_config, ProtocolFeature.CONFIG),
     Request.SET_CONFIG: Rule(_set_config, ProtocolFeature.CONFIG),
 }

@@ -183,7 +183,7 @@ class FrontendServer:
             if outcome.refusal is not None:
                 log.warning("frontend refused", frontend=frontend.number, reason=outcome.refusal)
             if outcome.reply is not None:
-                await connection.send(outcome.reply)
+                await connection.send(outcome.reply, outcome.share)
 
 
 def _peer(sock: socket.socket) -> dict[str, int]:

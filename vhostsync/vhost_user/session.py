@@ -27,10 +27,12 @@ ACK_REFUSED: Final = encode_u64(1)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The bytes to send, if any, and what to log of a request that was refused but does no harm."""
+    """The bytes to send, if any, with a descriptor, if any (the caller closes it), and what to log of a
+    request that was refused but does no harm."""
 
     reply: bytes | None
     refusal: str | None = None
+    share: OwnedFd | None = None
 
 
 class Channel(Protocol):
@@ -79,7 +81,8 @@ class Session:
                     step.effect()
                 self._notify()
                 if step.answer is not None:
-                    return Outcome(encode_reply(message.request, step.answer(result)))
+                    share = step.share() if step.share is not None else None
+                    return Outcome(encode_reply(message.request, step.answer(result)), share=share)
         if refusal is not None:
             refusal = f"{message.request.name} refused: {refusal}"
         if not message.need_reply:

@@ -62,16 +62,32 @@ class Connection:
             close_all(fds)
             raise
 
-    async def send(self, data: bytes) -> None:
-        """Send all of it, waiting for room as long as it takes. FrontendError if the frontend is gone."""
+    async def send(self, data: bytes, share: OwnedFd | None = None) -> None:
+        """Send all of it, and the descriptor `share` with its first byte, waiting for room as long as it
+        takes; closes `share`. FrontendError if the frontend is gone."""
         view = memoryview(data)
-        while view:
-            try:
-                view = view[self._sock.send(view, socket.MSG_NOSIGNAL) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._sock)
-            except OSError as error:
-                raise FrontendError(f"the frontend went away before its reply: {error.strerror}") from error
+        try:
+            while view:
+                try:
+                    view = view[self._send_some(view, share) :]
+                except BlockingIOError:
+                    await anyio.wait_writable(self._sock)
+                    continue
+                except OSError as error:
+                    reason = f"the frontend went away before its reply: {error.strerror}"
+                    raise FrontendError(reason) from error
+                if share is not None:
+                    share.close()
+                    share = None
+        finally:
+            if share is not None:
+                share.close()
+
+    def _send_some(self, view: memoryview, share: OwnedFd | None) -> int:
+        if share is None:
+            return self._sock.send(view, socket.MSG_NOSIGNAL)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [share.fileno()]))]
+        return self._sock.sendmsg([view], rights, socket.MSG_NOSIGNAL)
 
     def close(self) -> None:
         """Close the socket. No task may be waiting on it."""

@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "inflight.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "guest_memory.h"
+
+/* The frontend shares this memory, and what it holds outlived a process: each
+ * field is read once, and every index checked. */
+#define READ_ONCE(x) (*(const volatile __typeof__(x) *)&(x))
+#define WRITE_ONCE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
+
+static void in_program_order(void)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t offset, uint32_t queues)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = offset & ~(page - 1);
+    uint64_t need = (uint64_t)queues * INFLIGHT_RING_BYTES;
+    struct stat st;
+    int rc = 0;
+    inflight_unmap(area);
+    if (queues == 0 || queues > VS_MAX_QUEUES || bytes < need || offset > INT64_MAX - need)
+        rc = -EINVAL;
+    else if (fstat(fd, &st) < 0)
+        rc = -errno;
+    else if ((uint64_t)st.st_size < offset + need)
+        rc = -EINVAL;
+    if (rc == 0) {
+        area->map_bytes = (offset - start + need + page - 1) & ~(page - 1);
+        area->map = mmap(NULL, area->map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)start);
+        if (area->map == MAP_FAILED) {
+            rc = -errno;
+            area->map = NULL;
+        } else {
+            area->base = (uint8_t *)area->map + (offset - start);
+            area->queues = queues;
+            area->sigbus_slot = guest_memory_watch(area->map, area->map_bytes);
+        }
+    }
+    close(fd);
+    return rc;
+}
+
+void inflight_unmap(struct inflight_area *area)
+{
+    if (!area->map)
+        return;
+    guest_memory_unwatch(area->sigbus_slot);
+    munmap(area->map, area->map_bytes);
+    area->map = NULL;
+}
+
+bool inflight_lost(const struct inflight_area *area)
+{
+    return area->map && guest_memory_watched_lost(area->sigbus_slot);
+}
+
+struct inflight_ring *inflight_ring_of(const struct inflight_area *area, uint32_t queue)
+{
+    if (!area->map || queue >= area->queues)
+        return NULL;
+    return (struct inflight_ring *)(void *)(area->base + (uint64_t)queue * INFLIGHT_RING_BYTES);
+}
+
+void inflight_taken(struct inflight_ring *r, uint16_t head, uint64_t counter)
+{
+    WRITE_ONCE(r->desc[head].counter, counter);
+    in_program_order();
+    WRITE_ONCE(r->desc[head].inflight, 1);
+    in_program_order();
+}
+
+void inflight_answered(struct inflight_ring *r, uint16_t head)
+{
+    WRITE_ONCE(r->desc[head].next, READ_ONCE(r->last_batch_head));
+    in_program_order();
+    WRITE_ONCE(r->last_batch_head, head);
+    in_program_order();
+}
+
+/* Clears the last "count" entries that were answered. */
+static void clear_batch(struct inflight_ring *r, uint16_t count)
+{
+    uint16_t head = READ_ONCE(r->last_batch_head);
+    for (; count > 0 && head < VS_MAX_QUEUE_SIZE; count--) {
+        WRITE_ONCE(r->desc[head].inflight, 0);
+        head = READ_ONCE(r->desc[head].next);
+    }
+}
+
+void inflight_batch_done(struct inflight_ring *r, uint16_t count, uint16_t used_idx)
+{
+    in_program_order();
+    clear_batch(r, count);
+    in_program_order();
+    WRITE_ONCE(r->used_idx, used_idx);
+}
+
+struct waiting {
+    uint64_t counter;
+    uint16_t head;
+};
+
+static int by_counter(const void *a, const void *b)
+{
+    uint64_t x = ((const struct waiting *)a)->counter, y = ((const struct waiting *)b)->counter;
+    return x < y ? -1 : x > y;
+}
+
+uint32_t inflight_recover(struct inflight_ring *r, uint32_t num, uint16_t used_idx, uint16_t *heads,
+                          uint64_t *counter)
+{
+    struct waiting found[VS_MAX_QUEUE_SIZE];
+    uint32_t count = 0;
+    uint16_t behind;
+    *counter = 0;
+    if (READ_ONCE(r->version) != INFLIGHT_VERSION) {
+        WRITE_ONCE(r->features, 0);
+        WRITE_ONCE(r->desc_num, VS_MAX_QUEUE_SIZE);
+        WRITE_ONCE(r->last_batch_head, 0);
+        WRITE_ONCE(r->used_idx, used_idx);
+        in_program_order();
+        WRITE_ONCE(r->version, INFLIGHT_VERSION);
+        return 0;
+    }
+    behind = (uint16_t)(used_idx - READ_ONCE(r->used_idx));
+    if (behind <= num)
+        clear_batch(r, behind);
+    in_program_order();
+    WRITE_ONCE(r->used_idx, used_idx);
+    for (uint32_t head = 0; head < num; head++) {
+        if (READ_ONCE(r->desc[head].inflight) != 1)
+            continue;
+        found[count].head = (uint16_t)head;
+        found[count].counter = READ_ONCE(r->desc[head].counter);
+        if (found[count].counter >= *counter)
+            *counter = found[count].counter + 1;
+        count++;
+    }
+    qsort(found, count, sizeof found[0], by_counter);
+    for (uint32_t i = 0; i < count; i++)
+        heads[i] = found[i].head;
+    return count;
+}
