@@ -15,7 +15,7 @@
 #include "disk.h"
 #include "harness.h"
 
-#define BYTES (8u << 20)
+#define BYTES (4u << 20)
 #define IOS 64
 
 static struct uring uring;
@@ -117,7 +117,7 @@ static void compare(vs_disk *disk)
 static void contents(const struct kind_of_file *k)
 {
     static const uint64_t cuts[][2] = {{0, 4096},          {4096, 65536},      {1 << 20, 1 << 20}, {12288, 131072 + 4096},
-                                       {3 << 20, 3 << 20}, {BYTES - 4096, 4096}, {0, BYTES}};
+                                       {1 << 20, (3 << 20) - 4096}, {BYTES - 4096, 4096}, {0, BYTES}};
     uint64_t state = 77;
     int fd;
     vs_disk *disk = open_disk(k, &fd);

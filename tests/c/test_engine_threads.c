@@ -332,6 +332,64 @@ static void a_slow_destination(void)
     rig_end(&r);
 }
 
+/* ---- files ------------------------------------------------------------------- */
+
+static vs_disk *file_disk(int fd, int direct)
+{
+    struct vs_disk_probe probe;
+    CHECK_EQUAL(ftruncate(fd, DISK_BYTES), 0);
+    CHECK_EQUAL(vs_disk_probe_fd(fd, direct, &probe), 0);
+    vs_disk *disk = vs_disk_file(dup(fd), &probe, direct);
+    CHECK(disk);
+    return disk;
+}
+
+static void on_files(const int fd[2], int direct)
+{
+    static _Alignas(4096) uint8_t one[DISK_BYTES], other[DISK_BYTES]; /* as direct I/O wants them */
+    struct vs_engine_config config = rig_config();
+    config.block_bytes = 512;
+    memset(driver, 0, sizeof driver);
+    struct rig r = rig_make(&config, file_disk(fd[0], direct));
+    rig_attach(&r, LANES, F_USUAL | F_EVENT_IDX);
+    drivers_start(&r, 0);
+    wait_for_writes(&r, 500);
+    CHECK_EQUAL(rig_mirror_start(&r, file_disk(fd[1], direct)), 0);
+    rig_wait_state(&r, VS_STEADY);
+    wait_for_writes(&r, 500);
+    for (unsigned round = 0; round < 4; round++) {
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 10000000), 0);
+        CHECK_EQUAL(pread(fd[0], one, DISK_BYTES, 0), DISK_BYTES);
+        CHECK_EQUAL(pread(fd[1], other, DISK_BYTES, 0), DISK_BYTES);
+        CHECK(memcmp(one, other, DISK_BYTES) == 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 1), 0);
+        wait_for_writes(&r, 200);
+    }
+    drivers_end(0);
+    rig_detach(&r);
+    vs_engine_destroy(r.engine);
+    close(fd[0]);
+    close(fd[1]);
+}
+
+static void files_in_memory(void)
+{
+    on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0);
+}
+
+static void files_on_disk(void)
+{
+    for (int direct = 0; direct < 2; direct++) {
+        int flags = O_TMPFILE | O_RDWR | O_CLOEXEC | (direct ? O_DIRECT : 0);
+        int fd[2] = {open(".", flags, 0600), open(".", flags, 0600)};
+        if (fd[0] < 0 || fd[1] < 0)
+            printf("# no such files in this directory: %s\n", strerror(errno));
+        else
+            on_files(fd, direct);
+    }
+}
+
 int main(void)
 {
     test("pass-through", passthrough);
@@ -339,5 +397,7 @@ int main(void)
     test("failing destinations", failing_destinations);
     test("stop and go", stop_and_go);
     test("a slow destination", a_slow_destination);
+    test("files in memory", files_in_memory);
+    test("files on disk", files_on_disk);
     return tests_end();
 }
