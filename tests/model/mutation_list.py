@@ -410,8 +410,8 @@ MUTATIONS = [
         "gate-stands-open",
         "switch: take up no new requests",
         "engine.c",
-        "    if (e->gate != GATE_OPEN)\n        return;\n    if (completed",
-        "    if (completed",
+        "    struct list *node;\n    if (e->gate != GATE_OPEN)\n        return;",
+        "    struct list *node;",
         "switch.py::test_requests_that_arrive_at_the_gate_go_to_the_new_disk",
     ),
     _m(

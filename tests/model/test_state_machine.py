@@ -283,11 +283,13 @@ class Contract(RuleBasedStateMachine):
             return
         self.record_failed = self.record_failed or fails == 0
         self.model.before_leaving_peer()
-        self._driver().call(lib.VS_CMD_RECORD_WRITTEN, value=errno.EIO if fails == 0 else 0)
-        self.model.after_leaving_peer()
         if fails == 0:
+            self.model.record_pending = True  # as long as it could not be written
+            self._driver().call(lib.VS_CMD_RECORD_WRITTEN, value=errno.EIO)
             self.settle()
-            self._driver().call(lib.VS_CMD_RECORD_WRITTEN, value=0)
+            self.model.record_pending = False
+        self._driver().call(lib.VS_CMD_RECORD_WRITTEN, value=0)
+        self.model.after_leaving_peer()
 
     def _let_the_destination_time_out(self) -> None:
         disk = self.model.peer

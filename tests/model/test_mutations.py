@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests of the contract are themselves tested: each of its rules, broken on purpose, is noticed by one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.model.mutation_list import MUTATIONS
+from tests.model.mutations import run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_seeded_fault_is_caught() -> None:
+    assert run(MUTATIONS, workers=min(4, os.cpu_count() or 1)) == []
+
+
+def test_the_names_are_unique_and_each_says_its_rule() -> None:
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
+    assert all(mutation.rule and mutation.old != mutation.new for mutation in MUTATIONS)
