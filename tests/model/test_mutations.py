@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests of the contract are themselves tested: each of its rules, broken on purpose, is noticed by one."""
+"""The tests of the contract are tested: each of its rules, broken on purpose, is noticed by one of them."""
 
 from __future__ import annotations
 
