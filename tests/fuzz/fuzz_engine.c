@@ -47,6 +47,9 @@ static struct world {
 } w;
 
 static struct guest guest;
+static int record_fd = -1; /* the record of requests in flight, and how a frontend sees it */
+static uint8_t *record;
+#define RECORD_BYTES (4ull * VS_INFLIGHT_RING_BYTES)
 
 /* ---- commands ------------------------------------------------------------------ */
 
@@ -183,6 +186,15 @@ static void set_ring(unsigned i, uint32_t kind)
     submit(&c);
 }
 
+static void set_record(void)
+{
+    struct vs_command c = {.kind = VS_CMD_SET_INFLIGHT, .fd = some_fd(record_fd)};
+    c.value = mostly(&w.c, RECORD_BYTES);
+    c.desc = mostly(&w.c, 0);
+    c.used = mostly(&w.c, LANES);
+    submit(&c);
+}
+
 static void attach(void)
 {
     static const uint32_t order[] = {VS_CMD_VRING_NUM,  VS_CMD_VRING_ADDR, VS_CMD_VRING_BASE,
@@ -191,6 +203,8 @@ static void attach(void)
     simple(VS_CMD_ATTACH, 0);
     simple(VS_CMD_SET_FEATURES, mostly(&w.c, features));
     set_memory();
+    if (choose(&w.c, 2))
+        set_record();
     for (unsigned i = 0; i < LANES; i++)
         for (unsigned k = 0; k < sizeof order / sizeof order[0]; k++)
             set_ring(i, order[k]);
@@ -202,7 +216,13 @@ static void frontend(void)
                                      VS_CMD_VRING_CALL, VS_CMD_VRING_ERR, VS_CMD_VRING_NUM, VS_CMD_VRING_ADDR};
     struct vs_command c = {.fd = -1, .region_count = 1};
     unsigned lane = choose(&w.c, LANES);
-    switch (choose(&w.c, 12)) {
+    switch (choose(&w.c, 13)) {
+    case 10:
+        set_record();
+        return;
+    case 11:
+        record[choose_raw(&w.c, 2) % RECORD_BYTES] = (uint8_t)choose_raw(&w.c, 1);
+        return;
     case 0:
         simple(VS_CMD_VRING_ENABLE, choose(&w.c, 2));
         return;
@@ -408,8 +428,15 @@ static void begin(const uint8_t *data, size_t size)
     w.c = (struct choices){data, size};
     if (!guest.base)
         guest = guest_make(MEMORY_BYTES);
+    if (!record) {
+        record_fd = memfd_create("record", MFD_CLOEXEC);
+        ENSURE(record_fd >= 0 && ftruncate(record_fd, RECORD_BYTES) == 0);
+        record = mmap(NULL, RECORD_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, record_fd, 0);
+        ENSURE(record != MAP_FAILED);
+    }
     guest.taken = 0;
     memset(guest.base, 0, 0x10000);
+    memset(record, 0, RECORD_BYTES);
     struct vs_engine_config config = {.capacity_bytes = CAPACITY,
                                       .log_bytes = VS_REQUEST_BYTES_MAX,
                                       .destination_timeout_us = 30000,

@@ -112,6 +112,30 @@ static void change_memory(struct choices *c)
     }
 }
 
+/* The record of requests in flight, as a process that died, or a hostile frontend, may have left it. */
+static void leave_record(struct choices *c, struct inflight_ring *r, const struct virtqueue *vq, uint16_t used_idx)
+{
+    memset(r, 0, sizeof *r);
+    if (choose(c, 2) == 0)
+        return;
+    r->version = (uint16_t)mostly(c, INFLIGHT_VERSION);
+    r->desc_num = (uint16_t)mostly(c, VS_MAX_QUEUE_SIZE);
+    r->used_idx = (uint16_t)mostly(c, (uint16_t)(used_idx - choose(c, 4)));
+    r->last_batch_head = (uint16_t)mostly(c, choose(c, 256) % vq->num);
+    for (unsigned n = choose(c, 16); n > 0; n--) {
+        struct inflight_desc *d = &r->desc[choose(c, 256) % vq->num];
+        d->inflight = (uint8_t)mostly(c, 1);
+        d->next = (uint16_t)mostly(c, choose(c, 256) % vq->num);
+        d->counter = mostly(c, n);
+    }
+}
+
+static void poke_record(struct choices *c, struct inflight_ring *r)
+{
+    if (rarely(c))
+        ((uint8_t *)r)[choose_raw(c, 2) % sizeof *r] = (uint8_t)choose_raw(c, 1);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -120,6 +144,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct choices c = {data, size};
     struct vs_region both[2];
     struct mem_table *pinned[4] = {NULL};
+    static struct inflight_ring record;
     uint16_t base, head;
     if (!guest.base)
         guest = guest_make(MEMORY_BYTES);
@@ -145,6 +170,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     base = (uint16_t)choose_raw(&c, 2);
     ring.published = ring.reaped = base;
     ring.avail->idx = ring.used->idx = base;
+    leave_record(&c, &record, &vq, base);
+    vq.inflight = choose(&c, 2) ? &record : NULL;
     bool mapped = virtqueue_map(&vq, memory.current);
     if (mapped)
         virtqueue_start(&vq, (uint16_t)mostly(&c, base));
@@ -166,6 +193,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (rarely(&c))
             ring.avail->idx = (uint16_t)mostly(&c, ring.avail->idx);
         driver_poke(&driver);
+        poke_record(&c, &record);
         for (unsigned budget = 0; mapped && budget < ring.num; budget++) {
             int rc = virtqueue_peek(&vq, &head);
             if (rc <= 0) {
