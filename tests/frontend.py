@@ -144,6 +144,8 @@ class Queue:
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.err = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.base = 0
+        """Where the device is to go on when the ring is started."""
         self.in_flight: dict[int, Request] = {}
         self.raw_done: dict[int, int] = {}
 
@@ -193,7 +195,7 @@ class Frontend:
             number,
             queue.ring.size,
             queue.ring.addresses(),
-            queue.ring.next_avail,
+            queue.base,
             queue.kick,
             queue.call,
             queue.err,
@@ -203,7 +205,9 @@ class Frontend:
     def stop(self) -> list[int]:
         """Stops all rings (each drains) and returns their bases."""
         self.started = False
-        return [self.transport.stop_ring(number) for number in range(len(self.queues))]
+        for number, queue in enumerate(self.queues):
+            queue.base = self.transport.stop_ring(number)
+        return [queue.base for queue in self.queues]
 
     def close(self) -> None:
         if self._closed:
