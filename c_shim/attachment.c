@@ -267,6 +267,7 @@ static void maybe_closed(struct attachment *a)
     if (!a->closing || a->in_flight)
         return;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
+        notify(&a->queue[i]); /* a frontend that reconnects goes on from the used index */
         queue_quiet(&a->queue[i]);
         queue_reset(&a->queue[i]);
     }
@@ -390,6 +391,7 @@ static int vring_kick(struct queue *q, int fd)
     if (!q->started) {
         q->started = true;
         q->broken = VS_BREACH_NONE;
+        signal_fd(q->call_fd); /* frontends set CALL first: what was answered before a reconnect was not told */
     }
     update(q->attachment);
     queue_ready(q);
@@ -624,11 +626,12 @@ uint64_t attachments_deadline_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX;
     const struct attachment *a = e->active;
-    if (!a || e->quieting == 0 || guest_flush_since_ns(e) == UINT64_MAX)
+    if (!a || e->quieting == 0)
         return deadline;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         const struct queue *q = &a->queue[i];
-        if (q->in_flight && (q->stop_token || q->disable_token) && q->quiet_deadline_ns < deadline)
+        if ((q->stop_token || q->disable_token) && q->quiet_deadline_ns < deadline &&
+            guest_flush_since_ns(e, q) != UINT64_MAX)
             deadline = q->quiet_deadline_ns;
     }
     return deadline;

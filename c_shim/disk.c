@@ -76,7 +76,7 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     io->result = 0;
     io->transferred = 0;
     io->step = 0;
-    io->submitted_ns = disk->host->now_ns;
+    io->submitted_ns = io->progress_ns = disk->host->now_ns;
     list_append(&disk->in_flight_list, &io->link);
     disk->stats.in_flight++;
     if (io->kind == VS_DISK_FLUSH && disk->flush_failed)
@@ -91,6 +91,13 @@ void disk_complete(struct disk_io *io, int result)
     io->result = result;
     list_remove(&io->link);
     list_append(&io->disk->host->done, &io->link);
+}
+
+void disk_progress(struct disk_io *io)
+{
+    io->progress_ns = io->disk->host->now_ns;
+    list_remove(&io->link);
+    list_append(&io->disk->in_flight_list, &io->link);
 }
 
 void disk_complete_remote(struct disk_io *io, int result)
@@ -156,10 +163,10 @@ uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
 
 uint64_t disk_oldest_ns(const struct vs_disk *disk)
 {
-    /* Submitted in order, so the head of the list is the oldest. */
+    /* In that order, so the head of the list is the oldest. */
     if (list_empty(&disk->in_flight_list))
         return UINT64_MAX;
-    return container_of(disk->in_flight_list.next, struct disk_io, link)->submitted_ns;
+    return container_of(disk->in_flight_list.next, struct disk_io, link)->progress_ns;
 }
 
 int iov_advance(struct iovec **iov, int count, uint64_t bytes)

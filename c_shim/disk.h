@@ -36,6 +36,7 @@ struct disk_io {
     struct list link;        /* in flight, then done: the engine's */
     struct list remote_link; /* completed by another thread: guarded by disk_host.lock */
     uint64_t submitted_ns;
+    uint64_t progress_ns; /* the last time that a part of it completed */
     uint64_t transferred;
     int step;
 };
@@ -68,7 +69,7 @@ struct vs_disk {
     bool direct;
     bool flush_failed; /* buffered: a later fdatasync would succeed without the data, so it stays an error */
     struct disk_host *host;
-    struct list in_flight_list; /* every io between submit and done */
+    struct list in_flight_list; /* every io between submit and done, by progress_ns */
     struct vs_disk_stats stats;
 };
 
@@ -84,7 +85,10 @@ void disk_close(struct vs_disk *disk);
 void disk_submit(struct vs_disk *disk, struct disk_io *io);
 /* By the disk, on the engine's thread: queues io for done(). */
 void disk_complete(struct disk_io *io, int result);
-/* The same from any other thread. */
+/* By the disk: a part of io is done, and the rest under way. A large zeroing on a disk that has to write it takes
+ * long, and yet the disk answers. */
+void disk_progress(struct disk_io *io);
+/* disk_complete() from any other thread. */
 void disk_complete_remote(struct disk_io *io, int result);
 
 /* Calls done() of all that has completed; returns how many. */
@@ -92,7 +96,7 @@ unsigned disk_run_done(struct disk_host *host);
 
 bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count);
 uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end);
-/* When the oldest operation in flight was submitted; UINT64_MAX: none is. */
+/* When the operation that has gone longest without progress last made some; UINT64_MAX: none is in flight. */
 uint64_t disk_oldest_ns(const struct vs_disk *disk);
 
 /* Takes the first "bytes" off an iovec array, in place; returns the new count. */

@@ -169,6 +169,7 @@ static void file_complete(struct uring_op *op, int result, unsigned flags)
         disk_complete(io, 0);
         return;
     }
+    disk_progress(io);
     if (io->kind != VS_DISK_ZERO)
         io->iov_count = iov_advance(&io->iov, io->iov_count, (uint64_t)result);
     issue(f, io);

@@ -237,8 +237,11 @@ static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
     w->signalled = false;
     if (read(e->mailbox.wake_fd, &counter, sizeof counter) < 0)
         assert(errno == EAGAIN || errno == EINTR);
-    while (mailbox_next_command(&e->mailbox, &c))
+    /* No more than there are now: each answer may bring the next command, and the guest waits. */
+    for (unsigned left = mailbox_waiting(&e->mailbox); left > 0 && mailbox_next_command(&e->mailbox, &c); left--)
         apply(e, c.token, &c.command);
+    if (mailbox_waiting(&e->mailbox) > 0)
+        mailbox_wake(&e->mailbox);
     e->quit = mailbox_stopped(&e->mailbox);
 }
 

@@ -114,14 +114,14 @@ static int check(const struct vs_engine *e, const struct flush_waiter *w)
     return vs_count_check(w->generation, e->counts.writes_mirrored, e->counts.writes_flushed);
 }
 
-uint64_t guest_flush_since_ns(const struct vs_engine *e)
+uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner)
 {
     if (e->mirror.state != VS_STEADY)
         return UINT64_MAX;
     list_each(node, &e->flush.waiters) /* in the order in which they came */
     {
         const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if (check(e, w) != VS_CHECK_HELD)
+        if ((!owner || w->owner == owner) && check(e, w) != VS_CHECK_HELD)
             return w->since_ns;
     }
     return UINT64_MAX;

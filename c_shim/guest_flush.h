@@ -20,6 +20,7 @@ struct flush_waiter {
     uint64_t since_ns;
     uint64_t generation;    /* flush_request: all up to it is to be durable */
     uint64_t source_flush;  /* number of the source flush that it shares; 0: none yet */
+    const void *owner;      /* the queue of a request; NULL: the control plane's */
     bool destination_only;  /* a source that cannot be flushed must be possible to leave */
     /* Called once, with 0 or a negative errno. */
     void (*done)(struct flush_waiter *w, int result);
@@ -42,7 +43,7 @@ void guest_flush_init(struct vs_engine *e);
  * comes from guest_flush_pump(). */
 void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation);
 void guest_flush_pump(struct vs_engine *e);
-/* Since when somebody has waited for the destination; UINT64_MAX: nobody does. */
-uint64_t guest_flush_since_ns(const struct vs_engine *e);
+/* Since when somebody (of this owner; NULL: anybody) has waited for the destination; UINT64_MAX: nobody does. */
+uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner);
 
 #endif

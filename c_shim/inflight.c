@@ -27,7 +27,7 @@ int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t of
     struct stat st;
     int rc = 0;
     inflight_unmap(area);
-    if (queues == 0 || queues > VS_MAX_QUEUES || bytes < need || offset > INT64_MAX - need)
+    if (queues == 0 || queues > VS_MAX_QUEUES || bytes < need || offset > INT64_MAX - need || offset % 64)
         rc = -EINVAL;
     else if (fstat(fd, &st) < 0)
         rc = -errno;

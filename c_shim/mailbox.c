@@ -66,6 +66,20 @@ bool mailbox_next_command(struct mailbox *m, struct mailbox_command *out)
     return found;
 }
 
+unsigned mailbox_waiting(struct mailbox *m)
+{
+    unsigned count;
+    pthread_mutex_lock(&m->lock);
+    count = m->command_count;
+    pthread_mutex_unlock(&m->lock);
+    return count;
+}
+
+void mailbox_wake(struct mailbox *m)
+{
+    wake(m->wake_fd);
+}
+
 bool mailbox_stopped(struct mailbox *m)
 {
     bool stopped;

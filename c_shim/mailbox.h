@@ -38,7 +38,10 @@ int mailbox_init(struct mailbox *m, const char **step);
 void mailbox_free(struct mailbox *m);
 
 /* The engine's side. */
+unsigned mailbox_waiting(struct mailbox *m);
 bool mailbox_next_command(struct mailbox *m, struct mailbox_command *out);
+/* Commands are left: come back. */
+void mailbox_wake(struct mailbox *m);
 bool mailbox_stopped(struct mailbox *m);
 /* Events that are no completion are dropped, and counted, while the queue is half full. */
 void mailbox_post(struct mailbox *m, const struct vs_event *event);

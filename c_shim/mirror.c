@@ -165,8 +165,8 @@ uint64_t mirror_deadline_ns(const struct vs_engine *e)
     /* A destination that answers, but too slowly: neither a flush nor a blocked write waits longer (rule 7). */
     if (e->throttled_since_ns && e->throttled_since_ns < oldest)
         oldest = e->throttled_since_ns;
-    if (guest_flush_since_ns(e) < oldest)
-        oldest = guest_flush_since_ns(e);
+    if (guest_flush_since_ns(e, NULL) < oldest)
+        oldest = guest_flush_since_ns(e, NULL);
     return oldest == UINT64_MAX ? oldest : oldest + e->config.destination_timeout_us * 1000;
 }
 

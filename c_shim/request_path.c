@@ -355,6 +355,7 @@ static int take_up(struct queue *q, uint16_t head)
     r->taken_ns = engine_now(e);
     r->flush.done = durable;
     r->flush.destination_only = false;
+    r->flush.owner = q;
     q->in_flight++;
     q->attachment->in_flight++;
     e->requests_in_flight++;

@@ -54,11 +54,11 @@ void virtqueue_start(struct virtqueue *vq, uint16_t base)
     vq->used_shown = vq->next_used;
     vq->again_next = vq->again_count = 0;
     if (vq->inflight) {
-        bool fresh = READ_ONCE(vq->inflight->version) == 0;
         vq->again_count =
             inflight_recover(vq->inflight, vq->num, vq->next_used, vq->again, &vq->inflight_counter);
-        if (!fresh)
-            base = (uint16_t)(vq->next_used + vq->again_count);
+        /* Also with a record that is new: a process may have died before it began with it, and requests have
+         * come since. */
+        base = (uint16_t)(vq->next_used + vq->again_count);
     }
     vq->next_avail = base;
     vq->avail_seen = base;

@@ -14,7 +14,7 @@ date; the engine ends; the record notes the clean end.
 
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
@@ -108,6 +108,7 @@ def _follow_record(state_file: StateFile, disk: Disk) -> StateRecord | None:
     record = check_start(found, disk.identity, state_file.path)
     if disk.read_only:
         return record
+    record = replace(record, clean=False)
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
@@ -169,8 +170,8 @@ class Backend:
         self.mirror = mirror
         self.events = hub
         self.frontends: FrontendServer | None = None
-        self.force_quit = False
         self._quit = anyio.Event()
+        self._forced = anyio.Event()
 
     async def query_status(self) -> dict[str, Any]:
         snapshot = await self.engine.snapshot()
@@ -234,11 +235,24 @@ class Backend:
 
     def stop(self, *, force: bool = False) -> None:
         """Begin the end. May be called again, with force."""
-        self.force_quit |= force
+        if force:
+            self._forced.set()
         self._quit.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._quit.is_set()
+
+    @property
+    def forced(self) -> bool:
+        return self._forced.is_set()
 
     async def wait_stopped(self) -> None:
         await self._quit.wait()
+
+    async def wait_forced(self) -> None:
+        """The end is to be without waiting for the destination."""
+        await self._forced.wait()
 
 
 def _operations(stats: dict[str, OpStats]) -> dict[str, Any]:
@@ -323,12 +337,18 @@ async def _serve_device(
                 socket=str(config.socket_path) if config.socket_path else f"fd {config.fd}",
             )
             await backend.wait_stopped()
-            hub.publish(events.SHUTDOWN, {"force": backend.force_quit})
+            hub.publish(events.SHUTDOWN, {"force": backend.forced})
+            lasting.start_soon(_abandon_if_forced, backend)
             serving.cancel_scope.cancel()
-        await mirror.detach(force=backend.force_quit)
+        await mirror.detach(force=backend.forced)
         hub.close()
         lasting.cancel_scope.cancel()
     return mirror
+
+
+async def _abandon_if_forced(backend: Backend) -> None:
+    await backend.wait_forced()
+    await backend.mirror.abandon()
 
 
 async def _start_control(config: ServeConfig, backend: Backend, tasks: anyio.abc.TaskGroup) -> None:
@@ -361,7 +381,7 @@ async def _watch_signals(
         task_status.started()
         async for number in signals:
             log.info("stopping", signal=signal.Signals(number).name)
-            backend.stop(force=backend._quit.is_set())
+            backend.stop(force=backend.stopping)
 
 
 def _on_event(event: EngineEvent, engine: Engine, frontends: FrontendServer, hub: EventHub) -> None:

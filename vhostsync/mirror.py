@@ -15,11 +15,10 @@ One command at a time: a second one is refused, not queued.
 
 import errno
 import math
-import os
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -29,21 +28,21 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from vhostsync import disks, events
+from vhostsync import events
 from vhostsync.config import MirrorTarget
+from vhostsync.destination import Place, look_again, open_destination
 from vhostsync.disks import Disk
-from vhostsync.engine import Engine, EngineEvent, EventKind, Reason, probe
+from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchResult
 from vhostsync.snapshot import Snapshot, State
-from vhostsync.state_record import DiskIdentity, Prepared, StateFile, StateRecord, Worth
+from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
 
 log = structlog.get_logger(__name__)
 
 PROGRESS_S: Final = 1.0
 RECORD_RETRY_S: Final = 1.0
-DESTINATION_LOCK_S: Final = 1.0
 SWITCH_RETRY_S: Final = 0.05
 FENCE_WAIT_S: Final = 2.0
 
@@ -77,18 +76,6 @@ REASONS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A disk that the engine has: how it is called and recognised."""
-
-    path: Path
-    identity: DiskIdentity
-
-    @classmethod
-    def of(cls, disk: Disk) -> "_Place":
-        return cls(disk.path, disk.identity)
-
-
 class Mirror:
     """The mirror of one device. `run` must run as long as it is used."""
 
@@ -103,12 +90,14 @@ class Mirror:
         self.state = MirrorState.PASSTHROUGH
         self._engine = engine
         self._hub = hub
-        self._source = _Place.of(source)
-        self._destination: _Place | None = None
+        self._source = Place.of(source)
+        self._destination: Place | None = None
         self._state_file = state_file
         self._record = record if record is not None else StateRecord.first(source.identity)
         self._read_only = source.read_only
         self._busy: str | None = None
+        self._record_lock = anyio.Lock()
+        self._next_record: StateRecord | None = None  # what holds once the engine has exchanged the disks
         self._speed_bytes_per_s = 0
         self._rate = CopyRate()
         self._reason: str | None = None
@@ -132,6 +121,8 @@ class Mirror:
 
     def _on_event(self, event: EngineEvent) -> None:
         if event.kind is EventKind.STATE:
+            if event.reason == Reason.SWITCH:
+                self._exchanged()
             self._enter(MirrorState(State(event.value).name.lower()), Reason(event.reason), event.error)
         elif event.kind is EventKind.IO_ERROR:
             self._note_io_error(event)
@@ -142,6 +133,14 @@ class Mirror:
         if event.kind in (EventKind.STATE, EventKind.DEGRADED):
             self._to_record.append(event)
         self._wake()
+
+    def _exchanged(self) -> None:
+        """The engine has changed the disks' roles. Here and not where the exchange is awaited: what the
+        engine reports next (the loss of the new destination, say) is to be seen in the new roles."""
+        assert self._next_record is not None and self._destination is not None
+        keep_mirror = self._next_record.peer is not None
+        self._record, self._next_record = self._next_record, None
+        self._source, self._destination = self._destination, self._source if keep_mirror else None
 
     def _wake(self) -> None:
         self._changed.set()
@@ -206,14 +205,18 @@ class Mirror:
         """The record follows the engine, which waits only where a steady destination was lost."""
         if event.kind is EventKind.DEGRADED:
             await self._record_outdated()
-        elif (
-            event.value == State.STEADY and event.reason == Reason.COPY_DONE and self._destination is not None
-        ):
-            try:
-                await self._write_record(self._record.with_worth(Worth.UP_TO_DATE))
-            except StateRecordError as error:
-                # Too modest a record loses no data: the destination is worth more than it says.
-                log.error("the state record still calls the destination inconsistent", error=str(error))
+        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
+            async with self._record_lock:
+                # Much may have happened since: only what is steady now may be called so.
+                if self.state is MirrorState.STEADY and self._record.peer_worth is Worth.INCONSISTENT:
+                    await self._record_up_to_date()
+
+    async def _record_up_to_date(self) -> None:
+        try:
+            await self._write_record(self._record.with_worth(Worth.UP_TO_DATE))
+        except StateRecordError as error:
+            # Too modest a record loses no data: the destination is worth more than it says.
+            log.error("the state record still calls the destination inconsistent", error=str(error))
 
     async def _record_outdated(self) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
@@ -221,7 +224,9 @@ class Mirror:
         while True:
             error_number = 0
             try:
-                await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
+                async with self._record_lock:
+                    if self._record.peer is not None:
+                        await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
             except StateRecordError as error:
                 error_number = errno.EIO
                 self._last_error = str(error)
@@ -232,6 +237,9 @@ class Mirror:
             await anyio.sleep(RECORD_RETRY_S)
 
     async def _write_record(self, record: StateRecord) -> None:
+        """Under the lock, which also covers what the record was made of and what must follow it: two writers
+        that each change what they have read would undo each other."""
+        assert self._record_lock.locked()
         if self._state_file is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._state_file.write, record)
@@ -324,9 +332,16 @@ class Mirror:
             if self._read_only:
                 raise MirrorError("a disk that is served read-only has nothing to mirror")
             await self._await_fence()
-            disk = await anyio.to_thread.run_sync(self._open_destination, target)
+            engine = self._engine.config
+            disk = await anyio.to_thread.run_sync(
+                open_destination, target, self._source.path, engine.capacity_bytes, engine.block_bytes
+            )
             try:
                 await self._attach(disk, target)
+            except VhostsyncError:
+                if target.create:
+                    await anyio.to_thread.run_sync(target.path.unlink)
+                raise
             finally:
                 disk.close()  # what the engine did not take
 
@@ -346,36 +361,19 @@ class Mirror:
                 "cannot be written (see last-error); mend that first"
             )
 
-    def _open_destination(self, target: MirrorTarget) -> Disk:
-        """Blocks."""
-        capacity = self._engine.config.capacity_bytes
-        disks.check_distinct(self._source.path, target.path)
-        if target.create:
-            disks.create_image(target.path, capacity)
-        disk = disks.open_disk(
-            target.path, read_only=False, cache=target.cache, lock_timeout_s=DESTINATION_LOCK_S, probe=probe
-        )
-        try:
-            disks.check_destination(
-                disk, capacity_bytes=capacity, guest_block_bytes=self._engine.config.block_bytes
-            )
-        except BaseException:
-            disk.close()
-            raise
-        return disk
-
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
-        former = self._record
-        place = _Place.of(disk)
-        await self._write_record(self._record.with_peer(disk.identity))
-        try:
-            await self._engine.mirror_speed(target.speed_bytes_per_s)
-            self._destination, self._last_error = place, None
-            await self._engine.mirror_start(disk)
-        except EngineError:
-            self._destination = None
-            await self._write_record(former)
-            raise
+        place = Place.of(disk)
+        async with self._record_lock:
+            former = self._record
+            await self._write_record(former.with_peer(disk.identity))
+            try:
+                await self._engine.mirror_speed(target.speed_bytes_per_s)
+                self._destination, self._last_error = place, None
+                await self._engine.mirror_start(disk)
+            except EngineError:
+                self._destination = None
+                await self._write_record(former)
+                raise
         self._speed_bytes_per_s = target.speed_bytes_per_s
 
     async def cancel(self, *, force: bool) -> None:
@@ -397,11 +395,12 @@ class Mirror:
 
     async def _let_go(self) -> None:
         # First the record: after the stop, flushes are confirmed without the destination.
-        if self.state is MirrorState.STEADY:
-            await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
-        if self._destination is not None:
-            self._fenced_path, self._destination = self._destination.path, None
-        await self._engine.mirror_stop()
+        async with self._record_lock:
+            if self.state is MirrorState.STEADY:
+                await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
+            if self._destination is not None:
+                self._fenced_path, self._destination = self._destination.path, None
+            await self._engine.mirror_stop()
 
     async def set_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy; 0: no limit."""
@@ -415,8 +414,7 @@ class Mirror:
         was (or what the error says became of it)."""
         async with self._command("switch"):
             await self._check_switch()
-            assert self._destination is not None
-            self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._destination.path)})
+            self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._destination_path())})
             try:
                 with anyio.fail_after(deadline_s):
                     result = await self._try_until_switched(max_pause_ms, keep_mirror)
@@ -456,24 +454,31 @@ class Mirror:
             attempts += 1
             # Prepare, the guest running: the lag shrinks, and the destination shows that it can flush.
             await self._engine.mirror_drain(both_disks=keep_mirror)
-            prepared = await self._prepare_record(keep_mirror)
-            try:
-                if not await self._close_gate(max_pause_ms):
-                    await anyio.sleep(SWITCH_RETRY_S * attempts)
-                    continue
-                # From here to the end nothing may be cut off: the guest is held.
-                with anyio.CancelScope(shield=True):
-                    pause_ns = await self._exchange(prepared, keep_mirror)
+            async with self._record_lock:
+                pause_ns = await self._try_switch(max_pause_ms, keep_mirror)
+            if pause_ns is not None:
                 return SwitchResult(
                     pause_us=pause_ns // 1000,
                     attempts=attempts,
                     source_path=str(self._source.path),
                     destination_path=str(self._destination.path) if self._destination else None,
                 )
-            finally:
-                if prepared is not None:
-                    with anyio.CancelScope(shield=True):
-                        await anyio.to_thread.run_sync(prepared.discard)
+            await anyio.sleep(SWITCH_RETRY_S * attempts)
+
+    async def _try_switch(self, max_pause_ms: float, keep_mirror: bool) -> int | None:
+        """The pause in nanoseconds, or None: the gate could not be closed in time."""
+        prepared = await self._prepare_record(keep_mirror)
+        try:
+            if not await self._close_gate(max_pause_ms):
+                return None
+            # From here to the end nothing may be cut off: the guest is held.
+            with anyio.CancelScope(shield=True):
+                pause_ns = await self._exchange(prepared, keep_mirror)
+            return pause_ns
+        finally:
+            if prepared is not None:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(prepared.discard)
 
     async def _close_gate(self, max_pause_ms: float) -> bool:
         """False: it could not be closed in time, and is open again. So it is when this raises or is
@@ -499,18 +504,16 @@ class Mirror:
     async def _exchange(self, prepared: Prepared | None, keep_mirror: bool) -> int:
         """With the gate closed: the record, then the disks; the pause in nanoseconds."""
         former = self._record
+        self._next_record = former.switched(keep_mirror=keep_mirror)
         try:
             if prepared is not None:
                 await anyio.to_thread.run_sync(prepared.commit)
-            pause_ns = await self._engine.exchange(keep_mirror=keep_mirror)
+            return await self._engine.exchange(keep_mirror=keep_mirror)
         except VhostsyncError:
+            self._next_record = None
             await self._engine.ungate()
             await self._restore_record(former)
             raise
-        assert self._destination is not None
-        self._record = former.switched(keep_mirror=keep_mirror)
-        self._source, self._destination = self._destination, self._source if keep_mirror else None
-        return pause_ns
 
     async def _restore_record(self, record: StateRecord) -> None:
         """The exchange did not take place, and the record may say that it did. Should this fail too, nothing
@@ -532,32 +535,30 @@ class Mirror:
             except EngineError as error:
                 log.error("the destination could not be brought up to date", error=str(error))
 
+    async def abandon(self) -> None:
+        """The end shall not wait for the destination any longer: what waits for it goes on without."""
+        if self.state in (MirrorState.STEADY, MirrorState.SYNCING):
+            try:
+                await self._let_go()
+            except VhostsyncError as error:
+                log.error("the destination could not be let go", error=str(error))
+
     def record_clean(self) -> None:
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
         if self._state_file is None or self._read_only:
             return
-        current = _look_again(self._source)
+        current = look_again(self._source)
         peer = self._record.peer
         if current is None:
             return
         if peer is not None and self._destination is not None:
-            peer = _look_again(self._destination) or peer
+            peer = look_again(self._destination)
+            if peer is None:
+                return
         try:
             self._state_file.write(self._record.detached(current, peer))
         except StateRecordError as error:
             log.error("the state record could not note the clean end", error=str(error))
-
-
-def _look_again(place: _Place) -> DiskIdentity | None:
-    try:
-        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        log.warning("a disk cannot be looked at again", path=str(place.path), error=error.strerror)
-        return None
-    try:
-        return disks.identify(fd, place.path, with_ctime=True)
-    finally:
-        os.close(fd)
 
 
 def _now() -> str:

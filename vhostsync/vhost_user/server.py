@@ -3,8 +3,7 @@
 
 Several frontends may be connected at once (during a local live migration the incoming QEMU negotiates while
 the outgoing one still runs); which of them may run rings is the engine's business. The end of a connection,
-whatever its reason, closes its socket first, so that the frontend may come back, then its attachment, which
-waits for its last request.
+whatever its reason, first closes its attachment, which waits for its last request, then its socket.
 """
 
 import errno
@@ -153,12 +152,8 @@ class FrontendServer:
                 await self._end(frontend, reason)
 
     async def _end(self, frontend: _Frontend, reason: str | None) -> None:
-        frontend.session.close()
-        frontend.connection.close()
-        if reason is None:
-            log.info("frontend disconnected", frontend=frontend.number)
-        else:
-            log.warning("frontend's connection ended", frontend=frontend.number, reason=reason)
+        # First the requests, then the connection: a frontend that sees it end takes up at the used index,
+        # and what were answered after that would be answered twice.
         try:
             if frontend.attachment is not None:
                 await frontend.attachment.close()
@@ -166,16 +161,21 @@ class FrontendServer:
             log.error("detaching a frontend failed", frontend=frontend.number, error=str(error))
         except Exception:
             log.exception("a fault in detaching a frontend", frontend=frontend.number)
-        finally:
-            del self._frontends[frontend.number]
-            self._publish(FRONTEND_DISCONNECTED, {"frontend": frontend.number, "reason": reason})
+        frontend.session.close()
+        frontend.connection.close()
+        del self._frontends[frontend.number]
+        if reason is None:
+            log.info("frontend disconnected", frontend=frontend.number)
+        else:
+            log.warning("frontend's connection ended", frontend=frontend.number, reason=reason)
+        self._publish(FRONTEND_DISCONNECTED, {"frontend": frontend.number, "reason": reason})
 
     async def _converse(self, frontend: _Frontend, attachment: Attachment) -> None:
         """Messages in order, the next one only when the one before is dealt with, until there are no more."""
         connection, session = frontend.connection, frontend.session
         while (received := await connection.receive()) is not None:
             message, fds = received
-            log.debug("message", frontend=frontend.number, message=message, fds=len(fds))
+            log.debug("received", frontend=frontend.number, what=message, fds=len(fds))
             try:
                 outcome = await session.handle(message, fds, attachment)
             finally:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A destination before the engine has it, and disks after it had them. Everything here blocks."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from vhostsync import disks
+from vhostsync.config import MirrorTarget
+from vhostsync.disks import Disk
+from vhostsync.engine import probe
+from vhostsync.state_record import DiskIdentity, Likeness
+
+log = structlog.get_logger(__name__)
+
+DESTINATION_LOCK_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A disk that the engine has: how it is called and recognised."""
+
+    path: Path
+    identity: DiskIdentity
+
+    @classmethod
+    def of(cls, disk: Disk) -> "Place":
+        return cls(disk.path, disk.identity)
+
+
+def open_destination(target: MirrorTarget, source: Path, capacity_bytes: int, block_bytes: int) -> Disk:
+    """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first
+    if asked to. DiskError, and nothing was changed."""
+    disks.check_distinct(source, target.path)
+    if target.create:
+        disks.create_image(target.path, capacity_bytes)
+    disk = None
+    try:
+        disk = disks.open_disk(
+            target.path, read_only=False, cache=target.cache, lock_timeout_s=DESTINATION_LOCK_S, probe=probe
+        )
+        disks.check_destination(disk, capacity_bytes=capacity_bytes, guest_block_bytes=block_bytes)
+    except BaseException:
+        if disk is not None:
+            disk.close()
+        if target.create:
+            target.path.unlink()
+        raise
+    return disk
+
+
+def look_again(place: Place) -> DiskIdentity | None:
+    """How the disk looks now that the engine has let go of it; None when it cannot be told."""
+    try:
+        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        log.warning("a disk cannot be looked at again", path=str(place.path), error=error.strerror)
+        return None
+    try:
+        found = disks.identify(fd, place.path, with_ctime=True)
+        if found.likeness(place.identity) is not Likeness.SAME:
+            log.warning("another file has taken the disk's place while it was served", path=str(place.path))
+            return None
+        return found
+    finally:
+        os.close(fd)
