@@ -84,7 +84,11 @@ class VhostUserClient:
     def __init__(self, path: Path, *, timeout_s: float = 10.0) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.socket.settimeout(timeout_s)
-        self.socket.connect(os.fspath(path))
+        try:
+            self.socket.connect(os.fspath(path))
+        except BaseException:
+            self.socket.close()
+            raise
         self.reply_ack = False
 
     def close(self) -> None:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A thread that serves a disk with `vhostsync serve`, kills it with SIGKILL at random moments, and starts it
+again."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.guest.backends import Vhostsync
+from vhostsync.state_record import StateFile, Worth
+
+
+@dataclass
+class KillFigures:
+    """How often it killed, and when: `early` ones while the frontend came back, `mirrored` ones with
+    a destination attached, `steady` of these when it was complete."""
+
+    kills: int = 0
+    early: int = 0
+    mirrored: int = 0
+    steady: int = 0
+
+
+class Killer:
+    """`start` serves; the load sets `connecting` and `recovered`; `over` is set once the last backend is to
+    stay.
+
+    With `destination` some kills happen while a mirror is attached, and the state record is looked at after
+    the restart."""
+
+    def __init__(
+        self,
+        folder: Path,
+        disk: Path,
+        *,
+        queues: int,
+        kills: int,
+        rng: random.Random,
+        news: Callable[[], None],
+        destination: Path | None = None,
+        deadline_s: float = float("inf"),
+    ) -> None:
+        self.figures = KillFigures()
+        self.connecting = threading.Event()
+        self.recovered = threading.Event()
+        self.over = threading.Event()
+        self.failure: BaseException | None = None
+        self.backend: Vhostsync | None = None
+        self._folder, self._disk, self._queues = folder, disk, queues
+        self._kills, self._rng, self._news = kills, rng, news
+        self._destination = destination
+        self._deadline = time.monotonic() + deadline_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="killer")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread and the backend, whatever they do."""
+        self._stop.set()
+        self.connecting.set()
+        self.recovered.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.backend is not None:
+            self.backend.__exit__(None, None, None)
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+            for number in range(self._kills):
+                if self._stop.is_set() or time.monotonic() > self._deadline:
+                    break
+                self._one_kill(early=number % 4 == 3, mirrored=number % 4 == 1)
+        except BaseException as error:
+            self.failure = error
+        self.over.set()
+        self._news()
+        self._stop.wait()  # the kernel ends a backend with the thread that started it
+
+    def _serve(self) -> None:
+        self.connecting.clear()
+        self.recovered.clear()
+        self.backend = Vhostsync(self._folder, self._disk, queues=self._queues)
+        self._news()
+
+    def _one_kill(self, *, early: bool, mirrored: bool) -> None:
+        assert self.backend is not None
+        mirrored = mirrored and self._destination is not None
+        steady = False
+        if early:
+            if not self.connecting.wait(60):
+                raise AssertionError("the frontend has not come back within 60 s")
+            self._stop.wait(self._rng.uniform(0, 0.02))
+        else:
+            if not self.recovered.wait(60):
+                raise AssertionError("the load has not recovered within 60 s")
+            if mirrored:
+                assert self._destination is not None
+                self.backend.start_mirror(self._destination)
+                steady = self._rng.random() < 0.5
+                if steady:
+                    self.backend.wait_steady()
+            self._stop.wait(self._rng.uniform(0, 0.15))
+        if self._stop.is_set():
+            return
+        self.backend.process.kill()
+        self.backend.__exit__(None, None, None)
+        self.figures.kills += 1
+        self.figures.early += early
+        self.figures.mirrored += mirrored
+        self.figures.steady += steady
+        self._serve()
+        if mirrored:
+            self._check_record(was_steady=steady)
+
+    def _check_record(self, *, was_steady: bool) -> None:
+        assert self.backend is not None
+        record = StateFile(self._folder / "disk.state").load()
+        assert record is not None and record.peer is not None and record.current.path == str(self._disk)
+        wanted = {Worth.OUTDATED} if was_steady else {Worth.OUTDATED, Worth.INCONSISTENT}
+        assert record.peer_worth in wanted, f"the record says that the destination is {record.peer_worth}"
+        assert self.backend.status()["state"] == "passthrough"
