@@ -13,106 +13,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <stdlib.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "kick_watch.h"
 #include "request_path.h"
 
 #define FEATURE_INDIRECT_DESC (1ull << VIRTIO_RING_F_INDIRECT_DESC)
 #define FEATURE_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
 
-/* A poll on a kick descriptor. It outlives its queue's interest in it: it is
- * freed with its last completion. */
-struct kick_watch {
-    struct uring_op op;
-    struct list link;    /* engine.watches */
-    struct queue *queue; /* NULL: nobody cares any more */
-    struct vs_engine *engine;
-    int fd;
-};
-
 static void update(struct attachment *a);
-
-static void watch_stop(struct queue *q);
-
-/* ---- kicks ------------------------------------------------------------- */
-
-static void watch_arm(struct kick_watch *w)
-{
-    struct io_uring_sqe *sqe = uring_sqe(&w->engine->uring, &w->op);
-    io_uring_prep_poll_multishot(sqe, w->fd, POLLIN);
-    io_uring_sqe_set_data(sqe, &w->op);
-}
-
-static void watch_free(struct kick_watch *w)
-{
-    list_remove(&w->link);
-    close(w->fd);
-    free(w);
-}
-
-static void kicked(struct uring_op *op, int result, unsigned flags)
-{
-    struct kick_watch *w = container_of(op, struct kick_watch, op);
-    uint64_t counter;
-    bool over = !(flags & IORING_CQE_F_MORE);
-    if (w->queue && result >= 0) {
-        /* Emptied first, looked at afterwards: a later kick is a later event.
-         * EAGAIN is no work, and looking does no harm. */
-        ssize_t n = read(w->fd, &counter, sizeof counter);
-        if (n > 0 || (n < 0 && errno == EAGAIN)) {
-            w->engine->queue_stats[w->queue->index].kicks++;
-            queue_ready(w->queue);
-        } else {
-            watch_stop(w->queue); /* the other end is gone */
-        }
-    }
-    if (!over)
-        return;
-    if (w->queue && result != -ECANCELED && result != -EBADF) {
-        watch_arm(w); /* the kernel ended the multishot, not we */
-        return;
-    }
-    if (w->queue)
-        w->queue->watch = NULL;
-    watch_free(w);
-}
-
-static int watch_start(struct queue *q, int fd)
-{
-    struct kick_watch *w = NULL;
-    struct stat st;
-    /* Files and devices are always readable: the ring would be looked at without end. */
-    int rc = fstat(fd, &st) < 0 || S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode) || S_ISREG(st.st_mode) ? -EINVAL : 0;
-    if (rc == 0 && !(w = calloc(1, sizeof *w)))
-        rc = -ENOMEM;
-    if (rc < 0) {
-        close(fd);
-        return rc;
-    }
-    (void)fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-    w->op.complete = kicked;
-    w->engine = q->attachment->engine;
-    w->queue = q;
-    w->fd = fd;
-    list_append(&w->engine->watches, &w->link);
-    q->watch = w;
-    watch_arm(w);
-    return 0;
-}
-
-static void watch_stop(struct queue *q)
-{
-    struct kick_watch *w = q->watch;
-    if (!w)
-        return;
-    q->watch = NULL;
-    w->queue = NULL;
-    /* Not poll_remove: that fails, and the poll stays, while a kick is on its way. */
-    io_uring_prep_cancel(uring_sqe_detached(&w->engine->uring), &w->op, 0);
-}
 
 /* ---- rings ------------------------------------------------------------- */
 
@@ -251,7 +161,7 @@ static void map_rings(struct attachment *a)
 
 static void queue_reset(struct queue *q)
 {
-    watch_stop(q);
+    kick_watch_stop(q);
     set_fd(&q->call_fd, -1);
     set_fd(&q->err_fd, -1);
     list_remove(&q->ready_link);
@@ -300,7 +210,7 @@ static void detach(struct attachment *a, uint64_t token)
     a->closing = true;
     a->detach_token = token;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
-        watch_stop(&a->queue[i]);
+        kick_watch_stop(&a->queue[i]);
         set_fd(&a->queue[i].call_fd, -1);
         if (a->queue[i].running)
             set_running(&a->queue[i], false);
@@ -384,8 +294,8 @@ static int vring_kick(struct queue *q, int fd)
     int rc;
     if (fd < 0)
         return -EINVAL;
-    watch_stop(q);
-    rc = watch_start(q, fd);
+    kick_watch_stop(q);
+    rc = kick_watch_start(q, fd);
     if (rc < 0)
         return rc;
     if (!q->started) {
@@ -408,7 +318,7 @@ static void vring_call(struct queue *q, int fd)
 static void vring_stop(struct queue *q, uint64_t token)
 {
     q->started = false;
-    watch_stop(q);
+    kick_watch_stop(q);
     become_quiet(q, &q->stop_token, token);
     update(q->attachment);
     queue_quiet(q);
@@ -585,9 +495,7 @@ void attachments_init(struct vs_engine *e)
 
 void attachments_free(struct vs_engine *e)
 {
-    struct list *node;
-    while (e->watches.next && (node = list_pop(&e->watches))) /* the ring is gone, and with it the polls */
-        watch_free(container_of(node, struct kick_watch, link));
+    kick_watches_free(e);
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
         for (unsigned k = 0; a->engine && k < VS_MAX_QUEUES; k++) {
