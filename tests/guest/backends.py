@@ -95,7 +95,7 @@ class _Daemon:
     ) -> None:
         self._close_control()
         self.process.kill()
-        if kind is not None:
+        if kind is not None and issubclass(kind, Exception):
             print(f"--- the last output of {self.process.name}:\n{self.process.last_output(60)}")
 
 
