@@ -183,6 +183,16 @@ class Habits:
 HABITS = (Habits("qemu", qemu, None), Habits("cloud-hypervisor", cloud_hypervisor, 0.1))
 
 
+class Unconnected(VhostUserTransport):
+    """A frontend's before its first connection."""
+
+    def __init__(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Returning(VhostUserTransport):
     """One connection of a frontend that keeps its memory, its rings and the region from one to the next.
     `connect` in place of `Frontend.start`. Raises OSError when the backend dies meanwhile."""

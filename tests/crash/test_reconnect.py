@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.habits import HABITS, Habits
+from tests.crash.habits import HABITS, Habits, Unconnected
 from tests.crash.killer import Killer
 from tests.crash.load import BLOCK_BYTES, VerifiedLoad
 from tests.frontend import Frontend
 from tests.guest.images import MIB, digest, new_image
-from tests.vhost_client import VhostUserTransport
 
 KILLS = int(os.environ.get("VHOSTSYNC_CRASH_KILLS", "12"))
 TIME_S = float(os.environ.get("VHOSTSYNC_CRASH_S", "60"))
@@ -32,23 +31,13 @@ DISK_MIB = 16
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIME_S + 120)]
 
 
-class _Unconnected(VhostUserTransport):
-    """A frontend before its first connection."""
-
-    def __init__(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def running(
     work: Path, habits: Habits, *, kills: int, destination: Path | None
 ) -> Iterator[tuple[VerifiedLoad, Killer, Path]]:
     rng = random.Random(SEED)
     disk = new_image(work / "disk.img", DISK_MIB)
-    frontend = Frontend(_Unconnected(), queues=2, queue_size=64)
+    frontend = Frontend(Unconnected(), queues=2, queue_size=64)
     load = VerifiedLoad(frontend, work / "disk.sock", habits, blocks=DISK_MIB * MIB // BLOCK_BYTES, rng=rng)
     killer = Killer(
         work,
