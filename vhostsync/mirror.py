@@ -473,8 +473,8 @@ class Mirror:
                 return None
             # From here to the end nothing may be cut off: the guest is held.
             with anyio.CancelScope(shield=True):
-                pause_ns = await self._exchange(prepared, keep_mirror)
-            return pause_ns
+                return await self._exchange(prepared, keep_mirror)
+            raise AssertionError("nobody cancels that scope")
         finally:
             if prepared is not None:
                 with anyio.CancelScope(shield=True):
