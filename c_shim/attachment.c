@@ -335,11 +335,20 @@ static bool vring_enable(struct queue *q, bool enable, uint64_t token)
     return false;
 }
 
-/* Requests of the rings that this is for must not have begun. */
+/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. */
+static void set_write_cache(struct attachment *a, bool write_cache)
+{
+    a->write_cache = write_cache;
+    inflight_keep_write_cache(&a->inflight, write_cache);
+    if (!a->engine->active || a->engine->active == a)
+        a->engine->write_cache = write_cache;
+}
+
+/* Requests of the rings that this is for must not have begun. Takes up the write cache mode as well. */
 static int set_inflight(struct attachment *a, const struct vs_command *c)
 {
     int rc = -EBUSY;
-    bool busy = a->in_flight > 0;
+    bool busy = a->in_flight > 0, write_cache = a->write_cache;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
         busy |= a->queue[i].running;
     if (busy)
@@ -347,9 +356,16 @@ static int set_inflight(struct attachment *a, const struct vs_command *c)
     else
         rc = inflight_map(&a->inflight, c->fd, c->value, c->desc, c->used > VS_MAX_QUEUES ? 0 : (uint32_t)c->used);
     for (unsigned i = 0; !busy && i < VS_MAX_QUEUES; i++) {
-        a->queue[i].vq.inflight = inflight_ring_of(&a->inflight, i);
-        if (a->queue[i].vq.inflight)
-            a->queue[i].base_set = true; /* begin where the record says, also without a base */
+        struct queue *q = &a->queue[i];
+        q->vq.inflight = inflight_ring_of(&a->inflight, i);
+        if (!q->vq.inflight || q->base_set)
+            continue;
+        q->base = q->vq.next_avail; /* what GET_VRING_BASE shows until then */
+        q->base_set = true; /* begin where the record says, also without a base */
+    }
+    if (rc == 0) {
+        inflight_write_cache(&a->inflight, &write_cache);
+        set_write_cache(a, write_cache);
     }
     return rc;
 }
@@ -366,14 +382,6 @@ static void set_features(struct attachment *a, uint64_t features)
         vq->event_idx = event_idx;
     }
     map_rings(a); /* the event fields belong to the rings now, or no more */
-}
-
-/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. */
-static void set_write_cache(struct attachment *a, bool write_cache)
-{
-    a->write_cache = write_cache;
-    if (!a->engine->active || a->engine->active == a)
-        a->engine->write_cache = write_cache;
 }
 
 static void reset_device(struct attachment *a)
@@ -453,6 +461,8 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             break;
         case VS_CMD_SET_INFLIGHT:
             rc = set_inflight(a, c);
+            mailbox_done(&e->mailbox, token, rc, a->write_cache);
+            done = false;
             break;
         case VS_CMD_SET_FEATURES:
             set_features(a, c->value);

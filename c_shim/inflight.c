@@ -70,6 +70,21 @@ struct inflight_ring *inflight_ring_of(const struct inflight_area *area, uint32_
     return (struct inflight_ring *)(void *)(area->base + (uint64_t)queue * INFLIGHT_RING_BYTES);
 }
 
+void inflight_keep_write_cache(const struct inflight_area *area, bool write_cache)
+{
+    struct inflight_ring *r = inflight_ring_of(area, 0);
+    if (r)
+        WRITE_ONCE(r->write_cache, write_cache ? INFLIGHT_CACHE_WRITEBACK : INFLIGHT_CACHE_WRITETHROUGH);
+}
+
+void inflight_write_cache(const struct inflight_area *area, bool *write_cache)
+{
+    struct inflight_ring *r = inflight_ring_of(area, 0);
+    uint8_t kept = r ? READ_ONCE(r->write_cache) : INFLIGHT_CACHE_UNKNOWN;
+    if (kept == INFLIGHT_CACHE_WRITETHROUGH || kept == INFLIGHT_CACHE_WRITEBACK)
+        *write_cache = kept == INFLIGHT_CACHE_WRITEBACK;
+}
+
 void inflight_taken(struct inflight_ring *r, uint16_t head, uint64_t counter)
 {
     WRITE_ONCE(r->desc[head].counter, counter);

@@ -40,7 +40,12 @@ struct inflight_ring {
     uint16_t last_batch_head;
     uint16_t used_idx;
     struct inflight_desc desc[VS_MAX_QUEUE_SIZE];
+    /* Ours, behind what the specification lays out, and of the first ring alone: frontends do not tell a new
+     * process the mode that the guest has set, and in write-through mode the guest sends no flushes. */
+    uint8_t write_cache; /* enum inflight_write_cache */
 };
+
+enum inflight_write_cache { INFLIGHT_CACHE_UNKNOWN, INFLIGHT_CACHE_WRITETHROUGH, INFLIGHT_CACHE_WRITEBACK };
 
 static_assert(sizeof(struct inflight_desc) == 16, "the specification's DescStateSplit");
 static_assert(offsetof(struct inflight_ring, desc) == 16, "the specification's QueueRegionSplit");
@@ -69,6 +74,10 @@ void inflight_unmap(struct inflight_area *area);
 bool inflight_lost(const struct inflight_area *area);
 /* NULL: this queue has none. */
 struct inflight_ring *inflight_ring_of(const struct inflight_area *area, uint32_t queue);
+
+/* The write cache mode that the record is for; changes nothing where there is none. */
+void inflight_keep_write_cache(const struct inflight_area *area, bool write_cache);
+void inflight_write_cache(const struct inflight_area *area, bool *write_cache);
 
 void inflight_taken(struct inflight_ring *r, uint16_t head, uint64_t counter);
 /* Before the used index is published. */

@@ -429,8 +429,8 @@ class EngineAttachment:
     async def stop_vring(self, queue: int) -> int:
         return await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue)
 
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> None:
-        await self._command(
+    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
+        write_cache = await self._command(
             lib.VS_CMD_SET_INFLIGHT,
             "mapping the record of requests in flight",
             fd=fd.fileno(),
@@ -439,6 +439,7 @@ class EngineAttachment:
             desc=offset,
             used=queues,
         )
+        return bool(write_cache)
 
     async def set_write_cache(self, writeback: bool) -> None:
         await self._command(lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback))

@@ -118,6 +118,30 @@ static void areas(void)
     inflight_unmap(&a);
 }
 
+static void write_cache_mode(void)
+{
+    struct inflight_area a = {.map = NULL};
+    bool mode = true;
+    inflight_keep_write_cache(&a, false);
+    inflight_write_cache(&a, &mode);
+    CHECK(mode); /* there is no region */
+    CHECK_EQUAL(area_of(&a, 2ull * INFLIGHT_RING_BYTES, 2ull * INFLIGHT_RING_BYTES, 0, 2), 0);
+    inflight_write_cache(&a, &mode);
+    CHECK(mode); /* nobody has said */
+    inflight_keep_write_cache(&a, false);
+    inflight_write_cache(&a, &mode);
+    CHECK(!mode);
+    inflight_ring_of(&a, 0)->write_cache = 7;
+    mode = true;
+    inflight_write_cache(&a, &mode);
+    CHECK(mode); /* rubbish */
+    inflight_keep_write_cache(&a, true);
+    mode = false;
+    inflight_write_cache(&a, &mode);
+    CHECK(mode);
+    inflight_unmap(&a);
+}
+
 int main(void)
 {
     test("a region that was not used yet", fresh);
@@ -125,5 +149,6 @@ int main(void)
     test("killed around a batch of answers", batches);
     test("a region of rubbish", rubbish);
     test("regions within their files", areas);
+    test("the write cache mode outlives a process", write_cache_mode);
     return tests_end();
 }

@@ -29,6 +29,7 @@ from tests.guest.images import new_image
 from tests.vhost_client import NEED_REPLY, VERSION, ConnectionLostError, Message, VhostUserClient
 
 BLOCK = 4096
+WRITEBACK_OFFSET = 32
 ANY = HABITS[0]
 
 
@@ -133,6 +134,7 @@ def test_region_again_after_a_stop(rig: Rig) -> None:
         assert rig.frontend.write_now(0, bytes([round_]) * BLOCK).ok
         assert rig.frontend.stop() == [round_ + 1, 0]
         assert _set_inflight(connection.client, region) == 0
+        assert rig.frontend.stop() == [round_ + 1, 0]  # a base that was not used yet stays what it is
         for number in range(2):
             rig.frontend.start_queue(number)
     assert rig.kept.marked(0) == []
@@ -164,6 +166,34 @@ def test_new_region_after_a_guest_reset(rig: Rig) -> None:
     rig.serve()
     rig.connect()
     assert frontend.read_now(0, 2 * BLOCK) == b"\4" * BLOCK + b"\3" * BLOCK
+
+
+@pytest.mark.parametrize("habits", HABITS, ids=lambda habits: habits.name)
+def test_write_cache_mode_over_a_crash(rig: Rig, habits: Habits) -> None:
+    """A guest that has chosen write-through sends no flushes, and no frontend tells a new backend of it."""
+
+    def mode() -> tuple[bool, int]:
+        """As the engine and the config space have it."""
+        assert rig.backend is not None and rig.connection is not None
+        status = rig.backend.qmp.execute("query-status")
+        return status["write-cache"], rig.connection.client.get_config()[WRITEBACK_OFFSET]
+
+    rig.connect(habits).client.set_config(WRITEBACK_OFFSET, b"\0")
+    assert rig.frontend.write_now(0, b"\1" * BLOCK).ok
+    assert mode() == (False, 0)
+    for _ in range(2):
+        rig.kill()
+        rig.serve()
+        rig.connect(habits)
+        assert rig.frontend.write_now(0, b"\1" * BLOCK).ok
+        assert mode() == (False, 0)
+    assert rig.connection is not None
+    rig.connection.client.set_config(WRITEBACK_OFFSET, b"\1")
+    rig.kill()
+    rig.serve()
+    rig.connect(habits)
+    assert rig.frontend.write_now(0, b"\1" * BLOCK).ok
+    assert mode() == (True, 1)
 
 
 def test_region_while_rings_run_is_refused(rig: Rig) -> None:

@@ -97,8 +97,9 @@ class RecordingAttachment:
         await self._done("stop_vring", queue)
         return self.base
 
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> None:
+    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
         await self._done("set_inflight", FD, size_bytes, offset, queues, fds=[fd])
+        return True
 
     async def set_write_cache(self, writeback: bool) -> None:
         await self._done("set_write_cache", writeback)

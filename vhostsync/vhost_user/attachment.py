@@ -63,9 +63,9 @@ class Attachment(Protocol):
     async def stop_vring(self, queue: int) -> int:
         """Drains and stops the ring; returns its base, the next available index."""
 
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> None:
+    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
         """The record of requests in flight, before the rings start: what it says was not answered is taken
-        up again."""
+        up again. Returns the write cache mode (True: write-back), which the record keeps as well."""
 
     async def set_write_cache(self, writeback: bool) -> None: ...
 

@@ -383,12 +383,12 @@ def _set_inflight(state: State, device: BlkDevice, message: Message, fds: Sequen
     (fd,) = fds
     if not 1 <= area.queues <= len(state.rings):
         raise FrontendError(f"SET_INFLIGHT_FD for {area.queues} rings of a device with {len(state.rings)}")
-    return Step(
-        state,
-        calls=(
-            lambda attachment: attachment.set_inflight(fd, area.mmap_bytes, area.mmap_offset, area.queues),
-        ),
-    )
+
+    async def take_up(attachment: Attachment) -> None:
+        # No frontend tells a new backend the write cache mode that the guest has set: the record does.
+        device.writeback = await attachment.set_inflight(fd, area.mmap_bytes, area.mmap_offset, area.queues)
+
+    return Step(state, calls=(take_up,))
 
 
 # ---- config space ----------------------------------------------------------------------------------------
