@@ -159,8 +159,12 @@ class Served:
         """Returns in the steady state, when the record says so too."""
         self.qmp.events.clear()
         self.qmp.execute("mirror-start", destination=str(destination), **arguments)
-        self.qmp.wait_event("MIRROR_STATE_CHANGE", state="steady")
+        self.await_steady()
         self.await_worth("up-to-date")
+
+    def await_steady(self) -> None:
+        while (data := self.qmp.wait_event("MIRROR_STATE_CHANGE", WAIT_S))["state"] != "steady":
+            assert data["state"] == "syncing", data
 
     def await_state(self, state: str, timeout_s: float = WAIT_S) -> dict[str, Any]:
         """The data of the event that reports this state."""
@@ -172,6 +176,10 @@ class Served:
 
     def wakeups(self) -> int:
         return int(self.qmp.execute("query-stats")["engine"]["wakeups"])
+
+    def in_flight(self) -> int:
+        """Requests of the guest that are taken up and not answered."""
+        return sum(int(queue["in-flight"]) for queue in self.qmp.execute("query-stats")["queues"])
 
     # -- the record -----------------------------------------------------------
 

@@ -123,7 +123,7 @@ def test_one_mirror_at_a_time(work: Path) -> None:
         record = served.record()
         assert record is not None and record.peer_worth == "inconsistent"
         served.qmp.execute("mirror-set-speed", speed=0)
-        served.await_state("steady")
+        served.await_steady()
         with pytest.raises(QmpError, match=r"b\.img is steady already"):
             served.qmp.execute("mirror-start", destination=str(second))
         served.stop()
@@ -177,5 +177,5 @@ def test_a_mirror_that_cannot_be_recorded_is_not_begun(work: Path) -> None:
         (record / "full").unlink()
         record.rmdir()
         served.qmp.execute("mirror-start", destination=str(copy))
-        served.await_state("steady")
+        served.await_steady()
         served.stop()

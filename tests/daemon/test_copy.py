@@ -49,7 +49,7 @@ def test_every_kind_of_write_reaches_both_disks(work: Path) -> None:
                 guest.wait(request)
                 guest.recycle(request)
         served.qmp.execute("mirror-set-speed", speed=0)
-        served.await_state("steady")
+        served.await_steady()
         flush(guest)
         assert same_content(source, copy)
         guest.close()

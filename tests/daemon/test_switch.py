@@ -150,7 +150,7 @@ def test_a_destination_that_hangs_behind_the_gate(work: Path, max_pause_ms: int)
         other, record = image(files.folder / "b.img"), records.folder / "r.json"
         with Served(work, source, *PATIENT, "--state-file", record) as served, served.guest() as guest:
             served.qmp.execute("mirror-start", destination=str(other))
-            served.await_state("steady")
+            served.await_steady()
             await_true(lambda: b'"up-to-date"' in record.read_bytes(), "the record says so")
             before = record.read_bytes()
             records.freeze()
@@ -187,7 +187,7 @@ def test_a_record_that_cannot_be_written_leaves_the_guest_where_it_is(work: Path
     record = work / "record" / "r.json"
     with Served(work, source, "--state-file", record) as served, Load(served) as load:
         served.qmp.execute("mirror-start", destination=str(other))
-        served.await_state("steady")
+        served.await_steady()
         await_true(lambda: b'"up-to-date"' in record.read_bytes(), "the record says so")
         kept = record.read_bytes()
         # A folder cannot be replaced by a rename: the commit fails, with the gate closed.
