@@ -20,6 +20,18 @@ static void in_program_order(void)
     atomic_signal_fence(memory_order_seq_cst);
 }
 
+/* Whether all rings' parts are new, or laid out as here: another backend's marks would be read as ours. */
+static bool layout_known(const struct inflight_area *area)
+{
+    for (uint32_t i = 0; i < area->queues; i++) {
+        struct inflight_ring *r = inflight_ring_of(area, i);
+        uint16_t version = READ_ONCE(r->version);
+        if (version && (version != INFLIGHT_VERSION || READ_ONCE(r->desc_num) != VS_MAX_QUEUE_SIZE))
+            return false;
+    }
+    return true;
+}
+
 int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t offset, uint32_t queues)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = offset & ~(page - 1);
@@ -43,6 +55,10 @@ int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t of
             area->base = (uint8_t *)area->map + (offset - start);
             area->queues = queues;
             area->sigbus_slot = guest_memory_watch(area->map, area->map_bytes);
+            if (!layout_known(area)) {
+                inflight_unmap(area);
+                rc = -EINVAL;
+            }
         }
     }
     close(fd);

@@ -118,6 +118,30 @@ static void areas(void)
     inflight_unmap(&a);
 }
 
+/* Version and descriptors as another backend may have left them in the second ring's part. */
+static int foreign(uint16_t version, uint16_t desc_num)
+{
+    struct inflight_area a = {.map = NULL};
+    uint64_t two = 2ull * INFLIGHT_RING_BYTES;
+    int rc, fd = memfd_create("inflight", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)two) == 0);
+    CHECK(pwrite(fd, &version, 2, INFLIGHT_RING_BYTES + offsetof(struct inflight_ring, version)) == 2);
+    CHECK(pwrite(fd, &desc_num, 2, INFLIGHT_RING_BYTES + offsetof(struct inflight_ring, desc_num)) == 2);
+    rc = inflight_map(&a, fd, two, 0, 2);
+    CHECK((a.map != NULL) == (rc == 0));
+    inflight_unmap(&a);
+    return rc;
+}
+
+static void layouts(void)
+{
+    CHECK_EQUAL(foreign(0, 0), 0);
+    CHECK_EQUAL(foreign(0, 7), 0); /* not begun: what else is there does not count */
+    CHECK_EQUAL(foreign(INFLIGHT_VERSION, VS_MAX_QUEUE_SIZE), 0);
+    CHECK(foreign(INFLIGHT_VERSION, 128) < 0);
+    CHECK(foreign(INFLIGHT_VERSION + 1, VS_MAX_QUEUE_SIZE) < 0);
+}
+
 static void write_cache_mode(void)
 {
     struct inflight_area a = {.map = NULL};
@@ -149,6 +173,7 @@ int main(void)
     test("killed around a batch of answers", batches);
     test("a region of rubbish", rubbish);
     test("regions within their files", areas);
+    test("another backend's layout", layouts);
     test("the write cache mode outlives a process", write_cache_mode);
     return tests_end();
 }
