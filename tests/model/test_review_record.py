@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mirror's policy and the state record against a destination that fails at the worst moment: what a
+review found and proved. The real Mirror and engine, on test disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+from tests.engine_driver import DiskOp, MemoryDisk
+from tests.frontend import Frontend
+from tests.guest_ring import GuestMemory, Region, RingAddresses
+from tests.model.rig import BLOCK, MIB, pattern
+from vhostsync import disks
+from vhostsync import engine as engine_module
+from vhostsync.config import MirrorTarget
+from vhostsync.engine import Engine, EngineAttachment, EngineConfig, probe
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.state_record import RealFileSystem, StateFile, StateRecord, Worth
+from vhostsync.vhost_user.attachment import MemoryRegion
+from vhostsync.vhost_user.owned_fd import OwnedFd
+
+SIZE = 4 * MIB
+WAIT_S = 10.0
+
+
+class HeldFiles(RealFileSystem):
+    """While `hold` is set, the next rename of the record waits for `release`: between prepare and commit."""
+
+    def __init__(self) -> None:
+        self.hold = False
+        self.reached = threading.Event()
+        self.release = threading.Event()
+
+    def rename(self, old: Path, new: Path) -> None:
+        if self.hold:
+            self.hold = False
+            self.reached.set()
+            assert self.release.wait(WAIT_S)
+        super().rename(old, new)
+
+
+class AsyncTransport:
+    """A frontend's way into the asynchronous engine, from a worker thread."""
+
+    def __init__(self, attachment: EngineAttachment) -> None:
+        self._to = attachment
+
+    def set_features(self, features: int) -> None:
+        anyio.from_thread.run(self._to.set_features, features)
+
+    def set_memory(self, regions: Sequence[Region]) -> None:
+        table = [
+            (MemoryRegion(r.guest_addr, r.bytes, r.user_addr, r.mmap_offset), OwnedFd(os.dup(r.fd)))
+            for r in regions
+        ]
+        anyio.from_thread.run(self._to.set_mem_table, table)
+
+    def start_ring(
+        self, queue: int, size: int, addresses: RingAddresses, base: int, kick: int, call: int, err: int
+    ) -> None:
+        run, to = anyio.from_thread.run, self._to
+        run(to.set_vring_num, queue, size)
+        run(to.set_vring_addr, queue, addresses.desc, addresses.used, addresses.avail, None)
+        run(to.set_vring_base, queue, base)
+        run(to.set_vring_call, queue, OwnedFd(os.dup(call)))
+        run(to.set_vring_err, queue, OwnedFd(os.dup(err)))
+        run(to.set_vring_kick, queue, OwnedFd(os.dup(kick)))
+
+    def enable_ring(self, queue: int, enabled: bool) -> None:
+        anyio.from_thread.run(self._to.set_vring_enable, queue, enabled)
+
+    def stop_ring(self, queue: int) -> int:
+        return anyio.from_thread.run(self._to.stop_vring, queue)
+
+    def close(self) -> None:
+        anyio.from_thread.run(self._to.close)
+
+
+@dataclass
+class Stage:
+    """A guest on `first`; `mirror` has `second` to go to."""
+
+    engine: Engine
+    mirror: Mirror
+    guest: Frontend
+    files: HeldFiles
+    state_file: StateFile
+    paths: tuple[Path, Path]
+    first: MemoryDisk
+    second: MemoryDisk
+
+    async def attach(self) -> None:
+        await self.mirror.start(MirrorTarget(path=self.paths[1], cache="writeback"))
+        await until(lambda: self.mirror.state is MirrorState.STEADY)
+
+    async def steady(self) -> None:
+        await self.attach()
+        await until(lambda: self.record().peer_worth is Worth.UP_TO_DATE)
+
+    def record(self) -> StateRecord:
+        record = self.state_file.load()
+        assert record is not None
+        return record
+
+    async def guest_does(self, work: Callable[[], Any]) -> Any:
+        with anyio.fail_after(2 * WAIT_S):
+            return await anyio.to_thread.run_sync(work)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """For what has no event of its own."""
+    with anyio.fail_after(WAIT_S):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+@asynccontextmanager
+async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    paths = folder / "a.img", folder / "b.img"
+    held = {}
+    for path in paths:
+        with path.open("wb") as file:
+            file.truncate(SIZE)
+        held[path] = MemoryDisk(SIZE)
+
+    def test_disk(disk: disks.Disk) -> Any:
+        disk.fd.close()
+        return held[disk.path].hand_over()
+
+    monkeypatch.setattr(engine_module, "_engine_disk", test_disk)
+    config = EngineConfig(
+        capacity_bytes=SIZE, block_bytes=512, log_bytes=8 * MIB, destination_timeout_s=30, stop_timeout_s=1,
+        max_lag_ms=30_000, num_queues=1, read_only=False, dirty_region_bytes=65536, copy_depth=4,
+        writeback=True, serial="",
+    )  # fmt: skip
+    source = disks.open_disk(paths[0], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
+    files = HeldFiles()
+    state_file = StateFile(folder / "record.json", files=files)
+    engine = await Engine.create(config, source)
+    mirror = Mirror(engine, source, EventHub(), state_file, None)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.pump)
+            tasks.start_soon(mirror.run)
+            guest = Frontend(AsyncTransport(await engine.attach()), memory=GuestMemory((8 * MIB,)))
+            await anyio.to_thread.run_sync(guest.start)
+            try:
+                yield Stage(engine, mirror, guest, files, state_file, paths, *held.values())
+            finally:
+                with anyio.CancelScope(shield=True):
+                    files.release.set()
+                    for disk in held.values():
+                        disk.release_all()
+                    await anyio.to_thread.run_sync(guest.close)
+                    tasks.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await engine.close()
+    for disk in held.values():
+        disk.drop()
+
+
+def play(
+    scene: Callable[[Stage], Awaitable[None]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def perform() -> None:
+        async with stage(folder, monkeypatch) as it:
+            await scene(it)
+
+    anyio.run(perform)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_the_old_disk_fails_right_after_the_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    """R9: a dying source is why one switches. Its first replicated write fails; the record must name the new
+    disk all the same, before the guest's next flush is confirmed."""
+
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        exchange = it.engine.exchange
+
+        async def exchange_and_fail(*, keep_mirror: bool) -> int:
+            it.first.fault(DiskOp.WRITE, errno.EIO, count=-1)
+            waiting.append(it.guest.write(BLOCK, pattern(2)))  # at the closed gate: goes to the new disk
+            return await exchange(keep_mirror=keep_mirror)
+
+        waiting = [await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))]
+        monkeypatch.setattr(it.engine, "exchange", exchange_and_fail)
+        result = await it.mirror.switch(deadline_s=5, max_pause_ms=2000, keep_mirror=True)
+        assert result.source_path == str(it.paths[1])
+        flush = await it.guest_does(it.guest.flush_now)
+        assert flush.ok and waiting[1].ok
+        record = it.record()
+        assert (record.epoch, record.current.path) == (2, str(it.paths[1]))
+        assert record.peer is not None and record.peer.path == str(it.paths[0])
+        assert record.peer_worth is Worth.OUTDATED
+        assert it.mirror.source_path == it.paths[1] and it.mirror.state is MirrorState.DEGRADED
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_a_cancel_while_the_record_is_being_told_of_steady(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R18: the record's last word is that of the cancel."""
+
+    async def scene(it: Stage) -> None:
+        await it.mirror.start(MirrorTarget(path=it.paths[1], cache="writeback"))
+        it.files.hold = True
+        await until(lambda: it.mirror.state is MirrorState.STEADY)
+        await until(it.files.reached.is_set)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(it.mirror.cancel, force=True))
+            await anyio.sleep(0.05)  # it may only wait, or overtake
+            it.files.release.set()
+        assert it.mirror.state is MirrorState.PASSTHROUGH
+        assert it.record().peer_worth is Worth.OUTDATED
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_a_destination_that_fails_during_a_cancel_by_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R19: both have the record say "outdated" at once; the guest's flush gets no error for it."""
+
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        it.second.hold(DiskOp.FLUSH)
+        flush = it.guest.flush()
+        await until(lambda: it.second.held(DiskOp.FLUSH) > 0)
+        it.second.fault(DiskOp.FLUSH, errno.EIO, count=-1)
+        it.files.hold = True
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(it.mirror.cancel, force=True))
+            await until(it.files.reached.is_set)
+            it.second.release(DiskOp.FLUSH)
+            await until(lambda: it.mirror.state is not MirrorState.STEADY)
+            it.files.release.set()
+        await it.guest_does(partial(it.guest.wait, flush))
+        assert flush.ok
+        assert it.record().peer_worth is Worth.OUTDATED
+
+    play(scene, tmp_path, monkeypatch)
