@@ -381,6 +381,10 @@ static void *run(void *arg)
     e->quit = wind_up(e, &watch);
     if (e->quit)
         uring_free(&e->uring);
+    sem_post(&e->ended);
+    /* A thread that ends waits in the kernel for its ring's requests, for as long as a disk hangs. */
+    while (!e->quit)
+        pause();
     return NULL;
 }
 
@@ -450,6 +454,7 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     e->source = source;
     start.engine = e;
     sem_init(&start.ready, 0, 0);
+    sem_init(&e->ended, 0, 0);
     rc = -pthread_create(&e->thread, NULL, run, &start);
     if (rc == 0) {
         pthread_setname_np(e->thread, "vhostsync-data");
@@ -477,9 +482,11 @@ void vs_engine_destroy(vs_engine *e)
     pthread_mutex_unlock(&e->mailbox.lock);
     if (write(e->mailbox.wake_fd, &one, sizeof one) < 0)
         assert(errno == EAGAIN);
-    pthread_join(e->thread, NULL);
+    while (sem_wait(&e->ended) < 0)
+        ;
     if (!e->quit)
         return; /* a disk still owns buffers: they stay mapped until the process ends */
+    pthread_join(e->thread, NULL);
     disk_close(e->source);
     if (e->mirror.disk)
         disk_close(e->mirror.disk);

@@ -11,6 +11,7 @@
 #define VS_ENGINE_H
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -102,6 +103,7 @@ struct vs_engine {
     struct disk_host host;
     struct mailbox mailbox;
     pthread_t thread;
+    sem_t ended; /* posted when the thread has wound up */
     bool quit;
     /* The device, which outlives its attachments. */
     vs_disk *source;

@@ -39,6 +39,8 @@
 /* In pass-through, requests that have completed at once are shown to the guest in groups of this size. */
 #define EARLY_NOTIFY 16
 #define EVENTS_MAX 2048
+/* Worker threads of the kernel that the ring may have. */
+#define URING_WORKERS 512
 #define URING_ENTRIES 1024
 #define URING_CQ_ENTRIES 8192
 
@@ -48,6 +50,7 @@ static_assert(VS_SEGMENT_MAX + 2 <= REQUEST_IOV_MAX, "every legal request fits i
 static_assert((unsigned long)VS_SEGMENT_MAX * VS_SEGMENT_BYTES_MAX <= VS_REQUEST_BYTES_MAX,
               "every legal request is within the bound on its bytes");
 static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be bounced");
+static_assert(URING_WORKERS > REPLICA_DEPTH + COPY_DEPTH_MAX + 4, "a destination that hangs leaves workers to the source");
 static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
 static_assert(URING_CQ_ENTRIES >=
                   REQUESTS_MAX + REPLICA_DEPTH + COPY_DEPTH_MAX + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,

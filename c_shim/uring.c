@@ -5,6 +5,18 @@
 #include <errno.h>
 #include <string.h>
 
+#include "limits.h"
+
+/* The kernel has few workers (4 a processor) for what cannot be begun without
+ * sleeping, shared by all disks of this thread. A destination that hangs must not
+ * occupy those that the source needs. They are made on demand; kernels before
+ * 5.15 have no such setting, and keep their bound. */
+static void allow_workers(struct uring *u)
+{
+    unsigned workers[2] = {URING_WORKERS, 0};
+    (void)io_uring_register_iowq_max_workers(&u->ring, workers);
+}
+
 int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const char **step)
 {
     /* DEFER_TASKRUN and SINGLE_ISSUER came with Linux 6.1: completions are then
@@ -28,6 +40,8 @@ int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const cha
     }
     if (rc < 0)
         *step = "io_uring_setup";
+    else
+        allow_workers(u);
     return rc;
 }
 

@@ -199,5 +199,13 @@ class WireFrontend:
         """Waits until the backend ends the connection or says something; True for the former."""
         return await self.read(1) == b""
 
+    def open(self) -> bool:
+        """The backend has neither ended the connection nor said anything."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        return False
+
     def close(self) -> None:
         self.sock.close()

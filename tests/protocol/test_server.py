@@ -188,20 +188,23 @@ async def test_one_too_many_is_refused_and_the_next_is_not(tmp_path: Path) -> No
             frontend.close()
 
 
-async def test_the_socket_closes_before_the_last_request_is_over(tmp_path: Path) -> None:
-    """So that the frontend may come back at once; its place is taken until then."""
+async def test_the_socket_closes_after_the_last_request(tmp_path: Path) -> None:
+    """A frontend that sees its connection end takes up at the used index: nothing may be answered after that.
+    Another one may come meanwhile."""
     async with house(tmp_path) as one:
         frontend = await one.connect()
         await one.connected(1)
         over = one.attachments[0].hold["close"] = anyio.Event()
         await frontend.send(HEADER.pack(99, 1, 0))
-        assert await frontend.at_end()
-        assert one.server.frontends == 1
-        frontend.close()
         again = await one.connect()
         assert await again.ask(Request.GET_QUEUE_NUM) == encode_u64(4)
+        await anyio.wait_all_tasks_blocked()
+        assert one.server.frontends == 2
+        assert frontend.open()
         over.set()
+        assert await frontend.at_end()
         await one.gone(1)
+        frontend.close()
         again.close()
 
 
@@ -224,10 +227,10 @@ async def test_stopping_waits_for_the_last_request(tmp_path: Path) -> None:
             await one.connected(1)
             one.attachments[0].hold["close"] = over
             scope.cancel()
-            assert await frontend.at_end()
             await anyio.wait_all_tasks_blocked()
             assert not stopped.is_set()
             over.set()
+            assert await frontend.at_end()
             await stopped.wait()
     assert one.events[-1][1]["reason"] == "the backend stops"
     frontend.close()
