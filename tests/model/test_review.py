@@ -250,21 +250,21 @@ def test_a_write_whose_memory_is_gone_is_no_write_of_zeroes() -> None:
 
 
 def test_a_large_sparse_disk_does_not_hold_up_the_guest(tmp_path: Path) -> None:
-    size = 1 << 40
+    size = 8 << 40
     paths = tmp_path / "source.img", tmp_path / "destination.img"
     for path in paths:
         with path.open("wb") as file:
             file.truncate(size)
     with engine_on(FileDisk(paths[0]), 1) as (driver, guest):
         token = driver.submit(lib.VS_CMD_MIRROR_START, disk=FileDisk(paths[1]))
-        longest_s = 0.0
+        reads = 0
         while driver.snapshot().copy_bytes_done < size:
-            began = time.monotonic()
             guest.read_now(0, BLOCK)
-            longest_s = max(longest_s, time.monotonic() - began)
+            reads += 1
         driver.wait(token)
         driver.await_state(State.STEADY)
-        assert longest_s < 0.5
+        # Passed over in one go it leaves room for one. A bound in time would judge the machine.
+        assert reads >= 10
 
 
 # ---- R8: the pieces of a direct write ----------------------------------------------------------

@@ -29,7 +29,7 @@ from vhostsync.config import MirrorTarget
 from vhostsync.engine import Engine, EngineAttachment, EngineConfig, probe
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror, MirrorState
-from vhostsync.state_record import RealFileSystem, StateFile, StateRecord, Worth
+from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -37,20 +37,22 @@ SIZE = 4 * MIB
 WAIT_S = 10.0
 
 
-class HeldFiles(RealFileSystem):
-    """While `hold` is set, the next rename of the record waits for `release`: between prepare and commit."""
+class HeldStateFile(StateFile):
+    """While `hold` is set, the next record waits for `release` between its prepare and its commit."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.hold = False
         self.reached = threading.Event()
         self.release = threading.Event()
 
-    def rename(self, old: Path, new: Path) -> None:
+    def prepare(self, record: StateRecord) -> Prepared:
+        prepared = super().prepare(record)
         if self.hold:
             self.hold = False
             self.reached.set()
             assert self.release.wait(WAIT_S)
-        super().rename(old, new)
+        return prepared
 
 
 class AsyncTransport:
@@ -97,8 +99,7 @@ class Stage:
     engine: Engine
     mirror: Mirror
     guest: Frontend
-    files: HeldFiles
-    state_file: StateFile
+    state_file: HeldStateFile
     paths: tuple[Path, Path]
     first: MemoryDisk
     second: MemoryDisk
@@ -148,8 +149,7 @@ async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         writeback=True, serial="",
     )  # fmt: skip
     source = disks.open_disk(paths[0], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
-    files = HeldFiles()
-    state_file = StateFile(folder / "record.json", files=files)
+    state_file = HeldStateFile(folder / "record.json")
     engine = await Engine.create(config, source)
     mirror = Mirror(engine, source, EventHub(), state_file, None)
     try:
@@ -159,10 +159,10 @@ async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
             guest = Frontend(AsyncTransport(await engine.attach()), memory=GuestMemory((8 * MIB,)))
             await anyio.to_thread.run_sync(guest.start)
             try:
-                yield Stage(engine, mirror, guest, files, state_file, paths, *held.values())
+                yield Stage(engine, mirror, guest, state_file, paths, *held.values())
             finally:
                 with anyio.CancelScope(shield=True):
-                    files.release.set()
+                    state_file.release.set()
                     for disk in held.values():
                         disk.release_all()
                     await anyio.to_thread.run_sync(guest.close)
@@ -222,13 +222,13 @@ def test_a_cancel_while_the_record_is_being_told_of_steady(
 
     async def scene(it: Stage) -> None:
         await it.mirror.start(MirrorTarget(path=it.paths[1], cache="writeback"))
-        it.files.hold = True
+        it.state_file.hold = True
         await until(lambda: it.mirror.state is MirrorState.STEADY)
-        await until(it.files.reached.is_set)
+        await until(it.state_file.reached.is_set)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(it.mirror.cancel, force=True))
             await anyio.sleep(0.05)  # it may only wait, or overtake
-            it.files.release.set()
+            it.state_file.release.set()
         assert it.mirror.state is MirrorState.PASSTHROUGH
         assert it.record().peer_worth is Worth.OUTDATED
 
@@ -247,13 +247,13 @@ def test_a_destination_that_fails_during_a_cancel_by_force(
         flush = it.guest.flush()
         await until(lambda: it.second.held(DiskOp.FLUSH) > 0)
         it.second.fault(DiskOp.FLUSH, errno.EIO, count=-1)
-        it.files.hold = True
+        it.state_file.hold = True
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(it.mirror.cancel, force=True))
-            await until(it.files.reached.is_set)
+            await until(it.state_file.reached.is_set)
             it.second.release(DiskOp.FLUSH)
             await until(lambda: it.mirror.state is not MirrorState.STEADY)
-            it.files.release.set()
+            it.state_file.release.set()
         await it.guest_does(partial(it.guest.wait, flush))
         assert flush.ok
         assert it.record().peer_worth is Worth.OUTDATED
