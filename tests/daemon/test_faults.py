@@ -31,13 +31,6 @@ from vhostsync.state_record import Worth
 
 NO_SPACE = "No space left on device"
 
-STARVED = pytest.mark.xfail(
-    run=False,
-    reason="a destination that hangs in the kernel's I/O workers leaves none of them for the source",
-)
-LINGERS = pytest.mark.xfail(
-    run=False, reason="the end of the engine's thread waits in the kernel for a destination that hangs"
-)
 
 
 def fill(guest: Frontend, first: int, blocks: int) -> None:
@@ -157,7 +150,6 @@ def test_a_hanging_destination_is_given_up_and_fenced(work: Path) -> None:
         assert same_content(source, other)
 
 
-@STARVED
 def test_a_hanging_destination_during_the_copy(work: Path) -> None:
     source = image(work / "a.img", filled_mib=16)
     with ext4(work) as files:
@@ -231,7 +223,6 @@ def test_cancel_with_a_hanging_destination(work: Path) -> None:
             served.stop()
 
 
-@LINGERS
 @pytest.mark.parametrize("force", [False, True])
 def test_the_end_with_a_hanging_destination(work: Path, force: bool) -> None:
     """All but the process itself: the kernel lets go of that only when the last request is over, whatever a
