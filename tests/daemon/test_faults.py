@@ -179,6 +179,7 @@ def test_stopping_a_ring_does_not_wait_for_a_hanging_destination(work: Path) -> 
             files.freeze()
             write_block(guest, 1, 1)
             held = guest.flush()
+            await_true(lambda: served.in_flight() == 1, "the flush is taken up")
             began = time.monotonic()
             guest.stop()
             took = time.monotonic() - began
