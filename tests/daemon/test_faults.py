@@ -32,7 +32,6 @@ from vhostsync.state_record import Worth
 NO_SPACE = "No space left on device"
 
 
-
 def fill(guest: Frontend, first: int, blocks: int) -> None:
     """Writes that many blocks, 1 MiB at a time; every write is answered with success."""
     for number in range(first, first + blocks, 256):
