@@ -211,7 +211,6 @@ static void detach(struct attachment *a, uint64_t token)
     a->detach_token = token;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         kick_watch_stop(&a->queue[i]);
-        set_fd(&a->queue[i].call_fd, -1);
         if (a->queue[i].running)
             set_running(&a->queue[i], false);
     }
