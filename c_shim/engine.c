@@ -327,10 +327,9 @@ static bool idle_for_good(const struct vs_engine *e)
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
  * memory that they may still write to is left to them (false). */
-static bool wind_up(struct vs_engine *e, struct mailbox_watch *w)
+static bool wind_up(struct vs_engine *e)
 {
     uint64_t deadline = clock_ns() + QUIT_PATIENCE_NS;
-    (void)w;
     mirror_stop(e, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
     while (!idle_for_good(e)) {
@@ -378,7 +377,7 @@ static void *run(void *arg)
             e->wakeups++;
         pass(e, &watch);
     }
-    e->quit = wind_up(e, &watch);
+    e->quit = wind_up(e);
     if (e->quit)
         uring_free(&e->uring);
     sem_post(&e->ended);

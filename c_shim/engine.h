@@ -143,4 +143,12 @@ static inline uint64_t engine_now(const struct vs_engine *e)
     return e->host.now_ns;
 }
 
+/* No write waits for room in the log any more: for how long one did is added up. */
+static inline void engine_stop_throttling(struct vs_engine *e)
+{
+    if (e->throttled_since_ns)
+        e->throttled_ns += engine_now(e) - e->throttled_since_ns;
+    e->throttled_since_ns = 0;
+}
+
 #endif

@@ -63,13 +63,6 @@ static void close_former(struct vs_engine *e)
     mailbox_post(&e->mailbox, &event);
 }
 
-static void stop_throttling(struct vs_engine *e)
-{
-    if (e->throttled_since_ns)
-        e->throttled_ns += engine_now(e) - e->throttled_since_ns;
-    e->throttled_since_ns = 0;
-}
-
 /* Whatever is captured for it, queued for it or in flight to it belongs to a
  * former mirror from here on. */
 static void give_up(struct vs_engine *e)
@@ -88,7 +81,7 @@ static void give_up(struct vs_engine *e)
     range_slots_init(&m->slots); /* nobody gives back a slot of a former epoch */
     list_splice(&e->ready, &e->stalled); /* nothing has to wait for log room now */
     e->throttle_until_ns = 0;
-    stop_throttling(e);
+    engine_stop_throttling(e);
 }
 
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
@@ -149,7 +142,7 @@ void mirror_pump(struct vs_engine *e)
     struct mirror *m = &e->mirror;
     close_former(e);
     if (list_empty(&e->stalled) || e->gate != GATE_OPEN)
-        stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
+        engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
         mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
     if (m->state == VS_SYNCING && !m->steady_flush_in_flight && !m->uncaptured_writes && copier_finished(e))

@@ -159,19 +159,23 @@ static void source_done(struct disk_io *io)
     finish(r, io->result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
 }
 
+/* Our own memory that the data goes through: the capture, or the bounce buffer; NULL: the guest's does. */
+static uint8_t *own_buffer(const struct request *r)
+{
+    return r->entry && r->entry->kind == LOG_WRITE ? r->entry->data : r->bounce;
+}
+
 static void to_source(struct request *r)
 {
     struct disk_io *io = &r->io;
+    uint8_t *buffer = own_buffer(r);
     io->offset = r->blk.offset;
     io->length = r->blk.length;
     io->may_unmap = r->blk.may_unmap;
     io->done = source_done;
     io->kind = r->blk.op == VS_OP_READ ? VS_DISK_READ : r->blk.op == VS_OP_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
-    if (r->entry && r->blk.op == VS_OP_WRITE)
-        r->buffer_iov = (struct iovec){r->entry->data, (size_t)r->blk.length};
-    else if (r->bounce)
-        r->buffer_iov = (struct iovec){r->bounce, (size_t)r->blk.length};
-    if (r->bounce || (r->entry && r->blk.op == VS_OP_WRITE)) {
+    if (buffer) {
+        r->buffer_iov = (struct iovec){buffer, (size_t)r->blk.length};
         io->iov = &r->buffer_iov;
         io->iov_count = 1;
     } else {
@@ -214,9 +218,7 @@ static bool reserve_log(struct request *r)
         if (r->entry) {
             r->entry->may_unmap = r->blk.may_unmap;
             throttle_admitted(&e->throttle, room);
-            if (e->throttled_since_ns)
-                e->throttled_ns += engine_now(e) - e->throttled_since_ns;
-            e->throttled_since_ns = 0;
+            engine_stop_throttling(e);
             return true;
         }
     } else if (wait_ns != UINT64_MAX) {
@@ -244,8 +246,6 @@ static bool reserve(struct request *r)
 {
     struct vs_engine *e = r->engine;
     bool writes = changes_content(r->blk.op);
-    r->entry = NULL;
-    r->bounce = NULL;
     if (writes && e->mirror.capturing && !reserve_log(r))
         return false;
     if ((r->blk.op == VS_OP_READ || (r->blk.op == VS_OP_WRITE && !r->entry)) &&
@@ -265,10 +265,8 @@ static void start_write(struct request *r)
 {
     struct vs_engine *e = r->engine;
     struct mirror *m = &e->mirror;
-    if (r->entry && r->blk.op == VS_OP_WRITE)
-        gather_data(r, r->entry->data);
-    else if (r->bounce)
-        gather_data(r, r->bounce);
+    if (own_buffer(r))
+        gather_data(r, own_buffer(r));
     if (guest_memory_lost(&r->queue->attachment->memory)) {
         /* What was gathered may be the zeroes of the SIGBUS handler, not the guest's data. */
         if (r->entry)

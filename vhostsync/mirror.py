@@ -102,7 +102,6 @@ class Mirror:
         self._rate = CopyRate()
         self._reason: str | None = None
         self._last_error: str | None = None
-        self._was_steady = False
         self._fenced_path: Path | None = None
         self._changed = anyio.Event()
         self._to_record: deque[EngineEvent] = deque()
@@ -161,6 +160,11 @@ class Mirror:
         log.error("I/O error", **data)
         self._hub.publish(events.IO_ERROR, data)
 
+    def _fence_destination(self) -> None:
+        """The destination is given up; what it has under way may still be written there (rule 8)."""
+        if self._destination is not None:
+            self._fenced_path, self._destination = self._destination.path, None
+
     def _destination_path(self) -> Path | None:
         return self._destination.path if self._destination is not None else self._fenced_path
 
@@ -172,11 +176,8 @@ class Mirror:
         self._reason = REASONS[reason]
         if error:
             self._last_error = str(EngineError.from_errno(REASONS[reason], error))
-        if state is MirrorState.DEGRADED and self._destination is not None:
-            self._fenced_path, self._destination = self._destination.path, None
-        if state is MirrorState.SYNCING:
-            self._was_steady = False
-        self._was_steady |= state is MirrorState.STEADY
+        if state is MirrorState.DEGRADED:
+            self._fence_destination()
         say = log.warning if state is MirrorState.DEGRADED else log.info
         failure = self._last_error if error else None
         say("mirror", state=str(state), former=str(former), reason=self._reason, error=failure)
@@ -398,8 +399,7 @@ class Mirror:
         async with self._record_lock:
             if self.state is MirrorState.STEADY:
                 await self._write_record(self._record.with_worth(Worth.OUTDATED, _now()))
-            if self._destination is not None:
-                self._fenced_path, self._destination = self._destination.path, None
+            self._fence_destination()
             await self._engine.mirror_stop()
 
     async def set_speed(self, bytes_per_s: int) -> None:

@@ -216,8 +216,8 @@ MUTATIONS = [
         "source-from-the-guests-buffer",
         "rule 1: the source is written from the captured copy",
         "request_path.c",
-        "if (r->bounce || (r->entry && r->blk.op == VS_OP_WRITE)) {",
-        "if (r->bounce) {",
+        "    if (buffer) {",
+        "    if (r->bounce) {",
         "order.py::test_scribbling_on_a_buffer_while_the_source_is_written",
     ),
     # -- rule 2: the same order ----------------------------------------------------
