@@ -65,16 +65,16 @@ void copier_free(struct vs_engine *e)
 void copier_start(struct vs_engine *e)
 {
     struct copier *k = &e->copier;
-    dirty_map_set_all(&e->dirty);
+    dirty_map_add(&e->to_copy, &e->difference.differs);
     k->cursor = 0;
-    k->bytes_total = e->config.capacity_bytes;
+    k->bytes_total = dirty_map_bytes(&e->to_copy);
     k->bytes_done = k->bytes_sparse = 0;
     k->not_before_ns = 0;
 }
 
 bool copier_finished(const struct vs_engine *e)
 {
-    return e->dirty.dirty == 0 && e->copier.in_use == 0;
+    return e->to_copy.dirty == 0 && e->copier.in_use == 0;
 }
 
 static bool current(const struct region_copy *c)
@@ -88,7 +88,7 @@ static void end_copy(struct region_copy *c)
     struct copier *k = &c->engine->copier;
     c->step = COPY_FREE;
     k->in_use--;
-    if (k->in_use == 0 && c->engine->dirty.dirty == 0) /* done: the buffers are not needed for long */
+    if (k->in_use == 0 && c->engine->to_copy.dirty == 0) /* done: the buffers are not needed for long */
         (void)madvise(k->buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES, MADV_DONTNEED);
 }
 
@@ -227,7 +227,8 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     c->hole = false;
     e->copier.in_use++;
     e->copier.cursor = offset + length;
-    dirty_map_clear(&e->dirty, offset, length);
+    difference_mark(e, offset, length);
+    dirty_map_clear(&e->to_copy, offset, length);
     range_take(&e->mirror.slots, &c->slot, offset, length);
 }
 
@@ -254,10 +255,10 @@ static void start_reading(struct region_copy *c)
 static bool start_hole(struct region_copy *c, uint64_t offset)
 {
     struct vs_engine *e = c->engine;
-    uint64_t region = 1ull << e->dirty.region_shift, run, length;
+    uint64_t region = 1ull << e->to_copy.region_shift, run, length;
     if (disk_hole_end(e->source, offset, offset + 1) == offset)
         return false;
-    dirty_map_find(&e->dirty, offset, COPY_HOLE_BYTES, &offset, &run);
+    dirty_map_find(&e->to_copy, offset, COPY_HOLE_BYTES, &offset, &run);
     length = disk_hole_end(e->source, offset, offset + run) - offset;
     if (length < run)
         length -= length % region;
@@ -267,7 +268,7 @@ static bool start_hole(struct region_copy *c, uint64_t offset)
     if (disk_hole_end(e->source, offset, offset + length) != offset + length) {
         /* A write filled it meanwhile: as if it had never been placed. */
         range_release(&e->mirror.slots, &c->slot);
-        dirty_map_set(&e->dirty, offset, length);
+        dirty_map_set(&e->to_copy, offset, length);
         e->copier.cursor = offset;
         end_copy(c);
         return false;
@@ -318,7 +319,7 @@ void copier_pump(struct vs_engine *e)
         return;
     while (k->in_use < depth_now(e) && k->not_before_ns <= engine_now(e)) {
         struct region_copy *c = free_copy(k);
-        if (!dirty_map_find(&e->dirty, k->cursor, COPY_BYTES, &offset, &run))
+        if (!dirty_map_find(&e->to_copy, k->cursor, COPY_BYTES, &offset, &run))
             return;
         if (start_hole(c, offset)) {
             /* Holes complete at once: one a pass, or a large one would keep the guest waiting. */
@@ -332,8 +333,17 @@ void copier_pump(struct vs_engine *e)
 
 uint64_t copier_deadline_ns(const struct vs_engine *e)
 {
-    bool waits = e->mirror.state == VS_SYNCING && e->dirty.dirty && e->copier.not_before_ns > engine_now(e);
+    bool waits = e->mirror.state == VS_SYNCING && e->to_copy.dirty && e->copier.not_before_ns > engine_now(e);
     return waits ? e->copier.not_before_ns : UINT64_MAX;
+}
+
+void copier_mark_in_flight(struct vs_engine *e)
+{
+    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
+        const struct region_copy *c = &e->copier.copies[i];
+        if (c->step != COPY_FREE && current(c))
+            difference_mark(e, c->offset, c->length);
+    }
 }
 
 void copier_drop(struct vs_engine *e)
@@ -341,5 +351,5 @@ void copier_drop(struct vs_engine *e)
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
         if (e->copier.copies[i].step == COPY_READ || e->copier.copies[i].step == COPY_GRANTED)
             end_copy(&e->copier.copies[i]);
-    dirty_map_clear_all(&e->dirty);
+    dirty_map_clear_all(&e->to_copy);
 }

@@ -48,9 +48,11 @@ struct copier {
 
 int copier_init(struct vs_engine *e);
 void copier_free(struct vs_engine *e);
-/* All dirty regions are to be copied. */
+/* All regions that may differ are to be copied. */
 void copier_start(struct vs_engine *e);
 void copier_pump(struct vs_engine *e);
+/* A checkpoint begins: what is being copied is not covered by it. */
+void copier_mark_in_flight(struct vs_engine *e);
 /* The destination is given up. */
 void copier_drop(struct vs_engine *e);
 bool copier_finished(const struct vs_engine *e);

@@ -169,7 +169,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         snapshot_take(e);
         break;
     case VS_CMD_MIRROR_START:
-        rc = mirror_start(e, c->disk);
+        rc = mirror_start(e, c->disk, c->value);
         break;
     case VS_CMD_MIRROR_SPEED:
         e->copier.speed_bytes_per_s = c->value;
@@ -283,7 +283,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, now;
     bool queues = e->gate == GATE_OPEN && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
-    if (queues || !list_empty(&e->host.done) || e->copier.more || e->quit)
+    if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->quit)
         return 0;
     if (e->throttle_until_ns && e->gate == GATE_OPEN && !list_empty(&e->stalled))
         deadline = e->throttle_until_ns;
@@ -291,6 +291,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
         deadline = min_ns(deadline, e->gate_deadline_ns);
     deadline = min_ns(deadline, mirror_deadline_ns(e));
     deadline = min_ns(deadline, copier_deadline_ns(e));
+    deadline = min_ns(deadline, difference_deadline_ns(e));
     deadline = min_ns(deadline, attachments_deadline_ns(e));
     if (deadline == UINT64_MAX)
         return UINT64_MAX;
@@ -314,6 +315,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     replicator_pump(e);
     copier_pump(e);
     mirror_pump(e);
+    difference_pump(e);
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
@@ -397,7 +399,8 @@ static void free_engine(struct vs_engine *e)
     copier_free(e);
     replicator_free(e);
     repl_log_free(&e->log);
-    dirty_map_free(&e->dirty);
+    dirty_map_free(&e->to_copy);
+    difference_free(e);
     disk_host_free(&e->host);
     mailbox_free(&e->mailbox);
     free(e);
@@ -405,6 +408,7 @@ static void free_engine(struct vs_engine *e)
 
 static int init_engine(struct vs_engine *e, const char **step)
 {
+    uint32_t region = e->config.dirty_region_bytes;
     int rc = mailbox_init(&e->mailbox, step);
     if (rc < 0)
         return rc;
@@ -417,7 +421,10 @@ static int init_engine(struct vs_engine *e, const char **step)
     if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
         (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0)
         return rc;
-    return dirty_map_init(&e->dirty, e->config.capacity_bytes, e->config.dirty_region_bytes);
+    if ((rc = difference_init(e)) < 0)
+        return rc;
+    /* A region is copied as a whole. */
+    return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);
 }
 
 static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
@@ -425,7 +432,7 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
     uint32_t region = c->dirty_region_bytes;
     return (c->block_bytes == 512 || c->block_bytes == 4096) && c->capacity_bytes > 0 &&
            c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
-           source->block_bytes <= c->block_bytes && region >= 4096 && region <= COPY_BYTES &&
+           source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 && region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX &&
            (region & (region - 1)) == 0;
 }
 

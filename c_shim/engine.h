@@ -18,6 +18,7 @@
 #include "blk_request.h"
 #include "copier.h"
 #include "counts.h"
+#include "difference.h"
 #include "dirty_map.h"
 #include "disk.h"
 #include "doubt.h"
@@ -118,7 +119,8 @@ struct vs_engine {
     struct mirror mirror;
     struct replicator replicator;
     struct copier copier;
-    struct dirty_map dirty; /* regions that the copy has still to do */
+    struct dirty_map to_copy; /* regions that this copy has still to do */
+    struct difference difference;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;

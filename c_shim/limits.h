@@ -27,7 +27,6 @@
 #define REPLICA_IOV_MAX 64
 #define REPLICA_MERGE_BYTES (1u << 20)
 /* The bulk copy: bytes of one region copy, and how many at most at once. */
-/* A dirty region is at most this large, since a region is copied as a whole. */
 #define COPY_BYTES (1u << 20)
 #define COPY_DEPTH_MAX 16
 /* Zeroes are looked for, and skipped or punched, in units of this size. */

@@ -31,20 +31,21 @@ static void set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t 
     post_state(e, VS_EV_STATE, reason, error);
 }
 
-int mirror_start(struct vs_engine *e, vs_disk *disk)
+int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
 {
     struct mirror *m = &e->mirror;
     if (mirror_attached(m) || m->former || e->gate != GATE_OPEN || m->record != RECORD_WRITTEN)
         return -EBUSY;
     if (disk->bytes < e->config.capacity_bytes)
         return -ENOSPC;
-    if (disk->block_bytes > e->config.block_bytes)
+    if (disk->block_bytes > e->config.block_bytes || (resync && !e->difference.tracked))
         return -EINVAL;
     disk_adopt(disk, &e->host);
     m->disk = disk;
     m->capturing = true;
     range_slots_init(&m->slots);
     throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
+    difference_attach(e, resync);
     copier_start(e);
     set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
     return 0;
@@ -78,6 +79,7 @@ static void give_up(struct vs_engine *e)
     counts_leave_steady(&e->counts);
     replicator_drop(e);
     copier_drop(e);
+    difference_detach(e);
     range_slots_init(&m->slots); /* nobody gives back a slot of a former epoch */
     list_splice(&e->ready, &e->stalled); /* nothing has to wait for log room now */
     e->throttle_until_ns = 0;
@@ -134,6 +136,7 @@ static void steady_flushed(struct disk_io *io)
     counts_enter_steady(&e->counts, m->steady_prefix);
     /* Writes that were mirrored while it was flushed. */
     counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));
+    difference_hurry(e); /* what was copied has only the source's flush to wait for */
     set_state(e, VS_STEADY, VS_REASON_COPY_DONE, 0);
 }
 
@@ -187,6 +190,7 @@ int mirror_exchange(struct vs_engine *e, bool keep)
     m->disk = NULL;
     m->capturing = false;
     m->epoch++;
+    difference_forget(e);
     disk_close(old);
     set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);
     return 0;

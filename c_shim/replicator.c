@@ -99,7 +99,7 @@ static void add(struct replica *p, struct repl_log *log, const struct log_entry 
  * the copy will read it from the source, which has completed it already. */
 static bool left_to_the_copy(const struct vs_engine *e, const struct log_entry *entry)
 {
-    return e->mirror.state == VS_SYNCING && dirty_map_all_dirty(&e->dirty, entry->offset, entry->length);
+    return e->mirror.state == VS_SYNCING && dirty_map_all_dirty(&e->to_copy, entry->offset, entry->length);
 }
 
 void replicator_pump(struct vs_engine *e)

@@ -72,6 +72,13 @@ static bool changes_content(uint32_t op)
     return op == VS_OP_WRITE || op == VS_OP_DISCARD || op == VS_OP_WRITE_ZEROES;
 }
 
+void request_path_mark_in_flight(struct vs_engine *e)
+{
+    for (unsigned i = 0; i < REQUESTS_MAX; i++)
+        if (e->requests[i].table && changes_content(e->requests[i].blk.op))
+            difference_mark(e, e->requests[i].blk.offset, e->requests[i].blk.length);
+}
+
 static void finish(struct request *r, uint8_t status)
 {
     struct queue *q = r->queue;
@@ -265,6 +272,7 @@ static void start_write(struct request *r)
 {
     struct vs_engine *e = r->engine;
     struct mirror *m = &e->mirror;
+    difference_mark(e, r->blk.offset, r->blk.length);
     if (own_buffer(r))
         gather_data(r, own_buffer(r));
     if (guest_memory_lost(&r->queue->attachment->memory)) {

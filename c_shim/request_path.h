@@ -14,4 +14,7 @@ void request_path_free(struct vs_engine *e);
  * the ring, to be looked at again when something has completed. */
 enum service request_path_service(struct queue *q);
 
+/* A checkpoint begins: what is at the source is not covered by it. */
+void request_path_mark_in_flight(struct vs_engine *e);
+
 #endif

@@ -24,6 +24,7 @@ enum vs_limit {
     VS_LATENCY_BUCKETS = 32, /* bucket i: latencies in [2^i, 2^(i+1)) ns */
     VS_ZERO_SECTORS_MAX = 524288, /* one discard or write-zeroes: 256 MiB */
     VS_COMMANDS_MAX = 512,
+    VS_DIRTY_REGION_BYTES_MAX = 67108864,
     VS_DOUBT_RANGES_MAX = 64,
     VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
@@ -61,6 +62,7 @@ struct vs_engine_config {
     uint64_t destination_timeout_us;
     uint64_t stop_timeout_us;
     uint64_t max_lag_us;
+    uint64_t checkpoint_us;      /* what both disks hold is found out, by flushing them, so often */
     uint32_t block_bytes;        /* the guest's logical block: 512 or 4096 */
     uint32_t queues_max;
     uint32_t read_only;
@@ -102,7 +104,8 @@ enum vs_command_kind {
     VS_CMD_VRING_STOP,        /* done when drained; the event's value is the base */
     VS_CMD_SET_WRITE_CACHE,   /* value 0 or 1 (config space WCE) */
     /* The mirror. */
-    VS_CMD_MIRROR_START,      /* disk: owned on success; full copy, then steady. fenced: -EBUSY */
+    VS_CMD_MIRROR_START,      /* disk: owned on success; value 0: full copy, 1: only what differs (-EINVAL: no peer is
+                               * tracked); then steady. fenced: -EBUSY */
     VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
     VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not steady */
     VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
@@ -258,6 +261,8 @@ struct vs_snapshot {
     uint64_t copy_bytes_total;
     uint64_t copy_bytes_done;    /* of copy_bytes_total; never falls within one copy */
     uint64_t copy_bytes_sparse;  /* of copy_bytes_done: holes and zeroes that were not written out */
+    uint64_t differing_bytes;    /* where source and peer may differ, while one is tracked */
+    uint32_t tracked;
     uint64_t throttled_ns;       /* how long writes waited for room in the log */
     uint64_t wakeups;            /* of the engine's thread */
     uint64_t syscalls;           /* io_uring_enter and notifications */

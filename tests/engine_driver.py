@@ -124,6 +124,7 @@ class Snapshot:
     copy_bytes_total: int
     copy_bytes_done: int
     copy_bytes_sparse: int
+    differing_bytes: int | None
     wakeups: int
     requests_waiting: int
     doubt: tuple[tuple[int, int], ...]
@@ -199,6 +200,7 @@ class EngineOptions:
     destination_timeout_us: int = 30_000_000
     stop_timeout_us: int = 10_000_000
     max_lag_us: int = 60_000_000
+    checkpoint_us: int = 60_000_000
     block_bytes: int = 512
     queues_max: int = 4
     read_only: bool = False
@@ -351,6 +353,7 @@ class EngineDriver:
             copy_bytes_total=int(raw.copy_bytes_total),
             copy_bytes_done=int(raw.copy_bytes_done),
             copy_bytes_sparse=int(raw.copy_bytes_sparse),
+            differing_bytes=int(raw.differing_bytes) if raw.tracked else None,
             wakeups=int(raw.wakeups),
             requests_waiting=int(raw.requests_waiting),
             doubt=tuple((int(d.offset), int(d.length)) for d in raw.doubt[0 : raw.doubt_count]),
@@ -410,14 +413,14 @@ class EngineDriver:
 
     # -- the mirror -----------------------------------------------------------
 
-    def mirror(self, destination: MemoryDisk) -> None:
+    def mirror(self, destination: MemoryDisk, *, resync: bool = False) -> None:
         """Attaches a destination and waits for the steady state."""
-        self.start_mirror(destination)
+        assert self.start_mirror(destination, resync=resync) == 0
         self.await_state(State.STEADY)
 
-    def start_mirror(self, destination: MemoryDisk) -> int:
+    def start_mirror(self, destination: MemoryDisk, *, resync: bool = False) -> int:
         """Attaches a destination; 0, or the errno of the refusal."""
-        event = self.wait(self.submit(lib.VS_CMD_MIRROR_START, disk=destination))
+        event = self.wait(self.submit(lib.VS_CMD_MIRROR_START, disk=destination, value=int(resync)))
         if event.result != 0:
             lib.vs_test_disk_drop(destination.handle)  # a refused disk stays the caller's
         return -event.result

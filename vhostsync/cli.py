@@ -232,6 +232,7 @@ def _add_mirror(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="SIZE",
         help="limit of the copy, per second",
     )
+    start.add_argument("--full", action="store_true", help="copy everything, even where less would do")
     start.add_argument("--wait", action="store_true", help="return when the destination is up to date")
     start.add_argument(
         "--timeout", type=_value(_positive, "duration"), metavar="TIME", help="with --wait: for how long"

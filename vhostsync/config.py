@@ -36,7 +36,7 @@ MAX_LAG_MS_MAX: Final = 60_000
 TIMEOUT_S_MAX: Final = 3600.0
 COPY_DEPTH_MAX: Final = 16
 DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
-DIRTY_REGION_BYTES_MAX: Final = MIB  # what is copied at once
+DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
 SPEED_BYTES_PER_S_MAX: Final = 2**63 - 1
 
@@ -220,6 +220,7 @@ class MirrorTarget:
     create: bool = False  # make the image file, at the right size; it must not exist
     cache: Cache = "none"
     speed_bytes_per_s: int = 0
+    full: bool = False  # copy everything, even where less would do
 
     def __post_init__(self) -> None:
         if not self.path.is_absolute():

@@ -43,6 +43,7 @@ log = structlog.get_logger(__name__)
 
 # A killed predecessor's I/O goes on for tens of milliseconds in the kernel, and its lock with it.
 SOURCE_LOCK_S = 5.0
+CHECKPOINT_S = 3.0  # of the difference map: two flushes in this time, if the guest writes and does not flush
 
 
 def run(config: ServeConfig) -> int:
@@ -152,6 +153,7 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         destination_timeout_s=config.destination_timeout_s,
         stop_timeout_s=config.stop_timeout_s,
         max_lag_ms=config.max_lag_ms,
+        checkpoint_s=CHECKPOINT_S,
         num_queues=config.num_queues,
         read_only=config.read_only,
         dirty_region_bytes=config.dirty_region_bytes,

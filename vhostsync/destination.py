@@ -30,6 +30,10 @@ class Place:
     def of(cls, disk: Disk) -> "Place":
         return cls(disk.path, disk.identity)
 
+    @classmethod
+    def of_identity(cls, identity: DiskIdentity) -> "Place":
+        return cls(Path(identity.path), identity)
+
 
 def open_destination(target: MirrorTarget, source: Path, capacity_bytes: int, block_bytes: int) -> Disk:
     """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first

@@ -75,6 +75,7 @@ class EngineConfig:
     destination_timeout_s: float
     stop_timeout_s: float
     max_lag_ms: int
+    checkpoint_s: float
     num_queues: int
     read_only: bool
     dirty_region_bytes: int
@@ -179,6 +180,7 @@ class Engine:
         c_config.destination_timeout_us = int(config.destination_timeout_s * 1e6)
         c_config.stop_timeout_us = int(config.stop_timeout_s * 1e6)
         c_config.max_lag_us = config.max_lag_ms * 1000
+        c_config.checkpoint_us = int(config.checkpoint_s * 1e6)
         c_config.queues_max = config.num_queues
         c_config.read_only = config.read_only
         c_config.dirty_region_bytes = config.dirty_region_bytes
@@ -270,11 +272,14 @@ class Engine:
             raise EngineError.from_errno(doing, waiter.result)
         return waiter.value
 
-    async def mirror_start(self, destination: Disk) -> None:
-        """Attach `destination` and copy everything to it. The engine owns its descriptor on success."""
+    async def mirror_start(self, destination: Disk, *, resync: bool) -> None:
+        """Attach `destination` and copy everything to it, or (`resync`) what differs from the peer that is
+        tracked. The engine owns its descriptor on success."""
         disk = _engine_disk(destination)
         try:
-            await self.command(lib.VS_CMD_MIRROR_START, f"attaching {destination.path}", disk=disk)
+            await self.command(
+                lib.VS_CMD_MIRROR_START, f"attaching {destination.path}", disk=disk, value=int(resync)
+            )
         except EngineError:
             await anyio.to_thread.run_sync(lib.vs_disk_close, disk)
             raise

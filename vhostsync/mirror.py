@@ -36,6 +36,7 @@ from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchResult
+from vhostsync.peer import Peer
 from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
 
@@ -92,6 +93,8 @@ class Mirror:
         self._hub = hub
         self._source = Place.of(source)
         self._destination: Place | None = None
+        self._peer = Peer()
+        self._full_copy_reason: str | None = None
         self._state_file = state_file
         self._record = record if record is not None else StateRecord.first(source.identity)
         self._read_only = source.read_only
@@ -129,7 +132,7 @@ class Mirror:
             if self._fenced_path is not None:
                 log.info("the last request of the former destination is over", path=str(self._fenced_path))
             self._fenced_path = None
-        if event.kind in (EventKind.STATE, EventKind.DEGRADED):
+        if event.kind in (EventKind.STATE, EventKind.DEGRADED, EventKind.FENCE_CLEAR):
             self._to_record.append(event)
         self._wake()
 
@@ -140,6 +143,10 @@ class Mirror:
         keep_mirror = self._next_record.peer is not None
         self._record, self._next_record = self._next_record, None
         self._source, self._destination = self._destination, self._source if keep_mirror else None
+        if self._destination is not None:
+            self._peer.attached(self._destination)
+        else:
+            self._peer.forget()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -164,6 +171,7 @@ class Mirror:
         """The destination is given up; what it has under way may still be written there (rule 8)."""
         if self._destination is not None:
             self._fenced_path, self._destination = self._destination.path, None
+            self._peer.detached()
 
     def _destination_path(self) -> Path | None:
         return self._destination.path if self._destination is not None else self._fenced_path
@@ -204,7 +212,9 @@ class Mirror:
 
     async def _record_change(self, event: EngineEvent) -> None:
         """The record follows the engine, which waits only where a steady destination was lost."""
-        if event.kind is EventKind.DEGRADED:
+        if event.kind is EventKind.FENCE_CLEAR:
+            await anyio.to_thread.run_sync(self._peer.look)
+        elif event.kind is EventKind.DEGRADED:
             await self._record_outdated()
         elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
             async with self._record_lock:
@@ -294,6 +304,8 @@ class Mirror:
             copy_bytes_total=now.copy_bytes_total,
             copy_bytes_done=now.copy_bytes_done,
             copy_bytes_sparse=now.copy_bytes_sparse,
+            differing_bytes=now.differing_bytes,
+            full_copy_reason=self._full_copy_reason,
             copy_rate_bytes_per_s=rate,
             copy_remaining_s=remaining_s,
             speed_bytes_per_s=self._speed_bytes_per_s,
@@ -323,7 +335,8 @@ class Mirror:
             self._busy = None
 
     async def start(self, target: MirrorTarget) -> None:
-        """Attach a destination and begin the copy. MirrorError, DiskError, StateRecordError, EngineError:
+        """Attach a destination and begin the copy: of what differs if it is the last one, as that was left;
+        else of everything. MirrorError, DiskError, StateRecordError, EngineError:
         nothing was changed."""
         async with self._command("mirror-start"):
             if self.state in (MirrorState.SYNCING, MirrorState.STEADY):
@@ -364,18 +377,26 @@ class Mirror:
 
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         place = Place.of(disk)
+        full_copy_reason = "it was asked for" if target.full else await self._why_full(disk)
         async with self._record_lock:
             former = self._record
             await self._write_record(former.with_peer(disk.identity))
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
                 self._destination, self._last_error = place, None
-                await self._engine.mirror_start(disk)
+                await self._engine.mirror_start(disk, resync=full_copy_reason is None)
             except EngineError:
                 self._destination = None
                 await self._write_record(former)
                 raise
+        self._peer.attached(place)
+        self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
+        log.info("copying", destination=str(place.path), everything_because=full_copy_reason)
+
+    async def _why_full(self, disk: Disk) -> str | None:
+        await anyio.to_thread.run_sync(self._peer.look)
+        return await anyio.to_thread.run_sync(self._peer.why_full, disk)
 
     async def cancel(self, *, force: bool) -> None:
         """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first.

@@ -24,6 +24,8 @@ class MirrorStatus:
     copy_bytes_total: int
     copy_bytes_done: int
     copy_bytes_sparse: int
+    differing_bytes: int | None  # what a mirror-start to the same destination would copy; None: everything
+    full_copy_reason: str | None  # why the last copy was of everything
     copy_rate_bytes_per_s: float
     copy_remaining_s: float | None
     speed_bytes_per_s: int

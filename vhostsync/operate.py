@@ -105,6 +105,8 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
         arguments["cache"] = options.cache
     if options.speed:
         arguments["speed"] = options.speed
+    if options.full:
+        arguments["full"] = True
     started_s = time.monotonic()
     await client.execute("mirror-start", arguments)
     if not options.wait:

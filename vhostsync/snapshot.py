@@ -87,6 +87,7 @@ class Snapshot:
     copy_bytes_total: int
     copy_bytes_done: int
     copy_bytes_sparse: int
+    differing_bytes: int | None
     throttled_ns: int
     wakeups: int
     syscalls: int
@@ -138,6 +139,7 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         copy_bytes_total=s.copy_bytes_total,
         copy_bytes_done=s.copy_bytes_done,
         copy_bytes_sparse=s.copy_bytes_sparse,
+        differing_bytes=s.differing_bytes if s.tracked else None,
         throttled_ns=s.throttled_ns,
         wakeups=s.wakeups,
         syscalls=s.syscalls,

@@ -136,6 +136,7 @@ static inline struct vs_engine_config rig_config(void)
                                      .block_bytes = 512,
                                      .queues_max = LANES,
                                      .dirty_region_bytes = 65536,
+                                     .checkpoint_us = 50000,
                                      .copy_depth = 4,
                                      .writeback = 1,
                                      .serial = "rig"};

@@ -34,6 +34,8 @@ def test_an_idle_guest_wakes_nobody(work: Path, mirrored: bool) -> None:
             write_block(guest, number, 1)
         flush(guest)
         await_true(lambda: served.mirror()["lag-writes"] == 0, "all is mirrored")
+        if mirrored:
+            await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
         assert wakeups_while_idle(served) <= 2
         guest.close()
         served.stop()
@@ -42,6 +44,7 @@ def test_an_idle_guest_wakes_nobody(work: Path, mirrored: bool) -> None:
 def test_no_frontend_wakes_nobody(work: Path) -> None:
     with Served(work, image(work / "a.img")) as served:
         served.start_mirror(image(work / "b.img"))
+        await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
         assert wakeups_while_idle(served) <= 2
         served.stop()
 

@@ -444,6 +444,7 @@ static void begin(const uint8_t *data, size_t size)
                                       .max_lag_us = 20000,
                                       .block_bytes = choose(&w.c, 4) == 3 ? 4096 : 512,
                                       .queues_max = LANES,
+                                      .checkpoint_us = 1000,
                                       .dirty_region_bytes = choose(&w.c, 2) ? 4096 : 65536,
                                       .copy_depth = 1 + choose(&w.c, 4),
                                       .writeback = choose(&w.c, 4) != 3,

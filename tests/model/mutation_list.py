@@ -77,8 +77,8 @@ MUTATIONS = [
         "steady-before-the-copy-ends",
         "steady: no region is dirty, none is on its way",
         "copier.c",
-        "return e->dirty.dirty == 0 && e->copier.in_use == 0;",
-        "return e->dirty.dirty == 0;",
+        "return e->to_copy.dirty == 0 && e->copier.in_use == 0;",
+        "return e->to_copy.dirty == 0;",
         "order.py::test_a_stale_read_never_overtakes_a_write",
     ),
     _m(
@@ -453,5 +453,47 @@ MUTATIONS = [
         "guest_flush_wait(e, &d->waiter, e->counts.source_generation);",
         "guest_flush_wait(e, &d->waiter, 0);",
         "switch.py::test_cancel_leaves_a_named_point_in_time",
+    ),
+    # -- what differs (rule 4) -------------------------------------------------------
+    _m(
+        "write-unmarked",
+        "rule 4: a region's bit is set before the source write is submitted",
+        "request_path.c",
+        "    difference_mark(e, r->blk.offset, r->blk.length);\n    if (own_buffer(r))",
+        "    if (own_buffer(r))",
+        "resync.py::test_after_a_cancel_only_what_was_written_is_copied",
+    ),
+    _m(
+        "checkpoint-forgets-the-source",
+        "rule 4: a write in flight while a checkpoint begins is not covered by it",
+        "difference.c",
+        "    request_path_mark_in_flight(e);\n",
+        "",
+        "resync.py::test_a_write_in_flight_while_a_checkpoint_passes_stays_different",
+    ),
+    _m(
+        "checkpoint-forgets-the-log",
+        "rule 4: a checkpoint waits until the destination has what it covers",
+        "difference.c",
+        "        else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns &&\n"
+        "                 log_mirrored_prefix(&e->log, e->counts.source_generation) >= d->generation)",
+        "        else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns)",
+        "resync.py::test_a_write_that_is_not_mirrored_yet_stays_different",
+    ),
+    _m(
+        "checkpoint-without-flush",
+        "rule 4: cleared only after successful flushes of both disks",
+        "difference.c",
+        "    if (d->flush_failed) {",
+        "    if (false) {",
+        "resync.py::test_a_failed_flush_settles_nothing",
+    ),
+    _m(
+        "doubt-settled",
+        "rule 5: a range in doubt stays dirty",
+        "difference.c",
+        "|| doubt_overlaps(&e->doubt, offset, length);",
+        ";",
+        "resync.py::test_a_range_in_doubt_stays_different",
     ),
 ]

@@ -145,7 +145,8 @@ async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     monkeypatch.setattr(engine_module, "_engine_disk", test_disk)
     config = EngineConfig(
         capacity_bytes=SIZE, block_bytes=512, log_bytes=8 * MIB, destination_timeout_s=30, stop_timeout_s=1,
-        max_lag_ms=30_000, num_queues=1, read_only=False, dirty_region_bytes=65536, copy_depth=4,
+        max_lag_ms=30_000, checkpoint_s=3.0, num_queues=1, read_only=False, dirty_region_bytes=65536,
+        copy_depth=4,
         writeback=True, serial="",
     )  # fmt: skip
     source = disks.open_disk(paths[0], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)

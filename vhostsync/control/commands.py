@@ -196,6 +196,7 @@ async def _mirror_start(to: Dispatcher, given: Arguments) -> Any:
         create=given["create"],
         cache=given["cache"] or to.destination_cache,
         speed_bytes_per_s=given["speed"],
+        full=given["full"],
     )
     await to.backend.mirror.start(target)
     return {}
@@ -258,7 +259,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         ),
         Command(
             "mirror-start",
-            "Copy the disk to a destination while the guest runs. Returns when the copy has begun.",
+            "Copy the disk to a destination while the guest runs; to the last one, only what differs. "
+            "Returns when the copy has begun.",
             _mirror_start,
             (
                 Argument(
@@ -281,6 +283,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
                     default=0,
                     most=SPEED_BYTES_PER_S_MAX,
                 ),
+                Argument("full", "boolean", "Copy everything, even if less would do.", default=False),
             ),
         ),
         Command(

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Where the two disks may differ (durability, rule 4): what has to be copied
+ * again, and nothing else, when a destination comes back. See difference.c.
+ */
+#ifndef VS_DIFFERENCE_H
+#define VS_DIFFERENCE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "dirty_map.h"
+#include "disk.h"
+
+struct vs_engine;
+
+enum checkpoint_step {
+    CHECKPOINT_NONE,
+    CHECKPOINT_MIRRORING, /* the writes that it covers are on their way to the destination */
+    CHECKPOINT_FLUSHING,  /* both disks are being flushed */
+    CHECKPOINT_SETTLING   /* both have what it covers: its regions are clean but for what came since */
+};
+
+struct difference {
+    bool tracked;  /* a peer is known: every write marks its region */
+    struct dirty_map differs;
+    struct dirty_map recent;   /* changed since the checkpoint began (or since the last one) */
+    struct dirty_map settling; /* changed before it began */
+    enum checkpoint_step step;
+    bool more;                 /* settling has to go on: call again without waiting */
+    uint64_t generation;       /* the checkpoint covers the writes up to it */
+    uint64_t word;             /* how far it has settled */
+    uint64_t next_ns;          /* of the next step that time brings */
+    uint64_t epoch;            /* of the mirror, when the flushes began */
+    unsigned flushes;          /* of its own, in flight */
+    bool flush_failed;
+    uint64_t source_generation, destination_prefix; /* G and M when they began */
+    struct disk_io source_io, destination_io;
+};
+
+int difference_init(struct vs_engine *e);
+void difference_free(struct vs_engine *e);
+
+/* Before a write of this range is submitted to the source, or a region copy to the destination. */
+void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length);
+/* A destination is attached: of a new one everything may differ; of the peer that is tracked, what does. */
+void difference_attach(struct vs_engine *e, bool resync);
+/* It is given up: what is not settled stays different. */
+void difference_detach(struct vs_engine *e);
+/* There is no peer any more. */
+void difference_forget(struct vs_engine *e);
+/* The next checkpoint shall not wait for its time. */
+void difference_hurry(struct vs_engine *e);
+void difference_pump(struct vs_engine *e);
+uint64_t difference_deadline_ns(const struct vs_engine *e);
+
+#endif

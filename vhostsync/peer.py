@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The peer: the other disk that the engine's difference map speaks of, and whether that map may be believed.
+
+While a peer is known, the engine keeps a map of the regions on which the two disks may differ
+(c_shim/difference.c). It is worth something only for that very disk, in the very state in which the mirror
+has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
+"""
+
+from vhostsync.destination import Place, look_again
+from vhostsync.disks import Disk, identify
+from vhostsync.state_record import DiskIdentity, Likeness
+
+
+class Peer:
+    """What is known of the peer. None of this awaits; `look` and `why_full` block."""
+
+    def __init__(self) -> None:
+        self.place: Place | None = None
+        self._left: DiskIdentity | None = None  # how it looked when the mirror let go of it
+        self._attached = False
+
+    def attached(self, place: Place) -> None:
+        """The mirror writes to it from here on."""
+        self.place, self._left, self._attached = place, None, True
+
+    def detached(self) -> None:
+        """The mirror has let go of it; what it has under way may still change it, so `look` comes later."""
+        self._attached = False
+
+    def forget(self) -> None:
+        """No peer is known any more."""
+        self.place, self._left, self._attached = None, None, False
+
+    def known(self, identity: DiskIdentity, left: DiskIdentity | None) -> None:
+        """From an earlier process: the peer, and how it was left if that is known (a clean end)."""
+        self.place, self._left, self._attached = Place.of_identity(identity), left, False
+
+    def look(self) -> None:
+        """The last request to it is over: note how it looks."""
+        if self.place is not None and not self._attached and self._left is None:
+            self._left = look_again(self.place)
+            if self._left is None:
+                self.forget()
+
+    def why_full(self, disk: Disk) -> str | None:
+        """Why everything has to be copied to `disk`; None: what differs is enough."""
+        if self.place is None:
+            return "no earlier copy of it is known"
+        if disk.identity.likeness(self.place.identity) is not Likeness.SAME:
+            return f"the differences are known for {self.place.path} only"
+        if self._left is None:
+            return None  # a crash: nobody could note how it was left
+        changed = identify(disk.fd.fileno(), disk.path, with_ctime=True).changed_since(self._left)
+        return None if changed is None else f"{changed} since the mirror let go of it"
