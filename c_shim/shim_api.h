@@ -26,11 +26,16 @@ enum vs_limit {
     VS_COMMANDS_MAX = 512,
     VS_DIRTY_REGION_BYTES_MAX = 67108864,
     VS_DOUBT_RANGES_MAX = 64,
+    VS_AL_EXTENTS_MAX = 65536,
+    VS_AL_EXTENT_BYTES_MIN = 1048576,
+    VS_AL_EXTENT_BYTES_MAX = 1073741824,
+    VS_AL_BYTES_MIN = 536870912, /* all active extents together: twice the largest request */
     VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
 
 typedef struct vs_engine vs_engine;
 typedef struct vs_disk vs_disk;
+typedef struct vs_bitmap vs_bitmap;
 
 /* ---- disks ------------------------------------------------------------- */
 
@@ -53,6 +58,42 @@ vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct);
 
 /* Only for a disk that no engine owns (yet, or any more). */
 void vs_disk_close(vs_disk *disk);
+
+/* ---- the persistent dirty bitmap ----------------------------------------- */
+
+struct vs_bitmap_shape {
+    uint64_t capacity_bytes;
+    uint64_t al_extent_bytes; /* a power of two */
+    uint32_t region_bytes;
+    uint32_t al_extents;
+};
+
+struct vs_bitmap_names {
+    uint8_t uuid[16];        /* of the file, from here on */
+    uint8_t former_uuid[16]; /* as the state record has it */
+    uint8_t pair[32];        /* of the two disks, whichever is the source */
+    uint8_t boot[16];        /* of the host */
+    uint64_t known;          /* 0: the state record knows no bitmap; the others but boot mean nothing */
+    uint64_t zero;
+};
+
+enum vs_bitmap_verdict {
+    VS_BITMAP_VALID = 0,
+    VS_BITMAP_BLANK,       /* empty, or zeroes */
+    VS_BITMAP_FOREIGN,     /* not of this program: not touched, and not opened */
+    VS_BITMAP_VERSION,
+    VS_BITMAP_DAMAGED,     /* its header */
+    VS_BITMAP_STALE,       /* not the one that the state record means */
+    VS_BITMAP_OTHER_DISKS,
+    VS_BITMAP_OTHER_SHAPE, /* capacity or region size */
+    VS_BITMAP_SHORT
+};
+
+/* Takes over what the file holds (VS_BITMAP_VALID), or, and says why, begins anew, with every bit set.
+ * Owns fd on success. Or a negative errno. Blocks. */
+int vs_bitmap_open(int fd, const struct vs_bitmap_shape *shape, const struct vs_bitmap_names *names, vs_bitmap **out);
+/* Only for one that no engine owns. clean: every bit is right; then 0 or a negative errno. Blocks. */
+int vs_bitmap_close(vs_bitmap *bitmap, int clean);
 
 /* ---- the engine -------------------------------------------------------- */
 
