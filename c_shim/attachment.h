@@ -10,7 +10,7 @@
 void attachments_init(struct vs_engine *e);
 /* The engine's thread has ended, and its ring with it. */
 void attachments_free(struct vs_engine *e);
-/* Applies one of the commands VS_CMD_ATTACH .. VS_CMD_SET_WRITE_CACHE. Takes its descriptors. */
+/* Applies one of the commands VS_CMD_ATTACH .. VS_CMD_SET_WRITE_CACHE. Takes its descriptors (attachment_command.c). */
 void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c);
 /* Ends what a lost mapping has touched. */
 void attachments_check_memory(struct vs_engine *e);

@@ -39,7 +39,7 @@
 struct attachment;
 struct kick_watch;
 
-/* A virtqueue of an attachment, and where it stands (queue.c).
+/* A virtqueue of an attachment, and where it stands (attachment.c).
  * It runs if it was started (KICK), is enabled, mapped, whole, and its
  * attachment is the active one. */
 struct queue {

@@ -1,0 +1,296 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What a frontend asks of its attachment, command by command. Each changes
+ * what the attachment or a ring has, and lets attachment.c find out which
+ * rings run then. A command is answered at once, or when the ring has become
+ * quiet (VRING_STOP, VRING_ENABLE 0), the last request is over (DETACH), or
+ * the memory is unmapped (REMOVE_MEM_REGION).
+ */
+#include "attachment_state.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+#include "kick_watch.h"
+
+#define FEATURE_INDIRECT_DESC (1ull << VIRTIO_RING_F_INDIRECT_DESC)
+#define FEATURE_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
+
+/* ---- coming and going ---------------------------------------------------- */
+
+static void detach(struct attachment *a, uint64_t token)
+{
+    a->closing = true;
+    a->detach_token = token;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
+        kick_watch_stop(&a->queue[i]);
+        if (a->queue[i].running)
+            queue_set_running(&a->queue[i], false);
+    }
+    attachment_maybe_closed(a);
+    if (a->closing)
+        attachment_update(a);
+}
+
+static void memory_gone(struct guest_memory *m, uint64_t token)
+{
+    struct attachment *a = container_of(m, struct attachment, memory);
+    mailbox_done(&a->engine->mailbox, token, 0, 0);
+}
+
+static int attach(struct attachment *a)
+{
+    int rc;
+    if (a->open)
+        return -EBUSY;
+    rc = guest_memory_init(&a->memory, memory_gone);
+    if (rc < 0)
+        return rc;
+    a->open = true;
+    a->write_cache = a->engine->write_cache;
+    return 0;
+}
+
+/* ---- rings -------------------------------------------------------------- */
+
+/* The command "token" is answered when nothing of the ring is in flight. A frontend
+ * has one such command of a kind under way; a second one takes the first one's place. */
+static void become_quiet(struct queue *q, uint64_t *which, uint64_t token)
+{
+    struct vs_engine *e = q->attachment->engine;
+    if (!q->stop_token && !q->disable_token)
+        e->quieting++;
+    if (*which)
+        mailbox_done(&e->mailbox, *which, -ECANCELED, 0);
+    *which = token;
+    q->quiet_deadline_ns = engine_now(e) + e->config.stop_timeout_us * 1000;
+}
+
+static int vring_num(struct queue *q, uint64_t num)
+{
+    if (num == 0 || num > VS_MAX_QUEUE_SIZE || (num & (num - 1)))
+        return -EINVAL;
+    if (num == q->vq.num)
+        return 0;
+    if (q->running || q->in_flight)
+        return -EBUSY;
+    q->vq.num = (uint32_t)num;
+    attachment_map_rings(q->attachment);
+    return 0;
+}
+
+static int vring_addr(struct queue *q, const struct vs_command *c)
+{
+    q->vq.desc_user = c->desc;
+    q->vq.avail_user = c->avail;
+    q->vq.used_user = c->used;
+    attachment_map_rings(q->attachment);
+    return 0;
+}
+
+static int vring_base(struct queue *q, uint64_t base)
+{
+    if (base > UINT16_MAX)
+        return -EINVAL;
+    if (q->running || q->in_flight)
+        return -EBUSY;
+    q->base = (uint16_t)base;
+    q->base_set = true;
+    q->broken = VS_BREACH_NONE; /* set up anew */
+    attachment_update(q->attachment);
+    return 0;
+}
+
+static int vring_kick(struct queue *q, int fd)
+{
+    int rc;
+    if (fd < 0)
+        return -EINVAL;
+    kick_watch_stop(q);
+    rc = kick_watch_start(q, fd);
+    if (rc < 0)
+        return rc;
+    if (!q->started) {
+        q->started = true;
+        q->broken = VS_BREACH_NONE;
+        queue_signal(q->call_fd); /* frontends set CALL first: what was answered before a reconnect was not told */
+    }
+    attachment_update(q->attachment);
+    queue_ready(q);
+    return 0;
+}
+
+static void vring_call(struct queue *q, int fd)
+{
+    queue_set_fd(&q->call_fd, fd);
+    if (fd >= 0 && q->started) /* what was completed meanwhile could not be told */
+        queue_signal(fd);
+}
+
+static void vring_stop(struct queue *q, uint64_t token)
+{
+    q->started = false;
+    kick_watch_stop(q);
+    become_quiet(q, &q->stop_token, token);
+    attachment_update(q->attachment);
+    queue_quiet(q);
+}
+
+static bool vring_enable(struct queue *q, bool enable, uint64_t token)
+{
+    q->enabled = enable;
+    attachment_update(q->attachment);
+    if (enable)
+        return true;
+    become_quiet(q, &q->disable_token, token);
+    queue_quiet(q);
+    return false;
+}
+
+/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. */
+static void set_write_cache(struct attachment *a, bool write_cache)
+{
+    a->write_cache = write_cache;
+    inflight_keep_write_cache(&a->inflight, write_cache);
+    if (!a->engine->active || a->engine->active == a)
+        a->engine->write_cache = write_cache;
+}
+
+/* Requests of the rings that this is for must not have begun. Takes up the write cache mode as well. */
+static int set_inflight(struct attachment *a, const struct vs_command *c)
+{
+    int rc = -EBUSY;
+    bool busy = a->in_flight > 0, write_cache = a->write_cache;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
+        busy |= a->queue[i].running;
+    if (busy)
+        close(c->fd);
+    else
+        rc = inflight_map(&a->inflight, c->fd, c->value, c->desc, c->used > VS_MAX_QUEUES ? 0 : (uint32_t)c->used);
+    for (unsigned i = 0; !busy && i < VS_MAX_QUEUES; i++) {
+        struct queue *q = &a->queue[i];
+        q->vq.inflight = inflight_ring_of(&a->inflight, i);
+        if (!q->vq.inflight || q->base_set)
+            continue;
+        q->base = q->vq.next_avail; /* what GET_VRING_BASE shows until then */
+        q->base_set = true; /* begin where the record says, also without a base */
+    }
+    if (rc == 0) {
+        inflight_write_cache(&a->inflight, &write_cache);
+        set_write_cache(a, write_cache);
+    }
+    return rc;
+}
+
+static void set_features(struct attachment *a, uint64_t features)
+{
+    bool event_idx = features & FEATURE_EVENT_IDX;
+    a->features = features;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
+        struct virtqueue *vq = &a->queue[i].vq;
+        vq->indirect = features & FEATURE_INDIRECT_DESC;
+        if (vq->event_idx != event_idx)
+            vq->signalled_known = false;
+        vq->event_idx = event_idx;
+    }
+    attachment_map_rings(a); /* the event fields belong to the rings now, or no more */
+}
+
+static void reset_device(struct attachment *a)
+{
+    a->features = 0;
+    set_write_cache(a, a->engine->config.writeback);
+}
+
+/* Done at once (true, with *rc), or answered later (false). */
+static bool apply_vring(struct queue *q, uint64_t token, const struct vs_command *c, int *rc)
+{
+    switch (c->kind) {
+    case VS_CMD_VRING_NUM:
+        *rc = vring_num(q, c->value);
+        return true;
+    case VS_CMD_VRING_ADDR:
+        *rc = vring_addr(q, c);
+        return true;
+    case VS_CMD_VRING_BASE:
+        *rc = vring_base(q, c->value);
+        return true;
+    case VS_CMD_VRING_KICK:
+        *rc = vring_kick(q, c->fd);
+        return true;
+    case VS_CMD_VRING_CALL:
+        vring_call(q, c->fd);
+        return true;
+    case VS_CMD_VRING_ERR:
+        queue_set_fd(&q->err_fd, c->fd);
+        return true;
+    case VS_CMD_VRING_ENABLE:
+        return vring_enable(q, c->value, token);
+    default:
+        vring_stop(q, token);
+        return false;
+    }
+}
+
+static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_command *c, int *rc)
+{
+    if (c->kind == VS_CMD_SET_MEM_TABLE) {
+        *rc = guest_memory_set(&a->memory, c->regions, c->region_count);
+    } else if (c->kind == VS_CMD_ADD_MEM_REGION) {
+        *rc = guest_memory_add(&a->memory, &c->regions[0]);
+    } else {
+        *rc = guest_memory_remove(&a->memory, &c->regions[0], token);
+        if (*rc == 0) {
+            attachment_map_rings(a);
+            return false; /* memory_gone() answers */
+        }
+    }
+    if (*rc == 0)
+        attachment_map_rings(a);
+    return true;
+}
+
+void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c)
+{
+    struct attachment *a = &e->attachment[c->attachment < VS_MAX_ATTACHMENTS ? c->attachment : 0];
+    int rc = 0;
+    bool done = true;
+    if (c->attachment >= VS_MAX_ATTACHMENTS || c->queue >= VS_MAX_QUEUES ||
+        (c->kind != VS_CMD_ATTACH && (!a->open || a->closing))) {
+        command_close_fds(c);
+        rc = -EINVAL;
+    } else {
+        switch (c->kind) {
+        case VS_CMD_ATTACH:
+            rc = attach(a);
+            break;
+        case VS_CMD_DETACH:
+            detach(a, token);
+            done = false;
+            break;
+        case VS_CMD_RESET:
+            reset_device(a);
+            break;
+        case VS_CMD_SET_INFLIGHT:
+            rc = set_inflight(a, c);
+            mailbox_done(&e->mailbox, token, rc, a->write_cache);
+            done = false;
+            break;
+        case VS_CMD_SET_FEATURES:
+            set_features(a, c->value);
+            break;
+        case VS_CMD_SET_WRITE_CACHE:
+            set_write_cache(a, c->value);
+            break;
+        case VS_CMD_SET_MEM_TABLE:
+        case VS_CMD_ADD_MEM_REGION:
+        case VS_CMD_REMOVE_MEM_REGION:
+            done = apply_memory(a, token, c, &rc);
+            break;
+        default:
+            done = apply_vring(&a->queue[c->queue], token, c, &rc);
+        }
+    }
+    if (done)
+        mailbox_done(&e->mailbox, token, rc, 0);
+}
