@@ -1,175 +1,414 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Invariant: a write reaches the source only while every extent that it touches
+ * is named by the newest whole copy of the log that is durable. So after a host
+ * crash, whatever differs is in the durable bits or in a named extent.
+ *
+ *   - An extent comes in by a transaction: the other copy of the log, with the
+ *     extent in it and the next sequence number, is written and flushed; only
+ *     then do the writes that wait for it go on. Torn in between, the former
+ *     copy holds, and none of them has begun.
+ *   - An extent goes out, when no write is on its way in it and room is needed,
+ *     only behind a flush of the bits (the kernel writes mapped pages back with
+ *     it), so that those which it stood for are durable. A whole batch goes out
+ *     with one such flush. A write to an extent that has just gone out waits
+ *     for a later transaction, like any other.
+ *   - Opening the file makes its bits durable, so the log may begin empty.
+ *
+ * One transaction at a time; it takes all writes that wait, in their order, as
+ * far as there is room. Within the working set (extents x extent_bytes) there
+ * is no transaction at all.
+ *
+ * If the file cannot be written, writes that need an extent are held until the
+ * control plane has recorded that the bitmap is void; then tracking goes on in
+ * memory alone.
+ */
 #include "activity_log.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-/* So many leave at once (a share of all): each time that some leave costs a flush. */
-#define EVICT_SHARE 16
+#include "bitmap_file.h"
+#include "engine.h"
 
-int activity_log_init(struct activity_log *l, uint32_t extents_max, uint64_t extent_bytes)
+#define ACTIVITY_MAGIC 0x766873416374694cu
+/* What goes out at once where anything has to. */
+#define EVICT_PART 16
+
+struct log_head {
+    uint64_t checksum; /* the exclusive or of bitmap_mix() of all that follows, by place */
+    uint64_t magic;
+    uint64_t sequence;
+    uint64_t count;
+    uint64_t extent[];
+};
+
+/* ---- as it lies in the file ---------------------------------------------- */
+
+uint64_t activity_log_bytes(uint32_t extents)
 {
-    uint64_t buckets = 16;
-    assert(extents_max > 0 && extent_bytes && (extent_bytes & (extent_bytes - 1)) == 0);
-    while (buckets < extents_max)
-        buckets *= 2;
-    memset(l, 0, sizeof *l);
-    l->extents_max = extents_max;
-    l->extent_shift = (unsigned)__builtin_ctzll(extent_bytes);
-    l->bucket_mask = buckets - 1;
-    list_init(&l->free);
-    list_init(&l->used);
-    l->slots = calloc(extents_max, sizeof *l->slots);
-    l->buckets = calloc(buckets, sizeof(struct activity_slot *));
-    if (!l->slots || !l->buckets) {
-        activity_log_free(l);
-        return -ENOMEM;
+    uint64_t bytes = sizeof(struct log_head) + extents * sizeof(uint64_t);
+    return (bytes + BITMAP_BLOCK_BYTES - 1) / BITMAP_BLOCK_BYTES * BITMAP_BLOCK_BYTES;
+}
+
+static uint64_t sum_of(const struct log_head *head)
+{
+    uint64_t sum = bitmap_mix(0, head->magic) ^ bitmap_mix(1, head->sequence) ^ bitmap_mix(2, head->count);
+    for (uint64_t i = 0; i < head->count; i++)
+        sum ^= bitmap_mix(3 + i, head->extent[i]);
+    return sum;
+}
+
+static int transfer_all(int fd, void *buffer, uint64_t bytes, uint64_t offset, bool write)
+{
+    for (uint64_t done = 0; done < bytes;) {
+        char *at = (char *)buffer + done;
+        ssize_t n = write ? pwrite(fd, at, bytes - done, (off_t)(offset + done))
+                          : pread(fd, at, bytes - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? -errno : -EIO;
+        done += (uint64_t)n;
     }
-    for (uint32_t i = 0; i < extents_max; i++)
-        list_append(&l->free, &l->slots[i].link);
     return 0;
 }
 
-void activity_log_free(struct activity_log *l)
+/* 1: the copy is whole. */
+static int read_copy(int fd, const struct vs_bitmap *b, uint64_t which, struct log_head *head)
 {
-    free(l->slots);
-    free(l->buckets);
-    l->slots = NULL;
-    l->buckets = NULL;
+    uint64_t most = (b->log_bytes - sizeof *head) / sizeof(uint64_t);
+    int rc = transfer_all(fd, head, b->log_bytes, bitmap_log_offset(b, which), false);
+    if (rc < 0)
+        return rc;
+    return head->magic == ACTIVITY_MAGIC && head->count <= most && head->checksum == sum_of(head);
 }
 
-static struct activity_slot **bucket_of(const struct activity_log *l, uint64_t extent)
+int activity_log_read(int fd, struct vs_bitmap *b, struct activity_list *out)
 {
-    return &l->buckets[(extent * 0x9e3779b97f4a7c15u >> 32) & l->bucket_mask];
+    struct log_head *copy[2] = {malloc(b->log_bytes), malloc(b->log_bytes)}, *newest = NULL;
+    int rc = copy[0] && copy[1] ? 0 : -ENOMEM;
+    for (uint64_t i = 0; i < 2 && rc >= 0; i++) {
+        rc = read_copy(fd, b, i, copy[i]);
+        if (rc > 0 && (!newest || copy[i]->sequence > newest->sequence))
+            newest = copy[i];
+    }
+    if (rc >= 0 && !newest)
+        rc = -EUCLEAN;
+    if (rc >= 0) {
+        rc = 0;
+        b->log_sequence = newest->sequence;
+        out->count = (uint32_t)newest->count;
+        out->extent = calloc(newest->count + 1, sizeof(uint64_t));
+        if (out->extent)
+            memcpy(out->extent, newest->extent, newest->count * sizeof(uint64_t));
+        else
+            rc = -ENOMEM;
+    }
+    free(copy[0]);
+    free(copy[1]);
+    return rc;
 }
 
-static struct activity_slot *find(const struct activity_log *l, uint64_t extent)
+int activity_log_sequence(int fd, struct vs_bitmap *b)
 {
-    struct activity_slot *s = *bucket_of(l, extent);
-    while (s && s->extent != extent)
-        s = s->chain;
-    return s;
+    struct activity_list list;
+    int rc = activity_log_read(fd, b, &list);
+    if (rc == -EUCLEAN)
+        return activity_log_clear(fd, b);
+    if (rc == 0)
+        free(list.extent);
+    return rc;
 }
 
-static uint64_t last_extent(const struct activity_log *l, uint64_t offset, uint64_t length)
+static void compose(struct log_head *head, uint64_t sequence)
 {
-    assert(length > 0);
-    return (offset + length - 1) >> l->extent_shift;
+    head->magic = ACTIVITY_MAGIC;
+    head->sequence = sequence;
+    head->checksum = sum_of(head);
 }
 
-bool activity_log_hold(struct activity_log *l, uint64_t offset, uint64_t length)
+int activity_log_clear(int fd, struct vs_bitmap *b)
 {
-    uint64_t first = offset >> l->extent_shift, last = last_extent(l, offset, length);
-    for (uint64_t extent = first; extent <= last; extent++) {
-        const struct activity_slot *s = find(l, extent);
-        if (!s || s->coming)
+    struct log_head *head = calloc(1, b->log_bytes);
+    int rc = head ? 0 : -ENOMEM;
+    for (uint64_t sequence = 1; sequence <= 2 && rc == 0; sequence++) {
+        compose(head, sequence);
+        rc = transfer_all(fd, head, b->log_bytes, bitmap_log_offset(b, sequence), true);
+    }
+    b->log_sequence = 2;
+    free(head);
+    return rc;
+}
+
+/* ---- at work --------------------------------------------------------------- */
+
+static void stepped(struct uring_op *op, int result, unsigned flags);
+
+int activity_init(struct vs_engine *e)
+{
+    struct activity *a = &e->activity;
+    struct vs_bitmap *b = e->config.bitmap;
+    list_init(&a->active);
+    list_init(&a->idle);
+    list_init(&a->waiting);
+    a->op.complete = stepped;
+    if (!b)
+        return 0;
+    a->slots = calloc(b->shape.extents, sizeof *a->slots);
+    a->slot_of = calloc(b->shape.capacity_bytes / b->shape.extent_bytes + 1, sizeof *a->slot_of);
+    a->buffer = calloc(1, b->log_bytes);
+    if (!a->slots || !a->slot_of || !a->buffer)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < b->shape.extents; i++)
+        list_append(&a->idle, &a->slots[i].link);
+    a->bitmap = b;
+    return 0;
+}
+
+void activity_free(struct vs_engine *e)
+{
+    free(e->activity.slots);
+    free(e->activity.slot_of);
+    free(e->activity.buffer);
+}
+
+static uint64_t first_extent(const struct activity *a, uint64_t offset)
+{
+    return offset / a->bitmap->shape.extent_bytes;
+}
+
+static struct active_extent *slot_of(const struct activity *a, uint64_t extent)
+{
+    return a->slot_of[extent] ? &a->slots[a->slot_of[extent] - 1] : NULL;
+}
+
+static void touch(struct activity *a, struct active_extent *s)
+{
+    list_remove(&s->link);
+    list_append(&a->active, &s->link);
+}
+
+/* Goes in if all its extents are active. */
+static bool try_enter(struct activity *a, uint64_t offset, uint64_t length)
+{
+    uint64_t first = first_extent(a, offset), last = first_extent(a, offset + length - 1);
+    for (uint64_t x = first; x <= last; x++) {
+        const struct active_extent *s = slot_of(a, x);
+        if (!s || s->state != EXTENT_ACTIVE)
             return false;
     }
-    for (uint64_t extent = first; extent <= last; extent++) {
-        struct activity_slot *s = find(l, extent);
-        s->writes++;
-        list_remove(&s->link);
-        list_append(&l->used, &s->link);
+    for (uint64_t x = first; x <= last; x++) {
+        slot_of(a, x)->writes++;
+        touch(a, slot_of(a, x));
     }
     return true;
 }
 
-void activity_log_release(struct activity_log *l, uint64_t offset, uint64_t length)
+bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length)
 {
-    uint64_t last = last_extent(l, offset, length);
-    for (uint64_t extent = offset >> l->extent_shift; extent <= last; extent++) {
-        struct activity_slot *s = find(l, extent);
+    struct activity *a = &e->activity;
+    if (try_enter(a, offset, length))
+        return true;
+    w->offset = offset;
+    w->length = length;
+    list_append(&a->waiting, &w->link);
+    return false;
+}
+
+void activity_leave(struct vs_engine *e, uint64_t offset, uint64_t length)
+{
+    struct activity *a = &e->activity;
+    if (!a->bitmap)
+        return;
+    for (uint64_t x = first_extent(a, offset); x <= first_extent(a, offset + length - 1); x++) {
+        struct active_extent *s = slot_of(a, x);
         assert(s && s->writes > 0);
         s->writes--;
     }
 }
 
-void activity_log_plan(struct activity_log *l)
-{
-    l->plan++;
-}
+/* ---- a transaction --------------------------------------------------------- */
 
-static bool may_leave(const struct activity_log *l, const struct activity_slot *s)
+/* The least recently used that nobody writes to; NULL: there is none. */
+static struct active_extent *evictable(struct activity *a)
 {
-    return s->writes == 0 && !s->coming && s->planned != l->plan;
-}
-
-static void leave(struct activity_log *l, struct activity_slot *s)
-{
-    struct activity_slot **at = bucket_of(l, s->extent);
-    while (*at != s)
-        at = &(*at)->chain;
-    *at = s->chain;
-    list_remove(&s->link);
-    list_append(&l->free, &s->link);
-    l->in_use--;
-}
-
-/* "wanted" slots are free in the end (and some more, if any had to leave), or none has left. */
-static bool make_room(struct activity_log *l, unsigned wanted, bool *evicted)
-{
-    unsigned room = l->extents_max - l->in_use, can_leave = 0;
-    if (room >= wanted)
-        return true;
-    list_each(node, &l->used)
-        can_leave += may_leave(l, container_of(node, struct activity_slot, link));
-    if (room + can_leave < wanted)
-        return false;
-    wanted += l->extents_max / EVICT_SHARE;
-    list_each_safe(node, &l->used)
+    list_each(node, &a->active)
     {
-        struct activity_slot *s = container_of(node, struct activity_slot, link);
-        if (l->extents_max - l->in_use >= wanted)
-            break;
-        if (may_leave(l, s))
-            leave(l, s);
+        struct active_extent *s = container_of(node, struct active_extent, link);
+        if (s->state == EXTENT_ACTIVE && s->writes == 0)
+            return s;
     }
-    *evicted = true;
-    return true;
+    return NULL;
 }
 
-static void come(struct activity_log *l, uint64_t extent)
+static bool evict(struct activity *a)
 {
-    struct activity_slot *s = container_of(list_pop(&l->free), struct activity_slot, link);
-    struct activity_slot **bucket = bucket_of(l, extent);
-    *s = (struct activity_slot){.extent = extent, .planned = l->plan, .coming = true, .chain = *bucket};
-    *bucket = s;
-    list_append(&l->used, &s->link);
-    l->in_use++;
-}
-
-bool activity_log_add(struct activity_log *l, uint64_t offset, uint64_t length, bool *evicted)
-{
-    uint64_t first = offset >> l->extent_shift, last = last_extent(l, offset, length);
-    unsigned missing = 0;
-    for (uint64_t extent = first; extent <= last; extent++) {
-        struct activity_slot *s = find(l, extent);
-        if (s)
-            s->planned = l->plan;
-        else
-            missing++;
-    }
-    if (!make_room(l, missing, evicted))
+    struct active_extent *s = evictable(a);
+    if (!s)
         return false;
-    for (uint64_t extent = first; extent <= last; extent++)
-        if (!find(l, extent))
-            come(l, extent);
+    a->slot_of[s->extent] = 0;
+    s->state = EXTENT_FREE;
+    list_remove(&s->link);
+    list_append(&a->idle, &s->link);
     return true;
 }
 
-uint64_t activity_log_list(const struct activity_log *l, uint64_t *extents)
+/* A slot for each extent that w lacks; false: there is no room for all of them now. */
+static bool claim(struct activity *a, struct activity_wait *w, bool *evicted, bool *claimed)
 {
-    uint64_t count = 0;
-    list_each(node, &l->used)
-        extents[count++] = container_of(node, struct activity_slot, link)->extent;
-    assert(count == l->in_use && count <= l->extents_max);
-    return count;
+    uint64_t first = first_extent(a, w->offset), last = first_extent(a, w->offset + w->length - 1);
+    w->claimed = 0;
+    for (uint64_t x = first; x <= last; x++, w->claimed++) {
+        struct active_extent *s = slot_of(a, x);
+        if (s) {
+            s->writes++; /* what this or an earlier waiter needs does not go out; until unclaim() */
+            touch(a, s);
+            continue;
+        }
+        if (list_empty(&a->idle)) {
+            if (!evict(a))
+                return false;
+            *evicted = true;
+        }
+        s = container_of(list_pop(&a->idle), struct active_extent, link);
+        *s = (struct active_extent){.extent = x, .state = EXTENT_COMING, .writes = 1};
+        list_append(&a->active, &s->link);
+        a->slot_of[x] = (uint32_t)(s - a->slots) + 1;
+        *claimed = true;
+    }
+    return true;
 }
 
-void activity_log_commit(struct activity_log *l)
+static void unclaim(struct activity *a, const struct activity_wait *w)
 {
-    list_each(node, &l->used)
-        container_of(node, struct activity_slot, link)->coming = false;
+    for (uint64_t n = 0; n < w->claimed; n++)
+        slot_of(a, first_extent(a, w->offset) + n)->writes--;
+}
+
+static void step(struct vs_engine *e, enum activity_step to)
+{
+    struct activity *a = &e->activity;
+    struct io_uring_sqe *sqe = uring_sqe(&e->uring, &a->op);
+    a->step = to;
+    a->in_flight++;
+    if (to == ACTIVITY_WRITE) {
+        uint64_t offset = bitmap_log_offset(a->bitmap, a->bitmap->log_sequence) + a->written;
+        io_uring_prep_write(sqe, a->bitmap->fd, a->buffer + a->written,
+                            (unsigned)(a->bitmap->log_bytes - a->written), offset);
+    } else {
+        a->syncs++;
+        io_uring_prep_fsync(sqe, a->bitmap->fd, IORING_FSYNC_DATASYNC);
+    }
+    io_uring_sqe_set_data(sqe, &a->op);
+}
+
+static void compose_log(struct activity *a)
+{
+    struct log_head *head = (struct log_head *)a->buffer;
+    memset(a->buffer, 0, a->bitmap->log_bytes);
+    list_each(node, &a->active)
+        head->extent[head->count++] = container_of(node, struct active_extent, link)->extent;
+    a->bitmap->log_sequence++;
+    a->written = 0;
+    compose(head, a->bitmap->log_sequence);
+}
+
+static void begin(struct vs_engine *e)
+{
+    struct activity *a = &e->activity;
+    bool evicted = false, claimed = false;
+    struct list *stopped_at = &a->waiting;
+    list_each(node, &a->waiting)
+    {
+        if (claim(a, container_of(node, struct activity_wait, link), &evicted, &claimed))
+            continue;
+        stopped_at = node->next;
+        break;
+    }
+    for (unsigned n = 0; evicted && n < a->bitmap->shape.extents / EVICT_PART; n++)
+        if (!evict(a))
+            break;
+    for (struct list *node = a->waiting.next; node != stopped_at; node = node->next)
+        unclaim(a, container_of(node, struct activity_wait, link));
+    if (!claimed)
+        return; /* all extents are being written to: when one is left, this is tried again */
+    compose_log(a);
+    step(e, evicted ? ACTIVITY_SYNC_BITS : ACTIVITY_WRITE);
+}
+
+static void committed(struct activity *a)
+{
+    a->step = ACTIVITY_IDLE;
+    list_each(node, &a->active)
+        container_of(node, struct active_extent, link)->state = EXTENT_ACTIVE;
+}
+
+static void fail(struct vs_engine *e, int error)
+{
+    struct vs_event event = {.kind = VS_EV_BITMAP_FAILED, .result = error};
+    e->activity.step = ACTIVITY_IDLE;
+    e->activity.failed = true;
+    mailbox_post(&e->mailbox, &event);
+}
+
+static void stepped(struct uring_op *op, int result, unsigned flags)
+{
+    struct activity *a = container_of(op, struct activity, op);
+    struct vs_engine *e = container_of(a, struct vs_engine, activity);
+    (void)flags;
+    a->in_flight--;
+    if (result == -EINTR || result == -EAGAIN) {
+        step(e, a->step);
+    } else if (result < 0 || (a->step == ACTIVITY_WRITE && result == 0) || bitmap_lost(a->bitmap)) {
+        fail(e, result < 0 ? result : -EIO);
+    } else if (a->step == ACTIVITY_SYNC_BITS) {
+        step(e, ACTIVITY_WRITE);
+    } else if (a->step == ACTIVITY_WRITE) {
+        a->written += (uint64_t)result;
+        step(e, a->written < a->bitmap->log_bytes ? ACTIVITY_WRITE : ACTIVITY_SYNC_LOG);
+    } else {
+        committed(a);
+    }
+}
+
+static void let_in(struct activity *a, bool all)
+{
+    list_each_safe(node, &a->waiting)
+    {
+        struct activity_wait *w = container_of(node, struct activity_wait, link);
+        if (!all && !try_enter(a, w->offset, w->length))
+            return; /* in their order: a wide one is not starved */
+        list_remove(&w->link);
+        w->entered(w);
+    }
+}
+
+void activity_pump(struct vs_engine *e)
+{
+    struct activity *a = &e->activity;
+    if (!a->bitmap || a->failed || a->step != ACTIVITY_IDLE)
+        return;
+    if (bitmap_lost(a->bitmap)) {
+        fail(e, -EIO);
+        return;
+    }
+    if (list_empty(&a->waiting))
+        return;
+    let_in(a, false);
+    if (!list_empty(&a->waiting))
+        begin(e);
+}
+
+void activity_void(struct vs_engine *e)
+{
+    struct activity *a = &e->activity;
+    if (!a->bitmap || a->step != ACTIVITY_IDLE)
+        return;
+    e->difference.differs.stored = NULL;
+    a->bitmap = NULL;
+    let_in(a, true);
 }

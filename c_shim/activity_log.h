@@ -1,12 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Which parts ("extents") of the disk may be written at present, as DRBD's
- * activity log has it: a bounded set, whose durable form (bitmap_file.c) tells
- * after a crash of the host where bits may be missing. Pure: no I/O, no time.
- *
- * An extent is absent, coming (named by the copy of the log that is being
- * written) or active (named by a durable one). It is held while writes to it
- * are in flight, and leaves, least recently used first, only when it is not.
+ * The activity log: which extents of the disk may have bits in the bitmap that
+ * are not durable yet. Bounded, so that a host crash costs at most so many
+ * extents copied again. See activity_log.c.
  */
 #ifndef VS_ACTIVITY_LOG_H
 #define VS_ACTIVITY_LOG_H
@@ -15,43 +11,70 @@
 #include <stdint.h>
 
 #include "list.h"
+#include "uring.h"
 
-struct activity_slot {
-    struct list link;  /* free, or by use: the least recent first */
-    struct activity_slot *chain;
+struct vs_engine;
+struct vs_bitmap;
+
+/* ---- as it lies in the file ---- */
+
+struct activity_list {
+    uint32_t count;
+    uint64_t *extent; /* the caller frees it */
+};
+
+/* Bytes of one copy. */
+uint64_t activity_log_bytes(uint32_t extents);
+/* What the newest whole copy says (0), -EUCLEAN: none is whole; or another negative errno. Sets bitmap's sequence. */
+int activity_log_read(int fd, struct vs_bitmap *bitmap, struct activity_list *out);
+/* The sequence alone: what it says does not matter. */
+int activity_log_sequence(int fd, struct vs_bitmap *bitmap);
+/* Both copies empty. */
+int activity_log_clear(int fd, struct vs_bitmap *bitmap);
+
+/* ---- at work ---- */
+
+enum activity_step { ACTIVITY_IDLE, ACTIVITY_SYNC_BITS, ACTIVITY_WRITE, ACTIVITY_SYNC_LOG };
+enum extent_state { EXTENT_FREE, EXTENT_COMING, EXTENT_ACTIVE, EXTENT_LEAVING };
+
+struct active_extent {
+    struct list link;      /* in "active", the least recently used first; or in "idle" (free) */
     uint64_t extent;
-    uint64_t planned;  /* the plan that needs it: stays */
-    unsigned writes;   /* in flight */
-    bool coming;
+    uint32_t writes;       /* on their way in it */
+    enum extent_state state;
 };
 
-struct activity_log {
-    uint32_t extents_max;
-    unsigned extent_shift;
-    struct activity_slot *slots;
-    struct activity_slot **buckets;
-    uint64_t bucket_mask;
-    struct list free, used;
-    uint64_t plan; /* the number of the one that is made or written */
-    unsigned in_use;
+/* A range that must not be written to before its extents are active. */
+struct activity_wait {
+    struct list link;
+    uint64_t offset, length;
+    uint64_t claimed; /* extents that a transaction holds for it while it is put together */
+    void (*entered)(struct activity_wait *w);
 };
 
-int activity_log_init(struct activity_log *l, uint32_t extents_max, uint64_t extent_bytes);
-void activity_log_free(struct activity_log *l);
+struct activity {
+    struct vs_bitmap *bitmap;   /* NULL: there is none (any more) */
+    struct active_extent *slots;
+    uint32_t *slot_of;          /* by extent; 0: none, else slot number + 1 */
+    struct list active, idle;
+    struct list waiting;        /* struct activity_wait, in the order in which they came */
+    enum activity_step step;
+    bool failed;                /* told; waits until the control plane has made the bitmap void */
+    struct uring_op op;
+    unsigned in_flight;
+    uint8_t *buffer;            /* the copy of the log under way */
+    uint64_t written;           /* of it */
+    uint64_t syncs;             /* metadata flushes so far */
+};
 
-/* If every extent of the range is active: holds them all for a write. length > 0. */
-bool activity_log_hold(struct activity_log *l, uint64_t offset, uint64_t length);
-/* That write is over. */
-void activity_log_release(struct activity_log *l, uint64_t offset, uint64_t length);
-
-/* A plan: what the next copy of the log is to name. */
-void activity_log_plan(struct activity_log *l);
-/* Makes room for this range and lets its extents come; false: there is no room until writes are over, and
- * nothing has changed. *evicted: extents had to leave. */
-bool activity_log_add(struct activity_log *l, uint64_t offset, uint64_t length, bool *evicted);
-/* All that are active or coming; returns how many. */
-uint64_t activity_log_list(const struct activity_log *l, uint64_t *extents);
-/* The copy is durable: what was coming is active. */
-void activity_log_commit(struct activity_log *l);
+int activity_init(struct vs_engine *e);
+void activity_free(struct vs_engine *e);
+/* True: go on at once. False: w->entered() is called when its extents are active. */
+bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length);
+/* The write is over. */
+void activity_leave(struct vs_engine *e, uint64_t offset, uint64_t length);
+void activity_pump(struct vs_engine *e);
+/* The control plane has recorded that the bitmap is void: go on without it. */
+void activity_void(struct vs_engine *e);
 
 #endif

@@ -1,49 +1,51 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The persistent dirty bitmap: a file that holds where two disks may differ,
- * over a crash of the process and of the host. See bitmap_file.c for its format
- * and for why no bit is lost.
+ * The dirty bitmap in a file: the difference map as it outlives this process,
+ * and, with the activity log (activity_log.h), this machine. See bitmap_file.c.
  */
 #ifndef VS_BITMAP_FILE_H
 #define VS_BITMAP_FILE_H
 
+#include <assert.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 
+#include "dirty_map.h"
 #include "shim.h"
 
 #define BITMAP_BLOCK_BYTES 4096u
-#define BITMAP_BLOCK_WORDS 510u /* of bits; the first two words of a block are its checksum and its number */
+#define BITMAP_BLOCK_WORDS 510u
+
+/* As it lies on the disk; little-endian machines only, as virtio 1.x itself. */
+struct bitmap_block {
+    uint64_t checksum; /* the exclusive or of bitmap_mix() of every word below and of "number" */
+    uint64_t number;   /* BITMAP_MAGIC + which block it is: a page of zeroes is no valid block */
+    uint64_t words[BITMAP_BLOCK_WORDS];
+};
+static_assert(sizeof(struct bitmap_block) == BITMAP_BLOCK_BYTES, "a block is a page");
 
 struct vs_bitmap {
     int fd;
     struct vs_bitmap_shape shape;
-    struct vs_bitmap_names names;
-    uint64_t regions, words, bit_blocks;
-    uint64_t log_bytes; /* of one of the two copies */
-    uint64_t bytes;     /* of the file */
-    uint8_t *map;       /* all of it, shared */
+    uint64_t words, blocks;
+    uint64_t log_bytes;    /* of one copy of the activity log */
+    uint8_t *map;          /* of the bit blocks */
+    uint64_t map_bytes;
     int sigbus_slot;
-    uint64_t log_sequence; /* of the copy that holds */
-    uint64_t *log_words;   /* the extents of the next copy, behind their count */
-    uint8_t *log_buffer;   /* the next copy as it is written */
+    uint64_t log_sequence; /* of the newest copy */
+    uint64_t bad_blocks;   /* found at open */
+    uint64_t log_regions;  /* set at open because their extent was active when the machine went down */
 };
 
-/* By the one thread that has it. */
-/* A word of bits, for the checksum to fit at once. Never waits for more than a page fault. */
-void bitmap_file_store(struct vs_bitmap *b, uint64_t word, uint64_t value);
-/* What a word holds; ~0 where the file does not know. */
-uint64_t bitmap_file_word(const struct vs_bitmap *b, uint64_t word);
-/* The mapping is gone (SIGBUS: the file was truncated, its disk is full or failing): nothing is stored any more. */
-bool bitmap_file_lost(const struct vs_bitmap *b);
-/* The header in the mapping; to be synced by the caller. */
-void bitmap_file_put_header(struct vs_bitmap *b, bool clean);
-
-/* The next copy of the activity log: extents go to bitmap_file_log_extents(), then sealed; what is to be
- * written where is told. After it is durable: bitmap_file_log_written(). */
-uint64_t *bitmap_file_log_extents(struct vs_bitmap *b);
-uint64_t bitmap_file_log_seal(struct vs_bitmap *b, uint64_t count);
-void bitmap_file_log_written(struct vs_bitmap *b);
+bool bitmap_fits(const struct vs_bitmap *b, uint64_t capacity_bytes, uint32_t region_bytes);
+/* What vs_bitmap_open() found is put into "into". */
+void bitmap_load(const struct vs_bitmap *b, struct dirty_map *into);
+/* dirty_map.stored: the file follows the map word by word. */
+void bitmap_store(void *bitmap, uint64_t word, uint64_t value);
+/* The file behind the mapping was cut short; what is stored goes nowhere. */
+bool bitmap_lost(const struct vs_bitmap *b);
+/* Where the copy of the activity log with this sequence number lies. */
+uint64_t bitmap_log_offset(const struct vs_bitmap *b, uint64_t sequence);
+uint64_t bitmap_mix(uint64_t place, uint64_t value);
 
 #endif

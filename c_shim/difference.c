@@ -32,6 +32,7 @@
 #include <string.h>
 
 #include "attachment.h"
+#include "bitmap_file.h"
 #include "engine.h"
 #include "request_path.h"
 
@@ -47,6 +48,17 @@ static uint64_t interval_ns(const struct vs_engine *e)
     return e->config.checkpoint_us * 1000;
 }
 
+/* The map as an earlier process has left it, if there was a peer; and the file follows it from here on. */
+static void load_bitmap(struct vs_engine *e)
+{
+    struct difference *d = &e->difference;
+    d->tracked = e->config.peer_tracked;
+    if (d->tracked)
+        bitmap_load(e->config.bitmap, &d->differs);
+    d->differs.stored = bitmap_store;
+    d->differs.keeper = e->config.bitmap;
+}
+
 int difference_init(struct vs_engine *e)
 {
     struct difference *d = &e->difference;
@@ -59,7 +71,10 @@ int difference_init(struct vs_engine *e)
     if ((rc = dirty_map_init(&d->differs, capacity, region)) < 0 ||
         (rc = dirty_map_init(&d->recent, capacity, region)) < 0)
         return rc;
-    return dirty_map_init(&d->settling, capacity, region);
+    rc = dirty_map_init(&d->settling, capacity, region);
+    if (rc == 0 && e->config.bitmap)
+        load_bitmap(e);
+    return rc;
 }
 
 void difference_free(struct vs_engine *e)

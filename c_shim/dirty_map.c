@@ -97,6 +97,11 @@ void dirty_map_clear(struct dirty_map *m, uint64_t offset, uint64_t length)
         store_range(m, first, last - 1, false);
 }
 
+void dirty_map_set_bits(struct dirty_map *m, uint64_t word, uint64_t bits)
+{
+    store(m, word, m->words[word] | bits);
+}
+
 void dirty_map_clear_bits(struct dirty_map *m, uint64_t word, uint64_t bits)
 {
     store(m, word, m->words[word] & ~bits);

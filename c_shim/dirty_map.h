@@ -36,7 +36,8 @@ void dirty_map_clear_all(struct dirty_map *m);
 /* Sets (clears) every region that the range touches (covers whole, or up to the capacity). */
 void dirty_map_set(struct dirty_map *m, uint64_t offset, uint64_t length);
 void dirty_map_clear(struct dirty_map *m, uint64_t offset, uint64_t length);
-/* Clears these bits of one word. */
+/* Sets (clears) these bits of one word. */
+void dirty_map_set_bits(struct dirty_map *m, uint64_t word, uint64_t bits);
 void dirty_map_clear_bits(struct dirty_map *m, uint64_t word, uint64_t bits);
 /* Whether every (any) region that the range touches is dirty. */
 bool dirty_map_all_dirty(const struct dirty_map *m, uint64_t offset, uint64_t length);

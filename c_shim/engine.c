@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "attachment.h"
+#include "bitmap_file.h"
 #include "request_path.h"
 #include "snapshot.h"
 
@@ -181,6 +182,9 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_MIRROR_STOP:
         mirror_stop(e, (uint32_t)c->value);
         break;
+    case VS_CMD_BITMAP_VOID:
+        activity_void(e);
+        break;
     case VS_CMD_RECORD_WRITTEN:
         record_written(e, c->value);
         break;
@@ -311,6 +315,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     e->host.now_ns = clock_ns();
     disk_run_done(&e->host); /* what completed at once */
     guest_flush_pump(e);
+    activity_pump(e);
     queues_notify(e);
     replicator_pump(e);
     copier_pump(e);
@@ -324,7 +329,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
 static bool idle_for_good(const struct vs_engine *e)
 {
     return e->source->stats.in_flight == 0 && (!e->mirror.disk || e->mirror.disk->stats.in_flight == 0) &&
-           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && list_empty(&e->host.done);
+           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->activity.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
@@ -401,6 +406,9 @@ static void free_engine(struct vs_engine *e)
     repl_log_free(&e->log);
     dirty_map_free(&e->to_copy);
     difference_free(e);
+    activity_free(e);
+    if (e->config.bitmap)
+        vs_bitmap_close(e->config.bitmap);
     disk_host_free(&e->host);
     mailbox_free(&e->mailbox);
     free(e);
@@ -421,7 +429,7 @@ static int init_engine(struct vs_engine *e, const char **step)
     if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
         (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0)
         return rc;
-    if ((rc = difference_init(e)) < 0)
+    if ((rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0)
         return rc;
     /* A region is copied as a whole. */
     return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);
@@ -433,7 +441,8 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
     return (c->block_bytes == 512 || c->block_bytes == 4096) && c->capacity_bytes > 0 &&
            c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
            source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 && region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX &&
-           (region & (region - 1)) == 0;
+           (region & (region - 1)) == 0 &&
+           (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region));
 }
 
 int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step)
@@ -453,6 +462,7 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     guest_memory_catch_sigbus();
     rc = init_engine(e, step);
     if (rc < 0) {
+        e->config.bitmap = NULL; /* still the caller's */
         free_engine(e);
         return rc;
     }
@@ -473,6 +483,7 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     sem_destroy(&start.ready);
     if (rc < 0) {
         *step = start.step;
+        e->config.bitmap = NULL;
         free_engine(e);
         return rc;
     }

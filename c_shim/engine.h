@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "activity_log.h"
 #include "blk_request.h"
 #include "copier.h"
 #include "counts.h"
@@ -92,6 +93,8 @@ struct request {
     struct range_slot slot;
     struct disk_io io;
     struct flush_waiter flush;
+    struct activity_wait activity;
+    bool in_extents; /* it has entered the activity log */
     struct blk_request blk; /* last: the iovec array is large and mostly cold */
 };
 
@@ -121,6 +124,7 @@ struct vs_engine {
     struct copier copier;
     struct dirty_map to_copy; /* regions that this copy has still to do */
     struct difference difference;
+    struct activity activity;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;

@@ -2,7 +2,7 @@
  *
  * READ FIRST. A request's way, from pop to push.
  *
- *   peek -> parse -> room -> take -> [range slot] -> source I/O -> counts, log
+ *   peek -> parse -> room -> take -> [extent] -> [range slot] -> source I/O -> counts, log
  *        -> [durability] -> status, push
  *
  * A request is one struct from take to push. Where it can be, and what may
@@ -11,6 +11,7 @@
  *   in the ring        it is parsed where it lies; it stays there while there
  *                      is no struct, no log room or no credit for it, so that
  *                      stopping a ring never waits for the destination's room
+ *   waiting for an extent  the activity log is being written (activity_log.c)
  *   waiting for a slot an overlapping write is on its way to the source
  *   at the source      disk_io in flight
  *   waiting for durability  a flush, or a write-through write (guest_flush.c)
@@ -109,6 +110,8 @@ static void leave_source(struct request *r)
 {
     struct mirror *m = &r->engine->mirror;
     range_release(&r->engine->source_slots, &r->slot);
+    if (r->in_extents)
+        activity_leave(r->engine, r->blk.offset, r->blk.length);
     if (still_captured(r))
         m->captured_writes--;
     else
@@ -261,6 +264,21 @@ static bool reserve(struct request *r)
     return true;
 }
 
+/* The bit before the data (rule 4), then its turn. */
+static void take_slot(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    difference_mark(e, r->blk.offset, r->blk.length);
+    r->slot.grant = slot_granted;
+    if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
+        to_source(r);
+}
+
+static void entered(struct activity_wait *w)
+{
+    take_slot(container_of(w, struct request, activity));
+}
+
 /* Virtio 1.x, 5.2.6.2: write-back only if the driver can flush or said so. */
 static bool is_write_through(const struct queue *q)
 {
@@ -272,7 +290,6 @@ static void start_write(struct request *r)
 {
     struct vs_engine *e = r->engine;
     struct mirror *m = &e->mirror;
-    difference_mark(e, r->blk.offset, r->blk.length);
     if (own_buffer(r))
         gather_data(r, own_buffer(r));
     if (guest_memory_lost(&r->queue->attachment->memory)) {
@@ -289,9 +306,10 @@ static void start_write(struct request *r)
         m->captured_writes++;
     else
         m->uncaptured_writes++;
-    r->slot.grant = slot_granted;
-    if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
-        to_source(r);
+    r->activity.entered = entered;
+    r->in_extents = e->difference.tracked && e->activity.bitmap;
+    if (!r->in_extents || activity_enter(e, &r->activity, r->blk.offset, r->blk.length))
+        take_slot(r);
 }
 
 static void answer_id(struct request *r)

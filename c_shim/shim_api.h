@@ -25,17 +25,16 @@ enum vs_limit {
     VS_ZERO_SECTORS_MAX = 524288, /* one discard or write-zeroes: 256 MiB */
     VS_COMMANDS_MAX = 512,
     VS_DIRTY_REGION_BYTES_MAX = 67108864,
+    VS_BITMAP_REGIONS_MAX = 268435456,
+    VS_EXTENTS_MIN = 64,
+    VS_EXTENTS_MAX = 65536,
+    VS_EXTENT_BYTES_MAX = 1073741824,
     VS_DOUBT_RANGES_MAX = 64,
-    VS_AL_EXTENTS_MAX = 65536,
-    VS_AL_EXTENT_BYTES_MIN = 1048576,
-    VS_AL_EXTENT_BYTES_MAX = 1073741824,
-    VS_AL_BYTES_MIN = 536870912, /* all active extents together: twice the largest request */
     VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
 
 typedef struct vs_engine vs_engine;
 typedef struct vs_disk vs_disk;
-typedef struct vs_bitmap vs_bitmap;
 
 /* ---- disks ------------------------------------------------------------- */
 
@@ -59,41 +58,31 @@ vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct);
 /* Only for a disk that no engine owns (yet, or any more). */
 void vs_disk_close(vs_disk *disk);
 
-/* ---- the persistent dirty bitmap ----------------------------------------- */
+/* ---- the dirty bitmap's file -------------------------------------------- */
+
+typedef struct vs_bitmap vs_bitmap;
 
 struct vs_bitmap_shape {
     uint64_t capacity_bytes;
-    uint64_t al_extent_bytes; /* a power of two */
+    uint64_t extent_bytes;  /* power of two, at least a region */
     uint32_t region_bytes;
-    uint32_t al_extents;
+    uint32_t extents;       /* active at once */
 };
 
-struct vs_bitmap_names {
-    uint8_t uuid[16];        /* of the file, from here on */
-    uint8_t former_uuid[16]; /* as the state record has it */
-    uint8_t pair[32];        /* of the two disks, whichever is the source */
-    uint8_t boot[16];        /* of the host */
-    uint64_t known;          /* 0: the state record knows no bitmap; the others but boot mean nothing */
-    uint64_t zero;
+enum vs_bitmap_open {
+    VS_BITMAP_FRESH = 0,            /* everything differs; what the file held is overwritten */
+    VS_BITMAP_SAME_BOOT = 1,        /* the page cache has outlived the last process */
+    VS_BITMAP_AFTER_HOST_CRASH = 2  /* it has not: what the activity log names differs too */
 };
 
-enum vs_bitmap_verdict {
-    VS_BITMAP_VALID = 0,
-    VS_BITMAP_BLANK,       /* empty, or zeroes */
-    VS_BITMAP_FOREIGN,     /* not of this program: not touched, and not opened */
-    VS_BITMAP_VERSION,
-    VS_BITMAP_DAMAGED,     /* its header */
-    VS_BITMAP_STALE,       /* not the one that the state record means */
-    VS_BITMAP_OTHER_DISKS,
-    VS_BITMAP_OTHER_SHAPE, /* capacity or region size */
-    VS_BITMAP_SHORT
-};
-
-/* Takes over what the file holds (VS_BITMAP_VALID), or, and says why, begins anew, with every bit set.
- * Owns fd on success. Or a negative errno. Blocks. */
-int vs_bitmap_open(int fd, const struct vs_bitmap_shape *shape, const struct vs_bitmap_names *names, vs_bitmap **out);
-/* Only for one that no engine owns. clean: every bit is right; then 0 or a negative errno. Blocks. */
-int vs_bitmap_close(vs_bitmap *bitmap, int clean);
+/* How large the file has to be; 0: the shape is out of range. */
+uint64_t vs_bitmap_file_bytes(const struct vs_bitmap_shape *shape);
+/* May block. Owns fd on success. 0 or a negative errno; -EUCLEAN: the file is too short. */
+int vs_bitmap_open(int fd, const struct vs_bitmap_shape *shape, enum vs_bitmap_open how, vs_bitmap **out);
+/* Blocks that were damaged (all their regions differ), regions that the activity log has added. */
+void vs_bitmap_found(const vs_bitmap *bitmap, uint64_t *bad_blocks, uint64_t *log_regions);
+/* May block. Only of one that no engine owns. 0, or why it is not durable. */
+int vs_bitmap_close(vs_bitmap *bitmap);
 
 /* ---- the engine -------------------------------------------------------- */
 
@@ -110,6 +99,8 @@ struct vs_engine_config {
     uint32_t dirty_region_bytes; /* power of two */
     uint32_t copy_depth;         /* region copies in flight */
     uint32_t writeback;          /* 1: WCE on by default */
+    uint32_t peer_tracked;       /* the bitmap tells what differs from a peer that is known */
+    vs_bitmap *bitmap;           /* NULL: none. Owned on success */
     char serial[20];
 };
 
@@ -150,6 +141,7 @@ enum vs_command_kind {
     VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
     VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not steady */
     VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
+    VS_CMD_BITMAP_VOID,       /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
     VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else -ETIMEDOUT, gate reopened */
     VS_CMD_UNGATE,
@@ -209,7 +201,8 @@ enum vs_event_kind {
     VS_EV_QUEUE_BROKEN,    /* attachment, queue, reason: enum vs_breach */
     VS_EV_ATTACHMENT_LOST, /* attachment: its memory is gone (SIGBUS) */
     VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
-    VS_EV_FENCE_CLEAR      /* the last late request of a former destination is over */
+    VS_EV_FENCE_CLEAR,     /* the last late request of a former destination is over */
+    VS_EV_BITMAP_FAILED    /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
 };
 
 enum vs_breach {
@@ -303,7 +296,9 @@ struct vs_snapshot {
     uint64_t copy_bytes_done;    /* of copy_bytes_total; never falls within one copy */
     uint64_t copy_bytes_sparse;  /* of copy_bytes_done: holes and zeroes that were not written out */
     uint64_t differing_bytes;    /* where source and peer may differ, while one is tracked */
+    uint64_t bitmap_syncs;       /* flushes of the bitmap's file so far */
     uint32_t tracked;
+    uint32_t bitmap_in_use;
     uint64_t throttled_ns;       /* how long writes waited for room in the log */
     uint64_t wakeups;            /* of the engine's thread */
     uint64_t syscalls;           /* io_uring_enter and notifications */

@@ -24,6 +24,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->copy_bytes_total = e->copier.bytes_total;
     s->copy_bytes_done = e->copier.bytes_done;
     s->copy_bytes_sparse = e->copier.bytes_sparse;
+    s->bitmap_in_use = e->activity.bitmap != NULL;
+    s->bitmap_syncs = e->activity.syncs;
     s->tracked = e->difference.tracked;
     s->differing_bytes = e->difference.tracked ? dirty_map_bytes(&e->difference.differs) : 0;
     s->throttled_ns = e->throttled_ns + (e->throttled_since_ns ? engine_now(e) - e->throttled_since_ns : 0);

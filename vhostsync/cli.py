@@ -347,7 +347,26 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         type=_size,
         dest="dirty_region_bytes",
         metavar="SIZE",
-        help="what one dirty bit stands for (default 64K)",
+        help="what one dirty bit stands for (default 64K, more above 2 TiB)",
+    )
+    mirror.add_argument(
+        "--bitmap",
+        type=Path,
+        metavar="PATH",
+        help="keep what differs there, so that after a restart or crash only that is copied",
+    )
+    mirror.add_argument(
+        "--al-extents",
+        type=int,
+        metavar="N",
+        help="of the bitmap: parts of the disk that may be written to without a flush of it (default 1024)",
+    )
+    mirror.add_argument(
+        "--al-extent-size",
+        type=_size,
+        dest="al_extent_bytes",
+        metavar="SIZE",
+        help="size of such a part; N times it is copied again after a host crash (default 4M)",
     )
     record = serve.add_argument_group("the state record (which disk is the current one)")
     record.add_argument(

@@ -37,6 +37,9 @@ TIMEOUT_S_MAX: Final = 3600.0
 COPY_DEPTH_MAX: Final = 16
 DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
 DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
+DIRTY_REGIONS: Final = 1 << 25  # so many need no larger regions: 4 MiB a map
+AL_EXTENTS_MIN: Final = 64
+AL_EXTENTS_MAX: Final = 65536
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
 SPEED_BYTES_PER_S_MAX: Final = 2**63 - 1
 
@@ -128,6 +131,9 @@ class ServeConfig:
     write_cache: bool = True  # the default of virtio's WCE; False is write-through
     state_file: Path | None = None  # None: state_index.py finds or names it
     no_state_file: bool = False
+    bitmap: Path | None = None  # where the differences outlive the process
+    al_extents: int = 1024
+    al_extent_bytes: int = 4 * MIB
     control_path: Path | None = None  # None: "<socket_path>.control"
     log_bytes: int = 64 * MIB
     max_lag_ms: int = 500
@@ -135,13 +141,13 @@ class ServeConfig:
     destination_timeout_s: float = 10.0
     stop_timeout_s: float = 1.0
     copy_depth: int = 8  # region copies of 1 MiB in flight
-    dirty_region_bytes: int = 64 * KIB
+    dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
     metrics: Path | TcpAddress | None = None
     log_format: LogFormat = "auto"
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
-        for name in ("blk_file", "socket_path", "state_file", "control_path"):
+        for name in ("blk_file", "socket_path", "state_file", "control_path", "bitmap"):
             path = getattr(self, name)
             if path is not None:
                 object.__setattr__(self, name, _absolute(path))
@@ -158,6 +164,11 @@ class ServeConfig:
             raise ConfigError(f"--fd {self.fd} is not a file descriptor.")
         if self.no_state_file and self.state_file is not None:
             raise ConfigError("Give --state-file or --no-state-file, not both.")
+        if self.no_state_file and self.bitmap is not None:
+            raise ConfigError(
+                "--bitmap needs the state record, which tells whether the bitmap may be believed; leave out "
+                "--no-state-file."
+            )
         sockets = [("--socket-path", self.socket_path), ("--control", self.control_socket)]
         if isinstance(self.metrics, Path):
             sockets.append(("--metrics", self.metrics))
@@ -196,11 +207,24 @@ class ServeConfig:
         ):
             _within(option, seconds, 0.001, TIMEOUT_S_MAX, " seconds")
         _within("--copy-depth", self.copy_depth, 1, COPY_DEPTH_MAX)
+        _within("--al-extents", self.al_extents, AL_EXTENTS_MIN, AL_EXTENTS_MAX)
+        _within("--al-extent-size", self.al_extent_bytes, DIRTY_REGION_BYTES_MIN, GIB)
+        if self.al_extent_bytes & (self.al_extent_bytes - 1):
+            raise ConfigError(f"--al-extent-size {self.al_extent_bytes} is not a power of two.")
+        if self.dirty_region_bytes is None:
+            return
         _within(
             "--dirty-region-size", self.dirty_region_bytes, DIRTY_REGION_BYTES_MIN, DIRTY_REGION_BYTES_MAX
         )
         if self.dirty_region_bytes & (self.dirty_region_bytes - 1):
             raise ConfigError(f"--dirty-region-size {self.dirty_region_bytes} is not a power of two.")
+
+    def region_bytes(self, capacity_bytes: int) -> int:
+        """What one dirty bit stands for, on a disk of this size."""
+        region = self.dirty_region_bytes or 64 * KIB
+        while self.dirty_region_bytes is None and capacity_bytes // region > DIRTY_REGIONS:
+            region *= 2
+        return region
 
     @property
     def control_socket(self) -> Path | None:

@@ -24,17 +24,18 @@ import structlog
 
 from vhostsync import disks, events
 from vhostsync import log as logging
+from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
 from vhostsync.disks import Disk
-from vhostsync.engine import Engine, EngineConfig, EngineEvent, EventKind, probe
+from vhostsync.engine import Engine, EngineConfig, EngineEvent, EventKind, bitmap_file_bytes, probe
 from vhostsync.errors import DiskError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.state_index import open_state_file
-from vhostsync.state_record import StateFile, StateRecord, Worth, check_start
+from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth, check_start
 from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.virtio_blk import BlkDevice, DeviceShape
@@ -73,9 +74,19 @@ class Opened:
     disk: Disk
     state_file: StateFile | None
     record: StateRecord | None
+    bitmap: BitmapFile | None = None
+    peer_left: DiskIdentity | None = None  # how the peer looked at the last clean end
+
+    @property
+    def peer_known(self) -> bool:
+        """The bitmap tells where the peer differs."""
+        record = self.record
+        return self.bitmap is not None and record is not None and record.bitmap == self.bitmap.token
 
     def close(self) -> None:
         self.disk.close()
+        if self.bitmap is not None:
+            self.bitmap.close(clean=True)
         if self.state_file is not None:
             self.state_file.close()
 
@@ -89,27 +100,58 @@ def open_device(config: ServeConfig) -> Opened:
         lock_timeout_s=SOURCE_LOCK_S,
         probe=probe,
     )
-    state_file = None
+    state_file, bitmap = None, None
     try:
         if config.no_state_file:
             return Opened(disk, None, None)
         state_file = open_state_file(config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S)
-        return Opened(disk, state_file, _follow_record(state_file, disk))
+        found, record = _check_record(state_file, disk)
+        if config.bitmap is not None and not config.read_only:
+            bitmap = _open_bitmap(config, disk, record)
+        record = _follow_record(state_file, found, record, disk, bitmap)
+        left = found.peer if found is not None and found.clean else None
+        return Opened(disk, state_file, record, bitmap, left)
     except BaseException:
+        if bitmap is not None:
+            bitmap.close(clean=False)
         disk.close()
         if state_file is not None:
             state_file.close()
         raise
 
 
-def _follow_record(state_file: StateFile, disk: Disk) -> StateRecord | None:
+def _check_record(state_file: StateFile, disk: Disk) -> tuple[StateRecord | None, StateRecord | None]:
+    """What was found, and with what this run may begin. StateRecordError."""
     found = state_file.load()
     if found is None:
-        return None
+        return None, None
     record = check_start(found, disk.identity, state_file.path)
-    if disk.read_only:
+    now = disks.identify(disk.fd.fileno(), disk.path, with_ctime=True)
+    if found.clean and record.bitmap is not None and (why := now.changed_since(found.current)):
+        log.warning("somebody changed the disk: its peer needs a full copy", path=str(disk.path), why=why)
+        record = record.with_bitmap(None)
+    return found, record
+
+
+def _open_bitmap(config: ServeConfig, disk: Disk, record: StateRecord | None) -> BitmapFile:
+    assert config.bitmap is not None
+    capacity = device_shape(config, disk).capacity_bytes
+    region_bytes = config.region_bytes(capacity)
+    shape = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
+    return BitmapFile.open(config.bitmap, shape, bitmap_file_bytes(shape), record)
+
+
+def _follow_record(
+    state_file: StateFile, found: StateRecord | None, record: StateRecord | None, disk: Disk,
+    bitmap: BitmapFile | None,
+) -> StateRecord | None:
+    """Writes what has to be known durably before the guest is served."""
+    if record is None or disk.read_only:
         return record
-    record = replace(record, clean=False)
+    assert found is not None
+    # A bitmap that sees not every write of this run is worth nothing after it.
+    trusted = bitmap is not None and bitmap.trust is not Trust.FRESH
+    record = replace(record, clean=False, bitmap=bitmap.token if bitmap is not None and trusted else None)
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
@@ -156,7 +198,7 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         checkpoint_s=CHECKPOINT_S,
         num_queues=config.num_queues,
         read_only=config.read_only,
-        dirty_region_bytes=config.dirty_region_bytes,
+        dirty_region_bytes=config.region_bytes(shape.capacity_bytes),
         copy_depth=config.copy_depth,
         writeback=config.write_cache,
         serial=config.serial,
@@ -229,6 +271,7 @@ class Backend:
                 "log-bytes-used": snapshot.log_bytes_used,
                 "log-bytes": self.engine.config.log_bytes,
                 "requests-waiting": snapshot.requests_waiting,
+                "bitmap-flushes": snapshot.bitmap_syncs,
             },
         }
 
@@ -293,7 +336,9 @@ async def _serve(config: ServeConfig) -> None:
         shape = device_shape(config, opened.disk)
         endpoint = _open_endpoint(config)
         try:
-            engine = await Engine.create(engine_config(config, shape), opened.disk)
+            engine = await Engine.create(
+                engine_config(config, shape), opened.disk, opened.bitmap, peer_known=opened.peer_known
+            )
             try:
                 mirror = await _serve_device(config, opened, shape, engine, endpoint)
             finally:
@@ -303,7 +348,7 @@ async def _serve(config: ServeConfig) -> None:
             endpoint.close()
         await anyio.to_thread.run_sync(mirror.record_clean)
     finally:
-        opened.close()
+        await anyio.to_thread.run_sync(opened.close)
     log.info("ended", disk=str(mirror.source_path))
 
 
@@ -318,7 +363,9 @@ async def _serve_device(
     config: ServeConfig, opened: Opened, shape: DeviceShape, engine: Engine, endpoint: listener.Endpoint
 ) -> Mirror:
     hub = EventHub()
-    mirror = Mirror(engine, opened.disk, hub, opened.state_file, opened.record)
+    mirror = Mirror(
+        engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
+    )
     backend = Backend(config, engine, mirror, hub)
     frontends = FrontendServer(BlkDevice(shape), engine.attach, hub.publish)
     backend.frontends = frontends

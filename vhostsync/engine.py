@@ -8,21 +8,26 @@ watches. So nothing here blocks the event loop, and no Python object is ever tou
 
 import errno
 import functools
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, Final
 
 import anyio
 import anyio.to_thread
+import structlog
 
 from vhostsync._shim import ffi, lib
 from vhostsync._source_hash import expected_source_hash
+from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.disks import Disk, DiskProbe
-from vhostsync.errors import EngineError
+from vhostsync.errors import ConfigError, EngineError
 from vhostsync.snapshot import DISK_OPS, ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
+
+log = structlog.get_logger(__name__)
 
 _built = ffi.string(lib.vs_source_hash()).decode()
 if (_expected := expected_source_hash()) not in (None, _built):
@@ -62,6 +67,7 @@ class EventKind(IntEnum):
     QUEUE_BROKEN = lib.VS_EV_QUEUE_BROKEN
     ATTACHMENT_LOST = lib.VS_EV_ATTACHMENT_LOST
     IO_ERROR = lib.VS_EV_IO_ERROR
+    BITMAP_FAILED = lib.VS_EV_BITMAP_FAILED
     FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
 
 
@@ -139,6 +145,42 @@ def _engine_disk(disk: Disk) -> Any:
     return handle
 
 
+def _c_shape(shape: Shape) -> Any:
+    return ffi.new("struct vs_bitmap_shape *", asdict(shape))
+
+
+def bitmap_file_bytes(shape: Shape) -> int:
+    """How large the file of a dirty bitmap is. ConfigError."""
+    size: int = lib.vs_bitmap_file_bytes(_c_shape(shape))
+    if size == 0:
+        raise ConfigError(
+            f"A bitmap with regions of {shape.region_bytes} bytes and {shape.extents} extents of "
+            f"{shape.extent_bytes} bytes does not suit a disk of {shape.capacity_bytes} bytes: at most "
+            f"{lib.VS_BITMAP_REGIONS_MAX:,} regions, extents no smaller than a region, and room for 1 GiB in "
+            f"the extents; change --dirty-region-size, --al-extents or --al-extent-size."
+        )
+    return size
+
+
+def _engine_bitmap(file: BitmapFile) -> Any:
+    """A vs_bitmap on a descriptor of its own. EngineError."""
+    out = ffi.new("vs_bitmap **")
+    fd = os.dup(file.fd)
+    rc = lib.vs_bitmap_open(fd, _c_shape(file.header.shape), int(file.trust), out)
+    if rc < 0:
+        os.close(fd)
+        raise EngineError.from_errno(f"opening the bitmap {file.path}", rc)
+    bad, added = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    lib.vs_bitmap_found(out[0], bad, added)
+    if file.trust is not Trust.FRESH:
+        log.info(
+            "the dirty bitmap goes on", path=str(file.path), damaged_blocks=bad[0],
+            after_host_crash=file.trust is Trust.AFTER_HOST_CRASH, regions_by_activity_log=added[0],
+        )  # fmt: skip
+    file.opened_by_engine()
+    return out[0]
+
+
 _SETUP_ADVICE: Final = {
     errno.EPERM: "a seccomp profile or kernel.io_uring_disabled forbids io_uring here; allow it",
     errno.ENOMEM: "the limit on locked memory is too small; raise it (LimitMEMLOCK=, ulimit -l)",
@@ -167,12 +209,17 @@ class Engine:
         self._attachments: dict[int, EngineAttachment] = {}
 
     @classmethod
-    async def create(cls, config: EngineConfig, source: Disk) -> "Engine":
-        """Start the data plane on `source`, whose descriptor it then owns. EngineError."""
-        return await anyio.to_thread.run_sync(cls._create, config, source)
+    async def create(
+        cls, config: EngineConfig, source: Disk, bitmap: BitmapFile | None = None, *, peer_known: bool = False
+    ) -> "Engine":
+        """Start the data plane on `source`, whose descriptor it then owns. `peer_known`: the bitmap tells
+        what differs from a peer. EngineError."""
+        return await anyio.to_thread.run_sync(cls._create, config, source, bitmap, peer_known)
 
     @classmethod
-    def _create(cls, config: EngineConfig, source: Disk) -> "Engine":
+    def _create(
+        cls, config: EngineConfig, source: Disk, bitmap: BitmapFile | None, peer_known: bool
+    ) -> "Engine":
         c_config = ffi.new("struct vs_engine_config *")
         c_config.capacity_bytes = config.capacity_bytes
         c_config.block_bytes = config.block_bytes
@@ -187,11 +234,15 @@ class Engine:
         c_config.copy_depth = config.copy_depth
         c_config.writeback = config.writeback
         c_config.serial = config.serial.encode("ascii")
+        c_config.peer_tracked = peer_known
+        c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
         rc = lib.vs_engine_create(c_config, disk, out, step)
         if rc < 0:
             lib.vs_disk_close(disk)
+            if bitmap is not None:
+                lib.vs_bitmap_close(c_config.bitmap)
             doing = f"starting the data plane failed in {ffi.string(step[0]).decode()}"
             if -rc in _SETUP_ADVICE:
                 doing += f" ({_SETUP_ADVICE[-rc]})"
@@ -297,6 +348,10 @@ class Engine:
         """Returns when the destination (both disks) holds durably all that the guest had written when this
         began."""
         await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing the destination", value=int(both_disks))
+
+    async def bitmap_void(self) -> None:
+        """The state record names no bitmap any more: go on without."""
+        await self.command(lib.VS_CMD_BITMAP_VOID, "going on without a bitmap")
 
     async def record_written(self, error_number: int) -> None:
         """The state record says (0), or could not be made to say, that the destination is outdated."""

@@ -40,6 +40,10 @@ class StateRecordError(VhostsyncError):
     """The state record is damaged, or it names another disk as the current one."""
 
 
+class BitmapError(VhostsyncError):
+    """The file of the dirty bitmap cannot be used: in use, no room, no right."""
+
+
 class FrontendError(VhostsyncError):
     """A frontend sent what it must not; its connection ends."""
 

@@ -29,6 +29,7 @@ import anyio.to_thread
 import structlog
 
 from vhostsync import events
+from vhostsync.bitmap import BitmapFile
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again, open_destination
 from vhostsync.disks import Disk
@@ -38,7 +39,7 @@ from vhostsync.events import EventHub
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchResult
 from vhostsync.peer import Peer
 from vhostsync.snapshot import Snapshot, State
-from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
+from vhostsync.state_record import DiskIdentity, Prepared, StateFile, StateRecord, Worth
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +78,9 @@ REASONS: Final = {
 }
 
 
+_TO_RECORD: Final = (EventKind.STATE, EventKind.DEGRADED, EventKind.FENCE_CLEAR, EventKind.BITMAP_FAILED)
+
+
 class Mirror:
     """The mirror of one device. `run` must run as long as it is used."""
 
@@ -87,6 +91,8 @@ class Mirror:
         hub: EventHub,
         state_file: StateFile | None,
         record: StateRecord | None,
+        bitmap: BitmapFile | None = None,
+        peer_left: DiskIdentity | None = None,
     ) -> None:
         self.state = MirrorState.PASSTHROUGH
         self._engine = engine
@@ -97,6 +103,9 @@ class Mirror:
         self._full_copy_reason: str | None = None
         self._state_file = state_file
         self._record = record if record is not None else StateRecord.first(source.identity)
+        self._bitmap = bitmap
+        if bitmap is not None and self._record.peer is not None and self._record.bitmap == bitmap.token:
+            self._peer.known(self._record.peer, peer_left)
         self._read_only = source.read_only
         self._busy: str | None = None
         self._record_lock = anyio.Lock()
@@ -132,7 +141,7 @@ class Mirror:
             if self._fenced_path is not None:
                 log.info("the last request of the former destination is over", path=str(self._fenced_path))
             self._fenced_path = None
-        if event.kind in (EventKind.STATE, EventKind.DEGRADED, EventKind.FENCE_CLEAR):
+        if event.kind in _TO_RECORD:
             self._to_record.append(event)
         self._wake()
 
@@ -214,6 +223,8 @@ class Mirror:
         """The record follows the engine, which waits only where a steady destination was lost."""
         if event.kind is EventKind.FENCE_CLEAR:
             await anyio.to_thread.run_sync(self._peer.look)
+        elif event.kind is EventKind.BITMAP_FAILED:
+            await self._give_up_bitmap(event.error)
         elif event.kind is EventKind.DEGRADED:
             await self._record_outdated()
         elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
@@ -246,6 +257,22 @@ class Mirror:
             if not error_number:
                 return
             await anyio.sleep(RECORD_RETRY_S)
+
+    async def _give_up_bitmap(self, error_number: int) -> None:
+        """Writes that need it are held until a crash cannot make anybody believe it."""
+        self._last_error = str(EngineError.from_errno("writing the dirty bitmap", error_number))
+        log.error("going on without the dirty bitmap", error=self._last_error)
+        self._hub.publish(events.BITMAP_FAILED, {"error": self._last_error})
+        while True:
+            try:
+                async with self._record_lock:
+                    await self._write_record(self._record.with_bitmap(None))
+                    self._bitmap = None
+                break
+            except StateRecordError as error:
+                log.error("writes wait until the state record can be written", error=str(error))
+                await anyio.sleep(RECORD_RETRY_S)
+        await self._engine.bitmap_void()
 
     async def _write_record(self, record: StateRecord) -> None:
         """Under the lock, which also covers what the record was made of and what must follow it: two writers
@@ -305,6 +332,7 @@ class Mirror:
             copy_bytes_done=now.copy_bytes_done,
             copy_bytes_sparse=now.copy_bytes_sparse,
             differing_bytes=now.differing_bytes,
+            bitmap=str(self._bitmap.path) if self._bitmap is not None else None,
             full_copy_reason=self._full_copy_reason,
             copy_rate_bytes_per_s=rate,
             copy_remaining_s=remaining_s,
@@ -378,21 +406,36 @@ class Mirror:
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         place = Place.of(disk)
         full_copy_reason = "it was asked for" if target.full else await self._why_full(disk)
+        resync = full_copy_reason is None
         async with self._record_lock:
             former = self._record
-            await self._write_record(former.with_peer(disk.identity))
+            await self._write_record(former.with_peer(disk.identity, former.bitmap if resync else None))
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
                 self._destination, self._last_error = place, None
-                await self._engine.mirror_start(disk, resync=full_copy_reason is None)
+                await self._engine.mirror_start(disk, resync=resync)
             except EngineError:
                 self._destination = None
                 await self._write_record(former)
                 raise
+            if not resync:
+                await self._begin_bitmap(place)
         self._peer.attached(place)
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=str(place.path), everything_because=full_copy_reason)
+
+    async def _begin_bitmap(self, place: Place) -> None:
+        """The engine has marked that everything differs; once that is durable, the record may name it."""
+        bitmap = self._bitmap
+        if bitmap is None:
+            return
+        try:
+            await anyio.to_thread.run_sync(bitmap.new_peer, (self._source.identity, place.identity))
+            await self._write_record(self._record.with_bitmap(bitmap.token))
+        except (OSError, VhostsyncError) as error:
+            # The record names none: a restart copies everything, and loses nothing.
+            log.error("the dirty bitmap is not used for this destination", error=str(error))
 
     async def _why_full(self, disk: Disk) -> str | None:
         await anyio.to_thread.run_sync(self._peer.look)
@@ -407,6 +450,15 @@ class Mirror:
             if self.state is MirrorState.STEADY and not force:
                 await self._drain("mirror-cancel --force lets go without that")
             await self._let_go()
+            if not force:
+                await self._see_it_off()
+
+    async def _see_it_off(self) -> None:
+        """Whoever changes the destination after the command has returned is to be noticed."""
+        with anyio.move_on_after(FENCE_WAIT_S):
+            while self._fenced_path is not None:
+                await self._changed.wait()
+            await anyio.to_thread.run_sync(self._peer.look)
 
     async def _drain(self, otherwise: str) -> None:
         try:

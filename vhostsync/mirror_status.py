@@ -25,6 +25,7 @@ class MirrorStatus:
     copy_bytes_done: int
     copy_bytes_sparse: int
     differing_bytes: int | None  # what a mirror-start to the same destination would copy; None: everything
+    bitmap: str | None  # where that is kept; None: in memory alone
     full_copy_reason: str | None  # why the last copy was of everything
     copy_rate_bytes_per_s: float
     copy_remaining_s: float | None

@@ -88,6 +88,8 @@ class Snapshot:
     copy_bytes_done: int
     copy_bytes_sparse: int
     differing_bytes: int | None
+    bitmap_in_use: bool
+    bitmap_syncs: int
     throttled_ns: int
     wakeups: int
     syscalls: int
@@ -139,6 +141,8 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         copy_bytes_total=s.copy_bytes_total,
         copy_bytes_done=s.copy_bytes_done,
         copy_bytes_sparse=s.copy_bytes_sparse,
+        bitmap_in_use=bool(s.bitmap_in_use),
+        bitmap_syncs=s.bitmap_syncs,
         differing_bytes=s.differing_bytes if s.tracked else None,
         throttled_ns=s.throttled_ns,
         wakeups=s.wakeups,

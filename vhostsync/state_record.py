@@ -15,7 +15,7 @@ something else was written after refuses to be committed.
 How `serve`, given any disk of a lineage, finds its record when the operator named none: see `state_index`.
 
 What this leaves out: a second copy for a medium that loses sectors (a damaged record is refused with a
-sentence, never guessed at), and the dirty bitmap.
+sentence, never guessed at). The dirty bitmap is a file of its own (`bitmap`), which the record names.
 """
 
 import fcntl
@@ -133,12 +133,15 @@ class StateRecord:
     outdated_since: str | None = None
     clean: bool = False
     superseded: tuple[DiskIdentity, ...] = ()
+    bitmap: str | None = None  # the token of the dirty bitmap that knows where the peer may differ
 
     def __post_init__(self) -> None:
         if (self.peer is None) != (self.peer_worth is None):
             raise ValueError("peer and peer_worth go together")
         if self.outdated_since is not None and self.peer_worth is not Worth.OUTDATED:
             raise ValueError("outdated_since belongs to an outdated peer")
+        if self.bitmap is not None and self.peer is None:
+            raise ValueError("a bitmap belongs to a peer")
         if self.epoch < 1 or len(self.superseded) > SUPERSEDED_MAX:
             raise ValueError("epoch or superseded out of range")
 
@@ -146,16 +149,22 @@ class StateRecord:
     def first(cls, current: DiskIdentity) -> "StateRecord":
         return cls(epoch=1, current=current)
 
-    def with_peer(self, peer: DiskIdentity) -> "StateRecord":
+    def with_peer(self, peer: DiskIdentity, bitmap: str | None = None) -> "StateRecord":
         """A destination is attached. To be written before the first byte goes to it: it is worth nothing
         until the copy is done."""
-        return replace(self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False)
+        return replace(
+            self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap
+        )
+
+    def with_bitmap(self, token: str | None) -> "StateRecord":
+        """The bitmap of this token has seen every write since it and the peer were equal; None: none has."""
+        return replace(self, bitmap=token)
 
     def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
         return replace(self, peer_worth=worth, outdated_since=outdated_since, clean=False)
 
     def without_peer(self) -> "StateRecord":
-        return replace(self, peer=None, peer_worth=None, outdated_since=None, clean=False)
+        return replace(self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None)
 
     def switched(self, *, keep_mirror: bool) -> "StateRecord":
         """The peer becomes the current disk. With `keep_mirror` the old one becomes the peer, up to date;
@@ -168,6 +177,7 @@ class StateRecord:
             peer=self.current if keep_mirror else None,
             peer_worth=Worth.UP_TO_DATE if keep_mirror else None,
             superseded=self._superseded_by(self.peer),
+            bitmap=self.bitmap if keep_mirror else None,
         )
 
     def detached(self, current: DiskIdentity, peer: DiskIdentity | None) -> "StateRecord":
@@ -208,7 +218,9 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
             path=disk.path, recorded_inode=record.current.inode, inode=disk.inode,
         )
         worth = None if record.peer is None else Worth.INCONSISTENT
-        return replace(record, current=disk, peer_worth=worth, outdated_since=None, clean=False)
+        return replace(
+            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None
+        )
     for is_peer, old in former:
         if old.path == disk.path:
             replaced = old.likeness(disk) is Likeness.OTHER
@@ -294,6 +306,7 @@ def decode_record(text: bytes) -> StateRecord:
             outdated_since=body["outdated_since"],
             clean=body["clean"],
             superseded=tuple(decode_identity(disk) for disk in body["superseded"]),
+            bitmap=body.get("bitmap"),
         )
     except (KeyError, TypeError) as error:
         raise ValueError("fields are missing or unknown") from error

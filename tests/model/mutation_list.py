@@ -459,8 +459,8 @@ MUTATIONS = [
         "write-unmarked",
         "rule 4: a region's bit is set before the source write is submitted",
         "request_path.c",
-        "    difference_mark(e, r->blk.offset, r->blk.length);\n    if (own_buffer(r))",
-        "    if (own_buffer(r))",
+        "    difference_mark(e, r->blk.offset, r->blk.length);\n    r->slot.grant = slot_granted;",
+        "    r->slot.grant = slot_granted;",
         "resync.py::test_after_a_cancel_only_what_was_written_is_copied",
     ),
     _m(

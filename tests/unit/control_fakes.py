@@ -41,6 +41,7 @@ class FakeStatus:
     copy_bytes_done: int = 0
     copy_bytes_sparse: int = 0
     differing_bytes: int | None = None
+    bitmap: str | None = None
     full_copy_reason: str | None = None
     copy_rate_bytes_per_s: float = 0.0
     copy_remaining_s: float | None = None

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dirty bitmap's file: whose it is, and whether it may be believed (docs/durability.md, rule 4).
+
+The engine keeps the bits (c_shim/bitmap_file.c) and the activity log; this file keeps the first block, which
+says what they belong to. A bitmap is believed only if the state record names its token, which changes with
+every run and every new peer, and if both disks are those that it was made for. So one that was left out of a
+run, copied back from yesterday or made for other disks leads to a full copy.
+"""
+
+import fcntl
+import os
+import secrets
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from vhostsync.errors import BitmapError
+from vhostsync.state_record import (
+    DiskIdentity,
+    Likeness,
+    StateRecord,
+    decode_checked,
+    decode_identity,
+    encode_checked,
+)
+
+log = structlog.get_logger(__name__)
+
+HEADER_BYTES: Final = 4096
+KIND: Final = "dirty-bitmap"
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Trust(IntEnum):
+    """enum vs_bitmap_open: how the engine is to read the bits."""
+
+    FRESH = 0
+    SAME_BOOT = 1
+    AFTER_HOST_CRASH = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """struct vs_bitmap_shape; bytes. At most extents * extent_bytes are copied again after a host crash."""
+
+    capacity_bytes: int
+    region_bytes: int
+    extent_bytes: int
+    extents: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first block. `former` is the last run's token, until the state record names this one's."""
+
+    shape: Shape
+    token: str
+    former: str | None
+    boot_id: str
+    clean: bool
+    disks: tuple[DiskIdentity, DiskIdentity] | None
+
+    def encode(self) -> bytes:
+        text = encode_checked(KIND, asdict(self))
+        if len(text) > HEADER_BYTES:
+            raise BitmapError("the names of the two disks are too long for the bitmap's first block")
+        return text.ljust(HEADER_BYTES, b"\0")
+
+    @classmethod
+    def decode(cls, block: bytes) -> "Header":
+        """ValueError with a phrase when the block is none."""
+        body: dict[str, Any] = decode_checked(KIND, block.rstrip(b"\0"))
+        try:
+            disks = body["disks"]
+            if disks is not None:
+                one, other = disks
+                disks = (decode_identity(one), decode_identity(other))
+            header = cls(
+                Shape(**body["shape"]), body["token"], body["former"], body["boot_id"], body["clean"], disks
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("fields are missing or unknown") from error
+        return header
+
+
+def this_boot() -> str:
+    """Changes whenever the machine starts; what was in the page cache is gone then."""
+    return BOOT_ID.read_text().strip()
+
+
+class BitmapFile:
+    """The open and locked file. Every method blocks."""
+
+    def __init__(self, path: Path, fd: int, header: Header, trust: Trust) -> None:
+        self.path = path
+        self.fd = fd
+        self.header = header
+        self.trust = trust
+
+    @property
+    def token(self) -> str:
+        """What the state record calls it."""
+        return self.header.token
+
+    @classmethod
+    def open(
+        cls, path: Path, shape: Shape, file_bytes: int, record: StateRecord | None, boot_id: str | None = None
+    ) -> "BitmapFile":
+        """Open it, or make it anew where it is of no use; the reason is logged. BitmapError."""
+        boot_id = this_boot() if boot_id is None else boot_id
+        fd = _open_locked(path)
+        try:
+            found = _read_header(fd)
+            why = _why_not(found, shape, file_bytes, fd, record)
+            if why is None:
+                assert isinstance(found, Header)
+                crashed = found.boot_id != boot_id and not found.clean
+                trust = Trust.AFTER_HOST_CRASH if crashed else Trust.SAME_BOOT
+                assert record is not None
+                header = replace(
+                    found, token=secrets.token_hex(16), former=record.bitmap, boot_id=boot_id, clean=False
+                )
+                if crashed:
+                    # Until the engine has made its bits durable, they are those of the old boot.
+                    header = replace(header, boot_id=found.boot_id)
+            else:
+                trust = Trust.FRESH
+                log.info("the dirty bitmap begins anew", path=str(path), reason=why)
+                header = Header(shape, secrets.token_hex(16), None, boot_id, False, None)
+                os.ftruncate(fd, 0)
+                os.posix_fallocate(fd, 0, file_bytes)
+            file = cls(path, fd, header, trust)
+            file._write_header(header)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise BitmapError(f"the bitmap {path} cannot be prepared: {error.strerror}") from error
+            raise
+        return file
+
+    def opened_by_engine(self) -> None:
+        """Its bits are durable, and are read as of this boot from here on."""
+        self._write_header(replace(self.header, boot_id=this_boot()))
+
+    def new_peer(self, disks: tuple[DiskIdentity, DiskIdentity]) -> None:
+        """All differs (the engine has said so in the bits): make that durable, under a token of its own. The
+        state record may name it after this."""
+        os.fdatasync(self.fd)
+        self._write_header(replace(self.header, token=secrets.token_hex(16), former=None, disks=disks))
+
+    def close(self, *, clean: bool) -> None:
+        """`clean`: the engine is gone, and all that it has marked is in the file."""
+        try:
+            if clean:
+                os.fdatasync(self.fd)
+                self._write_header(replace(self.header, clean=True))
+        except OSError as error:
+            log.error("the bitmap could not note the clean end", path=str(self.path), error=error.strerror)
+        finally:
+            os.close(self.fd)
+
+    def _write_header(self, header: Header) -> None:
+        view = memoryview(header.encode())
+        at = 0
+        while at < len(view):
+            at += os.pwrite(self.fd, view[at:], at)
+        os.fdatasync(self.fd)
+        self.header = header
+
+
+def _open_locked(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise BitmapError(f"the bitmap {path} cannot be opened: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise BitmapError(
+            f"the bitmap {path} is in use by another process; name another --bitmap"
+        ) from error
+    return fd
+
+
+def _read_header(fd: int) -> Header | str:
+    """The header, or why there is none."""
+    block = os.pread(fd, HEADER_BYTES, 0)
+    if not block.strip(b"\0"):
+        return "the file is new"
+    try:
+        return Header.decode(block)
+    except ValueError as error:
+        return f"its first block is of no use: {error}"
+
+
+def _why_not(
+    found: Header | str, shape: Shape, file_bytes: int, fd: int, record: StateRecord | None
+) -> str | None:
+    """Why the bits say nothing of these disks; None: they do."""
+    if isinstance(found, str):
+        return found
+    if found.shape != shape:
+        return "it was made for another size of disk, region or extent"
+    if os.fstat(fd).st_size < file_bytes:
+        return "the file was cut short"
+    if record is None or record.peer is None or record.bitmap is None:
+        return "the state record names no bitmap"
+    if record.bitmap not in (found.token, found.former):
+        return "the state record names another bitmap, or another run of this one"
+    if found.disks is None or not _same_pair(found.disks, (record.current, record.peer)):
+        return "it was made for other disks"
+    return None
+
+
+def _same_pair(one: tuple[DiskIdentity, DiskIdentity], other: tuple[DiskIdentity, DiskIdentity]) -> bool:
+    def same(a: DiskIdentity, b: DiskIdentity) -> bool:
+        return a.likeness(b) is Likeness.SAME
+
+    return (same(one[0], other[0]) and same(one[1], other[1])) or (
+        same(one[0], other[1]) and same(one[1], other[0])
+    )
