@@ -68,10 +68,15 @@ void queue_break(struct queue *q, uint32_t breach)
 
 static void notify(struct queue *q)
 {
+    struct attachment *a = q->attachment;
     if (virtqueue_show_used(&q->vq)) {
-        q->attachment->engine->notifications++;
-        q->attachment->engine->queue_stats[q->index].notifications++;
+        a->engine->notifications++;
+        a->engine->queue_stats[q->index].notifications++;
         queue_signal(q->call_fd);
+    }
+    if (a->dirty_log.changed) {
+        a->dirty_log.changed = false;
+        queue_signal(a->log_fd);
     }
 }
 
@@ -178,6 +183,8 @@ void attachment_maybe_closed(struct attachment *a)
     }
     guest_memory_free(&a->memory);
     inflight_unmap(&a->inflight);
+    dirty_log_unmap(&a->dirty_log);
+    queue_set_fd(&a->log_fd, -1);
     a->open = a->closing = a->lost = false;
     a->features = 0;
     mailbox_done(&e->mailbox, a->detach_token, 0, 0);
@@ -211,6 +218,7 @@ void attachments_init(struct vs_engine *e)
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
         a->engine = e;
+        a->log_fd = -1;
         for (unsigned k = 0; k < VS_MAX_QUEUES; k++) {
             struct queue *q = &a->queue[k];
             q->attachment = a;
@@ -232,6 +240,9 @@ void attachments_free(struct vs_engine *e)
             queue_set_fd(&a->queue[k].err_fd, -1);
         }
         inflight_unmap(&a->inflight);
+        dirty_log_unmap(&a->dirty_log);
+        if (a->engine)
+            queue_set_fd(&a->log_fd, -1);
         if (a->open)
             guest_memory_free(&a->memory);
     }
@@ -241,8 +252,12 @@ void attachments_check_memory(struct vs_engine *e)
 {
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
-        struct vs_event event = {.kind = VS_EV_ATTACHMENT_LOST, .attachment = i};
-        if (!a->open || a->lost || !(guest_memory_lost(&a->memory) || inflight_lost(&a->inflight)))
+        struct vs_event event = {.kind = VS_EV_ATTACHMENT_LOST, .attachment = i, .value = VS_LOSS_MEMORY};
+        if (!a->open || a->lost)
+            continue;
+        if (dirty_log_lost(&a->dirty_log))
+            event.value = VS_LOSS_DIRTY_LOG;
+        else if (!guest_memory_lost(&a->memory) && !inflight_lost(&a->inflight))
             continue;
         a->lost = true;
         for (unsigned k = 0; k < VS_MAX_QUEUES; k++)

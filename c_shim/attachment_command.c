@@ -84,6 +84,8 @@ static int vring_addr(struct queue *q, const struct vs_command *c)
     q->vq.desc_user = c->desc;
     q->vq.avail_user = c->avail;
     q->vq.used_user = c->used;
+    q->vq.log = c->log == UINT64_MAX ? NULL : &q->attachment->dirty_log;
+    q->vq.used_log_addr = c->log;
     attachment_map_rings(q->attachment);
     return 0;
 }
@@ -199,6 +201,8 @@ static void set_features(struct attachment *a, uint64_t features)
 static void reset_device(struct attachment *a)
 {
     a->features = 0;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
+        a->queue[i].vq.log = NULL;
     set_write_cache(a, a->engine->config.writeback);
 }
 
@@ -278,6 +282,12 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             break;
         case VS_CMD_SET_FEATURES:
             set_features(a, c->value);
+            break;
+        case VS_CMD_SET_LOG_BASE:
+            rc = dirty_log_map(&a->dirty_log, c->fd, c->value, c->desc);
+            break;
+        case VS_CMD_SET_LOG_FD:
+            queue_set_fd(&a->log_fd, c->fd);
             break;
         case VS_CMD_SET_WRITE_CACHE:
             set_write_cache(a, c->value);

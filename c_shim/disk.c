@@ -75,6 +75,7 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     io->disk = disk;
     io->result = 0;
     io->transferred = 0;
+    io->iov_taken = 0;
     io->step = 0;
     io->submitted_ns = io->progress_ns = disk->host->now_ns;
     list_append(&disk->in_flight_list, &io->link);
@@ -123,6 +124,7 @@ static void finish(struct disk_io *io)
                  disk->host->now_ns - io->submitted_ns, io->result < 0);
     if (io->kind == VS_DISK_FLUSH && io->result < 0 && !disk->direct)
         disk->flush_failed = true;
+    disk_io_restore(io);
     io->done(io);
 }
 
@@ -169,18 +171,29 @@ uint64_t disk_oldest_ns(const struct vs_disk *disk)
     return container_of(disk->in_flight_list.next, struct disk_io, link)->progress_ns;
 }
 
-int iov_advance(struct iovec **iov, int count, uint64_t bytes)
+void disk_io_restore(struct disk_io *io)
 {
-    while (count > 0 && bytes >= (*iov)->iov_len) {
-        bytes -= (*iov)->iov_len;
-        (*iov)++;
-        count--;
+    if (!io->iov_taken)
+        return;
+    io->iov->iov_base = (char *)io->iov->iov_base - io->iov_taken;
+    io->iov->iov_len += io->iov_taken;
+    io->iov_taken = 0;
+}
+
+void disk_io_advance(struct disk_io *io, uint64_t bytes)
+{
+    bytes += io->iov_taken;
+    disk_io_restore(io);
+    while (io->iov_count > 0 && bytes >= io->iov->iov_len) {
+        bytes -= io->iov->iov_len;
+        io->iov++;
+        io->iov_count--;
     }
-    if (count > 0) {
-        (*iov)->iov_base = (char *)(*iov)->iov_base + bytes;
-        (*iov)->iov_len -= bytes;
+    if (io->iov_count > 0) {
+        io->iov->iov_base = (char *)io->iov->iov_base + bytes;
+        io->iov->iov_len -= bytes;
+        io->iov_taken = bytes;
     }
-    return count;
 }
 
 uint64_t iov_bytes(const struct iovec *iov, int count)

@@ -25,7 +25,7 @@ struct disk_io {
     bool may_unmap; /* VS_DISK_ZERO: the range may become a hole */
     uint64_t offset;
     uint64_t length;
-    struct iovec *iov; /* read and write: adds up to length; the disk changes it */
+    struct iovec *iov; /* read and write: adds up to length; as it was again at done() */
     int iov_count;
     void (*done)(struct disk_io *io);
     /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
@@ -38,6 +38,7 @@ struct disk_io {
     uint64_t submitted_ns;
     uint64_t progress_ns; /* the last time that a part of it completed */
     uint64_t transferred;
+    size_t iov_taken; /* off the first of the iov that are left */
     int step;
 };
 
@@ -99,8 +100,10 @@ uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end);
 /* When the operation that has gone longest without progress last made some; UINT64_MAX: none is in flight. */
 uint64_t disk_oldest_ns(const struct vs_disk *disk);
 
-/* Takes the first "bytes" off an iovec array, in place; returns the new count. */
-int iov_advance(struct iovec **iov, int count, uint64_t bytes);
+/* Takes the first "bytes" off what is left of io's iovec array, in place, for the disk to go on with the rest. */
+void disk_io_advance(struct disk_io *io, uint64_t bytes);
+/* Gives back what was taken off the segment in which it stands. */
+void disk_io_restore(struct disk_io *io);
 uint64_t iov_bytes(const struct iovec *iov, int count);
 
 void op_stats_add(struct vs_op_stats *s, uint64_t bytes, uint64_t latency_ns, bool failed);

@@ -171,7 +171,7 @@ static void file_complete(struct uring_op *op, int result, unsigned flags)
     }
     disk_progress(io);
     if (io->kind != VS_DISK_ZERO)
-        io->iov_count = iov_advance(&io->iov, io->iov_count, (uint64_t)result);
+        disk_io_advance(io, (uint64_t)result);
     issue(f, io);
 }
 

@@ -206,7 +206,7 @@ static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
                 memcpy(io->iov->iov_base, one + done, part);
             else
                 memcpy(one + done, io->iov->iov_base, part);
-            io->iov_count = iov_advance(&io->iov, io->iov_count, part);
+            disk_io_advance(io, part);
             done += part;
         }
         if (io->kind == VS_DISK_WRITE)

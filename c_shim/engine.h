@@ -20,6 +20,7 @@
 #include "copier.h"
 #include "counts.h"
 #include "difference.h"
+#include "dirty_log.h"
 #include "dirty_map.h"
 #include "disk.h"
 #include "doubt.h"
@@ -39,6 +40,9 @@
 
 struct attachment;
 struct kick_watch;
+
+/* VHOST_F_LOG_ALL: requests' data and status are marked in the attachment's dirty log. */
+#define FEATURE_LOG_ALL (1ull << 26)
 
 /* A virtqueue of an attachment, and where it stands (attachment.c).
  * It runs if it was started (KICK), is enabled, mapped, whole, and its
@@ -70,6 +74,8 @@ struct attachment {
     bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
     struct guest_memory memory;
     struct inflight_area inflight;
+    struct dirty_log dirty_log;
+    int log_fd; /* signalled when the dirty log has changed; -1: nobody asked */
     struct queue queue[VS_MAX_QUEUES];
     unsigned in_flight;
 };

@@ -17,7 +17,7 @@
 /* What the signal handler may look at: mappings of all engines of the process.
  * A slot is written by the thread that maps, before any access, and read by
  * the handler in the thread that touched the memory. */
-#define SIGBUS_SLOTS (VS_MAX_ATTACHMENTS * (VS_MAX_MEM_SLOTS + 2) + 8)
+#define SIGBUS_SLOTS (VS_MAX_ATTACHMENTS * (VS_MAX_MEM_SLOTS + 4) + 8)
 static struct {
     atomic_uintptr_t start; /* 0: free */
     atomic_uintptr_t end;

@@ -80,6 +80,27 @@ void request_path_mark_in_flight(struct vs_engine *e)
             difference_mark(e, e->requests[i].blk.offset, e->requests[i].blk.length);
 }
 
+/* Bytes of its data segments, from the first on, that may be others now. */
+static uint64_t data_written(const struct request *r, uint8_t status)
+{
+    if (r->blk.op == VS_OP_READ) /* one that failed may have been read in part, straight into the guest's memory */
+        return status == VIRTIO_BLK_S_OK || !r->bounce ? r->blk.length : 0;
+    return r->blk.op == VS_OP_OTHER && status == VIRTIO_BLK_S_OK ? VS_SERIAL_BYTES : 0;
+}
+
+/* Where the frontend wants to know what was written, also by requests that were taken up before it did. */
+static void log_written(struct request *r, uint8_t status)
+{
+    struct dirty_log *log = &r->queue->attachment->dirty_log;
+    uint64_t left = data_written(r, status);
+    for (int i = 0; i < r->blk.iov_count && left > 0; i++) {
+        uint64_t part = r->blk.iov[i].iov_len < left ? r->blk.iov[i].iov_len : left;
+        dirty_log_mark_host(log, r->table, r->blk.iov[i].iov_base, part);
+        left -= part;
+    }
+    dirty_log_mark_host(log, r->table, r->blk.status, 1);
+}
+
 static void finish(struct request *r, uint8_t status)
 {
     struct queue *q = r->queue;
@@ -89,6 +110,8 @@ static void finish(struct request *r, uint8_t status)
     if (r->bounce)
         ring_give(&e->bounce, r->bounce_slot);
     *(volatile uint8_t *)r->blk.status = status;
+    if (q->attachment->features & FEATURE_LOG_ALL)
+        log_written(r, status);
     virtqueue_push(&q->vq, r->head, status == VIRTIO_BLK_S_OK ? r->blk.writable_bytes : 1);
     mem_table_unpin(&q->attachment->memory, r->table);
     r->table = NULL;

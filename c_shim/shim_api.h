@@ -122,12 +122,15 @@ enum vs_command_kind {
     VS_CMD_DETACH,            /* done when its last request is over and its memory unmapped */
     VS_CMD_RESET,             /* device reset: features 0, write cache mode back to the default */
     VS_CMD_SET_INFLIGHT,      /* fd, value: bytes, desc: offset, used: queues; before the rings start */
-    VS_CMD_SET_FEATURES,      /* value: virtio features as negotiated (without bit 30) */
+    VS_CMD_SET_FEATURES,      /* value: virtio features as negotiated (without bit 30); bit 26 switches dirty logging */
+    VS_CMD_SET_LOG_BASE,      /* fd, value: bytes, desc: offset: the dirty log, in the place of a former one */
+    VS_CMD_SET_LOG_FD,        /* fd: signalled when the dirty log has changed */
     VS_CMD_SET_MEM_TABLE,     /* regions[0 .. region_count); rings are translated anew */
     VS_CMD_ADD_MEM_REGION,    /* regions[0] */
     VS_CMD_REMOVE_MEM_REGION, /* regions[0], fd -1; done when no request uses it */
     VS_CMD_VRING_NUM,         /* value */
-    VS_CMD_VRING_ADDR,        /* desc, used, avail: frontend user addresses; log: guest address or ~0 */
+    VS_CMD_VRING_ADDR,        /* desc, used, avail: frontend user addresses; log: guest address under which
+                               * writes to "used" go into the dirty log, or ~0: they do not */
     VS_CMD_VRING_BASE,        /* value */
     VS_CMD_VRING_KICK,        /* fd; starts the ring */
     VS_CMD_VRING_CALL,        /* fd or -1 */
@@ -199,7 +202,7 @@ enum vs_event_kind {
     VS_EV_STATE,           /* value: the new vs_mirror_state; reason; result: errno */
     VS_EV_DEGRADED,        /* the same, left steady: flushes are held until VS_CMD_RECORD_WRITTEN */
     VS_EV_QUEUE_BROKEN,    /* attachment, queue, reason: enum vs_breach */
-    VS_EV_ATTACHMENT_LOST, /* attachment: its memory is gone (SIGBUS) */
+    VS_EV_ATTACHMENT_LOST, /* attachment; value: enum vs_loss */
     VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
     VS_EV_FENCE_CLEAR,     /* the last late request of a former destination is over */
     VS_EV_BITMAP_FAILED    /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
@@ -213,6 +216,11 @@ enum vs_breach {
     VS_BREACH_CHAIN,            /* loops, leaves the table, or nests indirect tables */
     VS_BREACH_INDIRECT,         /* an indirect table of a bad length or address */
     VS_BREACH_NO_STATUS         /* no byte to write the status to */
+};
+
+enum vs_loss {
+    VS_LOSS_MEMORY = 0,   /* the frontend has shrunk a file behind its memory (SIGBUS) */
+    VS_LOSS_DIRTY_LOG = 1 /* the same of its dirty log, or that does not cover what the guest has us write */
 };
 
 enum vs_disk_role { VS_SOURCE = 0, VS_DESTINATION = 1 };

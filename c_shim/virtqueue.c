@@ -19,6 +19,13 @@ static uint16_t *avail_event(const struct virtqueue *vq)
     return (uint16_t *)(void *)&vq->used->ring[vq->num];
 }
 
+/* After a store to the used ring, event fields included. */
+static inline void log_used(const struct virtqueue *vq, const volatile void *field, uint64_t bytes)
+{
+    if (vq->log)
+        dirty_log_mark(vq->log, vq->used_log_addr + (uint64_t)((uintptr_t)field - (uintptr_t)vq->used), bytes);
+}
+
 bool virtqueue_map(struct virtqueue *vq, const struct mem_table *table)
 {
     uint64_t n = vq->num;
@@ -161,6 +168,7 @@ void virtqueue_push(struct virtqueue *vq, uint16_t head, uint32_t written_bytes)
     e = &vq->used->ring[vq->next_used & (vq->num - 1)];
     WRITE_ONCE(e->id, head);
     WRITE_ONCE(e->len, written_bytes);
+    log_used(vq, e, sizeof *e);
     vq->next_used++;
     if (vq->inflight)
         inflight_answered(vq->inflight, head);
@@ -174,6 +182,7 @@ bool virtqueue_show_used(struct virtqueue *vq)
     /* The elements, status bytes and data before the index that announces them. */
     atomic_thread_fence(memory_order_release);
     WRITE_ONCE(vq->used->idx, vq->next_used);
+    log_used(vq, &vq->used->idx, sizeof vq->used->idx);
     vq->used_shown = vq->next_used;
     if (vq->inflight)
         inflight_batch_done(vq->inflight, count, vq->used_shown);
@@ -191,12 +200,20 @@ bool virtqueue_show_used(struct virtqueue *vq)
     return vring_need_event(event, vq->used_shown, old);
 }
 
+static void set_used_flags(struct virtqueue *vq, uint16_t flags)
+{
+    WRITE_ONCE(vq->used->flags, flags);
+    log_used(vq, &vq->used->flags, sizeof vq->used->flags);
+}
+
 bool virtqueue_ask_for_kick(struct virtqueue *vq)
 {
-    if (vq->event_idx)
+    if (vq->event_idx) {
         WRITE_ONCE(*avail_event(vq), vq->next_avail);
-    else
-        WRITE_ONCE(vq->used->flags, 0);
+        log_used(vq, avail_event(vq), sizeof(uint16_t));
+    } else {
+        set_used_flags(vq, 0);
+    }
     /* The wish before the last look: the guest publishes its index, then reads the wish. */
     atomic_thread_fence(memory_order_seq_cst);
     return READ_ONCE(vq->avail->idx) != vq->next_avail;
@@ -206,5 +223,5 @@ void virtqueue_no_kicks(struct virtqueue *vq)
 {
     /* With EVENT_IDX a stale avail_event does that by itself. */
     if (!vq->event_idx)
-        WRITE_ONCE(vq->used->flags, VRING_USED_F_NO_NOTIFY);
+        set_used_flags(vq, VRING_USED_F_NO_NOTIFY);
 }

@@ -5,7 +5,7 @@
  * local, and checked there.
  *
  * Not here: what a chain means (blk_request.h), and when to look (queue.h).
- * A packed ring will come behind the same face, and dirty logging in push.
+ * A packed ring will come behind the same face.
  */
 #ifndef VS_VIRTQUEUE_H
 #define VS_VIRTQUEUE_H
@@ -14,6 +14,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "dirty_log.h"
 #include "guest_memory.h"
 #include "inflight.h"
 
@@ -36,6 +37,9 @@ struct virtqueue {
     /* The record of what is in flight; NULL: the frontend keeps none. */
     struct inflight_ring *inflight;
     uint64_t inflight_counter;
+    /* Where what is written to the used ring is logged, and under which guest address; NULL: it is not. */
+    struct dirty_log *log;
+    uint64_t used_log_addr;
     /* What a former process took up and did not answer: taken up again first. */
     uint32_t again_next, again_count;
     uint16_t again[VS_MAX_QUEUE_SIZE];

@@ -28,7 +28,15 @@ from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
 from vhostsync.disks import Disk
-from vhostsync.engine import Engine, EngineConfig, EngineEvent, EventKind, bitmap_file_bytes, probe
+from vhostsync.engine import (
+    LOSSES,
+    Engine,
+    EngineConfig,
+    EngineEvent,
+    EventKind,
+    bitmap_file_bytes,
+    probe,
+)
 from vhostsync.errors import DiskError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
@@ -441,4 +449,4 @@ def _on_event(event: EngineEvent, engine: Engine, frontends: FrontendServer, hub
     elif event.kind is EventKind.ATTACHMENT_LOST:
         attachment = engine.attachment(event.attachment)
         if attachment is not None:
-            frontends.disconnect(attachment, "its memory is gone: the frontend has shrunk the file behind it")
+            frontends.disconnect(attachment, LOSSES[event.value])

@@ -41,6 +41,12 @@ QUEUES_MAX: Final[int] = lib.VS_MAX_QUEUES
 NO_LOG: Final = (1 << 64) - 1
 
 
+LOSSES: Final = {
+    lib.VS_LOSS_MEMORY: "its memory is gone: the frontend has shrunk the file behind it",
+    lib.VS_LOSS_DIRTY_LOG: "its dirty log is gone, or smaller than the memory that the guest uses",
+}
+"""enum vs_loss: why an attachment was lost, for people."""
+
 # snapshot.py does without the binding, and so with numbers of its own.
 assert list(State) == [lib.VS_PASSTHROUGH, lib.VS_SYNCING, lib.VS_STEADY, lib.VS_AHEAD, lib.VS_DEGRADED]
 assert lib.VS_BREACH_NO_STATUS == 6
@@ -427,6 +433,21 @@ class EngineAttachment:
 
     async def set_features(self, features: int) -> None:
         await self._command(lib.VS_CMD_SET_FEATURES, "setting the features", value=features)
+
+    async def set_log_base(self, fd: OwnedFd, size_bytes: int, offset: int) -> None:
+        await self._command(
+            lib.VS_CMD_SET_LOG_BASE,
+            "mapping the dirty log",
+            fd=fd.fileno(),
+            fds=(fd,),
+            value=size_bytes,
+            desc=offset,
+        )
+
+    async def set_log_fd(self, fd: OwnedFd) -> None:
+        await self._command(
+            lib.VS_CMD_SET_LOG_FD, "setting the dirty log's descriptor", fd=fd.fileno(), fds=(fd,)
+        )
 
     async def set_mem_table(self, regions: Sequence[tuple[MemoryRegion, OwnedFd]]) -> None:
         await self._command(

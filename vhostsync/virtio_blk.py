@@ -30,7 +30,7 @@ _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB")
 
 
 class Feature(IntFlag):
-    """Feature bits (values, not bit numbers): virtio 1.2, 5.2.3 and 6, and the one of vhost-user."""
+    """Feature bits (values, not bit numbers): virtio 1.2, 5.2.3 and 6, and the two of vhost-user."""
 
     SIZE_MAX = 1 << 1
     SEG_MAX = 1 << 2
@@ -43,6 +43,7 @@ class Feature(IntFlag):
     MQ = 1 << 12
     DISCARD = 1 << 13
     WRITE_ZEROES = 1 << 14
+    LOG_ALL = 1 << 26
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
@@ -52,6 +53,7 @@ class Feature(IntFlag):
 _ALWAYS: Final = (
     Feature.VERSION_1
     | Feature.PROTOCOL_FEATURES
+    | Feature.LOG_ALL
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | Feature.SIZE_MAX

@@ -280,15 +280,23 @@ static void failed_flushes(void)
 
 static void iovecs(void)
 {
-    struct iovec iov[3] = {{buffer, 10}, {buffer + 100, 20}, {buffer + 200, 30}}, *at = iov;
+    struct iovec iov[3] = {{buffer, 10}, {buffer + 100, 20}, {buffer + 200, 30}};
+    struct disk_io io = {.iov = iov, .iov_count = 3};
     CHECK_EQUAL(iov_bytes(iov, 3), 60);
-    CHECK_EQUAL(iov_advance(&at, 3, 5), 3);
-    CHECK(at == iov && iov[0].iov_base == buffer + 5 && iov[0].iov_len == 5);
-    CHECK_EQUAL(iov_advance(&at, 3, 5), 2);
-    CHECK(at == iov + 1);
-    CHECK_EQUAL(iov_advance(&at, 2, 21), 1);
-    CHECK(at == iov + 2 && iov[2].iov_base == buffer + 201 && iov[2].iov_len == 29);
-    CHECK_EQUAL(iov_advance(&at, 1, 29), 0);
+    disk_io_advance(&io, 5);
+    CHECK(io.iov == iov && io.iov_count == 3 && iov[0].iov_base == buffer + 5 && iov[0].iov_len == 5);
+    disk_io_advance(&io, 5);
+    CHECK(io.iov == iov + 1 && io.iov_count == 2);
+    CHECK(iov[0].iov_base == buffer && iov[0].iov_len == 10); /* as the caller gave it */
+    disk_io_advance(&io, 21);
+    CHECK(io.iov == iov + 2 && io.iov_count == 1 && iov[2].iov_base == buffer + 201 && iov[2].iov_len == 29);
+    disk_io_advance(&io, 2);
+    CHECK(iov[2].iov_base == buffer + 203 && iov[2].iov_len == 27);
+    disk_io_restore(&io);
+    CHECK(iov[2].iov_base == buffer + 200 && iov[2].iov_len == 30);
+    disk_io_advance(&io, 30);
+    CHECK_EQUAL(io.iov_count, 0);
+    CHECK_EQUAL(iov_bytes(iov, 3), 60);
 }
 
 static void latencies(void)

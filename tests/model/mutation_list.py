@@ -20,7 +20,8 @@ class Mutation:
 
 
 def _m(name: str, rule: str, file: str, old: str, new: str, test: str) -> Mutation:
-    return Mutation(name, rule, file, old, new, f"tests/model/test_{test}")
+    path = test if "/" in test else f"model/test_{test}"
+    return Mutation(name, rule, file, old, new, f"tests/{path}")
 
 
 MUTATIONS = [
@@ -495,5 +496,46 @@ MUTATIONS = [
         "|| doubt_overlaps(&e->doubt, offset, length);",
         ";",
         "resync.py::test_a_range_in_doubt_stays_different",
+    ),
+    # -- the dirty log of a live migration --------------------------------------------------
+    _m(
+        "element-not-logged",
+        "live migration: every byte that is written into the guest's memory is marked",
+        "virtqueue.c",
+        "    log_used(vq, e, sizeof *e);\n",
+        "",
+        "rings/test_dirty_log.py::test_elements_and_index_on_different_pages",
+    ),
+    _m(
+        "index-not-logged",
+        "live migration: every byte that is written into the guest's memory is marked",
+        "virtqueue.c",
+        "    log_used(vq, &vq->used->idx, sizeof vq->used->idx);\n",
+        "",
+        "rings/test_dirty_log.py::test_elements_and_index_on_different_pages",
+    ),
+    _m(
+        "reads-not-logged",
+        "live migration: what was taken up before logging began is marked when it is answered",
+        "request_path.c",
+        "    if (q->attachment->features & FEATURE_LOG_ALL)\n",
+        "    if (r->blk.op != VS_OP_READ && q->attachment->features & FEATURE_LOG_ALL)\n",
+        "rings/test_dirty_log.py::test_requests_that_were_taken_up_before_are_marked_when_they_are_answered",
+    ),
+    _m(
+        "missed-marks-forgotten",
+        "live migration: what was written before there was a log is not lost",
+        "dirty_log.c",
+        "    if (log->missed)",
+        "    if (false)",
+        "rings/test_dirty_log.py::test_what_was_written_before_there_was_a_log_is_not_lost",
+    ),
+    _m(
+        "log-too-small-for-nothing",
+        "live migration: a page that the log has no bit for ends the attachment",
+        "dirty_log.c",
+        "        log->too_small = true;\n",
+        "",
+        "rings/test_dirty_log.py::test_a_log_that_is_too_small_ends_the_attachment",
     ),
 ]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.protocol.desk import Desk
+from vhostsync.vhost_user.owned_fd import close_all
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -25,3 +28,11 @@ def no_leak() -> Iterator[None]:
     before = open_fds()
     yield
     assert open_fds() - before == set()
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    one = Desk()
+    yield one
+    one.session.close()
+    close_all(one.shared)

@@ -63,6 +63,12 @@ class RecordingAttachment:
     async def set_features(self, features: int) -> None:
         await self._done("set_features", features)
 
+    async def set_log_base(self, fd: OwnedFd, size_bytes: int, offset: int) -> None:
+        await self._done("set_log_base", FD, size_bytes, offset, fds=[fd])
+
+    async def set_log_fd(self, fd: OwnedFd) -> None:
+        await self._done("set_log_fd", FD, fds=[fd])
+
     async def set_mem_table(self, regions: Sequence[tuple[MemoryRegion, OwnedFd]]) -> None:
         await self._done("set_mem_table", *(one for one, _ in regions), fds=[fd for _, fd in regions])
 

@@ -125,7 +125,7 @@ async def converse(script: list[tuple[Message, int]], refuse: frozenset[str]) ->
         except FrontendError:
             assert session.state == before
         else:
-            replies = message.need_reply or message.request.name.startswith("GET_")
+            replies = message.need_reply or message.request.name.startswith(("GET_", "SET_LOG_BASE"))
             assert (outcome.reply is not None) == replies
         finally:
             close_all(fds)

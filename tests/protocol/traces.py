@@ -13,6 +13,7 @@ from vhostsync.vhost_user.payloads import (
     U64,
     ConfigAccess,
     Empty,
+    LogArea,
     MemoryTable,
     Payload,
     SingleRegion,
@@ -39,7 +40,7 @@ class Sent:
 
     @property
     def replied(self) -> bool:
-        return self.need_reply or self.request.name.startswith("GET_")
+        return self.need_reply or self.request is R.SET_LOG_BASE or self.request.name.startswith("GET_")
 
 
 def ring_files(queue: int) -> tuple[Sent, Sent]:
@@ -79,7 +80,9 @@ SEABIOS = (
     Feature.VERSION_1 | Feature.PROTOCOL_FEATURES | Feature.BLK_SIZE | Feature.SEG_MAX | Feature.SIZE_MAX
 )
 LINUX = SEABIOS | Feature.FLUSH | Feature.CONFIG_WCE | Feature.MQ | Feature.DISCARD | Feature.WRITE_ZEROES
-QEMU_PROTOCOL = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS
+QEMU_PROTOCOL = (
+    P.MQ | P.LOG_SHMFD | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS
+)
 
 # ---- QEMU 7.2, recorded: two queues, SeaBIOS uses one -----------------------------------------------------
 
@@ -118,12 +121,15 @@ QEMU_7_2 = (
     *QEMU_STOP,  # quit
 )
 
-# A live migration toggles dirty logging on running rings (here without a change, as it is not offered).
+# A live migration: the dirty log comes, and logging is switched on and off on running rings.
 QEMU_7_2_LOGGING = (
     *QEMU_REALIZE,
     *QEMU_FEATURES,
     Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True),
     *QEMU_RING_0,
+    Sent(R.SET_LOG_BASE, LogArea(0x8000, 0), 1),
+    Sent(R.SET_FEATURES, U64(SEABIOS | Feature.LOG_ALL), need_reply=True),
+    Sent(R.SET_VRING_ADDR, layout(0, 256, log=0x3F000)[2].payload, need_reply=True),
     Sent(R.SET_FEATURES, U64(SEABIOS)),
     layout(0, 256)[2],
     *QEMU_STOP,

@@ -33,7 +33,14 @@ class Attachment(Protocol):
         """Device reset: rings stopped and disabled, features 0, write cache as at the start; memory stays."""
 
     async def set_features(self, features: int) -> None:
-        """Virtio feature bits as negotiated (VHOST_USER_F_PROTOCOL_FEATURES, bit 30, removed)."""
+        """Virtio feature bits as negotiated (VHOST_USER_F_PROTOCOL_FEATURES, bit 30, removed). Bit 26,
+        VHOST_F_LOG_ALL: data and status of all requests answered from now on go into the dirty log."""
+
+    async def set_log_base(self, fd: OwnedFd, size_bytes: int, offset: int) -> None:
+        """The dirty log, in the place of a former one."""
+
+    async def set_log_fd(self, fd: OwnedFd) -> None:
+        """A descriptor that is signalled when the dirty log has changed."""
 
     async def set_mem_table(self, regions: Sequence[tuple[MemoryRegion, OwnedFd]]) -> None:
         """Replace all regions; rings are translated anew."""
@@ -46,7 +53,8 @@ class Attachment(Protocol):
     async def set_vring_num(self, queue: int, num: int) -> None: ...
 
     async def set_vring_addr(self, queue: int, desc: int, used: int, avail: int, log: int | None) -> None:
-        """User addresses of the ring's parts; `log` is a guest address, None where used is not logged."""
+        """User addresses of the ring's parts; `log` is the guest address under which what is written
+        to the used ring goes into the dirty log, None where it does not."""
 
     async def set_vring_base(self, queue: int, base: int) -> None: ...
 

@@ -4,8 +4,8 @@
 `RULES` has one row for each request that this backend serves: the protocol feature it belongs to, what must
 hold of the ring it names, and a handler. A handler is a function of the state, the device and the message; it
 returns a `Step`: the calls on the attachment to make, the state once all of them have succeeded, and the
-answer. A request without a row, one whose feature was not negotiated and one that does not fit the state
-raise FrontendError, and the connection ends.
+answer. A request whose feature was not negotiated and one that does not fit the state raise FrontendError,
+and the connection ends.
 
 The rings of one connection, and what may happen in each of their states:
 
@@ -16,11 +16,13 @@ The rings of one connection, and what may happen in each of their states:
     yes      yes      running: NUM, BASE and other virtio features are refused; ADDR, CALL, ERR, KICK and a
                       change of logging alone (SET_FEATURES) are fine, as is every change of the memory
 
-CALL and ERR come before SET_FEATURES, memory before and after ENABLE, SET_PROTOCOL_FEATURES without a GET
-before it, SET_FEATURES before the protocol features. KICK needs the ring's size and addresses.
+CALL, ERR and the dirty log come before SET_FEATURES, memory before and after ENABLE, SET_PROTOCOL_FEATURES
+without a GET before it, SET_FEATURES before the protocol features. KICK needs the ring's size and addresses.
 
-What is left out: LOG_SHMFD is not offered. It needs its bit in `OFFERED`, a row for SET_LOG_BASE and
-SET_LOG_FD, and bit 26 in the device's features.
+A live migration switches dirty logging on rings that run: SET_LOG_BASE brings the log (and another one when
+the memory changes), SET_FEATURES switches it for what requests point to (bit 26), SET_VRING_ADDR for the used
+ring. A frontend that asks for a reply to these knows by it that from then on everything is logged. A log that
+cannot be used ends the connection: SET_LOG_BASE's reply cannot say so, and what is not logged is lost.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,6 +41,7 @@ from .payloads import (
     U64,
     ConfigAccess,
     InflightArea,
+    LogArea,
     MemoryTable,
     SingleRegion,
     VringAddress,
@@ -61,6 +64,7 @@ MEM_SLOTS: Final = 128
 
 OFFERED: Final = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
@@ -144,10 +148,8 @@ class Rule:
 def plan(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     """What `message` with `fds` leads to in this state; changes nothing. FrontendError where it must not
     come."""
-    rule = RULES.get(message.request)
+    rule = RULES[message.request]  # every request that `messages` can read has one
     name = message.request.name
-    if rule is None:
-        raise FrontendError(f"{name} belongs to a feature that was not offered")
     if rule.needs & ~state.protocol_features:
         raise FrontendError(f"{name} without {rule.needs.name} negotiated")
     if isinstance(message.payload, VringState | VringAddress | VringFile):
@@ -296,8 +298,6 @@ def _set_vring_num(state: State, device: BlkDevice, message: Message, fds: Seque
 def _set_vring_addr(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     assert isinstance(message.payload, VringAddress)
     address = message.payload
-    if address.log is not None and not device.features & FEATURE_LOG_ALL:
-        raise FrontendError(f"SET_VRING_ADDR for ring {address.queue} with logging, which was not offered")
     ring = replace(state.rings[address.queue], addressed=True)
     return Step(
         state.with_ring(address.queue, ring),
@@ -391,6 +391,26 @@ def _set_inflight(state: State, device: BlkDevice, message: Message, fds: Sequen
     return Step(state, calls=(take_up,))
 
 
+# ---- the dirty log ---------------------------------------------------------------------------------------
+
+
+def _set_log_base(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
+    assert isinstance(message.payload, LogArea)
+    area = message.payload
+    (fd,) = fds
+    # With LOG_SHMFD it always has a reply, whatever NEED_REPLY says; QEMU waits for it.
+    return Step(
+        state,
+        calls=(lambda attachment: attachment.set_log_base(fd, area.log_bytes, area.offset),),
+        answer=lambda _: encode_u64(0),
+    )
+
+
+def _set_log_fd(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
+    (fd,) = fds
+    return Step(state, calls=(lambda attachment: attachment.set_log_fd(fd),))
+
+
 # ---- config space ----------------------------------------------------------------------------------------
 
 
@@ -445,6 +465,8 @@ RULES: Final[dict[Request, Rule]] = {
     Request.SET_VRING_ENABLE: Rule(_set_vring_enable),
     Request.GET_INFLIGHT_FD: Rule(_get_inflight, ProtocolFeature.INFLIGHT_SHMFD),
     Request.SET_INFLIGHT_FD: Rule(_set_inflight, ProtocolFeature.INFLIGHT_SHMFD),
+    Request.SET_LOG_BASE: Rule(_set_log_base, ProtocolFeature.LOG_SHMFD),
+    Request.SET_LOG_FD: Rule(_set_log_fd),
     Request.GET_CONFIG: Rule(_get_config, ProtocolFeature.CONFIG),
     Request.SET_CONFIG: Rule(_set_config, ProtocolFeature.CONFIG),
 }
