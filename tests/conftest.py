@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.guest.assets import AssetError, GuestAssets, guest_assets
 
@@ -17,6 +18,11 @@ MARKERS = (
     "uml: boots Linux's user-mode kernel (Debian's package user-mode-linux)",
     "debian13: runs frontends of a Debian 13 tree in the cache folder (`./run test --debian13`)",
 )
+
+# How fast a shared machine makes examples says nothing about the code (on a new machine hypothesis first builds
+# its tables of characters).
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
