@@ -311,6 +311,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     uring_reap(&e->uring);
     disk_run_done(&e->host);
     take_commands(e, w);
+    poller_begin(e);
     serve_queues(e);
     e->host.now_ns = clock_ns();
     disk_run_done(&e->host); /* what completed at once */
@@ -379,9 +380,13 @@ static void *run(void *arg)
     sem_post(&start->ready); /* "start" is gone from here on */
     while (!e->quit) {
         uint64_t wait = wait_ns(e);
+        if (wait && poller_look(e, wait))
+            wait = 0;
         uring_enter(&e->uring, wait);
-        if (wait)
+        if (wait) {
             e->wakeups++;
+            poller_woken(e);
+        }
         pass(e, &watch);
     }
     e->quit = wind_up(e);
@@ -422,6 +427,7 @@ static int init_engine(struct vs_engine *e, const char **step)
         return rc;
     disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
     attachments_init(e);
+    poller_init(e);
     range_slots_init(&e->source_slots);
     guest_flush_init(e);
     mirror_init(e);

@@ -31,6 +31,7 @@
 #include "list.h"
 #include "mailbox.h"
 #include "mirror.h"
+#include "poller.h"
 #include "range_slots.h"
 #include "repl_log.h"
 #include "replicator.h"
@@ -138,6 +139,7 @@ struct vs_engine {
     struct attachment attachment[VS_MAX_ATTACHMENTS];
     struct attachment *active; /* the one whose rings run */
     struct list ready, stalled, notify;
+    struct poller poller;
     bool room; /* something was given back that a stalled queue may wait for */
     unsigned quieting; /* queues with a stop or disable command under way */
     struct list watches; /* every kick_watch whose poll is not over */

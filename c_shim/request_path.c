@@ -419,7 +419,7 @@ enum service request_path_service(struct queue *q)
     for (unsigned n = 0; n < QUEUE_BUDGET; n++) {
         rc = virtqueue_peek(&q->vq, &head);
         if (rc == 0) {
-            if (!virtqueue_ask_for_kick(&q->vq))
+            if (poller_keeps(e, q) || !virtqueue_ask_for_kick(&q->vq))
                 return SERVICE_EMPTY;
             continue; /* one came in between */
         }

@@ -30,6 +30,7 @@ enum vs_limit {
     VS_EXTENTS_MAX = 65536,
     VS_EXTENT_BYTES_MAX = 1073741824,
     VS_DOUBT_RANGES_MAX = 64,
+    VS_POLL_AUTO = 1000000000,
     VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
 
@@ -99,6 +100,7 @@ struct vs_engine_config {
     uint32_t dirty_region_bytes; /* power of two */
     uint32_t copy_depth;         /* region copies in flight */
     uint32_t writeback;          /* 1: WCE on by default */
+    uint32_t poll_us;            /* looks for work so long before it sleeps; 0: never, VS_POLL_AUTO: where it pays */
     uint32_t peer_tracked;       /* the bitmap tells what differs from a peer that is known */
     vs_bitmap *bitmap;           /* NULL: none. Owned on success */
     char serial[20];
@@ -308,6 +310,9 @@ struct vs_snapshot {
     uint32_t tracked;
     uint32_t bitmap_in_use;
     uint64_t throttled_ns;       /* how long writes waited for room in the log */
+    uint64_t polled_ns;          /* how long the engine's thread looked for work before it slept */
+    uint64_t polls;
+    uint64_t poll_hits;          /* of these: something came */
     uint64_t wakeups;            /* of the engine's thread */
     uint64_t syscalls;           /* io_uring_enter and notifications */
     uint64_t requests_waiting;   /* flushes and write-through writes that wait */

@@ -29,6 +29,9 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->tracked = e->difference.tracked;
     s->differing_bytes = e->difference.tracked ? dirty_map_bytes(&e->difference.differs) : 0;
     s->throttled_ns = e->throttled_ns + (e->throttled_since_ns ? engine_now(e) - e->throttled_since_ns : 0);
+    s->polled_ns = e->poller.polled_ns;
+    s->polls = e->poller.polls;
+    s->poll_hits = e->poller.hits;
     s->wakeups = e->wakeups;
     s->syscalls = e->uring.enters + e->notifications;
     s->requests_waiting = e->flush.waiting;

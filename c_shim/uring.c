@@ -23,8 +23,8 @@ int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const cha
      * worked off when this thread enters, never by interrupting it. Older
      * kernels answer EINVAL and get a plain ring. */
     static const unsigned flags[] = {
-        IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
-        IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN,
+        IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+        IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
         IORING_SETUP_CQSIZE,
     };
     int rc = -EINVAL;
@@ -91,6 +91,14 @@ void uring_enter(struct uring *u, uint64_t wait_ns)
     }
     /* EINTR, EAGAIN, EBUSY and ETIME all mean the same here: look at what has
      * completed; entries that were not taken stay queued for the next call. */
+}
+
+void uring_submit(struct uring *u)
+{
+    if (io_uring_sq_ready(&u->ring) == 0)
+        return;
+    u->enters++;
+    io_uring_submit(&u->ring);
 }
 
 unsigned uring_reap(struct uring *u)

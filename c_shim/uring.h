@@ -38,6 +38,16 @@ struct io_uring_sqe *uring_sqe_detached(struct uring *u);
  * 0 does not wait, UINT64_MAX waits for ever. */
 void uring_enter(struct uring *u, uint64_t wait_ns);
 
+/* Hands over what is queued; waits for nothing. */
+void uring_submit(struct uring *u);
+
+/* There are completions, or some that the next uring_enter() will post. A look at shared memory, no system call. */
+static inline bool uring_has_work(const struct uring *u)
+{
+    return io_uring_cq_ready(&u->ring) > 0 ||
+           (__atomic_load_n(u->ring.sq.kflags, __ATOMIC_ACQUIRE) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
 /* Calls complete() for everything that has completed; returns how many. */
 unsigned uring_reap(struct uring *u);
 

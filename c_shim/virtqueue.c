@@ -200,6 +200,11 @@ bool virtqueue_show_used(struct virtqueue *vq)
     return vring_need_event(event, vq->used_shown, old);
 }
 
+bool virtqueue_has_more(const struct virtqueue *vq)
+{
+    return vq->avail && READ_ONCE(vq->avail->idx) != vq->next_avail;
+}
+
 static void set_used_flags(struct virtqueue *vq, uint16_t flags)
 {
     WRITE_ONCE(vq->used->flags, flags);

@@ -84,6 +84,8 @@ void virtqueue_push(struct virtqueue *vq, uint16_t head, uint32_t written_bytes)
 /* Publishes all that was pushed; true: the guest wants to be notified. */
 bool virtqueue_show_used(struct virtqueue *vq);
 
+/* The guest has put something into the ring since it was found empty. Only a look. */
+bool virtqueue_has_more(const struct virtqueue *vq);
 /* Asks for a kick at the next request; true: there is one already, look again. */
 bool virtqueue_ask_for_kick(struct virtqueue *vq);
 /* No kicks, please: the ring is being looked at. */

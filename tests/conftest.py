@@ -19,8 +19,8 @@ MARKERS = (
     "debian13: runs frontends of a Debian 13 tree in the cache folder (`./run test --debian13`)",
 )
 
-# How fast a shared machine makes examples says nothing about the code (on a new machine hypothesis first builds
-# its tables of characters).
+# How fast a shared machine makes examples says nothing about the code (on a new machine hypothesis first
+# builds its tables of characters).
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 

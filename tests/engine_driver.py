@@ -208,6 +208,7 @@ class EngineOptions:
     copy_depth: int = 4
     writeback: bool = True
     serial: bytes = b"model"
+    poll_us: int = 0
 
 
 class EngineDriver:

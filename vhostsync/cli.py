@@ -123,6 +123,7 @@ def _value(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
 _size = _value(config.parse_bytes, "size")
 _seconds = _value(config.parse_seconds, "duration")
 _metrics = _value(config.parse_metrics, "place")
+_poll_us = _value(config.parse_poll_us, "time")
 
 
 def _positive(text: str) -> float:
@@ -302,6 +303,12 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--write-cache",
         choices=("on", "off"),
         help="off: each write is made durable before it is answered (default on)",
+    )
+    disk.add_argument(
+        "--poll-us",
+        type=_poll_us,
+        metavar="auto|N",
+        help="look for work so many microseconds before sleeping: 0 never, auto where it pays (default)",
     )
     mirror = serve.add_argument_group("the mirror")
     mirror.add_argument(

@@ -34,6 +34,7 @@ LOG_BYTES_MIN: Final = REQUEST_BYTES_MAX  # durability.md, rule 6: at least the 
 LOG_BYTES_MAX: Final = 64 * GIB
 MAX_LAG_MS_MAX: Final = 60_000
 TIMEOUT_S_MAX: Final = 3600.0
+POLL_US_MAX: Final = 10_000
 COPY_DEPTH_MAX: Final = 16
 DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
 DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
@@ -79,6 +80,15 @@ def parse_seconds(text: str) -> float:
             f"{text!r} is not a duration; write seconds, or a number with ms, s, m or h such as 500ms or 10s."
         )
     return float(Decimal(match[1]) * _DURATION_UNIT_S[match[2] or "s"])
+
+
+def parse_poll_us(text: str) -> int | None:
+    """Microseconds from "50"; None from "auto". ConfigError where it is neither."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise ConfigError(f"{text!r} is no time for polling; write auto, 0 (never), or microseconds.")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,7 @@ class ServeConfig:
     copy_depth: int = 8  # region copies of 1 MiB in flight
     dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
     metrics: Path | TcpAddress | None = None
+    poll_us: int | None = None  # look for work so long before sleeping; None: where it pays
     log_format: LogFormat = "auto"
     log_level: LogLevel = "info"
 
@@ -207,6 +218,8 @@ class ServeConfig:
         ):
             _within(option, seconds, 0.001, TIMEOUT_S_MAX, " seconds")
         _within("--copy-depth", self.copy_depth, 1, COPY_DEPTH_MAX)
+        if self.poll_us is not None:
+            _within("--poll-us", self.poll_us, 0, POLL_US_MAX)
         _within("--al-extents", self.al_extents, AL_EXTENTS_MIN, AL_EXTENTS_MAX)
         _within("--al-extent-size", self.al_extent_bytes, DIRTY_REGION_BYTES_MIN, GIB)
         if self.al_extent_bytes & (self.al_extent_bytes - 1):

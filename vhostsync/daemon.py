@@ -210,6 +210,7 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         copy_depth=config.copy_depth,
         writeback=config.write_cache,
         serial=config.serial,
+        poll_us=config.poll_us,
     )
 
 
@@ -275,6 +276,9 @@ class Backend:
                 "wakeups": snapshot.wakeups,
                 "syscalls": snapshot.syscalls,
                 "throttled-ms": snapshot.throttled_ns / 1e6,
+                "polls": snapshot.polls,
+                "poll-hits": snapshot.poll_hits,
+                "polled-ms": snapshot.polled_ns / 1e6,
                 "events-lost": snapshot.events_lost,
                 "log-bytes-used": snapshot.log_bytes_used,
                 "log-bytes": self.engine.config.log_bytes,

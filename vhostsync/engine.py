@@ -94,6 +94,7 @@ class EngineConfig:
     copy_depth: int
     writeback: bool
     serial: str
+    poll_us: int | None = 0  # None: where it pays
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ class Engine:
         c_config.copy_depth = config.copy_depth
         c_config.writeback = config.writeback
         c_config.serial = config.serial.encode("ascii")
+        c_config.poll_us = lib.VS_POLL_AUTO if config.poll_us is None else config.poll_us
         c_config.peer_tracked = peer_known
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)

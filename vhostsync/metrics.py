@@ -202,6 +202,13 @@ def _operations(
 def _engine(page: _Page, engine: Mapping[str, Any]) -> None:
     page.one("engine_wakeups_total", "counter", "Wake-ups of the engine's thread.", engine.get("wakeups"))
     page.one("engine_syscalls_total", "counter", "System calls of the engine.", engine.get("syscalls"))
+    polled_ms = engine.get("polled-ms")
+    page.one(
+        "engine_polled_seconds_total",
+        "counter",
+        "How long the engine's thread looked for work before it slept.",
+        polled_ms / 1000 if polled_ms is not None else None,
+    )
     throttled_ms = engine.get("throttled-ms")
     page.one(
         "throttled_seconds_total",

@@ -130,7 +130,8 @@ def stats_text(stats: Mapping[str, Any]) -> str:
     parts.append(
         f"Engine: {engine['wakeups']:,} wake-ups, {engine['syscalls']:,} system calls, log "
         f"{size(engine['log-bytes-used'])} of {size(engine['log-bytes'])}, writes throttled for "
-        f"{engine['throttled-ms']:,} ms, {engine['events-lost']} events lost\n"
+        f"{engine['throttled-ms']:,} ms, polling "
+        f"{engine['polled-ms']:,} ms, {engine['events-lost']} events lost\n"
     )
     return "".join(parts)
 

@@ -91,6 +91,9 @@ class Snapshot:
     bitmap_in_use: bool
     bitmap_syncs: int
     throttled_ns: int
+    polled_ns: int
+    polls: int
+    poll_hits: int
     wakeups: int
     syscalls: int
     requests_waiting: int
@@ -145,6 +148,9 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         bitmap_syncs=s.bitmap_syncs,
         differing_bytes=s.differing_bytes if s.tracked else None,
         throttled_ns=s.throttled_ns,
+        polled_ns=s.polled_ns,
+        polls=s.polls,
+        poll_hits=s.poll_hits,
         wakeups=s.wakeups,
         syscalls=s.syscalls,
         requests_waiting=s.requests_waiting,

@@ -315,6 +315,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     options = """--socket-path /run/s --blk-file /a.img --read-only --cache writeback --num-queues 8
         --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback --log-size 128M
         --max-lag-ms 100 --on-congestion block --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
+        --poll-us 25
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
@@ -331,6 +332,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.log_bytes, settings.max_lag_ms) == (128 << 20, 100)
     assert (settings.destination_timeout_s, settings.stop_timeout_s) == (5, 0.5)
     assert (settings.copy_depth, settings.dirty_region_bytes) == (4, 128 << 10)
+    assert settings.poll_us == 25
     assert (settings.bitmap, settings.al_extents) == (Path("/m.bits"), 256)
     assert settings.al_extent_bytes == 16 << 20
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))

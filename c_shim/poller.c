@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A wake-up across cores costs more than many a request. So, where the next
+ * thing to do is likely to come soon, the thread looks at the rings and at the
+ * completion queue for a moment before it sleeps in the kernel.
+ *
+ * Invariant: the thread sleeps only after every running ring was asked for a
+ * kick and was empty after that (virtqueue_ask_for_kick). A ring that is found
+ * empty while the poller is willing is not asked, so that the guest need not
+ * kick; it stands in "rings" until it has work again or the poller gives up
+ * and asks.
+ *
+ * Adaptive, polling has to pay:
+ *   - it waits for the guest only, not for a disk;
+ *   - the time from "nothing to do" to the guest's next request is smoothed; only
+ *     where it lies within the window is it waited for awake, and no longer than
+ *     a few times as long: so an idle guest costs nothing;
+ *   - time that is missing between two looks was taken by somebody who wanted the
+ *     core (or by the hypervisor). Then it is left to them for a while that
+ *     doubles each time.
+ *
+ * Completions: with DEFER_TASKRUN they are posted only when the thread enters
+ * the kernel; IORING_SQ_TASKRUN says that there are some to be posted.
+ */
+#include "poller.h"
+
+#include <time.h>
+
+#include "attachment.h"
+#include "engine.h"
+
+#define AUTO_WINDOW_NS 80000u
+/* An expected gap is waited for up to so many times over. */
+#define PATIENCE 2u
+/* Gaps count in eighths: a handful of them change the mind. */
+#define SMOOTHING 8u
+/* Two looks lie well under a microsecond apart. An interrupt takes some more; another thread, a time slice. */
+#define STOLEN_NS 200000u
+#define BACK_OFF_NS_MIN 10000000u
+#define BACK_OFF_NS_MAX 1000000000u
+/* Looks between two glances at the clock. */
+#define LOOKS 8u
+
+static uint64_t clock_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+static inline void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+void poller_init(struct vs_engine *e)
+{
+    struct poller *p = &e->poller;
+    list_init(&p->rings);
+    p->adaptive = e->config.poll_us == VS_POLL_AUTO;
+    p->window_ns = p->adaptive ? AUTO_WINDOW_NS : (uint64_t)e->config.poll_us * 1000;
+    p->gap_ns = p->window_ns * 2;
+    p->back_off_ns = BACK_OFF_NS_MIN;
+}
+
+/* A disk takes longer than a wake-up, so nothing is won by waiting for it awake (measured: a 20 us window
+ * before a 40 us disk is worse than none). The guest's next request is another matter. */
+static bool waits_for_disk(const struct vs_engine *e)
+{
+    return e->source->stats.in_flight > 0 || (e->mirror.disk && e->mirror.disk->stats.in_flight > 0);
+}
+
+/* How long the next gap is worth to be waited for awake; 0: not at all. */
+static uint64_t worth_ns(const struct vs_engine *e, uint64_t now_ns)
+{
+    const struct poller *p = &e->poller;
+    uint64_t patient_ns = p->gap_ns * PATIENCE;
+    if (!p->adaptive)
+        return p->window_ns;
+    if (p->gap_ns > p->window_ns || now_ns < p->not_before_ns || waits_for_disk(e))
+        return 0;
+    return patient_ns < p->window_ns ? patient_ns : p->window_ns;
+}
+
+bool poller_keeps(struct vs_engine *e, struct queue *q)
+{
+    if (!e->poller.willing)
+        return false;
+    list_append(&e->poller.rings, &q->ready_link);
+    return true;
+}
+
+/* Moves rings with work to "ready"; true: there were some. */
+static bool look_at_rings(struct vs_engine *e)
+{
+    bool found = false;
+    list_each_safe(node, &e->poller.rings)
+    {
+        struct queue *q = container_of(node, struct queue, ready_link);
+        if (!virtqueue_has_more(&q->vq))
+            continue;
+        queue_ready(q);
+        found = true;
+    }
+    return found;
+}
+
+void poller_begin(struct vs_engine *e)
+{
+    e->poller.willing = e->gate == GATE_OPEN && worth_ns(e, engine_now(e)) > 0;
+    look_at_rings(e); /* also while there is no time to look longer */
+}
+
+/* Asks all of them for a kick; true: one has work already. */
+static bool ask_for_kicks(struct vs_engine *e)
+{
+    struct list *node;
+    bool found = false;
+    while ((node = list_pop(&e->poller.rings))) {
+        struct queue *q = container_of(node, struct queue, ready_link);
+        if (!virtqueue_ask_for_kick(&q->vq))
+            continue;
+        queue_ready(q);
+        found = true;
+    }
+    return found;
+}
+
+/* The core was taken away between two looks. */
+static void leave_core(struct poller *p, uint64_t now_ns)
+{
+    p->not_before_ns = now_ns + p->back_off_ns;
+    if (p->back_off_ns < BACK_OFF_NS_MAX)
+        p->back_off_ns *= 2;
+}
+
+/* Looks until something comes (true) or "until". */
+static bool spin(struct vs_engine *e, uint64_t from_ns, uint64_t until_ns)
+{
+    struct poller *p = &e->poller;
+    uint64_t last_ns = from_ns, now_ns;
+    bool found = false;
+    do {
+        for (unsigned i = 0; i < LOOKS && !found; i++) {
+            relax();
+            found = uring_has_work(&e->uring) || look_at_rings(e);
+        }
+        now_ns = clock_ns();
+        if (p->adaptive && now_ns - last_ns > STOLEN_NS) {
+            leave_core(p, now_ns);
+            break;
+        }
+        last_ns = now_ns;
+    } while (!found && now_ns < until_ns);
+    p->polls++;
+    p->hits += found;
+    p->polled_ns += now_ns - from_ns;
+    if (found && p->back_off_ns > BACK_OFF_NS_MIN)
+        p->back_off_ns -= p->back_off_ns / 64;
+    return found;
+}
+
+static void learn(struct poller *p, uint64_t gap_ns)
+{
+    uint64_t most_ns = p->window_ns * 4; /* one long silence is one, however long */
+    gap_ns = gap_ns < most_ns ? gap_ns : most_ns;
+    p->gap_ns = (p->gap_ns * (SMOOTHING - 1) + gap_ns) / SMOOTHING;
+}
+
+bool poller_look(struct vs_engine *e, uint64_t wait_ns)
+{
+    struct poller *p = &e->poller;
+    uint64_t from_ns, worth = 0;
+    bool found = false;
+    if (!p->window_ns)
+        return false;
+    from_ns = clock_ns();
+    if (p->willing)
+        worth = worth_ns(e, from_ns);
+    if (worth > wait_ns)
+        worth = wait_ns;
+    if (worth) {
+        uring_submit(&e->uring);
+        found = spin(e, from_ns, from_ns + worth);
+    }
+    if (!found)
+        found = ask_for_kicks(e);
+    if (waits_for_disk(e))
+        return found;
+    if (found)
+        learn(p, clock_ns() - from_ns);
+    else
+        p->asleep_since_ns = from_ns;
+    return found;
+}
+
+void poller_woken(struct vs_engine *e)
+{
+    struct poller *p = &e->poller;
+    if (p->asleep_since_ns)
+        learn(p, clock_ns() - p->asleep_since_ns);
+    p->asleep_since_ns = 0;
+}

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking for work before sleeping (c_shim/poller.c): a ring that is looked at needs no kick, and no wake-up
+is lost where that ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tests.frontend import DEFAULT_FEATURES, Feature
+from tests.model.rig import BLOCK, pattern, rig
+from vhostsync._shim import lib
+
+WINDOW_US = 10_000_000  # longer than the test
+
+
+@pytest.mark.parametrize("features", [DEFAULT_FEATURES, DEFAULT_FEATURES & ~Feature.EVENT_IDX])
+def test_a_ring_that_is_looked_at_needs_no_kick(features: int) -> None:
+    with rig(features=features, poll_us=WINDOW_US) as r:
+        r.write_now(0, 1)
+        silent = r.write(1, 2, kick=False)
+        r.guest.wait(silent)
+        assert silent.ok
+        assert r.source.read(BLOCK, BLOCK) == pattern(2)
+
+
+def test_commands_are_heard_while_it_looks() -> None:
+    with rig(poll_us=WINDOW_US) as r:
+        r.write_now(0, 1)
+        began = time.monotonic()
+        r.snapshot()
+        assert time.monotonic() - began < WINDOW_US / 1e6 / 2
+
+
+@pytest.mark.parametrize("poll_us", [1, 20, 200, lib.VS_POLL_AUTO])
+def test_no_wake_up_is_lost_where_looking_ends(poll_us: int) -> None:
+    """The guest's next request comes at every moment about the end of the window; each is kicked only if the
+    ring asks for it, and each must be answered."""
+    with rig(poll_us=poll_us) as r:
+        for n in range(3000):
+            pause_s = (n % 60) * (poll_us if poll_us < 1000 else 50) / 30 * 1e-6
+            until = time.perf_counter() + pause_s
+            while time.perf_counter() < until:
+                pass
+            r.write_now(n % 64, n)
+
+
+def test_an_idle_guest_is_not_looked_for_for_ever() -> None:
+    with rig(poll_us=lib.VS_POLL_AUTO) as r:
+        for n in range(50):
+            r.write_now(n % 8, n)
+        r.driver.settle()
+        first = r.snapshot().wakeups
+        threading.Event().wait(0.3)  # nothing is to happen, so there is nothing to await
+        assert r.snapshot().wakeups <= first + 2  # the snapshots' own
