@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIME_S + 120)]
 
 @contextlib.contextmanager
 def running(
-    work: Path, habits: Habits, *, kills: int, destination: Path | None
+    work: Path, habits: Habits, *, kills: int, destination: Path | None, bitmap: Path | None = None
 ) -> Iterator[tuple[VerifiedLoad, Killer, Path]]:
     rng = random.Random(SEED)
     disk = new_image(work / "disk.img", DISK_MIB)
@@ -47,6 +47,7 @@ def running(
         rng=random.Random(SEED + 1),
         news=load.news.set,
         destination=destination,
+        bitmap=bitmap,
         deadline_s=TIME_S,
     )
     try:
@@ -78,3 +79,25 @@ def test_killed_again_and_again(work: Path, habits: Habits) -> None:
         print(f"{habits.name}: {killer.figures} {load.figures} losses 0 duplicates 0", end="")
         print(f" in {time.monotonic() - began:.0f} s")
         assert killer.figures.kills > 0 and load.figures.replayed > 0
+
+
+def test_killed_with_the_mirror_attached_each_time(work: Path) -> None:
+    """The bitmap outlives every kill: after each, the mirror begins again with what differs, and in the end
+    both disks hold what was written last."""
+    destination = new_image(work / "destination.img", DISK_MIB)
+    ran = running(work, HABITS[0], kills=KILLS, destination=destination, bitmap=work / "bits")
+    with ran as (load, killer, disk):
+        load.run(
+            finished=killer.over.is_set, connecting=killer.connecting.set, recovered=killer.recovered.set
+        )
+        killer.check()
+        assert killer.backend is not None
+        killer.backend.start_mirror(destination)
+        assert killer.backend.status()["full-copy-reason"] is None
+        killer.backend.wait_steady()
+        load.disconnect()
+        killer.backend.stop()
+        load.verify_image(disk)
+        assert digest(disk) == digest(destination)
+        print(f"{killer.figures} {load.figures} losses 0 duplicates 0")
+        assert killer.figures.kills > 0 and killer.figures.resynced > 0
