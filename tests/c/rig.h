@@ -14,7 +14,10 @@
 #include "ring.h"
 
 #define LANES 4
+#ifndef LANE_DEPTH
 #define LANE_DEPTH 16
+#endif
+#define LANE_RING (4 * LANE_DEPTH)
 #define SLOT_BYTES 65536u
 #define DISK_BYTES (8ull << 20)
 #define PATIENCE_MS 20000
@@ -183,7 +186,7 @@ static inline void rig_attach(struct rig *r, unsigned lanes, uint64_t features)
     CHECK_EQUAL(rig_command(r, table), 0);
     for (unsigned i = 0; i < lanes; i++) {
         struct lane *l = &r->lane[i];
-        *l = (struct lane){.ring = ring_make(r->guest, 64),
+        *l = (struct lane){.ring = ring_make(r->guest, LANE_RING),
                            .event_idx = features & F_EVENT_IDX,
                            .indirect = features & F_INDIRECT,
                            .kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
@@ -237,14 +240,14 @@ static inline void lane_kick(struct lane *l)
         CHECK(errno == EAGAIN);
 }
 
-static inline void lane_send(struct lane *l, unsigned slot, uint32_t type, uint64_t sector, uint32_t bytes)
+/* Available, but not published yet. */
+static inline void lane_put(struct lane *l, unsigned slot, uint32_t type, uint64_t sector, uint32_t bytes)
 {
     struct virtio_blk_outhdr header = {.type = type, .sector = sector};
     uint64_t at = GUEST_ADDR + (uint64_t)(lane_header(l, slot) - l->ring.guest->base);
     unsigned first = 3 * slot, n = 0;
     struct vring_desc d[3];
     bool reads = type == VIRTIO_BLK_T_IN || type == VIRTIO_BLK_T_GET_ID;
-    uint16_t old = l->ring.published;
     memcpy(lane_header(l, slot), &header, sizeof header);
     lane_header(l, slot)[16] = 0xff;
     ring_desc(&d[n], at, 16, VRING_DESC_F_NEXT, first + n + 1);
@@ -265,12 +268,24 @@ static inline void lane_send(struct lane *l, unsigned slot, uint32_t type, uint6
     }
     ring_put(&l->ring, first);
     l->in_flight++;
+}
+
+/* Shows the device all that was put since the ring stood at "old", and kicks when it asks for that: a lost
+ * wake-up would show as a hang. */
+static inline void lane_publish(struct lane *l, uint16_t old)
+{
     ring_publish(&l->ring);
-    /* Only when asked for: a lost wake-up would show as a hang. */
     if (l->event_idx ? vring_need_event(__atomic_load_n(ring_avail_event(&l->ring), __ATOMIC_RELAXED),
                                         l->ring.published, old)
                      : !(__atomic_load_n(&l->ring.used->flags, __ATOMIC_RELAXED) & VRING_USED_F_NO_NOTIFY))
         lane_kick(l);
+}
+
+static inline void lane_send(struct lane *l, unsigned slot, uint32_t type, uint64_t sector, uint32_t bytes)
+{
+    uint16_t old = l->ring.published;
+    lane_put(l, slot, type, sector, bytes);
+    lane_publish(l, old);
 }
 
 /* The slot of a completed request, or -1: none yet. */

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request costs no more than bounds.toml allows. No wall-clock: counts, the same on a busy machine."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.guard.measure import kernel_syscalls_per_request, per_request
+
+BOUNDS: dict[str, dict[str, float]] = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text())
+WORKS = sorted(BOUNDS["syscalls"])
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_request_takes_no_more_than_it_may(work: str) -> None:
+    measured = per_request(work)
+    counted = [name for name in BOUNDS if name in measured]
+    assert {"syscalls", "wakeups", "notifications", "allocations"} <= set(counted)
+    over = {name: measured[name] for name in counted if measured[name] > BOUNDS[name][work]}
+    assert not over, f"{work}: more a request than tests/guard/bounds.toml allows: {over}"
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_the_kernel_counts_no_more_system_calls(work: str, tmp_path: Path) -> None:
+    measured = kernel_syscalls_per_request(work, tmp_path)
+    if measured is None:
+        pytest.skip("strace cannot trace here")
+    assert 0 < measured <= BOUNDS["kernel-syscalls"][work]
+
+
+def test_every_bound_names_every_work() -> None:
+    assert all(sorted(each) == WORKS for each in BOUNDS.values())
