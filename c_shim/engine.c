@@ -182,6 +182,12 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_MIRROR_STOP:
         mirror_stop(e, (uint32_t)c->value);
         break;
+    case VS_CMD_VERIFY:
+        rc = verifier_start(e, c->value, c->desc);
+        break;
+    case VS_CMD_VERIFY_STOP:
+        rc = verifier_stop(e);
+        break;
     case VS_CMD_BITMAP_VOID:
         activity_void(e);
         break;
@@ -287,7 +293,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, now;
     bool queues = e->gate == GATE_OPEN && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
-    if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->quit)
+    if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->verifier.more || e->quit)
         return 0;
     if (e->throttle_until_ns && e->gate == GATE_OPEN && !list_empty(&e->stalled))
         deadline = e->throttle_until_ns;
@@ -296,6 +302,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
     deadline = min_ns(deadline, mirror_deadline_ns(e));
     deadline = min_ns(deadline, copier_deadline_ns(e));
     deadline = min_ns(deadline, difference_deadline_ns(e));
+    deadline = min_ns(deadline, verifier_deadline_ns(e));
     deadline = min_ns(deadline, attachments_deadline_ns(e));
     if (deadline == UINT64_MAX)
         return UINT64_MAX;
@@ -322,6 +329,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     copier_pump(e);
     mirror_pump(e);
     difference_pump(e);
+    verifier_pump(e);
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
@@ -407,6 +415,7 @@ static void free_engine(struct vs_engine *e)
     request_path_free(e); /* before the memory that its requests pin */
     attachments_free(e);
     copier_free(e);
+    verifier_free(e);
     replicator_free(e);
     repl_log_free(&e->log);
     dirty_map_free(&e->to_copy);
@@ -433,7 +442,7 @@ static int init_engine(struct vs_engine *e, const char **step)
     mirror_init(e);
     *step = "allocation of the engine's buffers";
     if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
-        (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0)
+        (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0 || (rc = verifier_init(e)) < 0)
         return rc;
     if ((rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0)
         return rc;

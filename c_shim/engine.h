@@ -37,6 +37,7 @@
 #include "replicator.h"
 #include "throttle.h"
 #include "uring.h"
+#include "verifier.h"
 #include "virtqueue.h"
 
 struct attachment;
@@ -132,6 +133,7 @@ struct vs_engine {
     struct dirty_map to_copy; /* regions that this copy has still to do */
     struct difference difference;
     struct activity activity;
+    struct verifier verifier;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;

@@ -33,6 +33,9 @@
 #define COPY_ZERO_BYTES (64u << 10)
 /* A hole is passed over in steps of this size. */
 #define COPY_HOLE_BYTES (1u << 30)
+/* Verification: bytes of one comparison, and how many at most at once. */
+#define VERIFY_BYTES (1u << 20)
+#define VERIFY_DEPTH 4
 /* Queue passes: requests taken from one queue before the next one has its turn. */
 #define QUEUE_BUDGET 128
 /* In pass-through, requests that have completed at once are shown to the guest in groups of this size. */
@@ -49,10 +52,10 @@ static_assert(VS_SEGMENT_MAX + 2 <= REQUEST_IOV_MAX, "every legal request fits i
 static_assert((unsigned long)VS_SEGMENT_MAX * VS_SEGMENT_BYTES_MAX <= VS_REQUEST_BYTES_MAX,
               "every legal request is within the bound on its bytes");
 static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be bounced");
-static_assert(URING_WORKERS > REPLICA_DEPTH + COPY_DEPTH_MAX + 4, "a destination that hangs leaves workers to the source");
+static_assert(URING_WORKERS > REPLICA_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4, "a destination that hangs leaves workers to the source");
 static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
 static_assert(URING_CQ_ENTRIES >=
-                  REQUESTS_MAX + REPLICA_DEPTH + COPY_DEPTH_MAX + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
+                  REQUESTS_MAX + REPLICA_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
               "all that can be in flight fits the completion queue");
 static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");
 

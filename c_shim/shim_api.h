@@ -150,7 +150,9 @@ enum vs_command_kind {
     VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else -ETIMEDOUT, gate reopened */
     VS_CMD_UNGATE,
-    VS_CMD_EXCHANGE           /* value: 1 keeps the mirror (roles swap); opens the gate; event value: pause in ns */
+    VS_CMD_EXCHANGE,          /* value: 1 keeps the mirror (roles swap); opens the gate; event value: pause in ns */
+    VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */
+    VS_CMD_VERIFY_STOP        /* -ENOENT: there is none */
 };
 
 struct vs_region {
@@ -207,7 +209,8 @@ enum vs_event_kind {
     VS_EV_ATTACHMENT_LOST, /* attachment; value: enum vs_loss */
     VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
     VS_EV_FENCE_CLEAR,     /* the last late request of a former destination is over */
-    VS_EV_BITMAP_FAILED    /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
+    VS_EV_BITMAP_FAILED,   /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
+    VS_EV_VERIFIED         /* a verification is over; result: 0, -ECANCELED, -ENOTCONN (not steady any more) */
 };
 
 enum vs_breach {
@@ -307,6 +310,13 @@ struct vs_snapshot {
     uint64_t copy_bytes_sparse;  /* of copy_bytes_done: holes and zeroes that were not written out */
     uint64_t differing_bytes;    /* where source and peer may differ, while one is tracked */
     uint64_t bitmap_syncs;       /* flushes of the bitmap's file so far */
+    uint64_t verify_bytes_done;  /* of the last verification: looked at, among them */
+    uint64_t verify_bytes_skipped;
+    uint64_t verify_bytes_differing;
+    uint64_t verify_bytes_repaired;
+    uint32_t verify_running;
+    uint32_t verify_range_count; /* of what differs; merged where there were too many */
+    struct vs_doubt_range verify_ranges[64];
     uint32_t tracked;
     uint32_t bitmap_in_use;
     uint64_t throttled_ns;       /* how long writes waited for room in the log */

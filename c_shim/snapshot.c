@@ -27,6 +27,13 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->bitmap_in_use = e->activity.bitmap != NULL;
     s->bitmap_syncs = e->activity.syncs;
     s->tracked = e->difference.tracked;
+    s->verify_running = e->verifier.running;
+    s->verify_bytes_done = e->verifier.bytes_done;
+    s->verify_bytes_skipped = e->verifier.bytes_skipped;
+    s->verify_bytes_differing = e->verifier.bytes_differing;
+    s->verify_bytes_repaired = e->verifier.bytes_repaired;
+    s->verify_range_count = e->verifier.differing.count;
+    memcpy(s->verify_ranges, e->verifier.differing.range, sizeof s->verify_ranges);
     s->differing_bytes = e->difference.tracked ? dirty_map_bytes(&e->difference.differs) : 0;
     s->throttled_ns = e->throttled_ns + (e->throttled_since_ns ? engine_now(e) - e->throttled_since_ns : 0);
     s->polled_ns = e->poller.polled_ns;

@@ -47,6 +47,8 @@ class EventKind(IntEnum):
     ATTACHMENT_LOST = 5
     IO_ERROR = 6
     FENCE_CLEAR = 7
+    BITMAP_FAILED = 8
+    VERIFIED = 9
 
 
 class Reason(IntEnum):

@@ -89,6 +89,14 @@ It needs a mirror that is steady. When it fails, the guest is where it was and t
 Exit code 4 says that the deadline ended it.
 """
 
+_VERIFY_EXAMPLES: Final = """\
+examples:
+  vhostsync verify --wait                               # 0: equal, 1: not, or not finished
+  vhostsync verify --repair --speed 200M --wait
+
+It needs a mirror that is steady, and does not stop it. Ranges in doubt are skipped.
+"""
+
 _WATCH_EXAMPLES: Final = """\
 examples:
   vhostsync watch
@@ -163,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_mirror(commands)
     _add_switch(commands)
+    _add_verify(commands)
     _add_client(commands, "stats", "stats", "show operations, bytes, errors and latencies")
     leave = _add_client(
         commands, "quit", "quit_backend", "end the backend, after the mirror was brought up to date"
@@ -265,6 +274,18 @@ def _add_switch(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="how long one try may hold the guest's requests (default 500ms)",
     )
     switch.add_argument("--keep-mirror", action="store_true", help="the old disk becomes the destination")
+
+
+def _add_verify(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    verify = _add_client(
+        commands, "verify", "verify", "compare both disks while the guest runs", _VERIFY_EXAMPLES
+    )
+    verify.add_argument("--repair", action="store_true", help="copy what differs to the destination again")
+    verify.add_argument(
+        "--speed", type=_value(_speed, "speed"), default=0, metavar="SIZE", help="limit, per second"
+    )
+    verify.add_argument("--wait", action="store_true", help="return when it is over, with its result")
+    _add_client(commands, "verify-cancel", "verify_cancel", "end the verification that runs")
 
 
 def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:

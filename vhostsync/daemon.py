@@ -6,7 +6,7 @@ whether it is the right one, the engine starts, the sockets open. End (SIGTERM, 
 frontend of --fd gone): frontends are let go first, which finishes their requests; the mirror is brought up to
 date; the engine ends; the record notes the clean end.
 
-    run ── engine.pump, mirror.run          (to the very end)
+    run ── engine.pump, mirror.run, verifier.report  (to the very end)
         └─ frontends ─ one task a connection  (until the end begins)
         └─ control socket, metrics             (until the end begins)
         └─ signals
@@ -44,6 +44,7 @@ from vhostsync.mirror import Mirror
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth, check_start
+from vhostsync.verify import Verifier
 from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.virtio_blk import BlkDevice, DeviceShape
@@ -221,6 +222,7 @@ class Backend:
         self.config = config
         self.engine = engine
         self.mirror = mirror
+        self.verifier = Verifier(engine, hub)
         self.events = hub
         self.frontends: FrontendServer | None = None
         self._quit = anyio.Event()
@@ -385,6 +387,7 @@ async def _serve_device(
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(engine.pump)
         lasting.start_soon(mirror.run)
+        lasting.start_soon(backend.verifier.report)
         await lasting.start(_watch_signals, backend)
         async with anyio.create_task_group() as serving:
             await _start_control(config, backend, serving)

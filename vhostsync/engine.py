@@ -75,6 +75,7 @@ class EventKind(IntEnum):
     IO_ERROR = lib.VS_EV_IO_ERROR
     BITMAP_FAILED = lib.VS_EV_BITMAP_FAILED
     FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
+    VERIFIED = lib.VS_EV_VERIFIED
 
 
 @dataclass(frozen=True)
@@ -356,6 +357,17 @@ class Engine:
         """Returns when the destination (both disks) holds durably all that the guest had written when this
         began."""
         await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing the destination", value=int(both_disks))
+
+    async def verify(self, *, repair: bool, speed_bytes_per_s: int) -> None:
+        """Begin to compare both disks; EventKind.VERIFIED tells of the end. EngineError ENOTCONN: not
+        steady; EBUSY: one is under way."""
+        await self.command(
+            lib.VS_CMD_VERIFY, "comparing the disks", value=int(repair), desc=speed_bytes_per_s
+        )
+
+    async def verify_stop(self) -> None:
+        """EngineError ENOENT: none is under way."""
+        await self.command(lib.VS_CMD_VERIFY_STOP, "ending the comparison of the disks")
 
     async def bitmap_void(self) -> None:
         """The state record names no bitmap any more: go on without."""

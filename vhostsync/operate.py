@@ -220,6 +220,33 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+async def verify(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync verify`; with --wait until it is over: 1 unless the disks are equal (or repaired)."""
+    await client.execute("verify", {"repair": options.repair, "speed": options.speed})
+    if not options.wait:
+        if options.json:
+            _print_json(await client.execute("query-verify"))
+        else:
+            _say("Comparing the disks; `vhostsync watch` shows the progress.")
+        return EXIT_OK
+    live = None if options.json else show.Live(sys.stdout)
+    while (found := await client.execute("query-verify"))["state"] == "running":
+        if live is not None:
+            live.update(show.verify_line(found, live.width))
+        await _next_event(client, time.monotonic() + LOOK_EVERY_S)
+    if live is not None:
+        live.finish(show.verify_line(found, None))
+    else:
+        _print_json(found)
+    return EXIT_OK if found["state"] in ("equal", "repaired") else EXIT_FAILED
+
+
+async def verify_cancel(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync verify --cancel`."""
+    await client.execute("verify-cancel")
+    return await _done(client, options, "The verification is ended.")
+
+
 async def quit_backend(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync quit`: returns when the backend is over, and its disks are free."""
     with anyio.fail_after(options.timeout):

@@ -75,6 +75,21 @@ def mirror_line(mirror: Mapping[str, Any], width: int | None = None) -> str:
     return f"{state}  {mirror['destination']} is {mirror['worth']}: {reason}; {lag}"
 
 
+def verify_line(found: Mapping[str, Any], width: int | None = None) -> str:
+    """A verification in one line."""
+    done, total = found["bytes-done"], found["bytes-total"]
+    percent = 1000 * done // total / 10 if total else 100.0
+    text = f"{found['state']}  {percent:5.1f} %  {size(done)} of {size(total)}"
+    if found["bytes-differing"]:
+        text += f", {found['bytes-differing']:,} bytes differ"
+    if found["bytes-repaired"]:
+        text += f", {size(found['bytes-repaired'])} copied again"
+    if found["bytes-skipped"]:
+        text += f", {size(found['bytes-skipped'])} skipped"
+    room = 0 if width is None else width - len(text) - 1
+    return f"{bar(done, total, min(room, 40))} {text}" if room >= 10 else text
+
+
 def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
     """What `vhostsync status` prints."""
     frontends = status["frontends"]

@@ -70,6 +70,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class VerifyProgress:
+    """Of the last verification; bytes. `differing`: offset and length of each range."""
+
+    running: bool
+    bytes_done: int
+    bytes_skipped: int
+    bytes_differing: int
+    bytes_repaired: int
+    differing: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """struct vs_snapshot and the queues' statistics, of one moment."""
 
@@ -94,6 +106,7 @@ class Snapshot:
     polled_ns: int
     polls: int
     poll_hits: int
+    verify: VerifyProgress
     wakeups: int
     syscalls: int
     requests_waiting: int
@@ -151,6 +164,14 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         polled_ns=s.polled_ns,
         polls=s.polls,
         poll_hits=s.poll_hits,
+        verify=VerifyProgress(
+            running=bool(s.verify_running),
+            bytes_done=s.verify_bytes_done,
+            bytes_skipped=s.verify_bytes_skipped,
+            bytes_differing=s.verify_bytes_differing,
+            bytes_repaired=s.verify_bytes_repaired,
+            differing=tuple((r.offset, r.length) for r in s.verify_ranges[0 : s.verify_range_count]),
+        ),
         wakeups=s.wakeups,
         syscalls=s.syscalls,
         requests_waiting=s.requests_waiting,

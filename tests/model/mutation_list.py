@@ -538,4 +538,29 @@ MUTATIONS = [
         "",
         "rings/test_dirty_log.py::test_a_log_that_is_too_small_ends_the_attachment",
     ),
+    # -- verification --------------------------------------------------------------
+    _m(
+        "verify-does-not-wait",
+        "a mismatch is one only where the destination has every write of that range",
+        "verifier.c",
+        "if (c->step == COMPARE_MIRRORED && e->counts.writes_mirrored >= c->generation)",
+        "if (c->step == COMPARE_MIRRORED)",
+        "verify.py::test_a_write_on_its_way_to_the_destination_is_waited_for",
+    ),
+    _m(
+        "repair-unmarked",
+        "rule 4: a repaired region is different until both disks were flushed",
+        "verifier.c",
+        "difference_mark(e, c->offset, c->length);",
+        "",
+        "verify.py::test_it_is_repaired_if_asked_for_and_marked_until_it_is_durable",
+    ),
+    _m(
+        "lost-is-equal",
+        "a verification that lost the destination has no result",
+        "verifier.c",
+        "v->result = -ENOTCONN;",
+        "v->result = 0;",
+        "verify.py::test_a_destination_that_is_lost_ends_it",
+    ),
 ]

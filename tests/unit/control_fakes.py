@@ -141,9 +141,45 @@ class FakeMirror:
         return FakeSwitchResult(1234, 1, new, None)
 
 
+@dataclass(frozen=True)
+class FakeVerifyStatus:
+    state: str = "none"
+    bytes_total: int = 0
+    bytes_done: int = 0
+    bytes_skipped: int = 0
+    bytes_differing: int = 0
+    bytes_repaired: int = 0
+    differing: tuple[dict[str, int], ...] = ()
+
+
+class FakeVerifier:
+    """Is over, with `result`, when somebody asks for the second time."""
+
+    def __init__(self) -> None:
+        self.result = FakeVerifyStatus(state="equal", bytes_total=GIB, bytes_done=GIB)
+        self.now = FakeVerifyStatus()
+        self.calls: list[str] = []
+
+    async def start(self, *, repair: bool, speed_bytes_per_s: int) -> None:
+        self.calls.append(f"verify {repair} {speed_bytes_per_s}")
+        self.now = FakeVerifyStatus(state="running", bytes_total=GIB)
+
+    async def cancel(self) -> None:
+        if self.now.state != "running":
+            raise MirrorError("no verification is under way")
+        self.now = replace(self.now, state="cancelled")
+
+    async def status(self) -> FakeVerifyStatus:
+        before = self.now
+        if before.state == "running":
+            self.now = self.result
+        return before
+
+
 class FakeBackend:
     def __init__(self) -> None:
         self.events = EventHub()
+        self.verifier = FakeVerifier()
         self.mirror = FakeMirror(self.events)
         self.quit_asked = anyio.Event()
         self.quit_force: bool | None = None

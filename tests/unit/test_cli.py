@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_stats(served: Served, run: Run) -> None:
     assert "log 4.0 KiB of 64.0 MiB" in out
     code, out, _ = run("stats", "--json")
     assert json.loads(out)["engine"]["wakeups"] == 40
+
+
+def test_verify(served: Served, run: Run) -> None:
+    verifier = served.backend.verifier
+    code, out, _ = run("verify", "--wait", "--repair", "--speed", "1M")
+    assert code == 0
+    assert verifier.calls == [f"verify True {1 << 20}"]
+    assert out.splitlines()[-1] == "equal  100.0 %  1.0 GiB of 1.0 GiB"
+    verifier.result = replace(verifier.result, state="different", bytes_differing=512)
+    code, out, _ = run("verify", "--wait", "--json")
+    assert code == 1
+    assert json.loads(out)["bytes-differing"] == 512
+    code, _, err = run("verify-cancel")
+    assert (code, err) == (1, "vhostsync: no verification is under way\n")
 
 
 def test_a_start_that_does_not_wait(

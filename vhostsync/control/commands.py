@@ -45,11 +45,22 @@ class Mirror(Protocol):
     ) -> "DataclassInstance": ...
 
 
+class Verifier(Protocol):
+    """What the commands need of the verification (verify.py). `start` and `cancel` raise VhostsyncError when
+    refused."""
+
+    async def start(self, *, repair: bool, speed_bytes_per_s: int) -> None: ...
+    async def cancel(self) -> None: ...
+    async def status(self) -> "DataclassInstance": ...
+
+
 class Backend(Protocol):
     """What the control server is given by the daemon (daemon.py)."""
 
     @property
     def mirror(self) -> Mirror: ...
+    @property
+    def verifier(self) -> Verifier: ...
     @property
     def events(self) -> EventHub: ...
     async def query_status(self) -> dict[str, Any]: ...
@@ -221,6 +232,20 @@ async def _switch(to: Dispatcher, given: Arguments) -> Any:
     return dashed(result)
 
 
+async def _verify(to: Dispatcher, given: Arguments) -> Any:
+    await to.backend.verifier.start(repair=given["repair"], speed_bytes_per_s=given["speed"])
+    return {}
+
+
+async def _verify_cancel(to: Dispatcher, _: Arguments) -> Any:
+    await to.backend.verifier.cancel()
+    return {}
+
+
+async def _query_verify(to: Dispatcher, _: Arguments) -> Any:
+    return dashed(await to.backend.verifier.status())
+
+
 async def _quit(to: Dispatcher, given: Arguments) -> Any:
     await to.backend.quit(force=given["force"])
     return {}
@@ -334,6 +359,23 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 ),
             ),
         ),
+        Command(
+            "verify",
+            "Compare both disks while the guest runs. Returns when that has begun.",
+            _verify,
+            (
+                Argument("repair", "boolean", "Copy what differs to the destination again.", default=False),
+                Argument(
+                    "speed",
+                    "integer",
+                    "Bytes per second; 0 is no limit.",
+                    default=0,
+                    most=SPEED_BYTES_PER_S_MAX,
+                ),
+            ),
+        ),
+        Command("verify-cancel", "End the verification that runs.", _verify_cancel),
+        Command("query-verify", "The last verification: state, progress, what differs.", _query_verify),
         Command(
             "query-stats", "Operations, bytes, errors and latencies, by queue and by disk.", _query_stats
         ),

@@ -1,0 +1,371 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Online verification: are both disks equal, as `steady` promises?
+ *
+ * Under load the two disks are never equal at one instant, so equality is asked
+ * for part by part:
+ *   1. A glance: both are read as they are. Equal (the rule): done, and the
+ *      guest has noticed nothing.
+ *   2. They differ: perhaps a write was on its way. The part's range slot on the
+ *      source is taken, so that the guest's writes there wait for their turn;
+ *      those in flight end first. G is sampled, M >= G awaited: now the
+ *      destination has every write of that range, and nothing changes it. Both
+ *      are read again. What differs now is a mismatch, block by block.
+ *   3. With repair: the bit, the destination's slot, and the source's bytes are
+ *      written there (rules 3 and 4). What follows from the guest comes after it
+ *      in the order. The next checkpoint clears the bit.
+ *
+ * Nobody waits for the verifier longer than for the disks: a destination that
+ * does not answer is given up by its timeout like any other time, and with it
+ * the verification. While a switch has closed the gate no new part is begun;
+ * after one that keeps the mirror it goes on, with the roles changed.
+ *
+ * Left out (counted as skipped): ranges in doubt, parts that the source cannot
+ * read. A part that the destination cannot read is a mismatch.
+ */
+#include "verifier.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "attachment.h"
+#include "engine.h"
+
+#define BUFFERS_BYTES ((size_t)VERIFY_DEPTH * 2 * VERIFY_BYTES)
+
+static void source_read(struct disk_io *io);
+static void destination_read(struct disk_io *io);
+static void repaired(struct disk_io *io);
+static void granted(struct range_slot *slot);
+
+int verifier_init(struct vs_engine *e)
+{
+    struct verifier *v = &e->verifier;
+    v->buffers = mmap(NULL, BUFFERS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (v->buffers == MAP_FAILED) {
+        v->buffers = NULL;
+        return -ENOMEM;
+    }
+    (void)madvise(v->buffers, BUFFERS_BYTES, MADV_DONTDUMP);
+    for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
+        struct compare *c = &v->compares[i];
+        c->engine = e;
+        c->source_slot.grant = granted;
+        c->destination_slot.grant = granted;
+        c->source_data = v->buffers + (size_t)(2 * i) * VERIFY_BYTES;
+        c->destination_data = c->source_data + VERIFY_BYTES;
+    }
+    return 0;
+}
+
+void verifier_free(struct vs_engine *e)
+{
+    if (e->verifier.buffers)
+        munmap(e->verifier.buffers, BUFFERS_BYTES);
+}
+
+int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s)
+{
+    struct verifier *v = &e->verifier;
+    if (v->running)
+        return -EBUSY;
+    if (e->mirror.state != VS_STEADY)
+        return -ENOTCONN;
+    v->running = true;
+    v->repair = repair;
+    v->result = 0;
+    v->cursor = 0;
+    v->bytes_done = v->bytes_skipped = v->bytes_differing = v->bytes_repaired = 0;
+    v->differing.count = 0;
+    v->speed_bytes_per_s = speed_bytes_per_s;
+    v->not_before_ns = 0;
+    return 0;
+}
+
+int verifier_stop(struct vs_engine *e)
+{
+    if (!e->verifier.running)
+        return -ENOENT;
+    e->verifier.result = -ECANCELED;
+    return 0;
+}
+
+static bool current(const struct compare *c)
+{
+    return c->epoch == c->engine->mirror.epoch;
+}
+
+static void end_compare(struct compare *c)
+{
+    struct vs_engine *e = c->engine;
+    assert(c->reads == 0);
+    if (c->holds_source)
+        range_release(&e->source_slots, &c->source_slot);
+    if (c->holds_destination && current(c)) /* a former mirror's slots were given back as a whole */
+        range_release(&e->mirror.slots, &c->destination_slot);
+    c->holds_source = c->holds_destination = false;
+    c->step = COMPARE_FREE;
+    e->verifier.in_use--;
+}
+
+static void finish_compare(struct compare *c)
+{
+    c->engine->verifier.bytes_done += c->length;
+    end_compare(c);
+}
+
+/* ---- reading ----------------------------------------------------------------- */
+
+static void prepare(struct compare *c, struct disk_io *io, struct iovec *iov, uint8_t *data)
+{
+    *iov = (struct iovec){data, (size_t)c->length};
+    io->kind = VS_DISK_READ;
+    io->offset = c->offset;
+    io->length = c->length;
+    io->iov = iov;
+    io->iov_count = 1;
+}
+
+static void read_both(struct compare *c, enum compare_step step)
+{
+    struct vs_engine *e = c->engine;
+    c->step = step;
+    c->reads = 2;
+    c->source_failed = c->destination_failed = false;
+    prepare(c, &c->source_io, &c->source_iov, c->source_data);
+    prepare(c, &c->destination_io, &c->destination_iov, c->destination_data);
+    c->source_io.done = source_read;
+    c->destination_io.done = destination_read;
+    disk_submit(e->source, &c->source_io);
+    disk_submit(e->mirror.disk, &c->destination_io);
+}
+
+static void take_turn(struct compare *c)
+{
+    struct vs_engine *e = c->engine;
+    c->step = COMPARE_TURN;
+    c->holds_source = true;
+    range_take(&e->source_slots, &c->source_slot, c->offset, c->length);
+}
+
+/* The slot says by itself that it was granted; verifier_pump() looks at it. */
+static void granted(struct range_slot *slot)
+{
+    (void)slot;
+}
+
+static bool block_differs(const struct compare *c, uint64_t at, uint64_t bytes)
+{
+    return c->destination_failed || memcmp(c->source_data + at, c->destination_data + at, bytes) != 0;
+}
+
+/* Lists what differs, as exact as a block; returns how many bytes that is. */
+static uint64_t list_differences(struct compare *c)
+{
+    struct vs_engine *e = c->engine;
+    uint64_t block = e->config.block_bytes, found = 0;
+    for (uint64_t at = 0; at < c->length; at += block) {
+        if (!block_differs(c, at, block))
+            continue;
+        doubt_add(&e->verifier.differing, c->offset + at, block);
+        found += block;
+    }
+    e->verifier.bytes_differing += found;
+    return found;
+}
+
+static void repair(struct compare *c)
+{
+    struct vs_engine *e = c->engine;
+    bool free;
+    c->step = COMPARE_REPAIR;
+    difference_mark(e, c->offset, c->length);
+    free = range_take(&e->mirror.slots, &c->destination_slot, c->offset, c->length);
+    assert(free); /* all writes of that range are on the destination, and no new one can come */
+    c->holds_destination = true;
+    prepare(c, &c->destination_io, &c->destination_iov, c->source_data);
+    c->destination_io.kind = VS_DISK_WRITE;
+    c->destination_io.done = repaired;
+    disk_submit(e->mirror.disk, &c->destination_io);
+}
+
+static void repaired(struct disk_io *io)
+{
+    struct compare *c = container_of(io, struct compare, destination_io);
+    struct vs_engine *e = c->engine;
+    if (io->result < 0) {
+        engine_report_io_error(e, VS_DESTINATION, io);
+        if (current(c))
+            mirror_degrade(e, VS_REASON_DESTINATION_WRITE, io->result);
+        end_compare(c);
+        return;
+    }
+    e->verifier.bytes_repaired += c->length;
+    finish_compare(c);
+}
+
+static void compare_exactly(struct compare *c)
+{
+    if (list_differences(c) > 0 && c->engine->verifier.repair)
+        repair(c);
+    else
+        finish_compare(c);
+}
+
+static void both_read(struct compare *c)
+{
+    struct verifier *v = &c->engine->verifier;
+    if (!current(c)) {
+        end_compare(c);
+    } else if (c->source_failed) {
+        v->bytes_skipped += c->length;
+        finish_compare(c);
+    } else if (!c->destination_failed && memcmp(c->source_data, c->destination_data, c->length) == 0) {
+        finish_compare(c);
+    } else if (c->step == COMPARE_READ) {
+        compare_exactly(c);
+    } else {
+        take_turn(c);
+    }
+}
+
+static void one_read(struct compare *c)
+{
+    if (--c->reads == 0)
+        both_read(c);
+}
+
+static void source_read(struct disk_io *io)
+{
+    struct compare *c = container_of(io, struct compare, source_io);
+    if (io->result < 0)
+        engine_report_io_error(c->engine, VS_SOURCE, io);
+    c->source_failed = io->result < 0;
+    one_read(c);
+}
+
+static void destination_read(struct disk_io *io)
+{
+    struct compare *c = container_of(io, struct compare, destination_io);
+    if (io->result < 0)
+        engine_report_io_error(c->engine, VS_DESTINATION, io);
+    c->destination_failed = io->result < 0;
+    one_read(c);
+}
+
+/* ---- going on ------------------------------------------------------------------ */
+
+/* What waits for nothing that calls it. */
+static void step_on(struct compare *c)
+{
+    struct vs_engine *e = c->engine;
+    if (c->step != COMPARE_TURN && c->step != COMPARE_MIRRORED)
+        return;
+    if (!current(c) || e->mirror.state != VS_STEADY) {
+        end_compare(c);
+        return;
+    }
+    if (c->step == COMPARE_TURN && c->source_slot.granted) {
+        c->step = COMPARE_MIRRORED;
+        c->generation = e->counts.source_generation;
+    }
+    if (c->step == COMPARE_MIRRORED && e->counts.writes_mirrored >= c->generation)
+        read_both(c, COMPARE_READ);
+}
+
+/* Holes of both disks are equal. How many bytes from the cursor on are. */
+static uint64_t holes_at_cursor(const struct vs_engine *e)
+{
+    uint64_t at = e->verifier.cursor, left = e->config.capacity_bytes - at;
+    uint64_t end = at + (left < COPY_HOLE_BYTES ? left : COPY_HOLE_BYTES);
+    end = disk_hole_end(e->source, at, end);
+    if (end > at)
+        end = disk_hole_end(e->mirror.disk, at, end);
+    return (end - at) / e->config.block_bytes * e->config.block_bytes;
+}
+
+static void pace(struct verifier *v, uint64_t bytes, uint64_t now_ns)
+{
+    uint64_t from = v->not_before_ns > now_ns ? v->not_before_ns : now_ns;
+    if (v->speed_bytes_per_s)
+        v->not_before_ns = from + (uint64_t)((double)bytes * 1e9 / (double)v->speed_bytes_per_s);
+}
+
+static void begin_compare(struct vs_engine *e, struct compare *c)
+{
+    struct verifier *v = &e->verifier;
+    uint64_t left = e->config.capacity_bytes - v->cursor;
+    c->epoch = e->mirror.epoch;
+    c->offset = v->cursor;
+    c->length = left < VERIFY_BYTES ? left : VERIFY_BYTES;
+    v->cursor += c->length;
+    if (doubt_overlaps(&e->doubt, c->offset, c->length)) {
+        v->bytes_skipped += c->length;
+        v->bytes_done += c->length;
+        return;
+    }
+    v->in_use++;
+    pace(v, c->length, engine_now(e));
+    read_both(c, COMPARE_GLANCE);
+}
+
+/* The guest goes first. */
+static unsigned depth_now(const struct vs_engine *e)
+{
+    return e->requests_in_flight ? 1 : VERIFY_DEPTH;
+}
+
+static void begin_more(struct vs_engine *e)
+{
+    struct verifier *v = &e->verifier;
+    for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
+        uint64_t holes;
+        if (v->cursor == e->config.capacity_bytes || v->in_use >= depth_now(e) || v->not_before_ns > engine_now(e))
+            return;
+        if (v->compares[i].step != COMPARE_FREE)
+            continue;
+        holes = holes_at_cursor(e);
+        if (holes > 0) { /* one stretch a pass: the guest waits meanwhile */
+            v->cursor += holes;
+            v->bytes_done += holes;
+            v->more = true;
+            return;
+        }
+        begin_compare(e, &v->compares[i]);
+    }
+}
+
+static void end_if_over(struct vs_engine *e)
+{
+    struct verifier *v = &e->verifier;
+    struct vs_event event = {.kind = VS_EV_VERIFIED, .result = v->result};
+    if (v->in_use > 0 || (v->result == 0 && v->cursor < e->config.capacity_bytes))
+        return;
+    v->running = false;
+    (void)madvise(v->buffers, BUFFERS_BYTES, MADV_DONTNEED);
+    mailbox_post(&e->mailbox, &event);
+}
+
+void verifier_pump(struct vs_engine *e)
+{
+    struct verifier *v = &e->verifier;
+    v->more = false;
+    if (!v->running)
+        return;
+    for (unsigned i = 0; i < VERIFY_DEPTH; i++)
+        step_on(&v->compares[i]);
+    if (v->result == 0 && e->mirror.state != VS_STEADY) /* what was under way then was not compared */
+        v->result = -ENOTCONN;
+    if (v->result == 0 && e->gate == GATE_OPEN)
+        begin_more(e);
+    end_if_over(e);
+}
+
+uint64_t verifier_deadline_ns(const struct vs_engine *e)
+{
+    const struct verifier *v = &e->verifier;
+    bool waits = v->running && v->result == 0 && v->not_before_ns > engine_now(e) && v->cursor < e->config.capacity_bytes;
+    return waits ? v->not_before_ns : UINT64_MAX;
+}

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Compares both disks while the guest runs and the mirror is steady. See verifier.c.
+ */
+#ifndef VS_VERIFIER_H
+#define VS_VERIFIER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+#include "doubt.h"
+#include "limits.h"
+#include "range_slots.h"
+
+struct vs_engine;
+
+enum compare_step {
+    COMPARE_FREE,
+    COMPARE_GLANCE,   /* both are being read, nothing is held */
+    COMPARE_TURN,     /* they differed: waits until no write of the guest is on its way there */
+    COMPARE_MIRRORED, /* holds the range on the source; waits until the destination has all that was written */
+    COMPARE_READ,     /* both are being read, and nothing can change */
+    COMPARE_REPAIR    /* the source's bytes are being written to the destination */
+};
+
+struct compare {
+    struct vs_engine *engine;
+    enum compare_step step;
+    uint64_t epoch;             /* of the mirror */
+    uint64_t offset, length;
+    uint64_t generation;        /* the destination must have all up to it */
+    unsigned reads;             /* in flight */
+    bool source_failed, destination_failed;
+    bool holds_source, holds_destination;
+    uint8_t *source_data, *destination_data;
+    struct iovec source_iov, destination_iov;
+    struct disk_io source_io, destination_io;
+    struct range_slot source_slot, destination_slot;
+};
+
+struct verifier {
+    bool running, repair;
+    int result;                 /* why it ends early */
+    uint64_t cursor;
+    uint64_t bytes_done, bytes_skipped, bytes_differing, bytes_repaired;
+    struct doubt differing;     /* where; ranges as exact as a block */
+    uint64_t speed_bytes_per_s; /* 0: no limit */
+    uint64_t not_before_ns;
+    bool more;
+    unsigned in_use;
+    uint8_t *buffers;
+    struct compare compares[VERIFY_DEPTH];
+};
+
+int verifier_init(struct vs_engine *e);
+void verifier_free(struct vs_engine *e);
+/* 0, -ENOTCONN (not steady) or -EBUSY. VS_EV_VERIFIED tells of the end. */
+int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s);
+/* Ends it as soon as what it has in flight is over; -ENOENT: there is none. */
+int verifier_stop(struct vs_engine *e);
+void verifier_pump(struct vs_engine *e);
+uint64_t verifier_deadline_ns(const struct vs_engine *e);
+
+#endif

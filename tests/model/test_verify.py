@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both disks are compared while the guest writes: what is equal is found equal under any load, what is not is
+found, and mended if asked for (c_shim/verifier.c)."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+import pytest
+
+from tests.engine_driver import DiskOp, Event, EventKind, State
+from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from vhostsync._shim import ffi, lib
+
+SIZE = 4 * MIB
+
+
+def verify(r: Rig, *, repair: bool = False, speed: int = 0, expect: int = 0) -> None:
+    r.driver.call(lib.VS_CMD_VERIFY, value=int(repair), desc=speed, expect=expect)
+
+
+def ended(r: Rig) -> Event:
+    return r.driver.take_event(EventKind.VERIFIED)
+
+
+def found(r: Rig) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
+    """Bytes done, skipped, differing, and where."""
+    r.driver.call(lib.VS_CMD_SNAPSHOT)
+    s = ffi.new("struct vs_snapshot *")
+    lib.vs_engine_snapshot(r.driver.engine, s)
+    ranges = tuple((each.offset, each.length) for each in s.verify_ranges[0 : s.verify_range_count])
+    return s.verify_bytes_done, s.verify_bytes_skipped, s.verify_bytes_differing, ranges
+
+
+def test_equal_disks_are_found_equal_and_nothing_is_written() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.write_now(3, 1, blocks=4)
+        r.driver.settle()
+        written = r.destination.count(DiskOp.WRITE)
+        verify(r)
+        assert ended(r).result == 0
+        assert found(r) == (SIZE, 0, 0, ())
+        assert r.destination.count(DiskOp.WRITE) == written
+
+
+def test_what_differs_is_found_to_the_block() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.write_now(0, 1, blocks=8)
+        r.driver.settle()
+        r.destination.load(5 * BLOCK, b"x" * 512)
+        r.destination.load(2 * MIB, b"y" * BLOCK)
+        verify(r)
+        assert ended(r).result == 0
+        assert found(r) == (SIZE, 0, 512 + BLOCK, ((5 * BLOCK, 512), (2 * MIB, BLOCK)))
+        assert r.destination.read(5 * BLOCK, 512) == b"x" * 512
+
+
+def test_it_is_repaired_if_asked_for_and_marked_until_it_is_durable() -> None:
+    with rig(size_bytes=SIZE, mirrored=True, dirty_region_bytes=65536) as r:
+        r.write_now(0, 1, blocks=8)
+        r.flush_now()
+        r.driver.settle()
+        r.destination.load(5 * BLOCK, b"x" * BLOCK)
+        verify(r, repair=True)
+        assert ended(r).result == 0
+        assert found(r)[2] == BLOCK
+        r.assert_same_content()
+        assert (r.snapshot().differing_bytes or 0) >= MIB  # not flushed there yet
+        verify(r)
+        assert ended(r).result == 0
+        assert found(r)[2] == 0
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_guest_that_writes_all_over_is_no_difference(repair: bool) -> None:
+    """Writes are on their way at every moment; none of them may be taken for a mismatch, nor undone."""
+    chance = random.Random(7)
+    with rig(size_bytes=SIZE, mirrored=True, queues=2) as r:
+        last: dict[int, int] = {}
+        for turn in range(6):
+            verify(r, repair=repair)
+            running, n = True, 0
+            while running:
+                n += 1
+                requests = []
+                for block in chance.sample(range(SIZE // BLOCK), 24):
+                    last[block] = turn * 1_000_000 + n
+                    requests.append(r.write(block, last[block], queue=n % 2))
+                r.guest.wait(*requests)
+                for request in requests:
+                    assert request.ok
+                    r.guest.recycle(request)
+                r.driver.pump()
+                running = not any(event.kind == EventKind.VERIFIED for event in r.driver.events)
+            assert ended(r).result == 0
+            assert found(r)[:3] == (SIZE, 0, 0)
+        r.flush_now()
+        r.assert_same_content()
+        for block, seed in last.items():
+            assert r.source.read(block * BLOCK, BLOCK) == pattern(seed)
+
+
+def test_a_write_on_its_way_to_the_destination_is_waited_for() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.destination.hold(DiskOp.WRITE)
+        r.write_now(0, 1)
+        verify(r)
+        r.driver.settle()
+        assert not any(event.kind == EventKind.VERIFIED for event in r.driver.events)
+        behind = r.write(1, 2)  # of the same part: it waits for its turn
+        r.driver.settle()
+        r.guest.poll()
+        assert not behind.done
+        r.destination.release_all()
+        r.guest.wait(behind)
+        assert ended(r).result == 0
+        assert found(r)[2] == 0
+
+
+def test_ranges_in_doubt_are_skipped() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.source.fault(DiskOp.WRITE, errno.EIO)
+        failed = r.write(0, 1)
+        r.guest.wait(failed)
+        assert not failed.ok
+        verify(r)
+        assert ended(r).result == 0
+        assert found(r)[:3] == (SIZE, MIB, 0)
+
+
+def test_what_the_destination_cannot_read_differs_and_what_the_source_cannot_is_skipped() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.write_now(0, 1)
+        r.driver.settle()
+        r.destination.fault(DiskOp.READ, errno.EIO, count=2)
+        verify(r)
+        assert ended(r).result == 0
+        assert found(r)[2] > 0
+        r.source.fault(DiskOp.READ, errno.EIO, count=1)
+        verify(r)
+        assert ended(r).result == 0
+        done, skipped, differing, _ = found(r)
+        assert (done, differing) == (SIZE, 0) and skipped == MIB
+
+
+def test_it_is_refused_and_ended_in_words() -> None:
+    with rig(size_bytes=SIZE) as r:
+        verify(r, expect=errno.ENOTCONN)
+        r.mirror()
+        r.write_now(0, 1)  # holes are not read
+        r.driver.settle()
+        r.destination.hold(DiskOp.READ)
+        verify(r)
+        verify(r, expect=errno.EBUSY)
+        r.driver.call(lib.VS_CMD_VERIFY_STOP)
+        r.destination.release_all()
+        assert ended(r).result == -errno.ECANCELED
+        r.driver.call(lib.VS_CMD_VERIFY_STOP, expect=errno.ENOENT)
+
+
+@pytest.mark.parametrize("step", ["glance", "waits"])
+def test_a_destination_that_is_lost_ends_it(step: str) -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        if step == "waits":
+            r.destination.hold(DiskOp.WRITE)
+            r.write_now(0, 1)
+        else:
+            r.write_now(0, 1)  # holes are not read
+            r.driver.settle()
+            r.destination.hold(DiskOp.READ)
+        verify(r)
+        r.driver.settle()
+        r.driver.call(lib.VS_CMD_MIRROR_STOP, value=0)
+        r.destination.release_all()
+        assert ended(r).result == -errno.ENOTCONN
+        r.write_now(0, 2)  # nothing holds the range any more
+        assert r.snapshot().state == State.PASSTHROUGH
+
+
+def test_a_switch_that_keeps_the_mirror_does_not_end_it() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.write_now(0, 1, blocks=16)
+        verify(r, speed=8 * MIB)
+        r.switch(keep=True)
+        r.write_now(1, 2)
+        assert ended(r).result == 0
+        assert found(r)[:3] == (SIZE, 0, 0)
+        r.flush_now()
+        r.assert_same_content()
+
+
+def test_the_speed_is_limited() -> None:
+    with rig(size_bytes=SIZE, mirrored=True) as r:
+        r.write_now(0, 1)
+        verify(r, speed=1)
+        r.driver.settle()
+        assert found(r)[0] < SIZE
+        r.driver.call(lib.VS_CMD_VERIFY_STOP)
+        assert ended(r).result == -errno.ECANCELED
