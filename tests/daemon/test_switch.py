@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch on real disks: under load, there and back, when it cannot succeed, and what a restart makes of
-it."""
+it.
+
+VHOSTSYNC_SWITCHES is how often the guest goes there and back (6 times unless told)."""
 
 from __future__ import annotations
 
+import os
+import statistics
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,9 @@ from tests.frontend import FrontendTimeout
 from tests.guest.qmp_client import QmpError
 
 
+SWITCHES = int(os.environ.get("VHOSTSYNC_SWITCHES", "6"))
+
+
 def test_a_switch_under_load(work: Path) -> None:
     source, other = image(work / "a.img"), image(work / "b.img")
     with Served(work, source) as served, Load(served) as load:
@@ -50,13 +57,16 @@ def test_a_switch_under_load(work: Path) -> None:
         served.stop()
 
 
+@pytest.mark.timeout(60 + SWITCHES)
 def test_there_and_back_with_the_mirror_kept(work: Path) -> None:
     disks = image(work / "a.img"), image(work / "b.img")
     with Served(work, disks[0]) as served, Load(served) as load:
         served.start_mirror(disks[1])
-        for turn in range(1, 7):
+        pauses_ms = []
+        for turn in range(1, SWITCHES + 1):
             load.go_on(2)
             result = served.qmp.execute("switch", keep_mirror=True)
+            pauses_ms.append(result["pause-us"] / 1000)
             assert result["source-path"] == str(disks[turn % 2])
             assert result["destination-path"] == str(disks[(turn + 1) % 2])
             found, record = served.mirror(), served.record()
@@ -72,6 +82,8 @@ def test_there_and_back_with_the_mirror_kept(work: Path) -> None:
         assert counts["writes-flushed"] == counts["writes-mirrored"] == counts["source-generation"]
         served.stop()
     assert same_content(*disks)
+    print(f"{SWITCHES} switches under {max(expected.values())} writes: pause median", end="")
+    print(f" {statistics.median(pauses_ms):.2f} ms, longest {max(pauses_ms):.2f} ms")
 
 
 # ---- a switch that cannot succeed -------------------------------------------------
