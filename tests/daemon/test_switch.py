@@ -32,7 +32,6 @@ from tests.daemon.rig import (
 from tests.frontend import FrontendTimeout
 from tests.guest.qmp_client import QmpError
 
-
 SWITCHES = int(os.environ.get("VHOSTSYNC_SWITCHES", "6"))
 
 
