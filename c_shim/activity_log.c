@@ -169,6 +169,19 @@ int activity_init(struct vs_engine *e)
     return 0;
 }
 
+int activity_grow(struct vs_engine *e, uint64_t capacity_bytes)
+{
+    struct activity *a = &e->activity;
+    uint64_t extent = a->bitmap->shape.extent_bytes;
+    uint64_t before = a->bitmap->shape.capacity_bytes / extent + 1, after = capacity_bytes / extent + 1;
+    uint32_t *larger = realloc(a->slot_of, after * sizeof *larger);
+    if (!larger)
+        return -ENOMEM;
+    memset(larger + before, 0, (after - before) * sizeof *larger);
+    a->slot_of = larger;
+    return 0;
+}
+
 void activity_free(struct vs_engine *e)
 {
     free(e->activity.slots);

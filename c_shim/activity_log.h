@@ -71,6 +71,8 @@ int activity_init(struct vs_engine *e);
 void activity_free(struct vs_engine *e);
 /* True: go on at once. False: w->entered() is called when its extents are active. */
 bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length);
+/* The disk has grown. 0 or -ENOMEM. */
+int activity_grow(struct vs_engine *e, uint64_t capacity_bytes);
 /* The write is over. */
 void activity_leave(struct vs_engine *e, uint64_t offset, uint64_t length);
 void activity_pump(struct vs_engine *e);

@@ -236,6 +236,29 @@ int vs_bitmap_open(int fd, const struct vs_bitmap_shape *shape, enum vs_bitmap_o
     return 0;
 }
 
+int bitmap_grow(struct vs_bitmap *b, uint64_t capacity_bytes)
+{
+    struct vs_bitmap larger = *b;
+    struct stat st;
+    larger.shape.capacity_bytes = capacity_bytes;
+    if (!shape_ok(&larger.shape))
+        return -EINVAL;
+    lay_out(&larger);
+    if (fstat(b->fd, &st) < 0)
+        return -errno;
+    if ((uint64_t)st.st_size < bits_offset(&larger) + larger.map_bytes)
+        return -EUCLEAN;
+    larger.map = mremap(b->map, b->map_bytes, larger.map_bytes, MREMAP_MAYMOVE);
+    if (larger.map == MAP_FAILED)
+        return -errno;
+    guest_memory_unwatch(b->sigbus_slot);
+    larger.sigbus_slot = guest_memory_watch(larger.map, larger.map_bytes);
+    for (uint64_t i = b->blocks; i < larger.blocks; i++)
+        fill_block(block_at(&larger, i), i, 0);
+    *b = larger;
+    return 0;
+}
+
 void bitmap_load(const struct vs_bitmap *b, struct dirty_map *into)
 {
     uint64_t regions = into->regions;

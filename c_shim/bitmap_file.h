@@ -38,6 +38,9 @@ struct vs_bitmap {
 };
 
 bool bitmap_fits(const struct vs_bitmap *b, uint64_t capacity_bytes, uint32_t region_bytes);
+/* The disk has grown, and the file is long enough: the new blocks are put in order. Engine's thread; does not wait for
+ * a disk. -EUCLEAN: the file is too short; -EINVAL; -ENOMEM. Nothing has changed then. */
+int bitmap_grow(struct vs_bitmap *b, uint64_t capacity_bytes);
 /* What vs_bitmap_open() found is put into "into". */
 void bitmap_load(const struct vs_bitmap *b, struct dirty_map *into);
 /* dirty_map.stored: the file follows the map word by word. */

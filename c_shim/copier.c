@@ -72,6 +72,20 @@ void copier_start(struct vs_engine *e)
     k->not_before_ns = 0;
 }
 
+void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length)
+{
+    struct copier *k = &e->copier;
+    dirty_map_set(&e->to_copy, offset, length);
+    k->cursor = 0;
+    k->bytes_total = dirty_map_bytes(&e->to_copy);
+    k->bytes_done = k->bytes_sparse = 0;
+}
+
+static bool copying(const struct vs_engine *e)
+{
+    return e->mirror.state == VS_SYNCING || (e->mirror.state == VS_STEADY && e->grow.running);
+}
+
 bool copier_finished(const struct vs_engine *e)
 {
     return e->to_copy.dirty == 0 && e->copier.in_use == 0;
@@ -315,7 +329,7 @@ void copier_pump(struct vs_engine *e)
     k->more = false;
     if (k->granted)
         put_granted(k);
-    if (e->mirror.state != VS_SYNCING || e->mirror.uncaptured_writes)
+    if (!copying(e) || e->mirror.uncaptured_writes)
         return;
     while (k->in_use < depth_now(e) && k->not_before_ns <= engine_now(e)) {
         struct region_copy *c = free_copy(k);
@@ -333,7 +347,7 @@ void copier_pump(struct vs_engine *e)
 
 uint64_t copier_deadline_ns(const struct vs_engine *e)
 {
-    bool waits = e->mirror.state == VS_SYNCING && e->to_copy.dirty && e->copier.not_before_ns > engine_now(e);
+    bool waits = copying(e) && e->to_copy.dirty && e->copier.not_before_ns > engine_now(e);
     return waits ? e->copier.not_before_ns : UINT64_MAX;
 }
 

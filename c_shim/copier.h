@@ -50,6 +50,8 @@ int copier_init(struct vs_engine *e);
 void copier_free(struct vs_engine *e);
 /* All regions that may differ are to be copied. */
 void copier_start(struct vs_engine *e);
+/* In steady: this range is to be copied, too (grow.c). */
+void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length);
 void copier_pump(struct vs_engine *e);
 /* A checkpoint begins: what is being copied is not covered by it. */
 void copier_mark_in_flight(struct vs_engine *e);

@@ -45,13 +45,18 @@ static void store_range(struct dirty_map *m, uint64_t first, uint64_t last, bool
     }
 }
 
+static uint64_t regions_of(const struct dirty_map *m, uint64_t capacity_bytes)
+{
+    return (capacity_bytes >> m->region_shift) + ((capacity_bytes & ((1ull << m->region_shift) - 1)) != 0);
+}
+
 int dirty_map_init(struct dirty_map *m, uint64_t capacity_bytes, uint32_t region_bytes)
 {
     assert(region_bytes && (region_bytes & (region_bytes - 1)) == 0);
     memset(m, 0, sizeof *m);
     m->capacity_bytes = capacity_bytes;
     m->region_shift = (unsigned)__builtin_ctz(region_bytes);
-    m->regions = (capacity_bytes >> m->region_shift) + ((capacity_bytes & (region_bytes - 1)) != 0);
+    m->regions = regions_of(m, capacity_bytes);
     m->words = calloc(word_count(m) + 1, sizeof *m->words);
     m->in_page = calloc(page_count(m), sizeof *m->in_page);
     if (m->words && m->in_page)
@@ -66,6 +71,21 @@ void dirty_map_free(struct dirty_map *m)
     free(m->in_page);
     m->words = NULL;
     m->in_page = NULL;
+}
+
+int dirty_map_grow(struct dirty_map *m, uint64_t capacity_bytes)
+{
+    struct dirty_map larger;
+    assert(capacity_bytes >= m->capacity_bytes);
+    if (dirty_map_init(&larger, capacity_bytes, 1u << m->region_shift) < 0)
+        return -ENOMEM;
+    for (uint64_t word = 0; (word = dirty_map_next_word(m, word)) != UINT64_MAX; word++)
+        dirty_map_set_bits(&larger, word, m->words[word]);
+    larger.stored = m->stored;
+    larger.keeper = m->keeper;
+    dirty_map_free(m);
+    *m = larger;
+    return 0;
 }
 
 void dirty_map_set_all(struct dirty_map *m)

@@ -30,6 +30,8 @@ struct dirty_map {
 /* region_bytes: a power of two. 0 or -ENOMEM. Begins clean. */
 int dirty_map_init(struct dirty_map *m, uint64_t capacity_bytes, uint32_t region_bytes);
 void dirty_map_free(struct dirty_map *m);
+/* The disk has grown; what is new begins clean. 0 or -ENOMEM (then nothing has changed). */
+int dirty_map_grow(struct dirty_map *m, uint64_t capacity_bytes);
 
 void dirty_map_set_all(struct dirty_map *m);
 void dirty_map_clear_all(struct dirty_map *m);

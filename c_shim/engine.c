@@ -182,6 +182,9 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_MIRROR_STOP:
         mirror_stop(e, (uint32_t)c->value);
         break;
+    case VS_CMD_GROW:
+        grow_begin(e, token, c->value, c->desc, c->used);
+        return;
     case VS_CMD_VERIFY:
         rc = verifier_start(e, c->value, c->desc);
         break;
@@ -330,6 +333,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     mirror_pump(e);
     difference_pump(e);
     verifier_pump(e);
+    grow_pump(e);
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);

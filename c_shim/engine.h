@@ -24,6 +24,7 @@
 #include "dirty_map.h"
 #include "disk.h"
 #include "doubt.h"
+#include "grow.h"
 #include "guest_flush.h"
 #include "guest_memory.h"
 #include "inflight.h"
@@ -134,6 +135,7 @@ struct vs_engine {
     struct difference difference;
     struct activity activity;
     struct verifier verifier;
+    struct grow grow;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;

@@ -152,7 +152,9 @@ enum vs_command_kind {
     VS_CMD_UNGATE,
     VS_CMD_EXCHANGE,          /* value: 1 keeps the mirror (roles swap); opens the gate; event value: pause in ns */
     VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */
-    VS_CMD_VERIFY_STOP        /* -ENOENT: there is none */
+    VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
+    VS_CMD_GROW               /* value: the new capacity; desc, used: what source and destination have (0: none). Done
+                               * when the guest may be told */
 };
 
 struct vs_region {

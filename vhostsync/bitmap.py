@@ -151,6 +151,23 @@ class BitmapFile:
         os.fdatasync(self.fd)
         self._write_header(replace(self.header, token=secrets.token_hex(16), former=None, disks=disks))
 
+    def lengthen(self, file_bytes: int) -> None:
+        """Room for a larger disk. BitmapError. The header still says the old size: until `note_capacity`, a
+        crash leaves a bitmap that is not believed."""
+        try:
+            os.posix_fallocate(self.fd, 0, file_bytes)
+        except OSError as error:
+            raise BitmapError(f"the bitmap {self.path} cannot grow: {error.strerror}") from error
+
+    def note_capacity(self, capacity_bytes: int) -> None:
+        """The engine has marked the new range; that becomes durable with the header. Errors are logged: then
+        the next start copies everything."""
+        shape = replace(self.header.shape, capacity_bytes=capacity_bytes)
+        try:
+            self._write_header(replace(self.header, shape=shape))
+        except OSError as error:
+            log.error("the bitmap still says the old size", path=str(self.path), error=error.strerror)
+
     def close(self, *, clean: bool) -> None:
         """`clean`: the engine is gone, and all that it has marked is in the file."""
         try:

@@ -89,6 +89,12 @@ It needs a mirror that is steady. When it fails, the guest is where it was and t
 Exit code 4 says that the deadline ended it.
 """
 
+_RESIZE_EXAMPLES: Final = """\
+examples:
+  truncate -s 20G /disks/a.img /disks/b.img             # both, where there is a mirror
+  vhostsync resize
+"""
+
 _VERIFY_EXAMPLES: Final = """\
 examples:
   vhostsync verify --wait                               # 0: equal, 1: not, or not finished
@@ -172,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_mirror(commands)
     _add_switch(commands)
     _add_verify(commands)
+    resize = _add_client(commands, "resize", "resize", "make the guest's disk larger", _RESIZE_EXAMPLES)
+    resize.add_argument(
+        "--size", type=_size, metavar="SIZE", help="the new size (default: all that the disk has)"
+    )
     _add_client(commands, "stats", "stats", "show operations, bytes, errors and latencies")
     leave = _add_client(
         commands, "quit", "quit_backend", "end the backend, after the mirror was brought up to date"

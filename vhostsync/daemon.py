@@ -41,6 +41,7 @@ from vhostsync.errors import DiskError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
+from vhostsync.resize import Resizer
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth, check_start
@@ -225,6 +226,7 @@ class Backend:
         self.verifier = Verifier(engine, hub)
         self.events = hub
         self.frontends: FrontendServer | None = None
+        self.resizer: Resizer | None = None
         self._quit = anyio.Event()
         self._forced = anyio.Event()
 
@@ -288,6 +290,10 @@ class Backend:
                 "bitmap-flushes": snapshot.bitmap_syncs,
             },
         }
+
+    async def resize(self, wanted_bytes: int | None) -> int:
+        assert self.resizer is not None, "the control socket opens after it"
+        return await self.resizer.resize(wanted_bytes)
 
     async def quit(self, *, force: bool) -> None:
         self.stop(force=force)
@@ -381,8 +387,10 @@ async def _serve_device(
         engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
     )
     backend = Backend(config, engine, mirror, hub)
-    frontends = FrontendServer(BlkDevice(shape), engine.attach, hub.publish)
+    device = BlkDevice(shape)
+    frontends = FrontendServer(device, engine.attach, hub.publish)
     backend.frontends = frontends
+    backend.resizer = Resizer(engine, mirror, device, frontends, hub)
     engine.on_event(lambda event: _on_event(event, engine, frontends, hub))
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(engine.pump)

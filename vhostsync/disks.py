@@ -147,6 +147,15 @@ def create_image(path: Path, size_bytes: int) -> None:
         ) from error
 
 
+def size_bytes(path: Path) -> int:
+    """What an image file or block device has now. Blocks. DiskError."""
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise DiskError(f"the size of {path} cannot be found out: {error.strerror}") from error
+
+
 def check_distinct(source: Path, destination: Path) -> None:
     """DiskError when both paths lead to the same bytes: by symlinks or hard links, loop devices of one file,
     a partition and its disk. To be asked before the destination is opened, whose lock would only say "in

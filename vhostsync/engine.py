@@ -10,7 +10,7 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any, Final
 
@@ -357,6 +357,18 @@ class Engine:
         """Returns when the destination (both disks) holds durably all that the guest had written when this
         began."""
         await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing the destination", value=int(both_disks))
+
+    async def grow(self, capacity_bytes: int, source_bytes: int, destination_bytes: int) -> None:
+        """Returns when the guest may use the new capacity, and the destination (0 bytes: none) has it, too.
+        EngineError: nothing has changed for the guest."""
+        await self.command(
+            lib.VS_CMD_GROW,
+            "making the disk larger",
+            value=capacity_bytes,
+            desc=source_bytes,
+            used=destination_bytes,
+        )
+        self.config = replace(self.config, capacity_bytes=capacity_bytes)
 
     async def verify(self, *, repair: bool, speed_bytes_per_s: int) -> None:
         """Begin to compare both disks; EventKind.VERIFIED tells of the end. EngineError ENOTCONN: not

@@ -125,6 +125,15 @@ class Mirror:
         return self._source.path
 
     @property
+    def destination_path(self) -> Path | None:
+        """The destination that is attached."""
+        return self._destination.path if self._destination is not None else None
+
+    @property
+    def bitmap(self) -> BitmapFile | None:
+        return self._bitmap
+
+    @property
     def epoch(self) -> int:
         return self._record.epoch
 
@@ -353,7 +362,8 @@ class Mirror:
     # ---- commands ------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _command(self, name: str) -> AsyncIterator[None]:
+    async def exclusive(self, name: str) -> AsyncIterator[None]:
+        """One command at a time. MirrorError while another is under way."""
         if self._busy is not None:
             raise MirrorError(f"{name} has to wait: {self._busy} is under way; try again when it is over")
         self._busy = name
@@ -366,7 +376,7 @@ class Mirror:
         """Attach a destination and begin the copy: of what differs if it is the last one, as that was left;
         else of everything. MirrorError, DiskError, StateRecordError, EngineError:
         nothing was changed."""
-        async with self._command("mirror-start"):
+        async with self.exclusive("mirror-start"):
             if self.state in (MirrorState.SYNCING, MirrorState.STEADY):
                 raise MirrorError(
                     f"a mirror to {self._destination_path()} is {self.state} already; cancel it first"
@@ -444,7 +454,7 @@ class Mirror:
     async def cancel(self, *, force: bool) -> None:
         """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first.
         MirrorError when there is none, or it could not be brought up to date."""
-        async with self._command("mirror-cancel"):
+        async with self.exclusive("mirror-cancel"):
             if self.state is MirrorState.PASSTHROUGH:
                 raise MirrorError("there is no mirror to cancel")
             if self.state is MirrorState.STEADY and not force:
@@ -485,7 +495,7 @@ class Mirror:
     async def switch(self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool) -> SwitchResult:
         """Move the guest to the destination. SwitchError: it is still on the source, and the mirror is as it
         was (or what the error says became of it)."""
-        async with self._command("switch"):
+        async with self.exclusive("switch"):
             await self._check_switch()
             self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._destination_path())})
             try:

@@ -247,6 +247,17 @@ async def verify_cancel(client: ControlClient, options: argparse.Namespace) -> i
     return await _done(client, options, "The verification is ended.")
 
 
+async def resize(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync resize`."""
+    arguments = {} if options.size is None else {"size": options.size}
+    result = await client.execute("resize", arguments)
+    if options.json:
+        _print_json(result)
+    else:
+        _say(f"The guest's disk has {show.size(result['capacity'])} now.")
+    return EXIT_OK
+
+
 async def quit_backend(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync quit`: returns when the backend is over, and its disks are free."""
     with anyio.fail_after(options.timeout):

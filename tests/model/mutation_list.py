@@ -563,4 +563,21 @@ MUTATIONS = [
         "v->result = 0;",
         "verify.py::test_a_destination_that_is_lost_ends_it",
     ),
+    # -- growing -------------------------------------------------------------------
+    _m(
+        "larger-before-it-is-copied",
+        "the new range is on the destination before the capacity is raised",
+        "grow.c",
+        "if (!mirror_attached(&e->mirror)) {",
+        "if (true) {",
+        "grow.py::test_the_new_range_is_equal_and_durable_before_it_is_used",
+    ),
+    _m(
+        "new-range-unmarked",
+        "rule 4: the new range may differ from a peer that is away",
+        "grow.c",
+        "difference_mark(e, old, capacity_bytes - old);",
+        "",
+        "grow.py::test_a_peer_that_is_away_lacks_it",
+    ),
 ]

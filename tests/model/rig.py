@@ -121,6 +121,7 @@ def flushes(disk: MemoryDisk) -> int:
 def rig(
     *,
     size_bytes: int = 4 * MIB,
+    disk_bytes: int | None = None,
     queues: int = 2,
     queue_size: int = 128,
     features: int = DEFAULT_FEATURES,
@@ -129,8 +130,9 @@ def rig(
     buffered: bool = False,
     **options: Any,
 ) -> Iterator[Rig]:
-    """A running guest on a disk of zeroes; `mirrored`: and a steady mirror."""
-    source, destination = MemoryDisk(size_bytes), MemoryDisk(size_bytes)
+    """A running guest on a disk of zeroes (`disk_bytes`: larger than the guest sees); `mirrored`: and a
+    steady mirror."""
+    source, destination = MemoryDisk(disk_bytes or size_bytes), MemoryDisk(disk_bytes or size_bytes)
     if buffered:
         source.make_buffered()
     with EngineDriver(EngineOptions(capacity_bytes=size_bytes, **options), source) as driver:

@@ -236,6 +236,11 @@ class FakeBackend:
             },
         }
 
+    async def resize(self, wanted_bytes: int | None) -> int:
+        if wanted_bytes is not None and wanted_bytes < GIB:
+            raise MirrorError("the guest's disk cannot shrink")
+        return wanted_bytes or 2 * GIB
+
     async def quit(self, *, force: bool) -> None:
         self.quit_force = force
         self.quit_asked.set()

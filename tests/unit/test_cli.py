@@ -119,6 +119,15 @@ def test_stats(served: Served, run: Run) -> None:
     assert json.loads(out)["engine"]["wakeups"] == 40
 
 
+def test_resize(served: Served, run: Run) -> None:
+    code, out, _ = run("resize")
+    assert (code, out) == (0, "The guest's disk has 2.0 GiB now.\n")
+    code, out, _ = run("resize", "--size", "3G", "--json")
+    assert (code, json.loads(out)) == (0, {"capacity": 3 * GIB})
+    code, _, err = run("resize", "--size", "1M")
+    assert (code, err) == (1, "vhostsync: the guest's disk cannot shrink\n")
+
+
 def test_verify(served: Served, run: Run) -> None:
     verifier = served.backend.verifier
     code, out, _ = run("verify", "--wait", "--repair", "--speed", "1M")

@@ -65,6 +65,7 @@ class Backend(Protocol):
     def events(self) -> EventHub: ...
     async def query_status(self) -> dict[str, Any]: ...
     async def query_stats(self) -> dict[str, Any]: ...
+    async def resize(self, wanted_bytes: int | None) -> int: ...
     async def quit(self, *, force: bool) -> None: ...
 
 
@@ -246,6 +247,10 @@ async def _query_verify(to: Dispatcher, _: Arguments) -> Any:
     return dashed(await to.backend.verifier.status())
 
 
+async def _resize(to: Dispatcher, given: Arguments) -> Any:
+    return {"capacity": await to.backend.resize(given["size"])}
+
+
 async def _quit(to: Dispatcher, given: Arguments) -> Any:
     await to.backend.quit(force=given["force"])
     return {}
@@ -356,6 +361,20 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 ),
                 Argument(
                     "keep-mirror", "boolean", "The old source becomes the new destination.", default=False
+                ),
+            ),
+        ),
+        Command(
+            "resize",
+            "Make the guest's disk larger, after the disk below it. Returns when the guest was told.",
+            _resize,
+            (
+                Argument(
+                    "size",
+                    "integer",
+                    "Bytes; by default all that the disk has.",
+                    least=1,
+                    most=SPEED_BYTES_PER_S_MAX,
                 ),
             ),
         ),

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Growing the disk, the mirror kept:
+ *   1. The maps become larger, and so does what the bitmap's file stands for (the
+ *      control plane has made the file long enough). The new range may differ
+ *      between the disks, so all its regions are marked (rule 4).
+ *   2. With a destination, the copier copies the new range to it, in the one order
+ *      (rule 3), while the mirror stays steady for the old one. Then the
+ *      destination is flushed: what the guest has never written is durable there
+ *      too, and a flush with R <= F stays true.
+ *   3. Only now is the capacity raised: a request beyond the old end was refused
+ *      until then. The guest is told by the control plane.
+ * A destination that is lost on the way ends 2; the bits say what it lacks.
+ */
+#include "grow.h"
+
+#include <errno.h>
+
+#include "attachment.h"
+#include "bitmap_file.h"
+#include "engine.h"
+
+static int check(const struct vs_engine *e, uint64_t capacity_bytes, uint64_t source_bytes, uint64_t destination_bytes)
+{
+    enum vs_mirror_state state = e->mirror.state;
+    if (e->grow.running || e->gate != GATE_OPEN || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
+        return -EBUSY;
+    if (capacity_bytes <= e->config.capacity_bytes || capacity_bytes % e->config.block_bytes)
+        return -EINVAL;
+    if (source_bytes < capacity_bytes || (mirror_attached(&e->mirror) && destination_bytes < capacity_bytes))
+        return -ENOSPC;
+    return 0;
+}
+
+/* Fails before anything has changed for anybody: larger maps do no harm. */
+static int grow_maps(struct vs_engine *e, uint64_t capacity_bytes)
+{
+    struct difference *d = &e->difference;
+    int rc;
+    if ((rc = dirty_map_grow(&e->to_copy, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
+        (rc = dirty_map_grow(&d->settling, capacity_bytes)) < 0)
+        return rc;
+    if (e->activity.bitmap && ((rc = activity_grow(e, capacity_bytes)) < 0 ||
+                               (rc = bitmap_grow(e->activity.bitmap, capacity_bytes)) < 0))
+        return rc;
+    return dirty_map_grow(&d->differs, capacity_bytes);
+}
+
+static void finish(struct vs_engine *e)
+{
+    e->grow.running = false;
+    e->config.capacity_bytes = e->limits.capacity_bytes = e->grow.capacity_bytes;
+    mailbox_done(&e->mailbox, e->grow.token, 0, 0);
+}
+
+void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
+                uint64_t destination_bytes)
+{
+    uint64_t old = e->config.capacity_bytes;
+    int rc = check(e, capacity_bytes, source_bytes, destination_bytes);
+    if (rc == 0)
+        rc = grow_maps(e, capacity_bytes);
+    if (rc < 0) {
+        mailbox_done(&e->mailbox, token, rc, 0);
+        return;
+    }
+    e->grow.token = token;
+    e->grow.capacity_bytes = capacity_bytes;
+    e->source->bytes = source_bytes;
+    difference_mark(e, old, capacity_bytes - old);
+    if (!mirror_attached(&e->mirror)) {
+        finish(e);
+        return;
+    }
+    e->mirror.disk->bytes = destination_bytes;
+    e->grow.running = true;
+    copier_add(e, old, capacity_bytes - old);
+}
+
+static void flushed(struct disk_io *io)
+{
+    struct vs_engine *e = container_of(io, struct vs_engine, grow.flush);
+    e->grow.flushing = false;
+    if (io->result < 0)
+        engine_report_io_error(e, VS_DESTINATION, io);
+    if (e->grow.epoch != e->mirror.epoch)
+        return; /* grow_pump() finds that it is lost */
+    if (io->result < 0)
+        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
+    else
+        finish(e);
+}
+
+void grow_pump(struct vs_engine *e)
+{
+    struct grow *g = &e->grow;
+    if (!g->running || g->flushing)
+        return;
+    if (e->mirror.state != VS_STEADY) {
+        finish(e);
+        return;
+    }
+    if (!copier_finished(e))
+        return;
+    g->flushing = true;
+    g->epoch = e->mirror.epoch;
+    g->flush.kind = VS_DISK_FLUSH;
+    g->flush.done = flushed;
+    disk_submit(e->mirror.disk, &g->flush);
+}

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The disk becomes larger while the guest runs. See grow.c.
+ */
+#ifndef VS_GROW_H
+#define VS_GROW_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+
+struct vs_engine;
+
+struct grow {
+    bool running;        /* the new range is being copied to the destination */
+    bool flushing;
+    uint64_t token;
+    uint64_t capacity_bytes;
+    uint64_t epoch;      /* of the mirror, when the flush began */
+    struct disk_io flush;
+};
+
+/* Answers the token when the guest may use "capacity_bytes". The disks' own sizes: destination_bytes 0 if there is
+ * none. Refused: -EBUSY (copying, switching, growing), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
+void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
+                uint64_t destination_bytes);
+void grow_pump(struct vs_engine *e);
+
+#endif

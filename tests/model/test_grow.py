@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disk grows while the guest runs: what is new is on the destination before the guest may use it
+(c_shim/grow.c)."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.engine_driver import DiskOp, State
+from tests.frontend import Status
+from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from vhostsync._shim import lib
+
+OLD, NEW = 4 * MIB, 6 * MIB - 4096
+ROOM = 8 * MIB
+
+
+def grow(r: Rig, *, expect: int = 0, value: int = NEW, source: int = ROOM, destination: int = ROOM) -> None:
+    r.driver.call(lib.VS_CMD_GROW, value=value, desc=source, used=destination, expect=expect)
+
+
+def beyond(r: Rig, seed: int) -> int | None:
+    """The status of a write to the last block of the larger disk."""
+    request = r.write(NEW // BLOCK - 1, seed)
+    r.guest.wait(request)
+    return request.status
+
+
+def test_without_a_mirror() -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM) as r:
+        assert beyond(r, 1) == Status.IOERR
+        grow(r, destination=0)
+        assert beyond(r, 2) == Status.OK
+        assert r.source.read(NEW - BLOCK, BLOCK) == pattern(2)
+
+
+def test_the_new_range_is_equal_and_durable_before_it_is_used() -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
+        r.source.load(OLD, b"old" * 4096)
+        r.destination.load(OLD + MIB, b"rubbish!" * 4096)
+        r.destination.hold(DiskOp.FLUSH)
+        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        r.driver.await_held(r.destination, DiskOp.FLUSH)
+        assert r.driver.done(token) is None
+        assert beyond(r, 1) == Status.IOERR
+        assert r.snapshot().state == State.STEADY
+        r.destination.release_all()
+        assert r.driver.wait(token).result == 0
+        assert r.durable(r.destination, OLD // BLOCK, 3) == (b"old" * 4096)[: 3 * BLOCK]
+        assert beyond(r, 2) == Status.OK
+        r.flush_now()
+        assert r.source.read(0, NEW) == r.destination.read(0, NEW)
+        assert r.durable(r.destination, NEW // BLOCK - 1) == pattern(2)
+
+
+def test_the_old_range_stays_mirrored_meanwhile() -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
+        r.source.load(OLD, b"x" * MIB)
+        r.source.hold(DiskOp.READ)
+        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        r.driver.await_held(r.source, DiskOp.READ)
+        r.write_now(OLD // BLOCK - 1, 7)
+        r.flush_now()
+        assert r.durable(r.destination, OLD // BLOCK - 1) == pattern(7)
+        r.source.release_all()
+        assert r.driver.wait(token).result == 0
+        assert r.source.read(0, NEW) == r.destination.read(0, NEW)
+
+
+def test_a_destination_that_is_lost_meanwhile_lacks_it_and_the_bits_say_so() -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
+        r.source.load(OLD, b"x" * MIB)
+        r.destination.fault(DiskOp.WRITE, errno.EIO)
+        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        r.await_degraded()
+        assert r.driver.wait(token).result == 0
+        r.record_written()
+        assert beyond(r, 2) == Status.OK
+        assert (r.snapshot().differing_bytes or 0) >= NEW - OLD
+        r.driver.mirror(r.destination, resync=True)
+        assert r.source.read(0, NEW) == r.destination.read(0, NEW)
+
+
+def test_a_peer_that_is_away_lacks_it() -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
+        r.driver.call(lib.VS_CMD_MIRROR_STOP, value=0)
+        r.source.load(OLD, b"x" * MIB)
+        grow(r, destination=0)
+        r.driver.mirror(r.destination, resync=True)
+        assert r.source.read(0, NEW) == r.destination.read(0, NEW)
+
+
+@pytest.mark.parametrize(
+    ("why", "error"),
+    [
+        ({"value": OLD}, errno.EINVAL),
+        ({"value": NEW + 1}, errno.EINVAL),
+        ({"source": NEW - 512}, errno.ENOSPC),
+        ({"destination": NEW - 512}, errno.ENOSPC),
+    ],
+)
+def test_what_is_refused_changes_nothing(why: dict[str, int], error: int) -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
+        grow(r, expect=error, **why)
+        assert beyond(r, 1) == Status.IOERR
+        assert r.snapshot().state == State.STEADY
+
+
+def test_not_while_it_copies() -> None:
+    with rig(size_bytes=OLD, disk_bytes=ROOM) as r:
+        r.write_now(0, 1)
+        r.source.hold(DiskOp.READ)
+        r.driver.start_mirror(r.destination)
+        grow(r, expect=errno.EBUSY)
+        r.source.release_all()
+        r.driver.await_state(State.STEADY)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disk grows while the guest runs (c_shim/grow.c). In this order, so that nothing is promised too early:
+
+1. what was asked for is checked against what both disks have;
+2. the bitmap's file becomes long enough; its header still says the old size, so after a crash it is not
+   believed, and everything is copied;
+3. the engine copies the new range to the destination, and takes requests for it from then on;
+4. the bitmap's header and the device say the new size, and the frontends are told.
+
+The disks themselves are made larger by whoever owns them (truncate, lvextend, …), before this.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import anyio.to_thread
+import structlog
+
+from vhostsync import events
+from vhostsync.bitmap import BitmapFile
+from vhostsync.disks import size_bytes
+from vhostsync.engine import Engine, bitmap_file_bytes
+from vhostsync.errors import ConfigError, EngineError, MirrorError
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.vhost_user.server import FrontendServer
+from vhostsync.virtio_blk import BlkDevice
+
+log = structlog.get_logger(__name__)
+
+POSSIBLE_IN = frozenset({MirrorState.PASSTHROUGH, MirrorState.DEGRADED, MirrorState.STEADY})
+
+
+class Resizer:
+    """Makes one device larger."""
+
+    def __init__(
+        self, engine: Engine, mirror: Mirror, device: BlkDevice, frontends: FrontendServer, hub: EventHub
+    ) -> None:
+        self._engine = engine
+        self._mirror = mirror
+        self._device = device
+        self._frontends = frontends
+        self._hub = hub
+
+    async def resize(self, wanted_bytes: int | None) -> int:
+        """Grow to `wanted_bytes`, or to all that the disk has; returns the new capacity. MirrorError: nothing
+        was changed."""
+        async with self._mirror.exclusive("resize"):
+            source_bytes = await anyio.to_thread.run_sync(size_bytes, self._mirror.source_path)
+            capacity = self._check(wanted_bytes, source_bytes)
+            destination_bytes = await self._check_destination(capacity)
+            bitmap = self._mirror.bitmap
+            if bitmap is not None:
+                await anyio.to_thread.run_sync(_lengthen, bitmap, capacity)
+            try:
+                await self._engine.grow(capacity, source_bytes, destination_bytes)
+            except EngineError as error:
+                raise MirrorError(f"the disk stays as large as it is: {error}") from error
+            if bitmap is not None:
+                await anyio.to_thread.run_sync(bitmap.note_capacity, capacity)
+            self._device.shape = replace(self._device.shape, capacity_bytes=capacity)
+            self._frontends.config_changed()
+            log.info("the disk has grown", capacity_bytes=capacity)
+            self._hub.publish(events.CAPACITY_CHANGE, {"capacity": capacity})
+            return capacity
+
+    def _check(self, wanted_bytes: int | None, source_bytes: int) -> int:
+        shape = self._device.shape
+        if shape.read_only:
+            raise MirrorError("a disk that is served read-only cannot grow")
+        if self._mirror.state not in POSSIBLE_IN:
+            state = self._mirror.state
+            raise MirrorError(f"the disk cannot grow while the mirror is {state}; wait for its end")
+        capacity = source_bytes - source_bytes % shape.block_bytes if wanted_bytes is None else wanted_bytes
+        path = self._mirror.source_path
+        if capacity % shape.block_bytes:
+            raise MirrorError(f"{capacity} bytes are no whole number of blocks of {shape.block_bytes} bytes")
+        if capacity > source_bytes:
+            raise MirrorError(f"{path} has {source_bytes} bytes, not {capacity}; enlarge it first")
+        if capacity < shape.capacity_bytes:
+            raise MirrorError(f"the guest's disk has {shape.capacity_bytes} bytes and cannot shrink")
+        if capacity == shape.capacity_bytes:
+            raise MirrorError(f"the guest's disk has {capacity} bytes already; enlarge {path} first")
+        return capacity
+
+    async def _check_destination(self, capacity: int) -> int:
+        path: Path | None = self._mirror.destination_path
+        if path is None:
+            return 0
+        found = await anyio.to_thread.run_sync(size_bytes, path)
+        if found < capacity:
+            raise MirrorError(
+                f"the destination {path} has {found} bytes, not {capacity}; enlarge it first, or cancel the "
+                f"mirror"
+            )
+        return found
+
+
+def _lengthen(bitmap: BitmapFile, capacity: int) -> None:
+    shape = replace(bitmap.header.shape, capacity_bytes=capacity)
+    try:
+        bitmap.lengthen(bitmap_file_bytes(shape))
+    except ConfigError as error:
+        raise MirrorError(str(error)) from error
