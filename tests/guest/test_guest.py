@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.guest.assets import GuestAssets
-from tests.guest.backends import start_backend
+from tests.guest.backends import Vhostsync, start_backend
 from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
 from tests.guest.images import MIB, digest, new_image
 
@@ -123,3 +124,26 @@ def test_stop_and_continue(assets: GuestAssets, work: Path) -> None:
         guest.power_off()
         backend.stop()
     verify_blocks(assets, image, load, synced=last.synced, issued=last.issued)
+
+
+def test_a_disk_that_grows(assets: GuestAssets, work: Path) -> None:
+    """The running guest is told of the new size, by the backend's own request, and uses it."""
+    image, mirror = new_image(work / "disk.img", 64), new_image(work / "mirror.img", 64)
+    with (
+        Vhostsync(work, image) as backend,
+        Guest(assets, work, machine_command([GuestDisk(backend.socket)])) as guest,
+    ):
+        backend.start_mirror(mirror)
+        backend.wait_steady()
+        for disk in (image, mirror):
+            os.truncate(disk, 96 * MIB)
+        assert backend.qmp.execute("resize") == {"capacity": 96 * MIB}
+        sectors = 96 * MIB // 512
+        guest.run(f"until [ $(cat /sys/block/vda/size) = {sectors} ]; do sleep 0.1; done")
+        guest.run("head -c 1048576 /dev/urandom >/tmp/data")
+        guest.run("dd if=/tmp/data of=/dev/vda bs=1M seek=95 oflag=direct conv=fsync 2>&1")
+        wanted = guest.run("sha256sum </tmp/data").split()[0]
+        assert guest.io_trouble() == []
+        guest.power_off()
+        backend.stop()
+    assert digest(image, 95 * MIB, MIB) == digest(mirror, 95 * MIB, MIB) == wanted
