@@ -11,11 +11,12 @@
  * A checkpoint covers the changes that were over when it began:
  *   1. "recent" becomes "settling", and a new "recent" begins with whatever is
  *      in flight at that moment: writes at the source (they have no place in
- *      the log yet) and region copies. What is in the log is covered: its
+ *      the log yet), region copies and repairs. What is in the log is covered: its
  *      generation is at most G.
  *   2. When the destination holds all up to that G, both disks are flushed,
  *      unless guests' flushes have brought source_flushed and writes_flushed
- *      that far already.
+ *      that far already. What the verifier has repaired is in no count: then
+ *      they are always flushed.
  *   3. Both flushed: a settling region is clean unless it is recent too, is
  *      still to be copied (a write that was left to the copy is not on the
  *      destination), or holds a range in doubt. In slices: the guest does not
@@ -97,6 +98,11 @@ void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length)
     dirty_map_set(&d->recent, offset, length);
 }
 
+void difference_repaired(struct vs_engine *e)
+{
+    e->difference.repaired = true;
+}
+
 static void end_checkpoint(struct difference *d)
 {
     dirty_map_clear_all(&d->settling);
@@ -149,6 +155,9 @@ static void rotate(struct vs_engine *e)
     d->recent = empty;
     request_path_mark_in_flight(e);
     copier_mark_in_flight(e);
+    verifier_mark_in_flight(e);
+    d->repaired_before = d->repaired;
+    d->repaired = false;
     d->generation = e->counts.source_generation;
     d->step = CHECKPOINT_MIRRORING;
     d->word = 0;
@@ -178,6 +187,7 @@ static void flushed(struct vs_engine *e, bool failed)
         return;
     if (d->flush_failed) {
         dirty_map_add(&d->recent, &d->settling);
+        d->repaired |= d->repaired_before;
         end_checkpoint(d);
         d->next_ns = engine_now(e) + interval_ns(e);
         return;
@@ -254,7 +264,7 @@ void difference_pump(struct vs_engine *e)
     if (d->step == CHECKPOINT_NONE && d->recent.dirty && !d->flushes && engine_now(e) >= d->next_ns)
         rotate(e);
     if (d->step == CHECKPOINT_MIRRORING) {
-        if (counts_cover(e))
+        if (!d->repaired_before && counts_cover(e))
             d->step = CHECKPOINT_SETTLING;
         else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns &&
                  log_mirrored_prefix(&e->log, e->counts.source_generation) >= d->generation)

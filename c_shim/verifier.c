@@ -12,8 +12,8 @@
  *      destination has every write of that range, and nothing changes it. Both
  *      are read again. What differs now is a mismatch, block by block.
  *   3. With repair: the bit, the destination's slot, and the source's bytes are
- *      written there (rules 3 and 4). What follows from the guest comes after it
- *      in the order. The next checkpoint clears the bit.
+ *      written there (rules 3 and 4), and read back. What follows from the guest comes after it
+ *      in the order. The next checkpoint that flushes clears the bit.
  *
  * Nobody waits for the verifier longer than for the disks: a destination that
  * does not answer is given up by its timeout like any other time, and with it
@@ -38,6 +38,7 @@
 static void source_read(struct disk_io *io);
 static void destination_read(struct disk_io *io);
 static void repaired(struct disk_io *io);
+static void read_back(struct disk_io *io);
 static void granted(struct range_slot *slot);
 
 int verifier_init(struct vs_engine *e)
@@ -202,13 +203,42 @@ static void repaired(struct disk_io *io)
         end_compare(c);
         return;
     }
-    e->verifier.bytes_repaired += c->length;
+    if (!current(c)) {
+        end_compare(c);
+        return;
+    }
+    difference_repaired(e);
+    c->step = COMPARE_AGAIN;
+    prepare(c, &c->destination_io, &c->destination_iov, c->destination_data);
+    c->destination_io.done = read_back;
+    disk_submit(e->mirror.disk, &c->destination_io);
+}
+
+static void read_back(struct disk_io *io)
+{
+    struct compare *c = container_of(io, struct compare, destination_io);
+    struct vs_engine *e = c->engine;
+    if (io->result < 0)
+        engine_report_io_error(e, VS_DESTINATION, io);
+    if (!current(c)) {
+        end_compare(c);
+        return;
+    }
+    if (io->result == 0 && memcmp(c->source_data, c->destination_data, c->length) == 0)
+        e->verifier.bytes_repaired += c->found;
     finish_compare(c);
 }
 
 static void compare_exactly(struct compare *c)
 {
-    if (list_differences(c) > 0 && c->engine->verifier.repair)
+    struct vs_engine *e = c->engine;
+    if (doubt_overlaps(&e->doubt, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
+        e->verifier.bytes_skipped += c->length;
+        finish_compare(c);
+        return;
+    }
+    c->found = list_differences(c);
+    if (c->found > 0 && e->verifier.repair)
         repair(c);
     else
         finish_compare(c);
@@ -361,6 +391,15 @@ void verifier_pump(struct vs_engine *e)
     if (v->result == 0 && e->gate == GATE_OPEN)
         begin_more(e);
     end_if_over(e);
+}
+
+void verifier_mark_in_flight(struct vs_engine *e)
+{
+    for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
+        const struct compare *c = &e->verifier.compares[i];
+        if (c->step == COMPARE_REPAIR && current(c))
+            difference_mark(e, c->offset, c->length);
+    }
 }
 
 uint64_t verifier_deadline_ns(const struct vs_engine *e)

@@ -21,7 +21,8 @@ enum compare_step {
     COMPARE_TURN,     /* they differed: waits until no write of the guest is on its way there */
     COMPARE_MIRRORED, /* holds the range on the source; waits until the destination has all that was written */
     COMPARE_READ,     /* both are being read, and nothing can change */
-    COMPARE_REPAIR    /* the source's bytes are being written to the destination */
+    COMPARE_REPAIR,   /* the source's bytes are being written to the destination */
+    COMPARE_AGAIN     /* and are being read back */
 };
 
 struct compare {
@@ -31,6 +32,7 @@ struct compare {
     uint64_t offset, length;
     uint64_t generation;        /* the destination must have all up to it */
     unsigned reads;             /* in flight */
+    uint64_t found;             /* bytes that differ */
     bool source_failed, destination_failed;
     bool holds_source, holds_destination;
     uint8_t *source_data, *destination_data;
@@ -60,6 +62,8 @@ int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s)
 /* Ends it as soon as what it has in flight is over; -ENOENT: there is none. */
 int verifier_stop(struct vs_engine *e);
 void verifier_pump(struct vs_engine *e);
+/* A checkpoint begins: what is being repaired is not covered by it. */
+void verifier_mark_in_flight(struct vs_engine *e);
 uint64_t verifier_deadline_ns(const struct vs_engine *e);
 
 #endif

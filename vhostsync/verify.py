@@ -126,8 +126,9 @@ class Verifier:
             self._state = VerifyState.ABORTED
         elif not found.bytes_differing:
             self._state = VerifyState.EQUAL
-        else:
-            self._state = VerifyState.REPAIRED if self._repair else VerifyState.DIFFERENT
+        else:  # what was repaired is counted when it was read back
+            mended = found.bytes_repaired == found.bytes_differing
+            self._state = VerifyState.REPAIRED if self._repair and mended else VerifyState.DIFFERENT
         found = await self.status()
         say = log.error if found.bytes_differing else log.info
         say(

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import errno
 import random
+import time
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
@@ -31,6 +34,12 @@ def found(r: Rig) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
     lib.vs_engine_snapshot(r.driver.engine, s)
     ranges = tuple((each.offset, each.length) for each in s.verify_ranges[0 : s.verify_range_count])
     return s.verify_bytes_done, s.verify_bytes_skipped, s.verify_bytes_differing, ranges
+
+
+def repaired_bytes(r: Rig) -> int:
+    s = ffi.new("struct vs_snapshot *")
+    lib.vs_engine_snapshot(r.driver.engine, s)
+    return int(s.verify_bytes_repaired)
 
 
 def test_equal_disks_are_found_equal_and_nothing_is_written() -> None:
@@ -70,6 +79,84 @@ def test_it_is_repaired_if_asked_for_and_marked_until_it_is_durable() -> None:
         verify(r)
         assert ended(r).result == 0
         assert found(r)[2] == 0
+
+
+def checked(**options: Any) -> AbstractContextManager[Rig]:
+    """With a mirror whose checkpoints come often."""
+    return rig(size_bytes=SIZE, mirrored=True, checkpoint_us=50_000, **options)
+
+
+def settled(r: Rig) -> None:
+    r.driver.until(lambda: r.snapshot().differing_bytes == 0, "the disks are known to be equal", timeout_s=20)
+
+
+def test_no_count_says_that_a_repair_is_durable() -> None:
+    """The guest has flushed all that it wrote before: F = G, and the checkpoint must flush nevertheless."""
+    with checked() as r:
+        r.write_now(0, 1, blocks=8)
+        r.flush_now()
+        settled(r)
+        r.destination.load(5 * BLOCK, b"x" * BLOCK)
+        verify(r, repair=True)
+        assert ended(r).result == 0
+        settled(r)
+        assert r.durable(r.destination, 5) == r.durable(r.source, 5)
+
+
+def test_a_repair_in_flight_while_a_checkpoint_passes_stays_different() -> None:
+    with checked() as r:
+        r.write_now(0, 1, blocks=8)
+        r.flush_now()
+        settled(r)
+        r.destination.load(5 * BLOCK, b"x" * BLOCK)
+        r.destination.hold(DiskOp.WRITE)
+        verify(r, repair=True)
+        r.driver.await_held(r.destination, DiskOp.WRITE)
+        time.sleep(0.3)  # several intervals in which nothing may be called equal
+        assert (r.snapshot().differing_bytes or 0) >= MIB
+        r.destination.release_all()
+        assert ended(r).result == 0
+        settled(r)
+        assert r.durable(r.destination, 5) == r.durable(r.source, 5)
+
+
+def test_what_falls_in_doubt_meanwhile_is_not_copied_over_a_good_destination() -> None:
+    """The part differs because a write is on its way on the source; that write fails (rule 5)."""
+    with checked() as r:
+        r.write_now(0, 1)
+        r.driver.settle()
+        r.destination.load(8 * BLOCK, b"x" * BLOCK)
+        written = r.destination.count(DiskOp.WRITE)
+        r.source.fault(DiskOp.WRITE, errno.EIO)
+        r.source.hold(DiskOp.WRITE)
+        failing = r.write(0, 2)
+        r.driver.await_held(r.source, DiskOp.WRITE)
+        verify(r, repair=True)
+        r.driver.settle()
+        assert not any(event.kind == EventKind.VERIFIED for event in r.driver.events)
+        r.source.hold(DiskOp.WRITE, False)
+        r.source.release(DiskOp.WRITE)
+        r.guest.wait(failing)
+        assert not failing.ok
+        assert ended(r).result == 0
+        assert found(r)[:3] == (SIZE, MIB, 0)
+        assert r.destination.count(DiskOp.WRITE) == written
+
+
+def test_a_repair_that_does_not_stay_is_not_counted() -> None:
+    """It is read back, and what cannot be read there is not mended."""
+    with checked() as r:
+        r.write_now(0, 1)
+        r.driver.settle()
+        r.destination.load(0, b"x" * BLOCK)
+        r.destination.fault(DiskOp.READ, errno.EIO, skip=2)  # glance, comparison; then the reading back
+        verify(r, repair=True)
+        assert ended(r).result == 0
+        assert found(r)[2] == BLOCK and repaired_bytes(r) == 0
+        r.destination.load(0, b"x" * BLOCK)
+        verify(r, repair=True)
+        assert ended(r).result == 0
+        assert found(r)[2] == BLOCK == repaired_bytes(r)
 
 
 @pytest.mark.parametrize("repair", [False, True])
