@@ -344,11 +344,12 @@ static vs_disk *file_disk(int fd, int direct)
     return disk;
 }
 
-static void on_files(const int fd[2], int direct)
+static void on_files(const int fd[2], int direct, uint32_t poll_us)
 {
     static _Alignas(4096) uint8_t one[DISK_BYTES], other[DISK_BYTES]; /* as direct I/O wants them */
     struct vs_engine_config config = rig_config();
     config.block_bytes = 512;
+    config.poll_us = poll_us;
     memset(driver, 0, sizeof driver);
     struct rig r = rig_make(&config, file_disk(fd[0], direct));
     rig_attach(&r, LANES, F_USUAL | F_EVENT_IDX);
@@ -375,7 +376,15 @@ static void on_files(const int fd[2], int direct)
 
 static void files_in_memory(void)
 {
-    on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0);
+    on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, 0);
+}
+
+/* The rings are looked at without kicks; where that ends, no request may be forgotten. */
+static void looking_before_sleeping(void)
+{
+    static const uint32_t poll_us[] = {1, 50, VS_POLL_AUTO};
+    for (unsigned i = 0; i < sizeof poll_us / sizeof poll_us[0]; i++)
+        on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, poll_us[i]);
 }
 
 static void files_on_disk(void)
@@ -386,7 +395,7 @@ static void files_on_disk(void)
         if (fd[0] < 0 || fd[1] < 0)
             printf("# no such files in this directory: %s\n", strerror(errno));
         else
-            on_files(fd, direct);
+            on_files(fd, direct, 0);
     }
 }
 
@@ -399,5 +408,6 @@ int main(void)
     test("a slow destination", a_slow_destination);
     test("files in memory", files_in_memory);
     test("files on disk", files_on_disk);
+    test("looking before sleeping", looking_before_sleeping);
     return tests_end();
 }
