@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
 
-from bench.compare import main
+from bench.cli import main
 
 sys.exit(main())

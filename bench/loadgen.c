@@ -485,6 +485,14 @@ static void watch(struct run *run)
     }
 }
 
+static void stay(struct run *run)
+{
+    struct pollfd socket = {.fd = run->frontend.socket, .events = POLLRDHUP};
+    while (!stop_wanted && !run->lost && now_ns() < run->end_ns)
+        if (poll(&socket, 1, (int)((run->end_ns - now_ns()) / 1000000u) + 1) > 0)
+            run->lost = true;
+}
+
 int main(int argc, char **argv)
 {
     struct run *run = &the_run;
@@ -502,6 +510,8 @@ int main(int argc, char **argv)
         if (pthread_create(&run->workers[queue].thread, NULL, work, &run->workers[queue]))
             die("no thread");
     watch(run);
+    if (options->stay)
+        stay(run);
     uint64_t errors = 0, bad = 0;
     for (uint32_t queue = 0; queue < options->queues; queue++) {
         struct worker *worker = &run->workers[queue];

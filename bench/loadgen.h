@@ -36,6 +36,7 @@ struct options {
     bool verify;
     bool indirect;
     bool event_idx;
+    bool stay; /* connected, idle, until the time is over */
 };
 
 struct slot {

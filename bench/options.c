@@ -18,6 +18,7 @@ static void usage(void)
           "  --queues N              a thread each, to 64   (1)\n"
           "  --seconds S, --ramp S   measured, and before   (8, 0)\n"
           "  --operations N          end after so many per queue\n"
+          "  --stay                  then stay connected until the seconds are over\n"
           "  --span BYTES            use only the beginning of the disk\n"
           "  --flush-every N         a flush after every N writes\n"
           "  --flush-drain           nothing else in flight beside a flush\n"
@@ -57,14 +58,14 @@ static void parse_work(struct options *options, const char *text)
 void parse_options(struct options *options, int argc, char **argv)
 {
     enum { SOCKET = 1, CHECK, JOURNAL, FLUSHED_ONLY, RW, READ_PERCENT, BS, DEPTH, QUEUES, SECONDS, RAMP, OPERATIONS_MAX,
-           SPAN, FLUSH_EVERY, FLUSH_DRAIN, POLL, NO_INDIRECT, NO_EVENT_IDX, VERIFY, INTERVAL, SEED };
+           SPAN, FLUSH_EVERY, FLUSH_DRAIN, POLL, NO_INDIRECT, NO_EVENT_IDX, VERIFY, INTERVAL, SEED, STAY };
     static const struct option names[] = {
         {"socket", 1, 0, SOCKET}, {"check", 1, 0, CHECK}, {"journal", 1, 0, JOURNAL}, {"flushed-only", 0, 0, FLUSHED_ONLY},
         {"rw", 1, 0, RW}, {"read-percent", 1, 0, READ_PERCENT}, {"bs", 1, 0, BS}, {"depth", 1, 0, DEPTH},
         {"queues", 1, 0, QUEUES}, {"seconds", 1, 0, SECONDS}, {"ramp", 1, 0, RAMP}, {"operations", 1, 0, OPERATIONS_MAX},
         {"span", 1, 0, SPAN}, {"flush-every", 1, 0, FLUSH_EVERY}, {"flush-drain", 0, 0, FLUSH_DRAIN},
         {"poll", 0, 0, POLL}, {"no-indirect", 0, 0, NO_INDIRECT}, {"no-event-idx", 0, 0, NO_EVENT_IDX},
-        {"verify", 0, 0, VERIFY}, {"interval-ms", 1, 0, INTERVAL}, {"seed", 1, 0, SEED}, {0}};
+        {"verify", 0, 0, VERIFY}, {"interval-ms", 1, 0, INTERVAL}, {"seed", 1, 0, SEED}, {"stay", 0, 0, STAY}, {0}};
     const char *work_name = "randread";
     *options = (struct options){.block_bytes = 4096, .depth = 32, .queues = 1, .read_percent = 100, .random = true,
                                 .seconds = 8, .seed = 1, .indirect = true, .event_idx = true};
@@ -91,6 +92,7 @@ void parse_options(struct options *options, int argc, char **argv)
         case VERIFY: options->verify = true; break;
         case INTERVAL: options->interval_ms = (uint32_t)number_of(optarg, 1, 60000); break;
         case SEED: options->seed = number_of(optarg, 0, UINT64_MAX); break;
+        case STAY: options->stay = true; break;
         default: usage();
         }
     }

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench.contenders import BenchError, find_loadgen
+from bench.generator import find_loadgen
+from bench.sample import BenchError
 
 MIB = 1 << 20
 
@@ -140,3 +141,10 @@ def test_a_backend_that_dies_is_told_and_the_journal_stays_good(export: Export) 
     assert (process.returncode, json.loads(output)["lost"]) == (3, True)
     export.process.wait()
     assert export.check()["sectors_bad"] == 0
+
+
+def test_a_guest_that_stays_is_idle_until_its_time_is_over(export: Export) -> None:
+    begin = time.monotonic()
+    result = export.run("--seconds", "0.5", "--stay", operations=10)
+    assert result["submitted"] == 10
+    assert time.monotonic() - begin >= 0.5

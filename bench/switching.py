@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 9: what a guest feels of a switch. The mirror is kept, so it can be switched back and forth."""
+
+import statistics
+import time
+
+from bench.contenders import Backend, Contender, Ours
+from bench.generator import load_beside
+from bench.plan import Plan
+from bench.sample import Sample, Work
+
+RUN_S = 0.8
+BEFORE_S = 0.3
+
+
+def measure_switch(contender: Contender, plan: Plan) -> Sample:
+    """The longest time without a completion, with 32 writes in flight and a switch in the midst: what the
+    guest sees, whatever the backend says of itself. The machine's own hiccups count too, for all alike."""
+    assert isinstance(contender, Backend)
+    pauses, said = [], []
+    for _ in range(1 if plan.quick else 8):
+        with load_beside(contender.socket, Work("randwrite", 32), RUN_S) as found:
+            time.sleep(BEFORE_S)  # into the midst of the load
+            contender.switch()
+        pauses.append(found["longest_gap_ns"] / 1e6)
+        if isinstance(contender, Ours):
+            said.append(contender.last_pause_ms)
+        contender.rest()
+    figures = {"pause_ms": statistics.median(pauses), "pause_max_ms": max(pauses)}
+    return Sample(figures, {"pauses_ms": pauses, "backend_says_ms": said})
+
+
+def measure_idle_switch(contender: Contender, plan: Plan) -> Sample:
+    """As the backend says: an idle guest sees nothing."""
+    assert isinstance(contender, Ours)
+    pauses = []
+    for _ in range(2 if plan.quick else 10):
+        contender.switch()
+        pauses.append(contender.last_pause_ms)
+    return Sample({"pause_ms": statistics.median(pauses), "pause_max_ms": max(pauses)}, {"pauses_ms": pauses})

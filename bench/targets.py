@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be reached: a figure of each round, usually a ratio between two contenders, and its bound."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.sample import Round
+
+Figure = Callable[[Round], float | None]
+
+
+def percentile_99(values: Sequence[float]) -> float:
+    """The greatest, of less than a hundred."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+
+
+@dataclass(frozen=True)
+class Target:
+    label: str
+    figure: Figure
+    bound: float
+    at_most: bool = False
+    over_rounds: Callable[[Sequence[float]], float] = statistics.median
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    def values(self, rounds: Sequence[Round]) -> list[float]:
+        found = (self.figure(samples) for samples in rounds)
+        return [value for value in found if value is not None]
+
+    def __str__(self) -> str:
+        return f"{self.label} {'≤' if self.at_most else '≥'} {self.bound:g}"
+
+
+def value(contender: str, name: str) -> Figure:
+    def figure(samples: Round) -> float | None:
+        return samples[contender].figures.get(name) if contender in samples else None
+
+    return figure
+
+
+def ratio(ours: str, *others: str, name: str = "per_s") -> Figure:
+    """Ours over the greatest of the others that were measured."""
+
+    def figure(samples: Round) -> float | None:
+        known = [samples[other].figures[name] for other in others if other in samples]
+        return samples[ours].figures[name] / max(known) if known and ours in samples else None
+
+    return figure
+
+
+def of_limit(samples: Round) -> float | None:
+    """Every byte goes to the one disk twice: L = 1 / (1 / raw + 1 / raw)."""
+    one_disk = ratio("ours mirrored", "raw")(samples)
+    return None if one_disk is None else 2 * one_disk
