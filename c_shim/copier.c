@@ -18,7 +18,10 @@
  * write that filled it meanwhile is either seen or captured. On the destination
  * zeroes are only written where there is no hole already.
  *
- * Leaves out: resuming, and reading around unreadable regions.
+ * What cannot be read (copy_rescue.c finds it out) is not put on the
+ * destination, which may hold it better; neither is, in a resync, what is in
+ * doubt after a failed write (rule 5). It is listed and stays different until the guest writes there; such a
+ * write is replicated like any other.
  */
 #include "copier.h"
 
@@ -28,6 +31,7 @@
 #include <sys/mman.h>
 
 #include "attachment.h"
+#include "copy_rescue.h"
 #include "engine.h"
 
 static void read_done(struct disk_io *io);
@@ -62,10 +66,12 @@ void copier_free(struct vs_engine *e)
         munmap(e->copier.buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES);
 }
 
-void copier_start(struct vs_engine *e)
+void copier_start(struct vs_engine *e, bool resync)
 {
     struct copier *k = &e->copier;
     dirty_map_add(&e->to_copy, &e->difference.differs);
+    e->unreadable.count = 0; /* all of it is to be copied, and will be found again */
+    k->spare_doubt = resync;
     k->cursor = 0;
     k->bytes_total = dirty_map_bytes(&e->to_copy);
     k->bytes_done = k->bytes_sparse = 0;
@@ -91,13 +97,13 @@ bool copier_finished(const struct vs_engine *e)
     return e->to_copy.dirty == 0 && e->copier.in_use == 0;
 }
 
-static bool current(const struct region_copy *c)
+bool copier_current(const struct region_copy *c)
 {
     return c->epoch == c->engine->mirror.epoch;
 }
 
 /* Back to the pool; its slot is given back by the caller or by the mirror's end. */
-static void end_copy(struct region_copy *c)
+void copier_end(struct region_copy *c)
 {
     struct copier *k = &c->engine->copier;
     c->step = COPY_FREE;
@@ -112,7 +118,7 @@ static void finish_copy(struct region_copy *c)
     range_release(&e->mirror.slots, &c->slot);
     e->copier.bytes_done += c->length;
     e->copier.bytes_sparse += c->sparse;
-    end_copy(c);
+    copier_end(c);
 }
 
 /* ---- putting a region onto the destination ------------------------------ */
@@ -122,34 +128,61 @@ static bool is_zero(const uint8_t *p, uint64_t bytes)
     return p[0] == 0 && memcmp(p, p + 1, bytes - 1) == 0;
 }
 
-static uint64_t unit_at(const struct region_copy *c, uint64_t at)
+static uint64_t unit_at(uint64_t at, uint64_t end)
 {
-    return c->length - at < COPY_ZERO_BYTES ? c->length - at : COPY_ZERO_BYTES;
+    return end - at < COPY_ZERO_BYTES ? end - at : COPY_ZERO_BYTES;
 }
 
-/* The longest piece from "put" on that is all zeroes or holds none of them; true: zeroes. */
-static bool next_piece(const struct region_copy *c, uint64_t *piece)
+/* The longest piece from "put" to at most "end" that is all zeroes or holds none of them; true: zeroes. */
+static bool next_piece(const struct region_copy *c, uint64_t end, uint64_t *piece)
 {
     uint64_t at = c->put;
     bool zero;
     if (c->hole) {
-        *piece = c->length - c->put;
+        *piece = end - c->put;
         return true;
     }
-    zero = is_zero(c->buffer + at, unit_at(c, at));
+    zero = is_zero(c->buffer + at, unit_at(at, end));
     do
-        at += unit_at(c, at);
-    while (at < c->length && is_zero(c->buffer + at, unit_at(c, at)) == zero);
+        at += unit_at(at, end);
+    while (at < end && is_zero(c->buffer + at, unit_at(at, end)) == zero);
     *piece = at - c->put;
     return zero;
+}
+
+/* Passes over what must not be put; the end of what may be from there on (in the region). */
+static uint64_t next_good(struct region_copy *c)
+{
+    const struct range_set *sets[] = {&c->bad, &c->engine->doubt};
+    unsigned count = c->engine->copier.spare_doubt ? 2 : 1;
+    bool passed = true;
+    uint64_t end = 0;
+    while (passed && c->put < c->length) {
+        passed = false;
+        end = c->offset + c->length;
+        for (unsigned i = 0; i < count && !passed; i++) {
+            struct vs_range part;
+            if (!range_set_first(sets[i], c->offset + c->put, end, &part))
+                continue;
+            passed = part.offset == c->offset + c->put;
+            if (passed)
+                c->put += part.length;
+            else
+                end = part.offset;
+        }
+    }
+    return end - c->offset;
 }
 
 static void put_next(struct region_copy *c)
 {
     struct vs_engine *e = c->engine;
     while (c->put < c->length) {
-        uint64_t at = c->offset + c->put;
-        bool zero = next_piece(c, &c->piece);
+        uint64_t end = next_good(c), at = c->offset + c->put;
+        bool zero;
+        if (c->put == c->length)
+            break;
+        zero = next_piece(c, end, &c->piece);
         if (zero)
             c->sparse += c->piece;
         if (zero && disk_hole_end(e->mirror.disk, at, at + c->piece) == at + c->piece) {
@@ -180,13 +213,13 @@ static void piece_done(struct disk_io *io)
     struct vs_engine *e = c->engine;
     if (io->result < 0)
         engine_report_io_error(e, VS_DESTINATION, io);
-    if (!current(c)) {
-        end_copy(c);
+    if (!copier_current(c)) {
+        copier_end(c);
         return;
     }
     if (io->result < 0) {
         mirror_degrade(e, VS_REASON_DESTINATION_WRITE, io->result);
-        end_copy(c);
+        copier_end(c);
         return;
     }
     c->put += c->piece;
@@ -196,7 +229,7 @@ static void piece_done(struct disk_io *io)
 static void slot_granted(struct range_slot *slot)
 {
     struct region_copy *c = container_of(slot, struct region_copy, slot);
-    if (c->step != COPY_READ || !current(c))
+    if (c->step != COPY_READ || !copier_current(c))
         return;
     /* Not put_next() at once: it may end the copy, and a grant must not give back a slot. */
     c->step = COPY_GRANTED;
@@ -205,7 +238,7 @@ static void slot_granted(struct range_slot *slot)
 
 /* ---- reading ----------------------------------------------------------- */
 
-static void was_read(struct region_copy *c)
+void copier_was_read(struct region_copy *c)
 {
     c->step = c->slot.granted ? COPY_PUTTING : COPY_READ;
     if (c->slot.granted)
@@ -215,17 +248,12 @@ static void was_read(struct region_copy *c)
 static void read_done(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io);
-    struct vs_engine *e = c->engine;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_SOURCE, io);
-    if (!current(c)) {
-        end_copy(c);
-    } else if (io->result < 0) {
-        mirror_degrade(e, VS_REASON_SOURCE_READ, io->result);
-        end_copy(c);
-    } else {
-        was_read(c);
-    }
+    if (!copier_current(c))
+        copier_end(c);
+    else if (io->result < 0)
+        rescue_start(c); /* it reports what is lost */
+    else
+        copier_was_read(c);
 }
 
 /* Takes its place in the order; only then may the source be looked at. */
@@ -239,6 +267,7 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     c->put = 0;
     c->sparse = 0;
     c->hole = false;
+    c->bad.count = 0;
     e->copier.in_use++;
     e->copier.cursor = offset + length;
     difference_mark(e, offset, length);
@@ -284,11 +313,11 @@ static bool start_hole(struct region_copy *c, uint64_t offset)
         range_release(&e->mirror.slots, &c->slot);
         dirty_map_set(&e->to_copy, offset, length);
         e->copier.cursor = offset;
-        end_copy(c);
+        copier_end(c);
         return false;
     }
     c->hole = true;
-    was_read(c);
+    copier_was_read(c);
     return true;
 }
 
@@ -355,7 +384,7 @@ void copier_mark_in_flight(struct vs_engine *e)
 {
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
         const struct region_copy *c = &e->copier.copies[i];
-        if (c->step != COPY_FREE && current(c))
+        if (c->step != COPY_FREE && copier_current(c))
             difference_mark(e, c->offset, c->length);
     }
 }
@@ -364,6 +393,6 @@ void copier_drop(struct vs_engine *e)
 {
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
         if (e->copier.copies[i].step == COPY_READ || e->copier.copies[i].step == COPY_GRANTED)
-            end_copy(&e->copier.copies[i]);
+            copier_end(&e->copier.copies[i]);
     dirty_map_clear_all(&e->to_copy);
 }

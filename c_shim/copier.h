@@ -11,6 +11,7 @@
 
 #include "disk.h"
 #include "limits.h"
+#include "range_set.h"
 #include "range_slots.h"
 
 struct vs_engine;
@@ -26,7 +27,10 @@ struct region_copy {
     uint64_t offset, length;
     uint64_t put;      /* bytes dealt with on the destination */
     uint64_t sparse;   /* of these: holes and zeroes */
-    uint64_t piece;    /* bytes of the write or zero in flight */
+    uint64_t piece;    /* bytes of the write or zero in flight; of the read, while it is rescued */
+    uint64_t rescued;  /* bytes looked through after its read had failed (copy_rescue.c) */
+    int rescue_error;  /* why something of it was given up */
+    struct range_set bad; /* on the disk: what could not be read of it */
     uint8_t *buffer;   /* COPY_BYTES */
     struct iovec iov;
     struct range_slot slot;
@@ -40,6 +44,7 @@ struct copier {
     bool granted;       /* a copy that was read has got its turn on the destination */
     unsigned in_use;
     bool more;          /* it stopped for the others' sake: call again without waiting */
+    bool spare_doubt;   /* what is in doubt is not copied: the destination may hold it better */
     uint64_t cursor;
     uint64_t bytes_total, bytes_done, bytes_sparse;
     uint64_t speed_bytes_per_s; /* 0: no limit */
@@ -48,8 +53,8 @@ struct copier {
 
 int copier_init(struct vs_engine *e);
 void copier_free(struct vs_engine *e);
-/* All regions that may differ are to be copied. */
-void copier_start(struct vs_engine *e);
+/* All regions that may differ are to be copied; resync: to a destination that was good. */
+void copier_start(struct vs_engine *e, bool resync);
 /* In steady: this range is to be copied, too (grow.c). */
 void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length);
 void copier_pump(struct vs_engine *e);
@@ -57,6 +62,11 @@ void copier_pump(struct vs_engine *e);
 void copier_mark_in_flight(struct vs_engine *e);
 /* The destination is given up. */
 void copier_drop(struct vs_engine *e);
+/* For copy_rescue.c: its bytes are there, but for those in "bad". */
+void copier_was_read(struct region_copy *c);
+/* Its mirror is gone. */
+void copier_end(struct region_copy *c);
+bool copier_current(const struct region_copy *c);
 bool copier_finished(const struct vs_engine *e);
 uint64_t copier_deadline_ns(const struct vs_engine *e);
 

@@ -19,7 +19,7 @@
  *      they are always flushed.
  *   3. Both flushed: a settling region is clean unless it is recent too, is
  *      still to be copied (a write that was left to the copy is not on the
- *      destination), or holds a range in doubt. In slices: the guest does not
+ *      destination), or holds a range in doubt or unreadable. In slices: the guest does not
  *      wait for a large map.
  * If anything fails, settling is forgotten, and what differs stays.
  *
@@ -224,13 +224,14 @@ static bool region_is_kept(const struct vs_engine *e, uint64_t region)
     uint64_t offset = region << m->region_shift, length = 1ull << m->region_shift;
     if (offset + length > m->capacity_bytes)
         length = m->capacity_bytes - offset;
-    return dirty_map_any_dirty(&e->to_copy, offset, length) || doubt_overlaps(&e->doubt, offset, length);
+    return dirty_map_any_dirty(&e->to_copy, offset, length) ||
+           range_set_overlaps(&e->doubt, offset, length) || range_set_overlaps(&e->unreadable, offset, length);
 }
 
 static void settle(struct vs_engine *e)
 {
     struct difference *d = &e->difference;
-    bool look = e->to_copy.dirty || e->doubt.count;
+    bool look = e->to_copy.dirty || e->doubt.count || e->unreadable.count;
     for (unsigned n = 0; n < SETTLE_WORDS; n++) {
         uint64_t clean;
         d->word = dirty_map_next_word(&d->settling, d->word);

@@ -45,6 +45,7 @@ struct version {
 struct block {
     struct list dirty_link; /* in "dirty" while there are versions */
     struct version *latest; /* NULL: the durable content is the latest */
+    bool spoilt;            /* cannot be read until it is written */
 };
 
 struct fault {
@@ -100,6 +101,7 @@ static void add_version(struct test_disk *t, uint64_t number, const uint8_t *dat
     if (!b->latest)
         list_append(&t->dirty, &b->dirty_link);
     b->latest = v;
+    b->spoilt = false;
 }
 
 static void free_chain(struct version *v)
@@ -183,6 +185,14 @@ static bool block_is_zero(struct test_disk *t, uint64_t number)
     return p[0] == 0 && memcmp(p, p + 1, t->disk.block_bytes - 1) == 0;
 }
 
+static bool touches_spoilt(const struct test_disk *t, const struct disk_io *io)
+{
+    for (uint64_t at = io->offset; at < io->offset + io->length; at += t->disk.block_bytes)
+        if (t->blocks[at / t->disk.block_bytes].spoilt)
+            return true;
+    return false;
+}
+
 /* ---- requests ----------------------------------------------------------- */
 
 /* Moves "bytes" from or to the io's buffers, which may be cut anywhere, block by block. */
@@ -246,6 +256,8 @@ static int take_effect(struct test_disk *t, struct disk_io *io)
         make_durable(t, io->transferred);
         return 0;
     }
+    if (io->kind == VS_DISK_READ && touches_spoilt(t, io))
+        return -EIO;
     while (io->transferred < io->length) {
         uint64_t blocks = (io->length - io->transferred) / t->disk.block_bytes;
         bool fault = take_fault(t, io->kind, &error);
@@ -411,6 +423,16 @@ void vs_test_disk_fault(vs_disk *disk, uint32_t op, int error, int skip, int cou
     assert(op < VS_DISK_OPS && error >= 0);
     pthread_mutex_lock(&t->lock);
     t->fault[op] = (struct fault){.error = error, .skip = skip, .count = count};
+    pthread_mutex_unlock(&t->lock);
+}
+
+void vs_test_disk_spoil(vs_disk *disk, uint64_t offset, uint64_t length)
+{
+    struct test_disk *t = of(disk);
+    assert(offset <= disk->bytes && length <= disk->bytes - offset);
+    pthread_mutex_lock(&t->lock);
+    for (uint64_t at = offset; at < offset + length; at += disk->block_bytes)
+        t->blocks[at / disk->block_bytes].spoilt = true;
     pthread_mutex_unlock(&t->lock);
 }
 

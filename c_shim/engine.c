@@ -99,9 +99,9 @@ static void ungate(struct vs_engine *e)
         gate_open(e);
 }
 
-static void exchange(struct vs_engine *e, uint64_t token, bool keep)
+static void exchange(struct vs_engine *e, uint64_t token, uint32_t flags)
 {
-    int rc = mirror_exchange(e, keep);
+    int rc = mirror_exchange(e, flags);
     uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
     if (e->gate == GATE_CLOSED)
         gate_open(e);
@@ -204,7 +204,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         ungate(e);
         break;
     case VS_CMD_EXCHANGE:
-        exchange(e, token, c->value);
+        exchange(e, token, (uint32_t)c->value);
         return;
     default:
         if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE) {

@@ -23,8 +23,8 @@
 #include "dirty_log.h"
 #include "dirty_map.h"
 #include "disk.h"
-#include "doubt.h"
 #include "grow.h"
+#include "range_set.h"
 #include "guest_flush.h"
 #include "guest_memory.h"
 #include "inflight.h"
@@ -124,7 +124,8 @@ struct vs_engine {
     struct range_slots source_slots;
     struct repl_log log;
     struct ring_alloc bounce;
-    struct doubt doubt;
+    struct range_set doubt;      /* a write of the source failed there */
+    struct range_set unreadable; /* the copy could not read the source there */
     struct throttle throttle;
     bool write_cache; /* config space WCE, as the guest on the active attachment has set it */
     struct guest_flush flush;

@@ -29,6 +29,8 @@
 /* The bulk copy: bytes of one region copy, and how many at most at once. */
 #define COPY_BYTES (1u << 20)
 #define COPY_DEPTH_MAX 16
+/* Where the source cannot be read, down to pieces of this size is tried what can. */
+#define RESCUE_BYTES 4096u
 /* Zeroes are looked for, and skipped or punched, in units of this size. */
 #define COPY_ZERO_BYTES (64u << 10)
 /* A hole is passed over in steps of this size. */
@@ -57,6 +59,7 @@ static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has
 static_assert(URING_CQ_ENTRIES >=
                   REQUESTS_MAX + REPLICA_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
               "all that can be in flight fits the completion queue");
+static_assert(COPY_BYTES % RESCUE_BYTES == 0 && RESCUE_BYTES % 4096 == 0, "a piece is whole blocks of any disk");
 static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");
 
 #endif

@@ -46,7 +46,7 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
     range_slots_init(&m->slots);
     throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
     difference_attach(e, resync);
-    copier_start(e);
+    copier_start(e, resync);
     set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
     return 0;
 }
@@ -168,13 +168,20 @@ uint64_t mirror_deadline_ns(const struct vs_engine *e)
 
 /* ---- the exchange ------------------------------------------------------ */
 
-int mirror_exchange(struct vs_engine *e, bool keep)
+/* A disk that is left behind with such ranges is no mirror of the other: they may differ there for ever. */
+static bool ranges_forbid(const struct vs_engine *e, uint32_t flags)
+{
+    return (e->doubt.count || e->unreadable.count) && flags != VS_EXCHANGE_ACCEPT;
+}
+
+int mirror_exchange(struct vs_engine *e, uint32_t flags)
 {
     struct mirror *m = &e->mirror;
+    bool keep = flags & VS_EXCHANGE_KEEP;
     vs_disk *old = e->source;
     if (m->state != VS_STEADY)
         return -ENOTCONN;
-    if (e->gate != GATE_CLOSED || e->doubt.count || (keep && !e->counts.source_flush_known))
+    if (e->gate != GATE_CLOSED || ranges_forbid(e, flags) || (keep && !e->counts.source_flush_known))
         return -EBUSY;
     if (e->source->stats.in_flight || m->disk->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */
@@ -187,6 +194,7 @@ int mirror_exchange(struct vs_engine *e, bool keep)
         post_state(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
         return 0;
     }
+    e->doubt.count = e->unreadable.count = 0; /* they spoke of the old source */
     m->disk = NULL;
     m->capturing = false;
     m->epoch++;

@@ -47,8 +47,8 @@ void mirror_stop(struct vs_engine *e, uint32_t reason);
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error);
 /* Steps that depend on what has completed: steady, timeouts, the end of a former destination. */
 void mirror_pump(struct vs_engine *e);
-/* -ENOTCONN, -EBUSY (a range in doubt, or not gated) or 0. */
-int mirror_exchange(struct vs_engine *e, bool keep);
+/* flags: enum vs_exchange_flags. -ENOTCONN, -EBUSY (a range in doubt or unreadable, or not gated) or 0. */
+int mirror_exchange(struct vs_engine *e, uint32_t flags);
 /* When mirror_pump() has to look again without any completion; UINT64_MAX: never. */
 uint64_t mirror_deadline_ns(const struct vs_engine *e);
 

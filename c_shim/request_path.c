@@ -144,7 +144,7 @@ static void leave_source(struct request *r)
 static void write_failed(struct request *r)
 {
     struct vs_engine *e = r->engine;
-    doubt_add(&e->doubt, r->blk.offset, r->blk.length); /* rule 5 */
+    range_set_add(&e->doubt, r->blk.offset, r->blk.length); /* rule 5 */
     if (r->entry)
         log_abandon(&e->log, r->entry);
     finish(r, VIRTIO_BLK_S_IOERR);
@@ -156,7 +156,9 @@ static void write_completed(struct request *r)
     bool captured = still_captured(r);
     r->generation = counts_write_completed(&e->counts);
     if (e->doubt.count)
-        doubt_clear(&e->doubt, r->blk.offset, r->blk.length);
+        range_set_clear(&e->doubt, r->blk.offset, r->blk.length);
+    if (e->unreadable.count)
+        range_set_clear(&e->unreadable, r->blk.offset, r->blk.length);
     if (captured)
         log_append(&e->log, r->entry, r->generation, engine_now(e));
     else if (r->entry)

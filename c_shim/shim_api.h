@@ -29,7 +29,7 @@ enum vs_limit {
     VS_EXTENTS_MIN = 64,
     VS_EXTENTS_MAX = 65536,
     VS_EXTENT_BYTES_MAX = 1073741824,
-    VS_DOUBT_RANGES_MAX = 64,
+    VS_RANGES_MAX = 64,
     VS_POLL_AUTO = 1000000000,
     VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
@@ -150,11 +150,16 @@ enum vs_command_kind {
     VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else -ETIMEDOUT, gate reopened */
     VS_CMD_UNGATE,
-    VS_CMD_EXCHANGE,          /* value: 1 keeps the mirror (roles swap); opens the gate; event value: pause in ns */
+    VS_CMD_EXCHANGE,          /* value: VS_EXCHANGE_ flags; opens the gate; event value: pause in ns */
     VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */
     VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
     VS_CMD_GROW               /* value: the new capacity; desc, used: what source and destination have (0: none). Done
                                * when the guest may be told */
+};
+
+enum vs_exchange_flags {
+    VS_EXCHANGE_KEEP = 1,  /* keeps the mirror: the roles swap */
+    VS_EXCHANGE_ACCEPT = 2 /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
 };
 
 struct vs_region {
@@ -199,7 +204,7 @@ enum vs_reason {
     VS_REASON_DESTINATION_FLUSH,
     VS_REASON_DESTINATION_TIMEOUT,
     VS_REASON_STOP_TIMEOUT,
-    VS_REASON_SOURCE_READ,    /* the bulk copy could not read the source */
+    VS_REASON_SOURCE_READ,    /* not used any more: the copy goes on around what it cannot read */
     VS_REASON_SWITCH
 };
 
@@ -290,7 +295,7 @@ struct vs_counts {
     uint32_t mirrored_known;     /* 0: not steady; writes_mirrored and writes_flushed mean nothing */
 };
 
-struct vs_doubt_range {
+struct vs_range {
     uint64_t offset;
     uint64_t length;
 };
@@ -318,7 +323,7 @@ struct vs_snapshot {
     uint64_t verify_bytes_repaired;
     uint32_t verify_running;
     uint32_t verify_range_count; /* of what differs; merged where there were too many */
-    struct vs_doubt_range verify_ranges[64];
+    struct vs_range verify_ranges[64];
     uint32_t tracked;
     uint32_t bitmap_in_use;
     uint64_t throttled_ns;       /* how long writes waited for room in the log */
@@ -330,8 +335,10 @@ struct vs_snapshot {
     uint64_t requests_waiting;   /* flushes and write-through writes that wait */
     uint64_t events_lost;
     uint32_t doubt_count;
-    struct vs_doubt_range doubt[64];
+    struct vs_range doubt[64];
     struct vs_disk_stats disk[2]; /* by enum vs_disk_role */
+    uint32_t unreadable_count;
+    struct vs_range unreadable[64]; /* the copy could not read the source there: the destination lacks it */
 };
 
 /* Both copy what the last VS_CMD_SNAPSHOT prepared. */
@@ -359,6 +366,9 @@ void vs_test_disk_hold(vs_disk *disk, uint32_t op, int hold);
 /* Lets at most count held requests of this kind go; returns how many. */
 int vs_test_disk_release(vs_disk *disk, uint32_t op, int count);
 int vs_test_disk_held(vs_disk *disk, uint32_t op);
+
+/* Reads that touch one of these blocks fail with EIO, each until it is written again. */
+void vs_test_disk_spoil(vs_disk *disk, uint64_t offset, uint64_t length);
 
 /* The requests after the next "skip" of this kind fail with errno "error" (or,
  * error 0, transfer only half of what was asked, at least a block, so that

@@ -44,6 +44,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->requests_waiting = e->flush.waiting;
     s->doubt_count = e->doubt.count;
     memcpy(s->doubt, e->doubt.range, sizeof s->doubt);
+    s->unreadable_count = e->unreadable.count;
+    memcpy(s->unreadable, e->unreadable.range, sizeof s->unreadable);
     s->disk[VS_SOURCE] = e->source->stats;
     if (e->mirror.disk)
         s->disk[VS_DESTINATION] = e->mirror.disk->stats;

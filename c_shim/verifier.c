@@ -20,8 +20,8 @@
  * the verification. While a switch has closed the gate no new part is begun;
  * after one that keeps the mirror it goes on, with the roles changed.
  *
- * Left out (counted as skipped): ranges in doubt, parts that the source cannot
- * read. A part that the destination cannot read is a mismatch.
+ * Left out (counted as skipped): ranges in doubt or unreadable, parts that the
+ * source cannot read. A part that the destination cannot read is a mismatch.
  */
 #include "verifier.h"
 
@@ -170,7 +170,7 @@ static uint64_t list_differences(struct compare *c)
     for (uint64_t at = 0; at < c->length; at += block) {
         if (!block_differs(c, at, block))
             continue;
-        doubt_add(&e->verifier.differing, c->offset + at, block);
+        range_set_add(&e->verifier.differing, c->offset + at, block);
         found += block;
     }
     e->verifier.bytes_differing += found;
@@ -232,7 +232,7 @@ static void read_back(struct disk_io *io)
 static void compare_exactly(struct compare *c)
 {
     struct vs_engine *e = c->engine;
-    if (doubt_overlaps(&e->doubt, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
+    if (range_set_overlaps(&e->doubt, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
         e->verifier.bytes_skipped += c->length;
         finish_compare(c);
         return;
@@ -331,7 +331,8 @@ static void begin_compare(struct vs_engine *e, struct compare *c)
     c->offset = v->cursor;
     c->length = left < VERIFY_BYTES ? left : VERIFY_BYTES;
     v->cursor += c->length;
-    if (doubt_overlaps(&e->doubt, c->offset, c->length)) {
+    if (range_set_overlaps(&e->doubt, c->offset, c->length) ||
+        range_set_overlaps(&e->unreadable, c->offset, c->length)) {
         v->bytes_skipped += c->length;
         v->bytes_done += c->length;
         return;

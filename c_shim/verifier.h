@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #include "disk.h"
-#include "doubt.h"
+#include "range_set.h"
 #include "limits.h"
 #include "range_slots.h"
 
@@ -46,7 +46,7 @@ struct verifier {
     int result;                 /* why it ends early */
     uint64_t cursor;
     uint64_t bytes_done, bytes_skipped, bytes_differing, bytes_repaired;
-    struct doubt differing;     /* where; ranges as exact as a block */
+    struct range_set differing;     /* where; ranges as exact as a block */
     uint64_t speed_bytes_per_s; /* 0: no limit */
     uint64_t not_before_ns;
     bool more;

@@ -130,6 +130,7 @@ class Snapshot:
     wakeups: int
     requests_waiting: int
     doubt: tuple[tuple[int, int], ...]
+    unreadable: tuple[tuple[int, int], ...]
     disk_in_flight: tuple[int, int]
 
 
@@ -178,6 +179,10 @@ class MemoryDisk:
     def fault(self, op: DiskOp, error: int, *, skip: int = 0, count: int = 1) -> None:
         """The next `count` requests after `skip` fail with `error`, or are short if it is 0; -1: for ever."""
         lib.vs_test_disk_fault(self.handle, op, error, skip, count)
+
+    def spoil(self, offset: int, length: int) -> None:
+        """Blocks that cannot be read until they are written again."""
+        lib.vs_test_disk_spoil(self.handle, offset, length)
 
     def read(self, offset: int, length: int, cut: Cut = Cut.NONE, seed: int = 0) -> bytes:
         out = ffi.new("char[]", length)
@@ -360,6 +365,9 @@ class EngineDriver:
             wakeups=int(raw.wakeups),
             requests_waiting=int(raw.requests_waiting),
             doubt=tuple((int(d.offset), int(d.length)) for d in raw.doubt[0 : raw.doubt_count]),
+            unreadable=tuple(
+                (int(d.offset), int(d.length)) for d in raw.unreadable[0 : raw.unreadable_count]
+            ),
             disk_in_flight=(int(raw.disk[0].in_flight), int(raw.disk[1].in_flight)),
         )
 

@@ -284,6 +284,11 @@ def _add_switch(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="how long one try may hold the guest's requests (default 500ms)",
     )
     switch.add_argument("--keep-mirror", action="store_true", help="the old disk becomes the destination")
+    switch.add_argument(
+        "--accept-unreadable",
+        action="store_true",
+        help="although parts of the source are unreadable or in doubt (status lists them)",
+    )
 
 
 def _add_verify(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -397,9 +397,12 @@ class Engine:
     async def ungate(self) -> None:
         await self.command(lib.VS_CMD_UNGATE, "letting the guest's requests go on")
 
-    async def exchange(self, *, keep_mirror: bool) -> int:
+    async def exchange(self, *, keep_mirror: bool, accept_unreadable: bool = False) -> int:
         """Change the disks' roles and open the gate; returns the guest's pause in nanoseconds."""
-        return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=int(keep_mirror))
+        flags = (lib.VS_EXCHANGE_KEEP if keep_mirror else 0) | (
+            lib.VS_EXCHANGE_ACCEPT if accept_unreadable else 0
+        )
+        return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags)
 
     async def attach(self) -> "EngineAttachment":
         """A new attachment for a frontend."""

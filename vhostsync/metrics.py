@@ -141,6 +141,12 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
     )
     page.one("copy_sparse_bytes", "gauge", "Of those, holes and zeroes.", mirror.get("copy-bytes-sparse"))
     page.one("doubt_ranges", "gauge", "Ranges of the source in doubt.", len(mirror.get("doubt") or ()))
+    page.one(
+        "unreadable_ranges",
+        "gauge",
+        "Ranges of the source that the copy could not read.",
+        len(mirror.get("unreadable") or ()),
+    )
 
 
 def _queues(page: _Page, queues: Any) -> None:

@@ -29,6 +29,7 @@ import anyio.to_thread
 import structlog
 
 from vhostsync import events
+from vhostsync.bad_ranges import BadRanges, rows
 from vhostsync.bitmap import BitmapFile
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again, open_destination
@@ -36,7 +37,7 @@ from vhostsync.disks import Disk
 from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchResult
+from vhostsync.mirror_status import CopyRate, MirrorStatus, Switched, SwitchPlan, SwitchResult
 from vhostsync.peer import Peer
 from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_record import DiskIdentity, Prepared, StateFile, StateRecord, Worth
@@ -348,8 +349,9 @@ class Mirror:
             speed_bytes_per_s=self._speed_bytes_per_s,
             last_error=self._last_error,
             reason=self._reason,
-            doubt=[{"offset": offset, "length": length} for offset, length in now.doubt],
+            doubt=rows(now.doubt),
             outdated_since=self._record.outdated_since,
+            unreadable=rows(now.unreadable),
         )
 
     def _worth(self) -> str | None:
@@ -492,15 +494,18 @@ class Mirror:
 
     # ---- the switch ------------------------------------------------------------------
 
-    async def switch(self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool) -> SwitchResult:
+    async def switch(
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool = False
+    ) -> SwitchResult:
         """Move the guest to the destination. SwitchError: it is still on the source, and the mirror is as it
         was (or what the error says became of it)."""
+        plan = SwitchPlan(max_pause_ms, keep_mirror, accept_unreadable)
         async with self.exclusive("switch"):
-            await self._check_switch()
+            await self._check_switch(plan)
             self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._destination_path())})
             try:
                 with anyio.fail_after(deadline_s):
-                    result = await self._try_until_switched(max_pause_ms, keep_mirror)
+                    result = await self._try_until_switched(plan)
             except TimeoutError as error:
                 raise self._switch_failed(
                     f"the switch did not succeed within {deadline_s:g} s: no pause of at most "
@@ -518,45 +523,44 @@ class Mirror:
         self._hub.publish(events.SWITCH_FAILED, {"reason": reason})
         return SwitchError(f"the guest is still on {self._source.path}: {reason}")
 
-    async def _check_switch(self) -> None:
+    async def _check_switch(self, plan: SwitchPlan) -> None:
         if self.state is not MirrorState.STEADY:
             raise SwitchError(
                 f"a switch needs the mirror in the steady state, and it is {self.state}; "
                 f"start it and wait until it is steady (mirror start --wait)"
             )
-        doubt = (await self._engine.snapshot()).doubt
-        if doubt:
-            raise SwitchError(
-                f"writes to the source failed in {len(doubt)} range(s), so that what they hold is in doubt "
-                f"(query-mirror lists them); the guest has to write there again first"
-            )
+        bad = BadRanges.of(await self._engine.snapshot())
+        bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
 
-    async def _try_until_switched(self, max_pause_ms: float, keep_mirror: bool) -> SwitchResult:
+    async def _try_until_switched(self, plan: SwitchPlan) -> SwitchResult:
         attempts = 0
         while True:
             attempts += 1
             # Prepare, the guest running: the lag shrinks, and the destination shows that it can flush.
-            await self._engine.mirror_drain(both_disks=keep_mirror)
+            await self._engine.mirror_drain(both_disks=plan.keep_mirror)
             async with self._record_lock:
-                pause_ns = await self._try_switch(max_pause_ms, keep_mirror)
-            if pause_ns is not None:
+                switched = await self._try_switch(plan)
+            if switched is not None:
+                if switched.accepted:
+                    log.warning("accepted what the destination holds there", **switched.accepted.listed())
                 return SwitchResult(
-                    pause_us=pause_ns // 1000,
+                    pause_us=switched.pause_ns // 1000,
                     attempts=attempts,
                     source_path=str(self._source.path),
                     destination_path=str(self._destination.path) if self._destination else None,
+                    accepted=switched.accepted.listed(),
                 )
             await anyio.sleep(SWITCH_RETRY_S * attempts)
 
-    async def _try_switch(self, max_pause_ms: float, keep_mirror: bool) -> int | None:
-        """The pause in nanoseconds, or None: the gate could not be closed in time."""
-        prepared = await self._prepare_record(keep_mirror)
+    async def _try_switch(self, plan: SwitchPlan) -> Switched | None:
+        """None: the gate could not be closed in time."""
+        prepared = await self._prepare_record(plan.keep_mirror)
         try:
-            if not await self._close_gate(max_pause_ms):
+            if not await self._close_gate(plan.max_pause_ms):
                 return None
             # From here to the end nothing may be cut off: the guest is held.
             with anyio.CancelScope(shield=True):
-                return await self._exchange(prepared, keep_mirror)
+                return await self._exchange(prepared, plan)
             raise AssertionError("nobody cancels that scope")
         finally:
             if prepared is not None:
@@ -584,14 +588,20 @@ class Mirror:
         record = self._record.switched(keep_mirror=keep_mirror)
         return await anyio.to_thread.run_sync(self._state_file.prepare, record)
 
-    async def _exchange(self, prepared: Prepared | None, keep_mirror: bool) -> int:
-        """With the gate closed: the record, then the disks; the pause in nanoseconds."""
+    async def _exchange(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
+        """With the gate closed: the record, then the disks."""
         former = self._record
-        self._next_record = former.switched(keep_mirror=keep_mirror)
+        self._next_record = former.switched(keep_mirror=plan.keep_mirror)
+        accepted = BadRanges()
         try:
+            if plan.accept_unreadable:
+                accepted = BadRanges.of(await self._engine.snapshot())
             if prepared is not None:
                 await anyio.to_thread.run_sync(prepared.commit)
-            return await self._engine.exchange(keep_mirror=keep_mirror)
+            pause_ns = await self._engine.exchange(
+                keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable
+            )
+            return Switched(pause_ns, accepted)
         except VhostsyncError:
             self._next_record = None
             await self._engine.ungate()

@@ -5,6 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from vhostsync.bad_ranges import BadRanges
+
 RATE_WINDOW_S: Final = 10.0
 
 
@@ -34,16 +36,36 @@ class MirrorStatus:
     reason: str | None
     doubt: list[dict[str, int]]
     outdated_since: str | None
+    unreadable: list[dict[str, int]]
 
 
 @dataclass(frozen=True)
 class SwitchResult:
-    """`pause_us`: for how long no request of the guest was taken up; `attempts` counts gates closed."""
+    """`pause_us`: for how long no request of the guest was taken up; `attempts` counts gates closed;
+    `accepted`: the ranges in doubt or unreadable that did not stop it."""
 
     pause_us: int
     attempts: int
     source_path: str
     destination_path: str | None
+    accepted: dict[str, list[dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class SwitchPlan:
+    """How a switch is to be tried."""
+
+    max_pause_ms: float
+    keep_mirror: bool = False
+    accept_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Switched:
+    """A try that has succeeded."""
+
+    pause_ns: int
+    accepted: BadRanges
 
 
 class CopyRate:

@@ -195,6 +195,7 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
         "deadline-ms": round(options.deadline * 1000),
         "max-pause-ms": round(options.max_pause * 1000),
         "keep-mirror": options.keep_mirror,
+        "accept-unreadable": options.accept_unreadable,
     }
     began_s = time.monotonic()
     try:
@@ -217,6 +218,9 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
     )
     if result.get("destination-path"):
         _say(f"{result['destination-path']} is its mirror now.")
+    for kind, ranges in result.get("accepted", {}).items():
+        for each in ranges:
+            _say(f"Accepted ({kind}): {each['length']} bytes from {each['offset']} on.")
     return EXIT_OK
 
 

@@ -114,6 +114,7 @@ class Snapshot:
     doubt: tuple[tuple[int, int], ...]
     disks: dict[str, dict[str, OpStats]]
     disks_in_flight: dict[str, int]
+    unreadable: tuple[tuple[int, int], ...]
 
 
 def _op_stats(s: Any) -> OpStats:
@@ -182,4 +183,5 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
             for r, role in enumerate(ROLES)
         },
         disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
+        unreadable=tuple((s.unreadable[i].offset, s.unreadable[i].length) for i in range(s.unreadable_count)),
     )

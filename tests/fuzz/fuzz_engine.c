@@ -113,7 +113,7 @@ static void look(void)
     vs_engine_queue_stats(w.engine, 0, &q);
     ENSURE(s.counts.source_flushed <= s.counts.source_generation);
     ENSURE(s.counts.flush_request <= s.counts.source_generation);
-    ENSURE(s.doubt_count <= VS_DOUBT_RANGES_MAX);
+    ENSURE(s.doubt_count <= VS_RANGES_MAX);
     ENSURE(!s.counts.mirrored_known || (s.counts.writes_flushed <= s.counts.writes_mirrored &&
                                         s.counts.writes_mirrored <= s.counts.source_generation));
     ENSURE(s.copy_bytes_done <= s.copy_bytes_total && s.copy_bytes_sparse <= s.copy_bytes_done);
@@ -411,6 +411,11 @@ static void compare(void)
     ENSURE(s.counts.writes_mirrored == s.counts.source_generation);
     ENSURE(vs_test_disk_read(w.disk[w.source], 0, CAPACITY, 0, 0, one) == 0);
     ENSURE(vs_test_disk_read(w.disk[w.destination], 0, CAPACITY, 0, 0, other) == 0);
+    for (unsigned i = 0; i < s.unreadable_count; i++) {
+        ENSURE(s.unreadable[i].offset <= CAPACITY && s.unreadable[i].length <= CAPACITY - s.unreadable[i].offset);
+        memset(one + s.unreadable[i].offset, 0, s.unreadable[i].length);
+        memset(other + s.unreadable[i].offset, 0, s.unreadable[i].length);
+    }
     for (unsigned i = 0; i < s.doubt_count; i++) {
         ENSURE(s.doubt[i].offset <= CAPACITY && s.doubt[i].length <= CAPACITY - s.doubt[i].offset);
         memset(one + s.doubt[i].offset, 0, s.doubt[i].length);

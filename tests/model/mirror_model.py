@@ -22,7 +22,6 @@ FAILURES = {
     Reason.DESTINATION_FLUSH,
     Reason.DESTINATION_TIMEOUT,
     Reason.STOP_TIMEOUT,
-    Reason.SOURCE_READ,
 }
 
 TRANSITIONS: dict[tuple[State, State], set[Reason]] = {
@@ -88,8 +87,6 @@ class MirrorModel:
             assert self.may_time_out, "the destination was given up although nothing is slow"
         elif reason in (Reason.DESTINATION_WRITE, Reason.DESTINATION_FLUSH):
             assert self._failed(DESTINATION), "the destination was given up although it did not fail"
-        elif reason == Reason.SOURCE_READ:
-            assert self.errors.get((SOURCE, DiskOp.READ)), "no read of the source has failed"
         if state == State.STEADY and self.state == State.SYNCING:
             self.peer_is_good = True
         if state == State.DEGRADED:

@@ -88,9 +88,10 @@ class Rig:
     def gate(self, allowed_us: int = 5_000_000, *, expect: int = 0) -> None:
         self.driver.call(lib.VS_CMD_GATE, value=allowed_us, expect=expect)
 
-    def exchange(self, *, keep: bool, expect: int = 0) -> int:
+    def exchange(self, *, keep: bool, accept: bool = False, expect: int = 0) -> int:
         """The pause in nanoseconds."""
-        return self.driver.call(lib.VS_CMD_EXCHANGE, value=int(keep), expect=expect).value
+        flags = lib.VS_EXCHANGE_KEEP * keep | lib.VS_EXCHANGE_ACCEPT * accept
+        return self.driver.call(lib.VS_CMD_EXCHANGE, value=flags, expect=expect).value
 
     def switch(self, *, keep: bool) -> None:
         """A whole switch; `source` and `destination` change names with it."""

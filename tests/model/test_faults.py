@@ -164,18 +164,6 @@ def test_short_transfers_are_continued(op: DiskOp) -> None:
         assert r.durable(r.source, 0, 8) == r.durable(r.destination, 0, 8) == pattern(1, 8)
 
 
-def test_the_copy_cannot_read_the_source() -> None:
-    with rig() as r:
-        r.source.load(0, pattern(1, 16))
-        r.source.fault(READ, errno.EIO)
-        assert r.driver.start_mirror(r.destination) == 0
-        r.driver.await_state(State.DEGRADED)
-        states = [event for event in r.driver.events if event.kind == EventKind.STATE]
-        assert (states[-1].reason, states[-1].result) == (Reason.SOURCE_READ, -errno.EIO)
-        r.flush_now()  # it never was steady: nothing to be recorded first
-        assert r.guest.read_now(0, BLOCK) == pattern(1)
-
-
 # -- the destination ---------------------------------------------------------------
 
 

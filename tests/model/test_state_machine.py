@@ -89,6 +89,8 @@ class Contract(RuleBasedStateMachine):
         self.record_failed = False
         self.step = 0
         self.all_disks: list[MemoryDisk] = []
+        self.lacking: dict[MemoryDisk, set[int]] = {}
+        """Blocks of a destination that the source could not give."""
         self.driver: EngineDriver | None = None
 
     @initialize(filled=st.booleans(), depth=st.integers(1, 4), mirrored=st.sampled_from([True, True, False]))
@@ -247,6 +249,7 @@ class Contract(RuleBasedStateMachine):
         result = driver.start_mirror(disk)
         if result == 0:
             self.model.attached(disk)
+            self.lacking[disk] = set()
             return
         assert result == errno.EBUSY
         busy = self.model.state in (State.SYNCING, State.STEADY) or free.fenced or free.gated
@@ -335,7 +338,8 @@ class Contract(RuleBasedStateMachine):
         if event.result != 0:
             assert -event.result in (errno.EBUSY, errno.ENOTCONN), f"exchange: {event.result}"
             return
-        assert before.gated and before.state == State.STEADY and not before.doubt and peer is not None
+        assert before.gated and before.state == State.STEADY and peer is not None
+        assert not before.doubt and not before.unreadable
         self.model.exchanged(self.source, keep=keep, ceiling=ceiling)
         self.source = peer
 
@@ -365,7 +369,7 @@ class Contract(RuleBasedStateMachine):
         assert self.model.peer is not None
         left = bytearray(self.source.read(0, CAPACITY))
         right = bytearray(self.model.peer.read(0, CAPACITY, cut))
-        for offset, length in snapshot.doubt:
+        for offset, length in snapshot.doubt + snapshot.unreadable:
             left[offset : offset + length] = right[offset : offset + length] = bytes(length)
         assert left == right, "the disks differ"
 
@@ -388,6 +392,8 @@ class Contract(RuleBasedStateMachine):
                 self.model.event(event)
             driver.events.clear()
             self._completed(self.guest.poll())
+            if self.model.peer is not None:
+                self.lacking.setdefault(self.model.peer, set()).update(_blocks(snapshot.unreadable))
             # An event that came after the snapshot belongs to the next one.
             if snapshot.state == self.model.state and snapshot.record_pending == self.model.record_pending:
                 return snapshot
@@ -462,7 +468,17 @@ class Contract(RuleBasedStateMachine):
         options: dict[str, Any] = {"ceiling": ceiling} if ceiling else {}
         for first, end in WINDOWS:
             content = disk.read(first * BLOCK, (end - first) * BLOCK, cut, seed)
-            self.history.check(first, content, floors, f"{what} after {cut.name} {seed}", **options)
+            lacking = self.lacking.get(disk, set())
+            if lacking.isdisjoint(range(first, end)):
+                self.history.check(first, content, floors, f"{what} after {cut.name} {seed}", **options)
+                continue
+            for block in set(range(first, end)) - lacking:
+                one = content[(block - first) * BLOCK : (block - first + 1) * BLOCK]
+                self.history.check(block, one, floors, f"{what} after {cut.name} {seed}", **options)
+
+
+def _blocks(ranges: tuple[tuple[int, int], ...]) -> set[int]:
+    return {block for at, size in ranges for block in range(at // BLOCK, (at + size - 1) // BLOCK + 1)}
 
 
 class HastyContract(Contract):

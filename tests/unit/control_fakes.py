@@ -50,6 +50,7 @@ class FakeStatus:
     reason: str | None = None
     doubt: tuple[dict[str, int], ...] = ()
     outdated_since: str | None = None
+    unreadable: tuple[dict[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class FakeSwitchResult:
     attempts: int
     source_path: str
     destination_path: str | None
+    accepted: dict[str, list[dict[str, int]]]
 
 
 class FakeMirror:
@@ -76,6 +78,7 @@ class FakeMirror:
         self.switch_error: Exception | None = None
         self.switch_takes_its_time = False
         self.switch_arguments: dict[str, Any] = {}
+        self.accepts_unreadable = False
         self.calls: list[str] = []
 
     def _become(self, **changes: Any) -> None:
@@ -124,8 +127,11 @@ class FakeMirror:
     async def set_speed(self, bytes_per_s: int) -> None:
         self._become(speed_bytes_per_s=bytes_per_s)
 
-    async def switch(self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool) -> FakeSwitchResult:
+    async def switch(
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool
+    ) -> FakeSwitchResult:
         self.switch_arguments = {"deadline_s": deadline_s, "max_pause_ms": max_pause_ms, "keep": keep_mirror}
+        self.accepts_unreadable = accept_unreadable
         if self.now.state != "steady":
             raise SwitchError(f"The mirror is {self.now.state}, not steady; the guest stays where it is.")
         self.switching.set()
@@ -138,7 +144,8 @@ class FakeMirror:
         self.switched.set()
         new = str(self.now.destination)
         self._become(state="passthrough", source=new, destination=None, worth=None)
-        return FakeSwitchResult(1234, 1, new, None)
+        accepted = {"doubt": [], "unreadable": list(self.now.unreadable)} if accept_unreadable else {}
+        return FakeSwitchResult(1234, 1, new, None, accepted)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def test_status_for_people(served: Served, run: Run) -> None:
         last_error="it hung",
         outdated_since="2026-01-01T00:00:00Z",
         doubt=({"offset": 4096, "length": 512},),
+        unreadable=({"offset": 65536, "length": 4096},),
     )
     code, out, _ = run("status")
     assert code == 0
@@ -95,7 +96,8 @@ def test_status_for_people(served: Served, run: Run) -> None:
     assert "- writes mirrored, - durable; the guest asked for 5" in out
     assert "100.0 %  1.0 GiB of 1.0 GiB, 512.0 MiB of it sparse" in out
     assert "100.0 MiB/s" in out
-    assert "512 bytes of the source from 4096 on" in out
+    assert "In doubt     512 bytes of the source from 4096 on" in out
+    assert "Unreadable   4096 bytes of the source from 65536 on" in out
     assert "it hung" in out
 
 

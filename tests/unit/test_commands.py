@@ -72,7 +72,22 @@ async def test_a_switch_hands_over_its_arguments_and_returns_its_result(backend:
     backend.mirror.now = type(backend.mirror.now)(state="steady", destination="/b.img")
     result = await ask(backend, "switch", deadline_ms=2500, max_pause_ms=7.5, keep_mirror=True)
     assert backend.mirror.switch_arguments == {"deadline_s": 2.5, "max_pause_ms": 7.5, "keep": True}
-    assert result == {"pause-us": 1234, "attempts": 1, "source-path": "/b.img", "destination-path": None}
+    assert result == {
+        "pause-us": 1234,
+        "attempts": 1,
+        "source-path": "/b.img",
+        "destination-path": None,
+        "accepted": {},
+    }
+    assert not backend.mirror.accepts_unreadable
+
+
+async def test_a_switch_tells_what_it_has_accepted(backend: FakeBackend) -> None:
+    bad = {"offset": 4096, "length": 512}
+    backend.mirror.now = type(backend.mirror.now)(state="steady", destination="/b.img", unreadable=(bad,))
+    result = await ask(backend, "switch", accept_unreadable=True)
+    assert backend.mirror.accepts_unreadable
+    assert result["accepted"] == {"doubt": [], "unreadable": [bad]}
 
 
 async def test_cancel_speed_and_quit(backend: FakeBackend) -> None:

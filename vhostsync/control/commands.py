@@ -41,7 +41,7 @@ class Mirror(Protocol):
     async def cancel(self, *, force: bool) -> None: ...
     async def set_speed(self, bytes_per_s: int) -> None: ...
     async def switch(
-        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool
     ) -> "DataclassInstance": ...
 
 
@@ -229,6 +229,7 @@ async def _switch(to: Dispatcher, given: Arguments) -> Any:
         deadline_s=given["deadline-ms"] / 1000,
         max_pause_ms=given["max-pause-ms"],
         keep_mirror=given["keep-mirror"],
+        accept_unreadable=given["accept-unreadable"],
     )
     return dashed(result)
 
@@ -361,6 +362,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 ),
                 Argument(
                     "keep-mirror", "boolean", "The old source becomes the new destination.", default=False
+                ),
+                Argument(
+                    "accept-unreadable",
+                    "boolean",
+                    "Although ranges of the source are in doubt or unreadable; not with keep-mirror.",
+                    default=False,
                 ),
             ),
         ),
