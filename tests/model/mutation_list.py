@@ -636,4 +636,12 @@ MUTATIONS = [
         "",
         "grow.py::test_a_peer_that_is_away_lacks_it",
     ),
+    _m(
+        "grown-and-settled-by-the-counts",
+        "rule 4: no count covers what was copied in steady",
+        "copier.c",
+        "if (e->mirror.state == VS_STEADY) /* the disk grows: no count covers this */",
+        "if (false)",
+        "grow.py::test_the_bits_stay_until_the_new_range_is_durable_there",
+    ),
 ]

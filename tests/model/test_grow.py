@@ -83,6 +83,22 @@ def test_a_destination_that_is_lost_meanwhile_lacks_it_and_the_bits_say_so() -> 
         assert r.source.read(0, NEW) == r.destination.read(0, NEW)
 
 
+def test_the_bits_stay_until_the_new_range_is_durable_there() -> None:
+    """The counts say nothing of it: a checkpoint that goes by F = G would clear them too early."""
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True, checkpoint_us=20_000) as r:
+        r.write_now(0, 1)
+        r.flush_now()
+        r.driver.until(lambda: r.snapshot().differing_bytes == 0, "all is settled")
+        r.source.load(OLD, b"x" * MIB)
+        r.destination.hold(DiskOp.FLUSH)
+        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        r.driver.await_held(r.destination, DiskOp.FLUSH, 2)  # grow's and the checkpoint's
+        assert (r.snapshot().differing_bytes or 0) >= NEW - OLD
+        r.destination.release_all()
+        assert r.driver.wait(token).result == 0
+        r.driver.until(lambda: r.snapshot().differing_bytes == 0, "the new range is settled")
+
+
 def test_a_peer_that_is_away_lacks_it() -> None:
     with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
         r.driver.call(lib.VS_CMD_MIRROR_STOP, value=0)
