@@ -158,12 +158,12 @@ int activity_init(struct vs_engine *e)
     a->op.complete = stepped;
     if (!b)
         return 0;
-    a->slots = calloc(b->shape.extents, sizeof *a->slots);
+    a->slots = calloc(b->slots, sizeof *a->slots);
     a->slot_of = calloc(b->shape.capacity_bytes / b->shape.extent_bytes + 1, sizeof *a->slot_of);
     a->buffer = calloc(1, b->log_bytes);
     if (!a->slots || !a->slot_of || !a->buffer)
         return -ENOMEM;
-    for (uint32_t i = 0; i < b->shape.extents; i++)
+    for (uint32_t i = 0; i < b->slots; i++)
         list_append(&a->idle, &a->slots[i].link);
     a->bitmap = b;
     return 0;
@@ -302,6 +302,12 @@ static void unclaim(struct activity *a, const struct activity_wait *w)
         slot_of(a, first_extent(a, w->offset) + n)->writes--;
 }
 
+static void tell_sync(const struct vs_bitmap *b, bool begun)
+{
+    if (b->sync_seen)
+        b->sync_seen(b->sync_watcher, begun);
+}
+
 static void step(struct vs_engine *e, enum activity_step to)
 {
     struct activity *a = &e->activity;
@@ -314,6 +320,7 @@ static void step(struct vs_engine *e, enum activity_step to)
                             (unsigned)(a->bitmap->log_bytes - a->written), offset);
     } else {
         a->syncs++;
+        tell_sync(a->bitmap, true);
         io_uring_prep_fsync(sqe, a->bitmap->fd, IORING_FSYNC_DATASYNC);
     }
     io_uring_sqe_set_data(sqe, &a->op);
@@ -342,7 +349,7 @@ static void begin(struct vs_engine *e)
         stopped_at = node->next;
         break;
     }
-    for (unsigned n = 0; evicted && n < a->bitmap->shape.extents / EVICT_PART; n++)
+    for (unsigned n = 0; evicted && n < a->bitmap->slots / EVICT_PART; n++)
         if (!evict(a))
             break;
     for (struct list *node = a->waiting.next; node != stopped_at; node = node->next)
@@ -379,11 +386,13 @@ static void stepped(struct uring_op *op, int result, unsigned flags)
     } else if (result < 0 || (a->step == ACTIVITY_WRITE && result == 0) || bitmap_lost(a->bitmap)) {
         fail(e, result < 0 ? result : -EIO);
     } else if (a->step == ACTIVITY_SYNC_BITS) {
+        tell_sync(a->bitmap, false);
         step(e, ACTIVITY_WRITE);
     } else if (a->step == ACTIVITY_WRITE) {
         a->written += (uint64_t)result;
         step(e, a->written < a->bitmap->log_bytes ? ACTIVITY_WRITE : ACTIVITY_SYNC_LOG);
     } else {
+        tell_sync(a->bitmap, false);
         committed(a);
     }
 }

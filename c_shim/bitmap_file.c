@@ -216,6 +216,7 @@ int vs_bitmap_open(int fd, const struct vs_bitmap_shape *shape, enum vs_bitmap_o
         return -ENOMEM;
     b->fd = fd;
     b->shape = *shape;
+    b->slots = shape->extents;
     lay_out(b);
     b->map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)bits_offset(b));
     if (b->map == MAP_FAILED) {

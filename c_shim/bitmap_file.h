@@ -35,6 +35,10 @@ struct vs_bitmap {
     uint64_t log_sequence; /* of the newest copy */
     uint64_t bad_blocks;   /* found at open */
     uint64_t log_regions;  /* set at open because their extent was active when the machine went down */
+    uint32_t slots;        /* extents active at once: shape.extents, or fewer in a test */
+    /* For tests: told when a sync of the file begins, and when it has succeeded. NULL: nobody. */
+    void (*sync_seen)(void *watcher, bool begun);
+    void *sync_watcher;
 };
 
 bool bitmap_fits(const struct vs_bitmap *b, uint64_t capacity_bytes, uint32_t region_bytes);

@@ -33,6 +33,7 @@
 #include <string.h>
 
 #include "disk.h"
+#include "test_record.h"
 
 struct version {
     struct version *older;
@@ -71,6 +72,8 @@ struct test_disk {
     struct held held[VS_DISK_OPS];
     struct fault fault[VS_DISK_OPS];
     uint64_t completed[VS_DISK_OPS];
+    vs_test_record *record; /* NULL: none */
+    uint32_t record_number; /* what it is called there */
 };
 
 static struct test_disk *of(struct vs_disk *disk)
@@ -195,12 +198,23 @@ static bool touches_spoilt(const struct test_disk *t, const struct disk_io *io)
 
 /* ---- requests ----------------------------------------------------------- */
 
+/* Where the bytes of this part go to, if they are recorded. */
+static uint8_t *record(struct test_disk *t, const struct disk_io *io, uint64_t bytes)
+{
+    uint64_t offset = io->offset + io->transferred;
+    if (!t->record || !bytes)
+        return NULL;
+    if (io->kind == VS_DISK_ZERO)
+        test_record_zero(t->record, t->record_number, offset, bytes, t->stamp);
+    return io->kind == VS_DISK_WRITE ? test_record_write(t->record, t->record_number, offset, bytes, t->stamp) : NULL;
+}
+
 /* Moves "bytes" from or to the io's buffers, which may be cut anywhere, block by block. */
 static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
 {
     uint64_t block_bytes = t->disk.block_bytes;
     uint64_t number = (io->offset + io->transferred) / block_bytes;
-    uint8_t one[4096];
+    uint8_t one[4096], *recorded = record(t, io, bytes);
     for (uint64_t left = bytes; left; left -= block_bytes, number++) {
         if (io->kind == VS_DISK_ZERO) {
             add_version(t, number, NULL);
@@ -221,6 +235,8 @@ static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
         }
         if (io->kind == VS_DISK_WRITE)
             add_version(t, number, one);
+        if (recorded)
+            recorded = (uint8_t *)memcpy(recorded, one, block_bytes) + block_bytes;
     }
     io->transferred += bytes;
 }
@@ -254,6 +270,8 @@ static int take_effect(struct test_disk *t, struct disk_io *io)
             return -error;
         }
         make_durable(t, io->transferred);
+        if (t->record)
+            test_record_flushed(t->record, t->record_number, io->transferred);
         return 0;
     }
     if (io->kind == VS_DISK_READ && touches_spoilt(t, io))
@@ -343,6 +361,15 @@ void vs_test_disk_buffered(vs_disk *disk)
 {
     assert(!disk->host);
     disk->direct = false;
+}
+
+void vs_test_disk_record(vs_disk *disk, vs_test_record *record, uint32_t number)
+{
+    struct test_disk *t = of(disk);
+    pthread_mutex_lock(&t->lock);
+    t->record = record;
+    t->record_number = number;
+    pthread_mutex_unlock(&t->lock);
 }
 
 void vs_test_disk_keep(vs_disk *disk)

@@ -388,3 +388,43 @@ uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op);
 /* A reference of the test's own keeps the disk's memory after the engine closed it; drop it last. */
 void vs_test_disk_keep(vs_disk *disk);
 void vs_test_disk_drop(vs_disk *disk);
+
+/* One ordered record of what takes effect on several test disks and what becomes of a bitmap's file, with the
+ * test's own notes in between: every prefix of it is a power cut (tests/powercut). Free it last. */
+typedef struct vs_test_record vs_test_record;
+
+enum vs_test_moment_kind {
+    VS_MOMENT_WRITE = 1,  /* disk, offset, length, data; stamp: the disk's, which grows */
+    VS_MOMENT_ZERO,       /* disk, offset, length, stamp */
+    VS_MOMENT_FLUSHED,    /* disk; stamp: what took effect up to it is durable */
+    VS_MOMENT_PAGE,       /* of the bitmap's file: offset, data (4096 bytes) */
+    VS_MOMENT_SYNC_BEGUN, /* of the bitmap's file */
+    VS_MOMENT_SYNCED,     /* stamp: the place of its beginning; what was there then is durable */
+    VS_MOMENT_NOTE        /* stamp: the test's number */
+};
+
+struct vs_test_moment {
+    uint32_t kind;
+    uint32_t disk;
+    uint64_t offset;
+    uint64_t length;
+    uint64_t stamp;
+    uint8_t *data;
+};
+
+vs_test_record *vs_test_record_new(void);
+void vs_test_record_free(vs_test_record *record);
+/* Before an engine has the disk, or while it is idle. NULL: no more. */
+void vs_test_disk_record(vs_disk *disk, vs_test_record *record, uint32_t number);
+/* The pages of this file from here on (once; it must not shrink). 0, or -1: it is no number of pages. */
+int vs_test_record_file(vs_test_record *record, int fd);
+/* Notes that a sync of the file begins, or ended well. */
+uint64_t vs_test_record_sync_begun(vs_test_record *record);
+void vs_test_record_synced(vs_test_record *record, uint64_t begun);
+/* Before an engine has the bitmap: its syncs are recorded too. */
+void vs_test_record_bitmap(vs_test_record *record, vs_bitmap *bitmap);
+/* Before an engine has the bitmap: so few extents are active at once, so that a small disk's have to give way. */
+void vs_test_bitmap_slots(vs_bitmap *bitmap, uint32_t slots);
+void vs_test_record_note(vs_test_record *record, uint64_t number);
+/* The entry at this place, 1; or 0: there is none yet. Its data stays until the record is freed. */
+int vs_test_record_moment(vs_test_record *record, uint64_t place, struct vs_test_moment *out);

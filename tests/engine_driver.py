@@ -221,13 +221,23 @@ class EngineOptions:
 class EngineDriver:
     """An engine on a test disk. A context manager; `close` lets everything go that a disk still holds."""
 
-    def __init__(self, options: EngineOptions, source: MemoryDisk, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        source: MemoryDisk,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        bitmap: Any = ffi.NULL,
+        peer_tracked: bool = False,
+    ) -> None:
+        """`bitmap`: a vs_bitmap, the engine's from here on."""
         self.options = options
         self.timeout_s = timeout_s
         self.disks = [source]
         config = ffi.new("struct vs_engine_config *")
         for name, value in vars(options).items():
             setattr(config, name, value if isinstance(value, bytes) else int(value))
+        config.bitmap, config.peer_tracked = bitmap, int(peer_tracked)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
         code = lib.vs_engine_create(config, source.hand_over(), out, step)
         if code != 0:

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine that can be cut off: two disks, a bitmap's file and a state record, and the backend's own code
+over them (daemon.open_device's decisions, Engine, Mirror).
+
+Two empty image files stand for the disks, so that opening, locking and recognising them is the real thing;
+the engine is given test disks in their place. The bitmap is a real file: `folder` should lie in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import anyio
+import anyio.to_thread
+
+from tests.engine_driver import MemoryDisk
+from tests.frontend import DEFAULT_FEATURES, Frontend
+from tests.guest_ring import GuestMemory
+from tests.model.test_review_record import AsyncTransport
+from tests.powercut.media import image_bytes
+from tests.powercut.recorder import Recorder, Replaced, Settled
+from vhostsync import bitmap as bitmap_module
+from vhostsync import daemon, disks
+from vhostsync import engine as engine_module
+from vhostsync._shim import lib
+from vhostsync.bitmap import BitmapFile, Shape
+from vhostsync.config import MirrorTarget
+from vhostsync.daemon import Opened
+from vhostsync.disks import Disk
+from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.state_record import StateFile, decode_record
+
+MIB = 1 << 20
+SIZE = 1 * MIB
+SECTORS = SIZE // 512
+REGION = 4096
+EXTENT = 128 << 10
+SLOTS = 3  # of the 8 extents that the disk has
+SHAPE = Shape(SIZE, REGION, EXTENT, 4100)
+QUEUES = 3
+
+
+class RecordFiles:
+    """state_record.FileSystem in memory, every change of the record noted."""
+
+    def __init__(self, text: bytes | None, recorder: Recorder | None = None) -> None:
+        self.text = text
+        self._recorder = recorder
+        self._other: dict[Path, bytes] = {}
+
+    def read(self, path: Path) -> bytes:
+        if self.text is None:
+            raise FileNotFoundError(2, "no record", str(path))
+        return self.text
+
+    def write_durable(self, path: Path, text: bytes) -> None:
+        self._other[path] = text
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.text = self._other.pop(old)
+        if self._recorder is not None:
+            self._recorder.note(Replaced(self.text))
+
+    def sync_directory(self, path: Path) -> None:
+        if self._recorder is not None:
+            self._recorder.note(Settled())
+
+    def unlink(self, path: Path) -> None:
+        self._other.pop(path, None)
+
+    def names(self, path: Path) -> list[str]:
+        return [each.name for each in self._other]
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What a machine starts from: the tags of both disks, the bitmap's file, the state record, and which
+    boot it is."""
+
+    images: tuple[list[int], list[int]]
+    bitmap: bytes = b""
+    record: bytes | None = None
+    boot: str = "boot 1"
+
+
+@dataclass
+class Site:
+    """The folder with what is the same for all machines: the files that stand for the disks."""
+
+    folder: Path
+    paths: tuple[Path, Path] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.paths = (self.folder / "a.img", self.folder / "b.img")
+        for path in self.paths:
+            if not path.exists():
+                with path.open("wb") as file:
+                    file.truncate(SIZE)
+
+    @property
+    def bitmap(self) -> Path:
+        return self.folder / "bits"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "record.json"
+
+    def number_of(self, path: str | Path) -> int:
+        return self.paths.index(Path(path))
+
+    def open_disk(self, number: int) -> Disk:
+        return disks.open_disk(
+            self.paths[number], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe
+        )
+
+
+def current_disk(site: Site, record: bytes | None) -> int:
+    """Which disk an operator starts: the one that the record names, the first where there is none."""
+    return 0 if record is None else site.number_of(decode_record(record).current.path)
+
+
+def open_machine(site: Site, remains: Remains, disk: Disk, state_file: StateFile) -> Opened:
+    """daemon.open_device for disks that are open already: the same decisions in the same order."""
+    found, record = daemon._check_record(state_file, disk)
+    bitmap = BitmapFile.open(site.bitmap, SHAPE, bitmap_file_bytes(SHAPE), record, remains.boot)
+    record = daemon._follow_record(state_file, found, record, disk, bitmap)
+    left = found.peer if found is not None and found.clean else None
+    return Opened(disk, state_file, record, bitmap, left)
+
+
+@contextmanager
+def booted(boot: str) -> Iterator[None]:
+    with mock.patch.object(bitmap_module, "this_boot", lambda: boot):
+        yield
+
+
+@dataclass
+class Running:
+    """The backend with a guest on it."""
+
+    site: Site
+    engine: Engine
+    mirror: Mirror
+    guest: Frontend
+    recorder: Recorder
+    disks: tuple[MemoryDisk, MemoryDisk]
+
+    @property
+    def current(self) -> int:
+        return self.site.number_of(self.mirror.source_path)
+
+    @property
+    def other(self) -> MemoryDisk:
+        return self.disks[1 - self.current]
+
+    async def attach(self, *, full: bool = False) -> None:
+        path = self.site.paths[1 - self.current]
+        await self.mirror.start(MirrorTarget(path=path, cache="writeback", full=full))
+
+    async def until(self, state: MirrorState) -> None:
+        with anyio.fail_after(20):
+            while self.mirror.state is not state:
+                await anyio.sleep(0.001)
+
+
+def _synced(recorder: Recorder, bitmap: BitmapFile) -> Any:
+    """os.fdatasync for the control plane's own syncs of the bitmap's file."""
+    real = os.fdatasync
+    identity = os.fstat(bitmap.fd)
+
+    def sync(fd: int) -> None:
+        if not os.path.samestat(os.fstat(fd), identity):
+            real(fd)
+            return
+        begun = recorder.sync_begun()
+        real(fd)
+        recorder.synced(begun)
+
+    return sync
+
+
+@asynccontextmanager
+async def machine(
+    site: Site,
+    remains: Remains,
+    recorder: Recorder,
+    *,
+    features: int = DEFAULT_FEATURES,
+    checkpoint_s: float = 0.02,
+    **engine_options: Any,
+) -> AsyncIterator[Running]:
+    """The backend started on `remains`, everything recorded until its end in order."""
+    held = (MemoryDisk(SIZE), MemoryDisk(SIZE))
+    for number, disk in enumerate(held):
+        disk.load(0, image_bytes(remains.images[number]))
+        recorder.watch_disk(disk, number)
+    site.bitmap.write_bytes(remains.bitmap)
+    engine_bitmap = engine_module._engine_bitmap
+
+    def test_disk(disk: Disk) -> Any:
+        disk.fd.close()
+        return held[site.number_of(disk.path)].hand_over()
+
+    def test_bitmap(file: BitmapFile) -> Any:
+        handle = engine_bitmap(file)
+        lib.vs_test_bitmap_slots(handle, SLOTS)
+        lib.vs_test_record_bitmap(recorder.handle, handle)
+        recorder.synced(recorder.sync_begun())  # vs_bitmap_open() has
+        return handle
+
+    config = EngineConfig(**{
+        "capacity_bytes": SIZE, "block_bytes": 512, "log_bytes": 8 * MIB, "destination_timeout_s": 30,
+        "stop_timeout_s": 10, "max_lag_ms": 30_000, "checkpoint_s": checkpoint_s, "num_queues": QUEUES,
+        "read_only": False, "dirty_region_bytes": REGION, "copy_depth": 4, "writeback": True, "serial": "",
+        **engine_options,
+    })  # fmt: skip
+    state_file = StateFile(site.record, files=RecordFiles(remains.record, recorder))
+    with (
+        booted(remains.boot),
+        mock.patch.object(engine_module, "_engine_disk", test_disk),
+        mock.patch.object(engine_module, "_engine_bitmap", test_bitmap),
+    ):
+        source = site.open_disk(current_disk(site, remains.record))
+        opened = open_machine(site, remains, source, state_file)
+        assert opened.bitmap is not None
+        recorder.watch_file(opened.bitmap.fd)
+        recorder.synced(recorder.sync_begun())  # its header is durable
+        with mock.patch.object(os, "fdatasync", _synced(recorder, opened.bitmap)):
+            engine = await Engine.create(config, source, opened.bitmap, peer_known=opened.peer_known)
+            mirror = Mirror(
+                engine, source, EventHub(), state_file, opened.record, opened.bitmap, opened.peer_left
+            )
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(engine.pump)
+                    tasks.start_soon(mirror.run)
+                    memory = GuestMemory((8 * MIB,))
+                    guest = Frontend(
+                        AsyncTransport(await engine.attach()), queues=QUEUES, features=features, memory=memory
+                    )
+                    await anyio.to_thread.run_sync(guest.start)
+                    try:
+                        yield Running(site, engine, mirror, guest, recorder, held)
+                        await anyio.to_thread.run_sync(guest.close)
+                        await mirror.detach(force=False)
+                    finally:
+                        with anyio.CancelScope(shield=True):
+                            for disk in held:
+                                disk.release_all()
+                            await anyio.to_thread.run_sync(guest.close)
+                            tasks.cancel_scope.cancel()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await engine.close()
+            mirror.record_clean()
+            opened.close()
+    for disk in held:
+        recorder.forget_disk(disk)
+        disk.drop()
+
+
+def blank(initial: Sequence[int]) -> Remains:
+    """A machine that never ran: the guest's disk, and an empty one."""
+    return Remains((list(initial), [0] * SECTORS))

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scene played, recorded and checked; and a second one on what a power cut has left of it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import structlog
+
+from tests.powercut.checker import Checker, Tally
+from tests.powercut.loads import Scene, attach, idle, initial_content, play
+from tests.powercut.machine import Remains, Site, blank, machine
+from tests.powercut.recorder import Moment, Recorder
+
+
+@contextmanager
+def site() -> Iterator[Site]:
+    """In memory: the bitmap's file is synced all the time."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="vhs-cut-", dir=memory if memory.is_dir() else None))
+    try:
+        with quiet():
+            yield Site(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The backend's log of thousands of starts is of no use."""
+    former = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**former)
+
+
+def record(where: Site, scene: Scene, remains: Remains, chance: random.Random) -> list[Moment]:
+    """Plays the scene on a machine that starts from `remains`."""
+    recorder = Recorder()
+
+    async def perform() -> None:
+        checkpoint_s = chance.choice((0.002, 0.01, 0.05))
+        async with machine(
+            where, remains, recorder, features=scene.features, checkpoint_s=checkpoint_s
+        ) as running:
+            await play(running, scene, chance)
+
+    try:
+        anyio.run(perform)
+        return list(recorder.moments())
+    finally:
+        recorder.close()
+
+
+# On what a power cut has left: the peer comes back.
+AFTERWARDS = Scene("afterwards", (idle, attach, idle))
+
+
+def check_scene(where: Site, scene: Scene, seed: int, restarts: int, tally: Tally) -> int:
+    """How many records were checked. LossError."""
+    chance = random.Random(f"{scene.name} {seed}")
+    remains = blank(initial_content(chance))
+    cuts: list[Remains] = []
+    checker = Checker(where, chance, restarts, tally=tally, on_cut=cuts.append)
+    checker.walk(record(where, scene, remains, chance), remains)
+    if not cuts:
+        return 1
+    left = chance.choice(cuts)
+    Checker(where, chance, restarts // 4, tally=tally).walk(record(where, AFTERWARDS, left, chance), left)
+    return 2
