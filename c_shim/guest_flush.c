@@ -3,7 +3,8 @@
  * A waiter is let go when
  *   - the source holds its generation durably (a source flush that began when G
  *     was at least it has succeeded), and
- *   - in steady, the count check says that the destination does too, and
+ *   - in steady, the count check says that the destination does too (and while
+ *     steady begins, nobody is let go who would have to ask it then), and
  *   - the state record is not pending: what is confirmed without the
  *     destination must first be known not to depend on it (durability.md, "Who
  *     is the truth").
@@ -109,6 +110,8 @@ static void destination_flushed(struct disk_io *io)
 
 static int check(const struct vs_engine *e, const struct flush_waiter *w)
 {
+    if (e->mirror.joining)
+        return w->generation <= e->mirror.joining_request ? VS_CHECK_HELD : VS_CHECK_WAIT;
     if (e->mirror.state != VS_STEADY)
         return VS_CHECK_HELD;
     return vs_count_check(w->generation, e->counts.writes_mirrored, e->counts.writes_flushed);
@@ -116,7 +119,7 @@ static int check(const struct vs_engine *e, const struct flush_waiter *w)
 
 uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner)
 {
-    if (e->mirror.state != VS_STEADY)
+    if (e->mirror.state != VS_STEADY && !e->mirror.joining)
         return UINT64_MAX;
     list_each(node, &e->flush.waiters) /* in the order in which they came */
     {

@@ -75,6 +75,7 @@ static void give_up(struct vs_engine *e)
     m->captured_writes = 0;
     m->former = m->disk;
     m->disk = NULL;
+    m->joining = false;
     m->steady_flush_in_flight = false;
     counts_leave_steady(&e->counts);
     replicator_drop(e);
@@ -110,13 +111,21 @@ void mirror_stop(struct vs_engine *e, uint32_t reason)
 
 /* ---- steady ------------------------------------------------------------ */
 
-/* All regions are copied: what is on the destination now has to be durable there. */
+/* All regions are copied: what is on the destination now has to be durable there. And it has to be all that a guest
+ * was told is durable, though only the source was asked: once what was confirmed so far is mirrored too. */
 static void begin_steady(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
+    uint64_t prefix = log_mirrored_prefix(&e->log, e->counts.source_generation);
+    if (!m->joining) {
+        m->joining = true;
+        m->joining_request = e->counts.flush_request;
+    }
+    if (prefix < m->joining_request)
+        return;
     m->steady_flush_in_flight = true;
     m->steady_epoch = m->epoch;
-    m->steady_prefix = log_mirrored_prefix(&e->log, e->counts.source_generation);
+    m->steady_prefix = prefix;
     disk_submit(m->disk, &m->steady_flush);
 }
 
@@ -133,6 +142,7 @@ static void steady_flushed(struct disk_io *io)
         mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
         return;
     }
+    m->joining = false;
     counts_enter_steady(&e->counts, m->steady_prefix);
     /* Writes that were mirrored while it was flushed. */
     counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));

@@ -31,6 +31,10 @@ struct mirror {
     enum record record; /* pending: flushes are held until the state record says "outdated" */
     unsigned captured_writes, uncaptured_writes; /* writes in flight on the source */
     struct range_slots slots; /* of the destination */
+    /* Syncing, and all is copied: flushes asked for from now on wait for steady. Up to flush request "joining_request"
+     * they may have been confirmed by the source alone, so that steady has to begin with a prefix that holds it. */
+    bool joining;
+    uint64_t joining_request;
     struct disk_io steady_flush; /* the flush that makes it steady */
     bool steady_flush_in_flight;
     uint64_t steady_prefix; /* what was on the destination when it began */

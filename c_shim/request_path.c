@@ -289,11 +289,9 @@ static bool reserve(struct request *r)
     return true;
 }
 
-/* The bit before the data (rule 4), then its turn. */
 static void take_slot(struct request *r)
 {
     struct vs_engine *e = r->engine;
-    difference_mark(e, r->blk.offset, r->blk.length);
     r->slot.grant = slot_granted;
     if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
         to_source(r);
@@ -331,6 +329,9 @@ static void start_write(struct request *r)
         m->captured_writes++;
     else
         m->uncaptured_writes++;
+    /* The bit before the data (rule 4), and before any wait: a resync that begins meanwhile, for which nobody has
+     * captured this write, copies what is marked when it begins. */
+    difference_mark(e, r->blk.offset, r->blk.length);
     r->activity.entered = entered;
     r->in_extents = e->difference.tracked && e->activity.bitmap;
     if (!r->in_extents || activity_enter(e, &r->activity, r->blk.offset, r->blk.length))

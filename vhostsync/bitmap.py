@@ -99,6 +99,7 @@ class BitmapFile:
         self.fd = fd
         self.header = header
         self.trust = trust
+        self._log_pending = trust is Trust.AFTER_HOST_CRASH
 
     @property
     def token(self) -> str:
@@ -144,6 +145,7 @@ class BitmapFile:
     def opened_by_engine(self) -> None:
         """Its bits are durable, and are read as of this boot from here on."""
         self._write_header(replace(self.header, boot_id=this_boot()))
+        self._log_pending = False
 
     def new_peer(self, disks: tuple[DiskIdentity, DiskIdentity]) -> None:
         """All differs (the engine has said so in the bits): make that durable, under a token of its own. The
@@ -169,9 +171,10 @@ class BitmapFile:
             log.error("the bitmap still says the old size", path=str(self.path), error=error.strerror)
 
     def close(self, *, clean: bool) -> None:
-        """`clean`: the engine is gone, and all that it has marked is in the file."""
+        """`clean`: the engine is gone, and all that it has marked is in the file. After a host crash that is
+        not so before an engine has opened it: what the activity log names has no bits yet."""
         try:
-            if clean:
+            if clean and not self._log_pending:
                 os.fdatasync(self.fd)
                 self._write_header(replace(self.header, clean=True))
         except OSError as error:

@@ -604,8 +604,9 @@ class Mirror:
             return Switched(pause_ns, accepted)
         except VhostsyncError:
             self._next_record = None
-            await self._engine.ungate()
+            # First the record: what the guest writes from here on goes to the disk that it is to name again.
             await self._restore_record(former)
+            await self._engine.ungate()
             raise
 
     async def _restore_record(self, record: StateRecord) -> None:

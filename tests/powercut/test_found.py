@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the power-cut checker, and the reading that went with it, have found: each reduced to one order of
+events."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine_driver import DiskOp, EngineDriver, EngineOptions, EngineTransport, MemoryDisk, State
+from tests.frontend import Frontend
+from tests.guest_ring import GuestMemory
+from tests.model.rig import BLOCK, pattern, rig
+from tests.powercut.machine import EXTENT, MIB, REGION, SHAPE, SIZE, Site, booted
+from vhostsync._shim import lib
+from vhostsync.bitmap import BitmapFile, Trust
+from vhostsync.engine import _engine_bitmap, bitmap_file_bytes
+from vhostsync.state_record import StateRecord
+
+BYTES = bitmap_file_bytes(SHAPE)
+
+
+def opened(site: Site, record: StateRecord | None, boot: str) -> BitmapFile:
+    return BitmapFile.open(site.bitmap, SHAPE, BYTES, record, boot)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture
+def fresh_bitmap(site: Site) -> Iterator[Any]:
+    """A vs_bitmap with one extent active at once; the engine takes it."""
+    file = opened(site, None, "boot 1")
+    handle = _engine_bitmap(file)
+    lib.vs_test_bitmap_slots(handle, 1)
+    yield handle
+    file.close(clean=True)
+
+
+def test_a_write_that_waits_for_its_extent_when_a_resync_begins_is_copied(fresh_bitmap: Any) -> None:
+    """It was taken up while nothing was captured, and had no bit yet when the resync took the bits: so the
+    destination was called up to date without it."""
+    source, destination = MemoryDisk(SIZE), MemoryDisk(SIZE)
+    options = EngineOptions(capacity_bytes=SIZE, dirty_region_bytes=REGION, checkpoint_us=1000)
+    with (
+        EngineDriver(options, source, bitmap=fresh_bitmap) as driver,
+        Frontend(EngineTransport(driver), memory=GuestMemory((4 * MIB,))) as guest,
+    ):
+        driver.mirror(destination)
+        driver.until(lambda: driver.snapshot().differing_bytes == 0, "all is settled")
+        driver.call(lib.VS_CMD_MIRROR_STOP)
+        source.hold(DiskOp.WRITE)
+        writes = [guest.write(place, pattern(1)) for place in (0, EXTENT)]  # the second one waits
+        driver.await_held(source, DiskOp.WRITE, 1)
+        driver.until(lambda: driver.snapshot().fenced == 0, "the destination can come back")
+        assert driver.start_mirror(destination, resync=True) == 0
+        source.release_all()
+        guest.wait(*writes)
+        driver.settle()
+        assert destination.read(EXTENT, BLOCK) == pattern(1)
+    for disk in (source, destination):
+        disk.drop()
+
+
+def test_steady_begins_with_all_that_was_confirmed_without_the_destination() -> None:
+    """A flush was confirmed by the source alone while the flush that makes the mirror steady was under way:
+    then the destination was called up to date without what that flush had covered."""
+    with rig() as it:
+        it.destination.hold(DiskOp.FLUSH)
+        assert it.driver.start_mirror(it.destination) == 0
+        it.driver.await_held(it.destination, DiskOp.FLUSH)  # all is copied
+        it.write_now(0, 1)
+        flush = it.guest.flush()
+        assert it.unconfirmed(flush), "from here on the destination is asked"
+        it.destination.release(DiskOp.FLUSH)
+        it.driver.await_state(State.STEADY)
+        it.driver.await_held(it.destination, DiskOp.FLUSH)
+        assert it.unconfirmed(flush)
+        it.destination.release_all()
+        it.guest.wait(flush)
+        assert flush.ok and it.durable(it.destination, 0) == pattern(1)
+
+
+def test_steady_waits_for_the_log_to_hold_what_was_confirmed() -> None:
+    """The same, confirmed a little earlier: when all is copied, it is in the log and not there yet."""
+    with rig() as it:
+        it.destination.hold(DiskOp.WRITE)
+        it.source.load(BLOCK, pattern(9))
+        assert it.driver.start_mirror(it.destination) == 0
+        it.driver.await_held(it.destination, DiskOp.WRITE)  # the only region with data is on its way
+        it.write_now(0, 1, blocks=1)
+        it.flush_now()
+        it.destination.release(DiskOp.WRITE)
+        it.driver.await_held(it.destination, DiskOp.WRITE)
+        it.driver.settle()
+        assert it.snapshot().state is State.SYNCING and it.destination.count(DiskOp.FLUSH) == 0
+        it.destination.release_all()
+        it.driver.await_state(State.STEADY)
+        assert it.durable(it.destination, 0) == pattern(1)
+
+
+def test_flushes_that_wait_for_steady_go_on_without_a_destination_that_is_lost() -> None:
+    with rig() as it:
+        it.destination.hold(DiskOp.FLUSH)
+        assert it.driver.start_mirror(it.destination) == 0
+        it.driver.await_held(it.destination, DiskOp.FLUSH)
+        it.write_now(0, 1)
+        flush = it.guest.flush()
+        assert it.unconfirmed(flush)
+        it.destination.fault(DiskOp.FLUSH, errno.EIO)
+        it.destination.release(DiskOp.FLUSH)
+        it.guest.wait(flush)
+        assert flush.ok and it.snapshot().state is State.DEGRADED
+        assert it.durable(it.source, 0) == pattern(1)
+
+
+def test_a_start_that_failed_after_a_host_crash_leaves_the_activity_log_to_the_next(site: Site) -> None:
+    """It closed the bitmap as if it had ended in order; the next start took the bits without the log."""
+    disks = [site.open_disk(number) for number in (0, 1)]
+    first, second = (disk.identity for disk in disks)
+    record = StateRecord.first(first).with_peer(second)
+    with booted("boot 1"):
+        file = opened(site, None, "boot 1")
+        assert lib.vs_bitmap_close(_engine_bitmap(file)) == 0
+        file.new_peer((first, second))
+        record = record.with_bitmap(file.token)
+        file.close(clean=False)  # the machine goes down
+    with booted("boot 2"):
+        file = opened(site, record, "boot 2")
+        assert file.trust is Trust.AFTER_HOST_CRASH
+        record = record.with_bitmap(file.token)
+        file.close(clean=True)  # something else kept the backend from starting
+        file = opened(site, record, "boot 2")
+        assert file.trust is Trust.AFTER_HOST_CRASH
+        assert lib.vs_bitmap_close(_engine_bitmap(file)) == 0
+        record = record.with_bitmap(file.token)
+        file.close(clean=True)
+        file = opened(site, record, "boot 2")
+        assert file.trust is Trust.SAME_BOOT
+        file.close(clean=True)
+    for disk in disks:
+        disk.close()
