@@ -50,32 +50,55 @@ class Channel:
     the test."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = _connected(path)
+        self._next: socket.socket | None = None  # where the port goes on when this socket has ended
         self._lines: list[str] = []
         self._taken = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._collect, name=f"channel {path.name}", daemon=True)
-        try:
-            self._socket.connect(str(path))
-        except BaseException:
-            self._socket.close()
-            raise
         self._thread.start()
 
     def _collect(self) -> None:
         pending = b""
-        try:
-            while data := self._socket.recv(65536):
-                *complete, pending = (pending + data).split(b"\n")
-                with self._changed:
-                    self._lines += [line.decode(errors="replace") for line in complete]
+        while True:
+            try:
+                while data := self._socket.recv(65536):
+                    *complete, pending = (pending + data).split(b"\n")
+                    with self._changed:
+                        self._lines += [line.decode(errors="replace") for line in complete]
+                        self._changed.notify_all()
+            except OSError:
+                pass  # closed under us: the guest is gone
+            with self._changed:
+                if self._next is None:
+                    self._closed = True
                     self._changed.notify_all()
-        except OSError:
-            pass  # closed under us: the guest is gone
+                    return
+                self._socket.close()
+                self._socket, self._next = self._next, None
+                self._changed.notify_all()
+
+    def continue_at(self, path: Path) -> None:
+        """What the guest says after the present socket's end comes from this one: a line may begin on the one
+        and end on the other."""
+        successor = _connected(path)
         with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+            assert self._next is None and not self._closed
+            self._next = successor
+
+    def stay(self) -> None:
+        """Take `continue_at` back."""
+        with self._changed:
+            if self._next is not None:
+                self._next.close()
+                self._next = None
+
+    def wait_moved(self, timeout_s: float = 30.0) -> None:
+        """Returns when the port has gone on to the socket of `continue_at`: what is sent now goes there."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._next is None or self._closed, timeout_s):
+                raise TimeoutError("the guest's port has not moved")
 
     def send(self, line: str) -> None:
         self._socket.sendall(line.encode() + b"\n")
@@ -101,10 +124,21 @@ class Channel:
             return self._taken < len(self._lines)
 
     def close(self) -> None:
+        self.stay()
         with contextlib.suppress(OSError):  # the other side may have been quicker
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()
+
+
+def _connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(path))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class Job:
@@ -259,6 +293,16 @@ def machine_command(disks: Sequence[GuestDisk], options: GuestOptions = GuestOpt
     return command
 
 
+@dataclass(frozen=True)
+class Qemu:
+    """A QEMU process, its monitor, and where the guest's console and its agents' ports are."""
+
+    process: Process
+    monitor: Path
+    console: Path
+    ports: tuple[Path, ...]
+
+
 class Guest:
     """A running guest. Use it in a `with`: leaving that ends QEMU, whatever happened."""
 
@@ -267,17 +311,33 @@ class Guest:
     ) -> None:
         """Boot. `machine` is all about the virtual machine (machine_command, or a script of qemu-configs);
         kernel, serial ports and the monitor are added here."""
-        self.console = folder / f"{name}.console"
-        self._monitor = folder / f"{name}.qmp"
+        self._assets = assets
+        self._folder = folder
         self._numbers = itertools.count(1)
         self._channels: list[Channel] = []
-        ports = [folder / f"{name}.agent{index}" for index in (1, 2)]
+        self.qemu = self.launch(machine, name)
+        try:
+            for port in self.qemu.ports:
+                wait_listening(self.process, port)
+                self._channels.append(Channel(port))
+            for channel in self._channels:
+                self._wait_ready(channel)
+        except BaseException:
+            self.kill()
+            raise
+
+    def launch(self, machine: Sequence[str], name: str, *more: str) -> Qemu:
+        """Start a QEMU that could run this guest; `name` is that of its files. The caller ends it, or makes
+        it the guest's."""
+        ports = tuple(self._folder / f"{name}.agent{index}" for index in (1, 2))
+        console, monitor = self._folder / f"{name}.console", self._folder / f"{name}.qmp"
         command = [
             *machine,
-            "-kernel", str(assets.kernel), "-initrd", str(assets.initramfs),
+            "-kernel", str(self._assets.kernel), "-initrd", str(self._assets.initramfs),
             "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog",
-            "-qmp", f"unix:{self._monitor},server=on,wait=off",
-            "-serial", f"file:{self.console}",
+            "-qmp", f"unix:{monitor},server=on,wait=off",
+            "-serial", f"file:{console}",
+            *more,
         ]  # fmt: skip
         for index, port in enumerate(ports):
             command += [
@@ -286,16 +346,29 @@ class Guest:
                 "-serial",
                 f"chardev:agent{index}",
             ]
-        self.process = Process("QEMU", command, folder / f"{name}.log")
-        try:
-            for port in ports:
-                wait_listening(self.process, port)
-                self._channels.append(Channel(port))
-            for channel in self._channels:
-                self._wait_ready(channel)
-        except BaseException:
-            self.kill()
-            raise
+        return Qemu(Process("QEMU", command, self._folder / f"{name}.log"), monitor, console, ports)
+
+    @property
+    def process(self) -> Process:
+        """The QEMU that runs the guest."""
+        return self.qemu.process
+
+    def expect_at(self, qemu: Qemu) -> None:
+        """The guest may go on in that process, which waits for it: listen to its ports, too."""
+        for channel, port in zip(self._channels, qemu.ports, strict=True):
+            channel.continue_at(port)
+
+    def stay(self) -> None:
+        """Take `expect_at` back: the guest has not moved."""
+        for channel in self._channels:
+            channel.stay()
+
+    def moved_to(self, qemu: Qemu) -> None:
+        """The guest runs in that process now; end the one that it has left. Jobs and loads go on."""
+        self.qemu.process.kill()
+        self.qemu = qemu
+        for channel in self._channels:
+            channel.wait_moved()
 
     def _wait_ready(self, channel: Channel, timeout_s: float = 90.0) -> None:
         deadline = time.monotonic() + timeout_s
@@ -308,7 +381,8 @@ class Guest:
 
     def failure(self, what: str) -> GuestError:
         """An error with what QEMU and the guest's console said last."""
-        console = self.console.read_text(errors="replace").splitlines()[-15:] if self.console.exists() else []
+        said = self.qemu.console
+        console = said.read_text(errors="replace").splitlines()[-15:] if said.exists() else []
         return GuestError(
             "\n".join([what, "--- QEMU:", self.process.last_output(10), "--- console:", *console])
         )
@@ -338,7 +412,7 @@ class Guest:
 
     def qmp(self) -> Qmp:
         """A connection to QEMU's monitor, for the caller to close."""
-        return Qmp(self._monitor)
+        return Qmp(self.qemu.monitor)
 
     def io_trouble(self) -> list[str]:
         """Lines of the guest's kernel log that tell of a failed or hanging disk."""
