@@ -328,6 +328,8 @@ static bool start_hole(struct region_copy *c, uint64_t offset)
 static unsigned depth_now(const struct vs_engine *e)
 {
     unsigned busy = e->copier.depth < 2 ? e->copier.depth : 2;
+    if (pull_ahead_log_fills(e))
+        return 0; /* replication goes first, or the guest would get ahead */
     if (e->flush.waiting)
         return 1;
     return e->requests_in_flight ? busy : e->copier.depth;

@@ -24,8 +24,11 @@
  * If anything fails, settling is forgotten, and what differs stays.
  *
  * The map does not care which disk is the source, so it outlives a switch that
- * keeps the mirror. Checkpoints run in syncing and steady only; without changes
- * there are none.
+ * keeps the mirror. Checkpoints run in syncing and steady; without changes
+ * there are none. In ahead there is one, the last: it covers the log and the
+ * region copies as they were when capture ended, waits for both, and so keeps
+ * what was achieved. All that is written meanwhile is in "recent", and stays
+ * there until it is copied.
  */
 #include "difference.h"
 
@@ -139,9 +142,29 @@ void difference_hurry(struct vs_engine *e)
     e->difference.next_ns = 0;
 }
 
+void difference_pull_ahead(struct vs_engine *e)
+{
+    struct difference *d = &e->difference;
+    dirty_map_add(&d->settling, &d->recent); /* a checkpoint that has begun becomes part of this one */
+    dirty_map_clear_all(&d->recent);
+    request_path_mark_in_flight(e);
+    d->repaired_before |= d->repaired;
+    d->repaired = false;
+    d->generation = e->counts.source_generation;
+    d->step = CHECKPOINT_MIRRORING;
+    d->word = 0;
+    d->next_ns = 0;
+    d->more = true; /* there may be nothing to wait for */
+}
+
+bool difference_at_rest(const struct vs_engine *e)
+{
+    return e->difference.step == CHECKPOINT_NONE && !e->difference.flushes;
+}
+
 static bool runs(const struct vs_engine *e)
 {
-    return e->mirror.state == VS_SYNCING || e->mirror.state == VS_STEADY;
+    return e->mirror.state == VS_SYNCING || e->mirror.state == VS_STEADY || e->mirror.state == VS_AHEAD;
 }
 
 /* ---- the checkpoint ----------------------------------------------------- */
@@ -250,6 +273,19 @@ static void settle(struct vs_engine *e)
     d->more = true;
 }
 
+/* A time for the next checkpoint to begin. */
+static bool begins(const struct vs_engine *e)
+{
+    const struct difference *d = &e->difference;
+    return d->step == CHECKPOINT_NONE && d->recent.dirty && !d->flushes && e->mirror.state != VS_AHEAD;
+}
+
+/* The one that begins with ahead covers all that was on its way then, a repair too. */
+static bool held_up(const struct vs_engine *e)
+{
+    return e->mirror.state == VS_AHEAD && (e->difference.flushes || e->copier.in_use || e->mirror.disk->stats.in_flight);
+}
+
 static bool counts_cover(const struct vs_engine *e)
 {
     return e->mirror.state == VS_STEADY && e->counts.writes_flushed >= e->difference.generation &&
@@ -262,9 +298,9 @@ void difference_pump(struct vs_engine *e)
     d->more = false;
     if (!d->tracked || !runs(e))
         return;
-    if (d->step == CHECKPOINT_NONE && d->recent.dirty && !d->flushes && engine_now(e) >= d->next_ns)
+    if (begins(e) && engine_now(e) >= d->next_ns)
         rotate(e);
-    if (d->step == CHECKPOINT_MIRRORING) {
+    if (d->step == CHECKPOINT_MIRRORING && !held_up(e)) {
         if (!d->repaired_before && counts_cover(e))
             d->step = CHECKPOINT_SETTLING;
         else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns &&
@@ -278,7 +314,6 @@ void difference_pump(struct vs_engine *e)
 uint64_t difference_deadline_ns(const struct vs_engine *e)
 {
     const struct difference *d = &e->difference;
-    bool waits = (d->step == CHECKPOINT_NONE && d->recent.dirty && !d->flushes) ||
-                 (d->step == CHECKPOINT_MIRRORING && e->gate == GATE_OPEN && d->next_ns > engine_now(e));
+    bool waits = begins(e) || (d->step == CHECKPOINT_MIRRORING && e->gate == GATE_OPEN && d->next_ns > engine_now(e));
     return d->tracked && runs(e) && waits ? d->next_ns : UINT64_MAX;
 }

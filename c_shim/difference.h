@@ -49,6 +49,10 @@ void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length);
 void difference_repaired(struct vs_engine *e);
 /* A destination is attached: of a new one everything may differ; of the peer that is tracked, what does. */
 void difference_attach(struct vs_engine *e, bool resync);
+/* No write is captured from here on: a last checkpoint settles what the destination still gets. */
+void difference_pull_ahead(struct vs_engine *e);
+/* No checkpoint is under way. */
+bool difference_at_rest(const struct vs_engine *e);
 /* It is given up: what is not settled stays different. */
 void difference_detach(struct vs_engine *e);
 /* There is no peer any more. */

@@ -120,8 +120,8 @@ struct drain {
 static void drain_done(struct flush_waiter *w, int result)
 {
     struct drain *d = container_of(w, struct drain, waiter);
-    if (result == 0 && d->epoch != d->engine->mirror.epoch)
-        result = -ENOTCONN; /* the source alone holds it: the mirror was lost meanwhile */
+    if (result == 0 && d->epoch != d->engine->mirror.capture_epoch)
+        result = -ENOTCONN; /* the source alone holds it: the mirror was lost, or is ahead meanwhile */
     mailbox_done(&d->engine->mailbox, d->token, result, 0);
     free(d);
 }
@@ -135,7 +135,7 @@ static void drain(struct vs_engine *e, uint64_t token, bool both_disks)
     }
     d->engine = e;
     d->token = token;
-    d->epoch = e->mirror.epoch;
+    d->epoch = e->mirror.capture_epoch;
     d->waiter.done = drain_done;
     d->waiter.destination_only = !both_disks;
     guest_flush_wait(e, &d->waiter, e->counts.source_generation);
@@ -206,6 +206,9 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_EXCHANGE:
         exchange(e, token, (uint32_t)c->value);
         return;
+    case VS_CMD_CATCH_UP:
+        rc = pull_ahead_catch_up(e);
+        break;
     default:
         if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE) {
             command_close_fds(c);
@@ -304,6 +307,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
         deadline = min_ns(deadline, e->gate_deadline_ns);
     deadline = min_ns(deadline, mirror_deadline_ns(e));
     deadline = min_ns(deadline, copier_deadline_ns(e));
+    deadline = min_ns(deadline, pull_ahead_deadline_ns(e));
     deadline = min_ns(deadline, difference_deadline_ns(e));
     deadline = min_ns(deadline, verifier_deadline_ns(e));
     deadline = min_ns(deadline, attachments_deadline_ns(e));
@@ -334,6 +338,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     difference_pump(e);
     verifier_pump(e);
     grow_pump(e);
+    pull_ahead_pump(e);
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
@@ -461,7 +466,8 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
            c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
            source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 && region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX &&
            (region & (region - 1)) == 0 &&
-           (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region));
+           (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region)) &&
+           (!c->pull_ahead || (c->congestion_fill_bytes > 0 && c->congestion_fill_bytes <= c->log_bytes && c->ahead_backoff_us > 0));
 }
 
 int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step)

@@ -33,6 +33,7 @@
 #include "mailbox.h"
 #include "mirror.h"
 #include "poller.h"
+#include "pull_ahead.h"
 #include "range_slots.h"
 #include "repl_log.h"
 #include "replicator.h"
@@ -92,7 +93,7 @@ struct request {
     uint16_t head;
     bool write_through;     /* latched at pop */
     bool captured;          /* counted in mirror.captured_writes (else uncaptured_writes) */
-    uint64_t mirror_epoch;  /* of the mirror for which it was captured */
+    uint64_t capture_epoch; /* of the mirror for which it was captured */
     uint64_t taken_ns;
     uint64_t generation;    /* once the source has completed it */
     struct log_entry *entry;
@@ -137,6 +138,7 @@ struct vs_engine {
     struct activity activity;
     struct verifier verifier;
     struct grow grow;
+    struct pull_ahead ahead;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;

@@ -104,7 +104,7 @@ static void destination_flushed(struct disk_io *io)
         return;
     if (io->result < 0)
         mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
-    else
+    else if (e->mirror.state == VS_STEADY) /* not ahead meanwhile */
         counts_destination_flushed(&e->counts, f->destination_prefix);
 }
 

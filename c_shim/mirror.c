@@ -12,23 +12,23 @@ static void steady_flushed(struct disk_io *io);
 void mirror_init(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
-    m->epoch = 1;
+    m->epoch = m->capture_epoch = 1;
     range_slots_init(&m->slots);
     m->steady_flush.kind = VS_DISK_FLUSH;
     m->steady_flush.done = steady_flushed;
 }
 
-static void post_state(struct vs_engine *e, uint32_t kind, uint32_t reason, int error)
+void mirror_post(struct vs_engine *e, uint32_t kind, uint32_t reason, int error)
 {
     struct vs_event event = {.kind = kind, .value = e->mirror.state, .reason = reason, .result = error};
     mailbox_post(&e->mailbox, &event);
 }
 
-static void set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t reason, int error)
+void mirror_set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t reason, int error)
 {
     e->mirror.state = state;
     e->flush.dirty = true; /* waiting flushes are decided anew */
-    post_state(e, VS_EV_STATE, reason, error);
+    mirror_post(e, VS_EV_STATE, reason, error);
 }
 
 int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
@@ -46,8 +46,9 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
     range_slots_init(&m->slots);
     throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
     difference_attach(e, resync);
+    pull_ahead_reset(e);
     copier_start(e, resync);
-    set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
+    mirror_set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
     return 0;
 }
 
@@ -64,27 +65,34 @@ static void close_former(struct vs_engine *e)
     mailbox_post(&e->mailbox, &event);
 }
 
+void mirror_stop_capture(struct vs_engine *e)
+{
+    struct mirror *m = &e->mirror;
+    m->capture_epoch++;
+    m->capturing = false;
+    m->uncaptured_writes += m->captured_writes;
+    m->captured_writes = 0;
+    m->joining = false;
+    counts_leave_steady(&e->counts);
+    list_splice(&e->ready, &e->stalled);
+    e->throttle_until_ns = 0;
+    engine_stop_throttling(e);
+}
+
 /* Whatever is captured for it, queued for it or in flight to it belongs to a
  * former mirror from here on. */
 static void give_up(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
     m->epoch++;
-    m->capturing = false;
-    m->uncaptured_writes += m->captured_writes;
-    m->captured_writes = 0;
     m->former = m->disk;
     m->disk = NULL;
-    m->joining = false;
     m->steady_flush_in_flight = false;
-    counts_leave_steady(&e->counts);
+    mirror_stop_capture(e);
     replicator_drop(e);
     copier_drop(e);
     difference_detach(e);
     range_slots_init(&m->slots); /* nobody gives back a slot of a former epoch */
-    list_splice(&e->ready, &e->stalled); /* nothing has to wait for log room now */
-    e->throttle_until_ns = 0;
-    engine_stop_throttling(e);
 }
 
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
@@ -96,9 +104,9 @@ void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
     give_up(e);
     if (was_steady)
         m->record = RECORD_PENDING;
-    set_state(e, VS_DEGRADED, reason, error);
+    mirror_set_state(e, VS_DEGRADED, reason, error);
     if (was_steady)
-        post_state(e, VS_EV_DEGRADED, reason, error);
+        mirror_post(e, VS_EV_DEGRADED, reason, error);
 }
 
 void mirror_stop(struct vs_engine *e, uint32_t reason)
@@ -106,7 +114,7 @@ void mirror_stop(struct vs_engine *e, uint32_t reason)
     if (mirror_attached(&e->mirror))
         give_up(e);
     if (e->mirror.state != VS_PASSTHROUGH)
-        set_state(e, VS_PASSTHROUGH, reason, 0);
+        mirror_set_state(e, VS_PASSTHROUGH, reason, 0);
 }
 
 /* ---- steady ------------------------------------------------------------ */
@@ -125,6 +133,7 @@ static void begin_steady(struct vs_engine *e)
         return;
     m->steady_flush_in_flight = true;
     m->steady_epoch = m->epoch;
+    m->steady_capture_epoch = m->capture_epoch;
     m->steady_prefix = prefix;
     disk_submit(m->disk, &m->steady_flush);
 }
@@ -142,12 +151,15 @@ static void steady_flushed(struct disk_io *io)
         mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
         return;
     }
+    if (m->steady_capture_epoch != m->capture_epoch)
+        return; /* ahead of it meanwhile */
     m->joining = false;
     counts_enter_steady(&e->counts, m->steady_prefix);
     /* Writes that were mirrored while it was flushed. */
     counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));
+    pull_ahead_steady(e);
     difference_hurry(e); /* what was copied has only the source's flush to wait for */
-    set_state(e, VS_STEADY, VS_REASON_COPY_DONE, 0);
+    mirror_set_state(e, VS_STEADY, VS_REASON_COPY_DONE, 0);
 }
 
 void mirror_pump(struct vs_engine *e)
@@ -158,7 +170,8 @@ void mirror_pump(struct vs_engine *e)
         engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
         mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
-    if (m->state == VS_SYNCING && !m->steady_flush_in_flight && !m->uncaptured_writes && copier_finished(e))
+    if (m->state == VS_SYNCING && !m->steady_flush_in_flight && !m->uncaptured_writes && copier_finished(e) &&
+        (m->joining || pull_ahead_may_be_steady(e)))
         begin_steady(e);
 }
 
@@ -201,15 +214,16 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
     e->flush.dirty = true;
     if (keep) {
         m->disk = old;
-        post_state(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
+        mirror_post(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
         return 0;
     }
     e->doubt.count = e->unreadable.count = 0; /* they spoke of the old source */
     m->disk = NULL;
     m->capturing = false;
     m->epoch++;
+    m->capture_epoch++;
     difference_forget(e);
     disk_close(old);
-    set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);
+    mirror_set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);
     return 0;
 }

@@ -4,12 +4,15 @@
  * states. Policy (when to attach, to retry, to switch) is the control plane's.
  *
  *   passthrough --start--> syncing --copied, flushed--> steady
- *   syncing, steady --failure, timeout--> degraded --start--> syncing
+ *   syncing, steady --congestion--> ahead --catch up--> syncing (pull_ahead.c)
+ *   syncing, steady, ahead --failure, timeout--> degraded --start--> syncing
  *   any --stop--> passthrough
  *   steady --exchange--> steady (kept) or passthrough
  *
  * "epoch" changes whenever a destination is given up: what was captured for a
  * former one finds that out when it completes, and moves no count.
+ * "capture_epoch" changes whenever capture ends, and so also when the guest gets
+ * ahead of a destination that stays.
  */
 #ifndef VS_MIRROR_H
 #define VS_MIRROR_H
@@ -26,7 +29,7 @@ struct mirror {
     enum vs_mirror_state state;
     vs_disk *disk;      /* the destination; NULL: there is none */
     vs_disk *former;    /* given up with requests in flight: fenced until they are over */
-    uint64_t epoch;
+    uint64_t epoch, capture_epoch;
     bool capturing;     /* in syncing and steady */
     enum record record; /* pending: flushes are held until the state record says "outdated" */
     unsigned captured_writes, uncaptured_writes; /* writes in flight on the source */
@@ -38,7 +41,7 @@ struct mirror {
     struct disk_io steady_flush; /* the flush that makes it steady */
     bool steady_flush_in_flight;
     uint64_t steady_prefix; /* what was on the destination when it began */
-    uint64_t steady_epoch;
+    uint64_t steady_epoch, steady_capture_epoch;
 };
 
 void mirror_init(struct vs_engine *e);
@@ -49,6 +52,11 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync);
 void mirror_stop(struct vs_engine *e, uint32_t reason);
 /* The destination is lost; the guest is not to notice. */
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error);
+/* What is at the source, or in a ring, is not captured any more, and waits for no room in the log. */
+void mirror_stop_capture(struct vs_engine *e);
+void mirror_set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t reason, int error);
+/* An event that tells the state. */
+void mirror_post(struct vs_engine *e, uint32_t kind, uint32_t reason, int error);
 /* Steps that depend on what has completed: steady, timeouts, the end of a former destination. */
 void mirror_pump(struct vs_engine *e);
 /* flags: enum vs_exchange_flags. -ENOTCONN, -EBUSY (a range in doubt or unreadable, or not gated) or 0. */

@@ -96,17 +96,18 @@ static void add(struct replica *p, struct repl_log *log, const struct log_entry 
 }
 
 /* In syncing, a write to a region that the copy has not begun is not replicated:
- * the copy will read it from the source, which has completed it already. */
+ * the copy will read it from the source, which has completed it already. If the
+ * copy was cut off (ahead), the region is still known to differ. */
 static bool left_to_the_copy(const struct vs_engine *e, const struct log_entry *entry)
 {
-    return e->mirror.state == VS_SYNCING && dirty_map_all_dirty(&e->to_copy, entry->offset, entry->length);
+    return e->to_copy.dirty && dirty_map_all_dirty(&e->to_copy, entry->offset, entry->length);
 }
 
 void replicator_pump(struct vs_engine *e)
 {
     struct repl_log *log = &e->log;
     struct log_entry *entry;
-    if (!e->mirror.capturing)
+    if (!mirror_attached(&e->mirror))
         return;
     while ((entry = log_peek(log))) {
         struct replica *p;

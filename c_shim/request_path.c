@@ -126,7 +126,7 @@ static void finish(struct request *r, uint8_t status)
 /* The mirror for which it was captured is still the one there is. */
 static bool still_captured(const struct request *r)
 {
-    return r->captured && r->mirror_epoch == r->engine->mirror.epoch;
+    return r->captured && r->capture_epoch == r->engine->mirror.capture_epoch;
 }
 
 static void leave_source(struct request *r)
@@ -163,6 +163,8 @@ static void write_completed(struct request *r)
         log_append(&e->log, r->entry, r->generation, engine_now(e));
     else if (r->entry)
         log_abandon(&e->log, r->entry);
+    if (e->mirror.state == VS_AHEAD)
+        e->ahead.bytes += r->blk.length;
     if (r->write_through) {
         counts_flush_requested(&e->counts);
         guest_flush_wait(e, &r->flush, r->generation);
@@ -247,7 +249,9 @@ static bool reserve_log(struct request *r)
     uint64_t room = r->blk.op == VS_OP_WRITE ? r->blk.length : 0;
     uint64_t oldest_ns = log_oldest_ns(&e->log);
     uint64_t lag_ns = e->mirror.state == VS_STEADY && oldest_ns ? engine_now(e) - oldest_ns : 0;
-    uint64_t wait_ns = throttle_wait_ns(&e->throttle, ring_used(&e->log.ring), lag_ns, engine_now(e));
+    uint64_t wait_ns = e->config.pull_ahead
+                           ? pull_ahead_wait_ns(e)
+                           : throttle_wait_ns(&e->throttle, ring_used(&e->log.ring), lag_ns, engine_now(e));
     if (wait_ns == 0) {
         r->entry = log_reserve(&e->log, room ? LOG_WRITE : LOG_ZERO, r->blk.offset, r->blk.length);
         if (r->entry) {
@@ -324,7 +328,7 @@ static void start_write(struct request *r)
     }
     r->write_through = is_write_through(r->queue);
     r->captured = r->entry != NULL;
-    r->mirror_epoch = m->epoch;
+    r->capture_epoch = m->capture_epoch;
     if (r->captured)
         m->captured_writes++;
     else

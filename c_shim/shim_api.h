@@ -104,6 +104,9 @@ struct vs_engine_config {
     uint32_t peer_tracked;       /* the bitmap tells what differs from a peer that is known */
     vs_bitmap *bitmap;           /* NULL: none. Owned on success */
     char serial[20];
+    uint32_t pull_ahead;            /* 1: on congestion the guest runs ahead of the destination; 0: its writes wait */
+    uint64_t congestion_fill_bytes; /* so much of the log in use is congestion */
+    uint64_t ahead_backoff_us;      /* how soon it may catch up, the second time; then doubled */
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
@@ -153,8 +156,10 @@ enum vs_command_kind {
     VS_CMD_EXCHANGE,          /* value: VS_EXCHANGE_ flags; opens the gate; event value: pause in ns */
     VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */
     VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
-    VS_CMD_GROW               /* value: the new capacity; desc, used: what source and destination have (0: none). Done
+    VS_CMD_GROW,              /* value: the new capacity; desc, used: what source and destination have (0: none). Done
                                * when the guest may be told */
+    VS_CMD_CATCH_UP           /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
+                               * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
 };
 
 enum vs_exchange_flags {
@@ -205,7 +210,9 @@ enum vs_reason {
     VS_REASON_DESTINATION_TIMEOUT,
     VS_REASON_STOP_TIMEOUT,
     VS_REASON_SOURCE_READ,    /* not used any more: the copy goes on around what it cannot read */
-    VS_REASON_SWITCH
+    VS_REASON_SWITCH,
+    VS_REASON_CONGESTION,     /* the destination is too slow, and the guest is not to wait */
+    VS_REASON_CATCH_UP
 };
 
 enum vs_event_kind {
@@ -217,7 +224,8 @@ enum vs_event_kind {
     VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
     VS_EV_FENCE_CLEAR,     /* the last late request of a former destination is over */
     VS_EV_BITMAP_FAILED,   /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
-    VS_EV_VERIFIED         /* a verification is over; result: 0, -ECANCELED, -ENOTCONN (not steady any more) */
+    VS_EV_VERIFIED,        /* a verification is over; result: 0, -ECANCELED, -ENOTCONN (not steady any more) */
+    VS_EV_AHEAD_DRAINED    /* ahead: the destination holds durably what the log had; value: ns until it may catch up */
 };
 
 enum vs_breach {
@@ -339,6 +347,7 @@ struct vs_snapshot {
     struct vs_disk_stats disk[2]; /* by enum vs_disk_role */
     uint32_t unreadable_count;
     struct vs_range unreadable[64]; /* the copy could not read the source there: the destination lacks it */
+    uint32_t ahead_drained;       /* VS_EV_AHEAD_DRAINED was posted, and the state is still ahead */
 };
 
 /* Both copy what the last VS_CMD_SNAPSHOT prepared. */

@@ -8,7 +8,7 @@
 
 static void fill(const struct vs_engine *e, struct vs_snapshot *s)
 {
-    uint64_t oldest_ns = log_oldest_ns(&e->log);
+    struct lag lag = pull_ahead_lag(e);
     memset(s, 0, sizeof *s);
     s->mirror_state = e->mirror.state;
     s->gated = e->gate != GATE_OPEN;
@@ -17,9 +17,10 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->write_cache = e->write_cache;
     s->active_attachment = e->active ? (uint32_t)(e->active - e->attachment) : VS_MAX_ATTACHMENTS;
     s->counts = e->counts;
-    s->lag_bytes = e->log.lag_bytes;
-    s->lag_writes = log_lag_writes(&e->log);
-    s->lag_ns = oldest_ns ? engine_now(e) - oldest_ns : 0;
+    s->lag_bytes = lag.bytes;
+    s->lag_writes = lag.writes;
+    s->lag_ns = lag.ns;
+    s->ahead_drained = e->mirror.state == VS_AHEAD && e->ahead.drained;
     s->log_bytes_used = ring_used(&e->log.ring);
     s->copy_bytes_total = e->copier.bytes_total;
     s->copy_bytes_done = e->copier.bytes_done;

@@ -247,7 +247,7 @@ static void compare_exactly(struct compare *c)
 static void both_read(struct compare *c)
 {
     struct verifier *v = &c->engine->verifier;
-    if (!current(c)) {
+    if (!current(c) || c->engine->mirror.state != VS_STEADY) {
         end_compare(c);
     } else if (c->source_failed) {
         v->bytes_skipped += c->length;

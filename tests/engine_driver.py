@@ -49,6 +49,7 @@ class EventKind(IntEnum):
     FENCE_CLEAR = 7
     BITMAP_FAILED = 8
     VERIFIED = 9
+    AHEAD_DRAINED = 10
 
 
 class Reason(IntEnum):
@@ -60,6 +61,8 @@ class Reason(IntEnum):
     STOP_TIMEOUT = 5
     SOURCE_READ = 6
     SWITCH = 7
+    CONGESTION = 8
+    CATCH_UP = 9
 
 
 class Cut(IntEnum):
@@ -216,6 +219,9 @@ class EngineOptions:
     writeback: bool = True
     serial: bytes = b"model"
     poll_us: int = 0
+    pull_ahead: bool = False
+    congestion_fill_bytes: int = 0
+    ahead_backoff_us: int = 0
 
 
 class EngineDriver:
@@ -387,6 +393,18 @@ class EngineDriver:
         raw = ffi.new("struct vs_snapshot *")
         lib.vs_engine_snapshot(self.engine, raw)
         return int(raw.lag_ns)
+
+    def engine_throttled_ns(self) -> int:
+        """For how long writes have waited for room in the log so far."""
+        self.call(lib.VS_CMD_SNAPSHOT)
+        raw = ffi.new("struct vs_snapshot *")
+        lib.vs_engine_snapshot(self.engine, raw)
+        return int(raw.throttled_ns)
+
+    def settle_quickly(self) -> None:
+        """A few passes of the engine's loop: what has completed is dealt with, what follows is submitted."""
+        for _ in range(3):
+            self.call(lib.VS_CMD_SNAPSHOT)
 
     def until(self, condition: Callable[[], bool], what: str, *, timeout_s: float | None = None) -> None:
         """Waits for something that has no event of its own: looks again after each trip to the engine."""

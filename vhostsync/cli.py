@@ -366,7 +366,16 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="slow the guest's writes before the destination lags more (default 500)",
     )
     mirror.add_argument(
-        "--on-congestion", choices=("block",), help="when the log is full: writes wait (default)"
+        "--on-congestion",
+        choices=("block", "pull-ahead"),
+        help="a destination that is too slow: writes wait (block, default), or the guest gets ahead of it",
+    )
+    mirror.add_argument(
+        "--congestion-fill",
+        type=_size,
+        dest="congestion_fill_bytes",
+        metavar="SIZE",
+        help="with pull-ahead: so much of the log in use is too slow (default 7/8 of it)",
     )
     mirror.add_argument(
         "--destination-timeout",

@@ -18,7 +18,7 @@ from .errors import ConfigError
 Cache = Literal["none", "writeback"]
 LogFormat = Literal["auto", "text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-OnCongestion = Literal["block"]
+OnCongestion = Literal["block", "pull-ahead"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -32,6 +32,7 @@ BLOCK_BYTES: Final = (512, 4096)
 
 LOG_BYTES_MIN: Final = REQUEST_BYTES_MAX  # durability.md, rule 6: at least the largest request
 LOG_BYTES_MAX: Final = 64 * GIB
+CONGESTION_FILL_MIN: Final = MIB
 MAX_LAG_MS_MAX: Final = 60_000
 TIMEOUT_S_MAX: Final = 3600.0
 POLL_US_MAX: Final = 10_000
@@ -148,6 +149,7 @@ class ServeConfig:
     log_bytes: int = 64 * MIB
     max_lag_ms: int = 500
     on_congestion: OnCongestion = "block"
+    congestion_fill_bytes: int | None = None  # None: 7/8 of the log
     destination_timeout_s: float = 10.0
     stop_timeout_s: float = 1.0
     copy_depth: int = 8  # region copies of 1 MiB in flight
@@ -212,6 +214,10 @@ class ServeConfig:
         _within("--log-size", self.log_bytes, LOG_BYTES_MIN, LOG_BYTES_MAX)
         _within("--max-lag-ms", self.max_lag_ms, 1, MAX_LAG_MS_MAX)
         _one_of("--on-congestion", self.on_congestion, get_args(OnCongestion))
+        if self.congestion_fill_bytes is not None:
+            _within("--congestion-fill", self.congestion_fill_bytes, CONGESTION_FILL_MIN, self.log_bytes)
+            if self.on_congestion == "block":
+                raise ConfigError("--congestion-fill needs --on-congestion pull-ahead.")
         for option, seconds in (
             ("--destination-timeout", self.destination_timeout_s),
             ("--stop-timeout", self.stop_timeout_s),
@@ -238,6 +244,11 @@ class ServeConfig:
         while self.dirty_region_bytes is None and capacity_bytes // region > DIRTY_REGIONS:
             region *= 2
         return region
+
+    @property
+    def congestion_bytes(self) -> int:
+        """So much of the log in use is congestion."""
+        return self.congestion_fill_bytes or self.log_bytes // 8 * 7
 
     @property
     def control_socket(self) -> Path | None:

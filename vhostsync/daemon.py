@@ -56,6 +56,8 @@ log = structlog.get_logger(__name__)
 SOURCE_LOCK_S = 5.0
 CHECKPOINT_S = 3.0  # of the difference map: two flushes in this time, if the guest writes and does not flush
 
+AHEAD_BACKOFF_S = 1.0  # a destination that was too slow again waits so long to catch up, then twice as long
+
 
 def run(config: ServeConfig) -> int:
     """Serve until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1."""
@@ -212,6 +214,9 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         copy_depth=config.copy_depth,
         writeback=config.write_cache,
         serial=config.serial,
+        pull_ahead=config.on_congestion == "pull-ahead",
+        congestion_fill_bytes=config.congestion_bytes,
+        ahead_backoff_s=AHEAD_BACKOFF_S,
         poll_us=config.poll_us,
     )
 
@@ -250,7 +255,7 @@ class Backend:
         snapshot = await self.engine.snapshot()
         queues = await self.engine.queue_stats()
         status = await self.mirror.status()
-        attached = status.state in ("syncing", "steady")
+        attached = status.state in ("syncing", "steady", "ahead")
         paths = {"source": status.source, "destination": status.destination if attached else None}
         return {
             "queues": [

@@ -63,6 +63,8 @@ class Reason(IntEnum):
     STOP_TIMEOUT = lib.VS_REASON_STOP_TIMEOUT
     SOURCE_READ = lib.VS_REASON_SOURCE_READ
     SWITCH = lib.VS_REASON_SWITCH
+    CONGESTION = lib.VS_REASON_CONGESTION
+    CATCH_UP = lib.VS_REASON_CATCH_UP
 
 
 class EventKind(IntEnum):
@@ -75,6 +77,7 @@ class EventKind(IntEnum):
     IO_ERROR = lib.VS_EV_IO_ERROR
     BITMAP_FAILED = lib.VS_EV_BITMAP_FAILED
     FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
+    AHEAD_DRAINED = lib.VS_EV_AHEAD_DRAINED
     VERIFIED = lib.VS_EV_VERIFIED
 
 
@@ -96,6 +99,9 @@ class EngineConfig:
     writeback: bool
     serial: str
     poll_us: int | None = 0  # None: where it pays
+    pull_ahead: bool = False
+    congestion_fill_bytes: int = 0
+    ahead_backoff_s: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,9 @@ class Engine:
         c_config.serial = config.serial.encode("ascii")
         c_config.poll_us = lib.VS_POLL_AUTO if config.poll_us is None else config.poll_us
         c_config.peer_tracked = peer_known
+        c_config.pull_ahead = config.pull_ahead
+        c_config.congestion_fill_bytes = config.congestion_fill_bytes
+        c_config.ahead_backoff_us = int(config.ahead_backoff_s * 1e6)
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
@@ -348,6 +357,10 @@ class Engine:
         await self.command(
             lib.VS_CMD_MIRROR_STOP, "letting go of the destination", value=lib.VS_REASON_COMMAND
         )
+
+    async def catch_up(self) -> None:
+        """From ahead back to syncing: copy what differs. The record calls the destination inconsistent."""
+        await self.command(lib.VS_CMD_CATCH_UP, "catching up with the destination")
 
     async def mirror_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy; 0: no limit."""

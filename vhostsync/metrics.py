@@ -140,6 +140,12 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
         "copy_done_bytes", "gauge", "Bytes that the copy is through with.", mirror.get("copy-bytes-done")
     )
     page.one("copy_sparse_bytes", "gauge", "Of those, holes and zeroes.", mirror.get("copy-bytes-sparse"))
+    page.one(
+        "differing_bytes",
+        "gauge",
+        "Bytes that a catch-up or a new start would copy.",
+        mirror.get("differing-bytes"),
+    )
     page.one("doubt_ranges", "gauge", "Ranges of the source in doubt.", len(mirror.get("doubt") or ()))
     page.one(
         "unreadable_ranges",

@@ -8,6 +8,8 @@ truth"):
 * before the first byte goes to a destination, the record says that it is inconsistent;
 * once the engine reports `steady`, it says up to date (late is safe, early would not be);
 * when the engine lost a steady destination it holds every flush until the record says "outdated";
+* when the guest gets ahead of a steady destination, the same; and before that catches up (catch_up.py), the
+  record says "inconsistent" again;
 * in a switch, the record names the new disk before the first request goes there.
 
 One command at a time: a second one is refused, not queued.
@@ -31,6 +33,7 @@ import structlog
 from vhostsync import events
 from vhostsync.bad_ranges import BadRanges, rows
 from vhostsync.bitmap import BitmapFile
+from vhostsync.catch_up import CatchUp
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again, open_destination
 from vhostsync.disks import Disk
@@ -61,10 +64,14 @@ class MirrorState(StrEnum):
 # Every move there is. The engine reports them; one that is not in here is a defect, and is logged as such.
 TRANSITIONS: Final = {
     MirrorState.PASSTHROUGH: {MirrorState.SYNCING},
-    MirrorState.SYNCING: {MirrorState.STEADY, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
-    MirrorState.STEADY: {MirrorState.STEADY, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
+    MirrorState.SYNCING: {
+        MirrorState.STEADY, MirrorState.AHEAD, MirrorState.DEGRADED, MirrorState.PASSTHROUGH,
+    },
+    MirrorState.STEADY: {
+        MirrorState.STEADY, MirrorState.AHEAD, MirrorState.DEGRADED, MirrorState.PASSTHROUGH,
+    },
     MirrorState.DEGRADED: {MirrorState.SYNCING, MirrorState.PASSTHROUGH},
-    MirrorState.AHEAD: set(),
+    MirrorState.AHEAD: {MirrorState.SYNCING, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
 }
 
 REASONS: Final = {
@@ -76,6 +83,8 @@ REASONS: Final = {
     Reason.STOP_TIMEOUT: "a ring could not be stopped within stop_timeout because of the destination",
     Reason.SOURCE_READ: "the copy could not read the source",
     Reason.SWITCH: "switched",
+    Reason.CONGESTION: "the destination is too slow, and the guest runs on",
+    Reason.CATCH_UP: "catching up with what was written meanwhile",
 }
 
 
@@ -119,6 +128,7 @@ class Mirror:
         self._changed = anyio.Event()
         self._to_record: deque[EngineEvent] = deque()
         engine.on_event(self._on_event)
+        self._catch_up = CatchUp(engine, self._begin_catch_up)
 
     @property
     def source_path(self) -> Path:
@@ -205,7 +215,7 @@ class Mirror:
             self._last_error = str(EngineError.from_errno(REASONS[reason], error))
         if state is MirrorState.DEGRADED:
             self._fence_destination()
-        say = log.warning if state is MirrorState.DEGRADED else log.info
+        say = log.warning if state in (MirrorState.DEGRADED, MirrorState.AHEAD) else log.info
         failure = self._last_error if error else None
         say("mirror", state=str(state), former=str(former), reason=self._reason, error=failure)
         self._hub.publish(
@@ -223,6 +233,7 @@ class Mirror:
         """Keep the record true and report progress, until cancelled."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._report_progress)
+            tasks.start_soon(self._catch_up.run)
             while True:
                 changed = self._changed
                 while self._to_record:
@@ -242,6 +253,16 @@ class Mirror:
                 # Much may have happened since: only what is steady now may be called so.
                 if self.state is MirrorState.STEADY and self._record.peer_worth is Worth.INCONSISTENT:
                     await self._record_up_to_date()
+
+    async def _begin_catch_up(self) -> None:
+        async with self._record_lock:
+            if self.state is not MirrorState.AHEAD or self._catch_up.is_held:
+                return
+            if (await self._engine.snapshot()).record_pending:
+                raise EngineError.from_errno("catching up before the state record is written", errno.EBUSY)
+            if self._record.peer_worth is not Worth.INCONSISTENT:
+                await self._write_record(self._record.with_worth(Worth.INCONSISTENT))
+            await self._engine.catch_up()
 
     async def _record_up_to_date(self) -> None:
         try:
@@ -379,7 +400,7 @@ class Mirror:
         else of everything. MirrorError, DiskError, StateRecordError, EngineError:
         nothing was changed."""
         async with self.exclusive("mirror-start"):
-            if self.state in (MirrorState.SYNCING, MirrorState.STEADY):
+            if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
                 raise MirrorError(
                     f"a mirror to {self._destination_path()} is {self.state} already; cancel it first"
                 )
@@ -454,14 +475,18 @@ class Mirror:
         return await anyio.to_thread.run_sync(self._peer.why_full, disk)
 
     async def cancel(self, *, force: bool) -> None:
-        """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first.
+        """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first, and in
+        ahead of the moment when the guest got ahead.
         MirrorError when there is none, or it could not be brought up to date."""
         async with self.exclusive("mirror-cancel"):
             if self.state is MirrorState.PASSTHROUGH:
                 raise MirrorError("there is no mirror to cancel")
             if self.state is MirrorState.STEADY and not force:
                 await self._drain("mirror-cancel --force lets go without that")
-            await self._let_go()
+            with self._catch_up.held():
+                if not force:
+                    await self._catch_up.drained()
+                await self._let_go()
             if not force:
                 await self._see_it_off()
 
@@ -525,9 +550,11 @@ class Mirror:
 
     async def _check_switch(self, plan: SwitchPlan) -> None:
         if self.state is not MirrorState.STEADY:
+            how = "start it and wait until it is steady (mirror start --wait)"
+            if self.state is MirrorState.AHEAD:
+                how = "the destination was too slow and catches up by itself; wait until it is steady"
             raise SwitchError(
-                f"a switch needs the mirror in the steady state, and it is {self.state}; "
-                f"start it and wait until it is steady (mirror start --wait)"
+                f"a switch needs the mirror in the steady state, and it is {self.state}; {how}"
             )
         bad = BadRanges.of(await self._engine.snapshot())
         bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
@@ -628,10 +655,13 @@ class Mirror:
                 await self._engine.mirror_drain()
             except EngineError as error:
                 log.error("the destination could not be brought up to date", error=str(error))
+        elif not force:
+            with self._catch_up.held():
+                await self._catch_up.drained()
 
     async def abandon(self) -> None:
         """The end shall not wait for the destination any longer: what waits for it goes on without."""
-        if self.state in (MirrorState.STEADY, MirrorState.SYNCING):
+        if self.state in (MirrorState.STEADY, MirrorState.SYNCING, MirrorState.AHEAD):
             try:
                 await self._let_go()
             except VhostsyncError as error:

@@ -72,7 +72,7 @@ def mirror_line(mirror: Mapping[str, Any], width: int | None = None) -> str:
     if state == "steady":
         return f"steady  {mirror['destination']} is up to date; {lag}"
     reason = mirror["last-error"] or mirror["reason"] or "no reason given"
-    return f"{state}  {mirror['destination']} is {mirror['worth']}: {reason}; {lag}"
+    return f"{state}  {mirror['destination']} is {mirror['worth']}: {reason}; {lag}{_differing(mirror)}"
 
 
 def verify_line(found: Mapping[str, Any], width: int | None = None) -> str:
@@ -88,6 +88,12 @@ def verify_line(found: Mapping[str, Any], width: int | None = None) -> str:
         text += f", {size(found['bytes-skipped'])} skipped"
     room = 0 if width is None else width - len(text) - 1
     return f"{bar(done, total, min(room, 40))} {text}" if room >= 10 else text
+
+
+def _differing(mirror: Mapping[str, Any]) -> str:
+    """How much would have to be copied, where that is known and the guest is ahead."""
+    differing = mirror.get("differing-bytes")
+    return f"; {size(differing)} to copy" if mirror["state"] == "ahead" and differing is not None else ""
 
 
 def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:

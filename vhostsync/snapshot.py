@@ -115,6 +115,7 @@ class Snapshot:
     disks: dict[str, dict[str, OpStats]]
     disks_in_flight: dict[str, int]
     unreadable: tuple[tuple[int, int], ...]
+    ahead_drained: bool
 
 
 def _op_stats(s: Any) -> OpStats:
@@ -184,4 +185,5 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         },
         disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
         unreadable=tuple((s.unreadable[i].offset, s.unreadable[i].length) for i in range(s.unreadable_count)),
+        ahead_drained=bool(s.ahead_drained),
     )

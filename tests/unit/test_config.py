@@ -74,6 +74,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert settings.log_bytes == 64 << 20
     assert settings.max_lag_ms == 500
     assert settings.on_congestion == "block"
+    assert settings.congestion_bytes == 56 << 20
     assert settings.destination_timeout_s == 10
     assert settings.stop_timeout_s == 1
     assert settings.write_cache
@@ -115,7 +116,9 @@ def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch
         ({"log_bytes": (8 << 20) - 1}, "--log-size"),
         ({"log_bytes": 1 << 60}, "--log-size"),
         ({"max_lag_ms": 0}, "--max-lag-ms"),
-        ({"on_congestion": "pull-ahead"}, "--on-congestion pull-ahead is not known here; write block"),
+        ({"on_congestion": "drop"}, "--on-congestion drop is not known here; write block or pull-ahead"),
+        ({"on_congestion": "pull-ahead", "congestion_fill_bytes": 65 << 20}, "--congestion-fill"),
+        ({"congestion_fill_bytes": 32 << 20}, "--congestion-fill needs --on-congestion pull-ahead"),
         ({"destination_timeout_s": 0}, "--destination-timeout"),
         ({"destination_timeout_s": float("nan")}, "--destination-timeout"),
         ({"stop_timeout_s": 1e9}, "--stop-timeout"),
