@@ -447,6 +447,29 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--log-format", choices=("auto", "text", "json"), help="auto: text on a terminal, else JSON"
     )
     running.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="(default info)")
+    _add_privileges(serve)
+
+
+def _add_privileges(serve: argparse.ArgumentParser) -> None:
+    rights = serve.add_argument_group("privileges")
+    rights.add_argument(
+        "--user",
+        metavar="NAME[:GROUP]",
+        help="become this user once the disk is open; it must own the folders of the sockets and the state",
+    )
+    rights.add_argument(
+        "--sandbox",
+        choices=("auto", "off", "require"),
+        help="drop rights that are not needed: what the kernel has (auto, default), nothing, or all or fail",
+    )
+    rights.add_argument(
+        "--allow-path",
+        type=Path,
+        action="append",
+        dest="allow_paths",
+        metavar="DIR",
+        help="destinations may lie here, too, and not only beside the disk (may be given again)",
+    )
 
 
 def _with_serve(arguments: Sequence[str]) -> list[str]:
@@ -465,6 +488,8 @@ def serve_config(options: argparse.Namespace) -> config.ServeConfig:
     }
     if options.write_cache is not None:
         given["write_cache"] = options.write_cache == "on"
+    if options.allow_paths is not None:
+        given["allow_paths"] = tuple(options.allow_paths)
     return config.ServeConfig(**given)
 
 

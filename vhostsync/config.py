@@ -19,6 +19,7 @@ Cache = Literal["none", "writeback"]
 LogFormat = Literal["auto", "text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnCongestion = Literal["block", "pull-ahead"]
+Sandbox = Literal["auto", "off", "require"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -158,17 +159,24 @@ class ServeConfig:
     poll_us: int | None = None  # look for work so long before sleeping; None: where it pays
     log_format: LogFormat = "auto"
     log_level: LogLevel = "info"
+    user: str | None = None  # NAME[:GROUP] to become; None: as it was started
+    sandbox: Sandbox = "auto"  # privileges.py
+    allow_paths: tuple[Path, ...] = ()  # directories in which later destinations may lie
 
     def __post_init__(self) -> None:
         for name in ("blk_file", "socket_path", "state_file", "control_path", "bitmap"):
             path = getattr(self, name)
             if path is not None:
                 object.__setattr__(self, name, _absolute(path))
+        object.__setattr__(self, "allow_paths", tuple(_absolute(path) for path in self.allow_paths))
         self._check_places()
         self._check_device()
         self._check_mirror()
         _one_of("--log-format", self.log_format, get_args(LogFormat))
         _one_of("--log-level", self.log_level, get_args(LogLevel))
+        _one_of("--sandbox", self.sandbox, get_args(Sandbox))
+        if self.user is not None and not all(self.user.split(":", 1)):
+            raise ConfigError(f"--user {self.user!r} is not NAME or NAME:GROUP.")
 
     def _check_places(self) -> None:
         if (self.socket_path is None) == (self.fd is None):

@@ -7,6 +7,10 @@ frontend of --fd gone): frontends are let go first, which finishes their request
 date; the engine ends; the record notes the clean end.
 
     run ── engine.pump, mirror.run, verifier.report  (to the very end)
+What the process may do shrinks on the way (privileges.py); that is why all of the beginning happens before
+there is an event loop, in the only thread.
+
+    run ── engine.pump, mirror.run          (to the very end)
         └─ frontends ─ one task a connection  (until the end begins)
         └─ control socket, metrics             (until the end begins)
         └─ signals
@@ -14,7 +18,10 @@ date; the engine ends; the record notes the clean end.
 
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -41,9 +48,10 @@ from vhostsync.errors import DiskError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
+from vhostsync.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.resize import Resizer
 from vhostsync.snapshot import BREACHES, OpStats
-from vhostsync.state_index import open_state_file
+from vhostsync.state_index import default_directory, make_directory, open_state_file
 from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth, check_start
 from vhostsync.verify import Verifier
 from vhostsync.vhost_user import listener
@@ -64,7 +72,7 @@ def run(config: ServeConfig) -> int:
     logging.configure(config.log_format, config.log_level)
     failures: list[BaseException] = []
     try:
-        anyio.run(_serve, config)
+        anyio.run(_serve, config, _start(config))
     except* VhostsyncError as group:
         failures = _leaves(group)
     for failure in failures:
@@ -103,8 +111,57 @@ class Opened:
             self.state_file.close()
 
 
-def open_device(config: ServeConfig) -> Opened:
-    """Open and lock the disk, and follow the state record. Blocks. DiskError, StateRecordError."""
+@dataclass(frozen=True)
+class Started:
+    """All that `_serve` needs, before the event loop begins."""
+
+    opened: Opened
+    shape: DeviceShape
+    endpoint: listener.Endpoint
+    engine: Engine
+    confinement: Confinement
+
+
+def _load_modules() -> None:
+    """anyio loads its parts when they are first used: now, while every file can still be read."""
+    for name in dir(anyio):
+        getattr(anyio, name)
+    anyio.run(anyio.sleep, 0)  # and its event loop
+
+
+def _start(config: ServeConfig) -> Started:
+    """Steps 1 to 4 of privileges.py. Blocks. VhostsyncError: nothing is left open."""
+    user = find_user(config.user) if config.user is not None else None
+    _load_modules()
+    state_directory = None
+    if config.state_file is None and not config.no_state_file:
+        state_directory = default_directory()  # of whoever started it, before the user is changed
+        make_directory(state_directory, (user.uid, user.gid) if user is not None else None)
+    with ExitStack() as undo:
+        opened = open_device(
+            config, state_directory, lambda: change_user(user) if user is not None else None
+        )
+        undo.callback(opened.close)
+        shape = device_shape(config, opened.disk)
+        endpoint = _open_endpoint(config)
+        undo.callback(endpoint.close)
+        disks_known = [opened.disk.path]
+        if opened.record is not None and opened.record.peer is not None:
+            disks_known.append(Path(opened.record.peer.path))
+        confinement = Confinement(config, places_of(config, disks_known, state_directory))
+        confinement.confine()
+        engine = Engine.create_blocking(
+            engine_config(config, shape), opened.disk, opened.bitmap, opened.peer_known
+        )
+        undo.pop_all()
+    return Started(opened, shape, endpoint, engine, confinement)
+
+
+def open_device(
+    config: ServeConfig, state_directory: Path | None, become_user: Callable[[], None]
+) -> Opened:
+    """Open and lock the disk as whoever started this; the rest, which is opened again later, after
+    `become_user`. Follow the state record. Blocks. DiskError, StateRecordError."""
     disk = disks.open_disk(
         config.blk_file,
         read_only=config.read_only,
@@ -114,9 +171,12 @@ def open_device(config: ServeConfig) -> Opened:
     )
     state_file, bitmap = None, None
     try:
+        become_user()
         if config.no_state_file:
             return Opened(disk, None, None)
-        state_file = open_state_file(config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S)
+        state_file = open_state_file(
+            config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory
+        )
         found, record = _check_record(state_file, disk)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, record)
@@ -355,22 +415,18 @@ def percentile_us(stats: OpStats, share: float) -> float:
     return 0.0
 
 
-async def _serve(config: ServeConfig) -> None:
-    opened = await anyio.to_thread.run_sync(open_device, config)
+async def _serve(config: ServeConfig, started: Started) -> None:
+    opened = started.opened
     try:
-        shape = device_shape(config, opened.disk)
-        endpoint = _open_endpoint(config)
         try:
-            engine = await Engine.create(
-                engine_config(config, shape), opened.disk, opened.bitmap, peer_known=opened.peer_known
-            )
             try:
-                mirror = await _serve_device(config, opened, shape, engine, endpoint)
+                started.confinement.seal()
+                mirror = await _serve_device(config, started)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await engine.close()
+                    await started.engine.close()
         finally:
-            endpoint.close()
+            started.endpoint.close()
         await anyio.to_thread.run_sync(mirror.record_clean)
     finally:
         await anyio.to_thread.run_sync(opened.close)
@@ -384,13 +440,13 @@ def _open_endpoint(config: ServeConfig) -> listener.Endpoint:
     return listener.listen_at(config.socket_path)
 
 
-async def _serve_device(
-    config: ServeConfig, opened: Opened, shape: DeviceShape, engine: Engine, endpoint: listener.Endpoint
-) -> Mirror:
+async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
+    opened, shape, engine = started.opened, started.shape, started.engine
     hub = EventHub()
     mirror = Mirror(
         engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
     )
+    mirror.reach = started.confinement.reach
     backend = Backend(config, engine, mirror, hub)
     device = BlkDevice(shape)
     frontends = FrontendServer(device, engine.attach, hub.publish)
@@ -404,7 +460,7 @@ async def _serve_device(
         await lasting.start(_watch_signals, backend)
         async with anyio.create_task_group() as serving:
             await _start_control(config, backend, serving)
-            serving.start_soon(_serve_frontends, frontends, endpoint, backend)
+            serving.start_soon(_serve_frontends, frontends, started.endpoint, backend)
             log.info(
                 "serving",
                 disk=str(opened.disk.path),

@@ -228,12 +228,13 @@ class Engine:
     ) -> "Engine":
         """Start the data plane on `source`, whose descriptor it then owns. `peer_known`: the bitmap tells
         what differs from a peer. EngineError."""
-        return await anyio.to_thread.run_sync(cls._create, config, source, bitmap, peer_known)
+        return await anyio.to_thread.run_sync(cls.create_blocking, config, source, bitmap, peer_known)
 
     @classmethod
-    def _create(
+    def create_blocking(
         cls, config: EngineConfig, source: Disk, bitmap: BitmapFile | None, peer_known: bool
     ) -> "Engine":
+        """`create`, before there is an event loop."""
         c_config = ffi.new("struct vs_engine_config *")
         c_config.capacity_bytes = config.capacity_bytes
         c_config.block_bytes = config.block_bytes

@@ -42,6 +42,7 @@ from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchE
 from vhostsync.events import EventHub
 from vhostsync.mirror_status import CopyRate, MirrorStatus, Switched, SwitchPlan, SwitchResult
 from vhostsync.peer import Peer
+from vhostsync.privileges import Reach
 from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_record import DiskIdentity, Prepared, StateFile, StateRecord, Worth
 
@@ -117,6 +118,7 @@ class Mirror:
         if bitmap is not None and self._record.peer is not None and self._record.bitmap == bitmap.token:
             self._peer.known(self._record.peer, peer_left)
         self._read_only = source.read_only
+        self.reach = Reach()  # where destinations may lie
         self._busy: str | None = None
         self._record_lock = anyio.Lock()
         self._next_record: StateRecord | None = None  # what holds once the engine has exchanged the disks
@@ -406,6 +408,7 @@ class Mirror:
                 )
             if self._read_only:
                 raise MirrorError("a disk that is served read-only has nothing to mirror")
+            await anyio.to_thread.run_sync(self.reach.check, target.path)
             await self._await_fence()
             engine = self._engine.config
             disk = await anyio.to_thread.run_sync(

@@ -72,14 +72,17 @@ def open_state_file(
     return state_file
 
 
-def make_directory(path: Path) -> None:
-    """With its missing parents, each durable in its own parent, for the owner alone."""
-    missing = [path] if not path.exists() else []
-    while missing and not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
+def make_directory(path: Path, owner: tuple[int, int] | None = None) -> None:
+    """With its missing parents, each durable in its own parent, for the owner alone. `owner`: user and group
+    that get the last of them, if it is made here."""
     try:
+        missing = [path] if not path.exists() else []
+        while missing and not missing[-1].parent.exists():
+            missing.append(missing[-1].parent)
         for each in reversed(missing):
             each.mkdir(mode=0o700, exist_ok=True)
+            if each == path and owner is not None:
+                os.chown(each, *owner)
             RealFileSystem().sync_directory(each.parent)
     except OSError as error:
         raise StateRecordError(

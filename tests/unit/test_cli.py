@@ -346,7 +346,8 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
-        --log-format json --log-level debug"""
+        --log-format json --log-level debug
+        --user nobody:kvm --sandbox off --allow-path /one --allow-path /two"""
     words = ["serve", *options.split()]
     assert run(*words)[0] == 0
     [settings] = daemon
@@ -366,6 +367,8 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))
     assert str(settings.metrics) == "TcpAddress(host='127.0.0.1', port=9100)"
     assert (settings.log_format, settings.log_level) == ("json", "debug")
+    assert (settings.user, settings.sandbox) == ("nobody:kvm", "off")
+    assert settings.allow_paths == (Path("/one"), Path("/two"))
     changed = {
         name
         for name, field in ServeConfig.__dataclass_fields__.items()

@@ -34,8 +34,8 @@ class Endpoint:
             try:
                 if os.lstat(self.path).st_ino == self.inode:
                     self.path.unlink()
-            except FileNotFoundError:
-                pass
+            except (FileNotFoundError, PermissionError):
+                pass  # a socket that stays is replaced by the next start
 
 
 def listen_at(path: Path) -> Endpoint:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a `serve` that is up may still do, and that it does its work so, on the kernel of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.rig import Load, Served, flush, image, lacking, need_root, refused_start, write_block
+from tests.guest.qmp_client import QmpError
+
+NOBODY = "nobody"
+
+
+def status_of(pid: int, thread: str) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def threads_of(served: Served) -> list[str]:
+    return [entry.name for entry in Path(f"/proc/{served.process.pid}/task").iterdir()]
+
+
+def logged(served: Served) -> dict[str, Any]:
+    """What `serve` says about its privileges."""
+    for line in served.process.log.read_text().splitlines():
+        entry: dict[str, Any] = json.loads(line)
+        if entry.get("message") == "privileges":
+            return entry
+    raise AssertionError("nothing is said about privileges")
+
+
+def has_landlock(served: Served) -> bool:
+    return "landlock" in logged(served)["held"]
+
+
+def give_to_nobody(folder: Path) -> None:
+    """The folder of a test is of a user that is to work in it; the folders above let it through."""
+    entry = pwd.getpwnam(NOBODY)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, entry.pw_uid, entry.pw_gid)
+    for above in folder.parents:
+        if not above.stat().st_mode & 0o001:
+            pytest.skip(f"{NOBODY} cannot reach {folder}, as {above} is closed to others")
+
+
+def work_it(served: Served, other: Path) -> None:
+    """Mirror to a destination that is made, switch there and back under load; nothing is lost."""
+    with Load(served) as load:
+        served.start_mirror(other, create=True)
+        load.go_on()
+        served.qmp.execute("switch", **{"keep-mirror": True})
+        load.go_on()
+        served.qmp.execute("switch", **{"keep-mirror": True})
+        load.go_on()
+        expected = load.stop()
+    served.qmp.execute("mirror-cancel")
+    served.stop()
+    assert lacking(other, expected) == []
+
+
+def test_every_thread_has_nothing_left(work: Path) -> None:
+    with Served(work, image(work / "a.img")) as served, served.guest() as guest:
+        write_block(guest, 0, 1)
+        flush(guest)
+        threads = threads_of(served)
+        assert len(threads) >= 2, "the data plane has a thread of its own"
+        for thread in threads:
+            status = status_of(served.process.pid, thread)
+            for name in ("CapPrm", "CapEff", "CapInh", "CapAmb"):
+                assert int(status[name], 16) == 0, (status["Name"], name)
+            if os.geteuid() == 0:
+                assert int(status["CapBnd"], 16) == 0, status["Name"]
+            assert status["NoNewPrivs"] == "1", status["Name"]
+            assert status["Seccomp"] == "2", status["Name"]
+        guest.close()
+        served.stop()
+
+
+def test_off_leaves_all_as_it_was(work: Path) -> None:
+    with Served(work, image(work / "a.img"), "--sandbox", "off") as served:
+        mine, its = (status_of(pid, str(pid)) for pid in (os.getpid(), served.process.pid))
+        for name in ("CapPrm", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp"):
+            assert its[name] == mine[name], name
+        assert logged(served)["sandbox"] == "off"
+        served.stop()
+
+
+def test_mirror_switch_bitmap_metrics(work: Path) -> None:
+    options = ("--bitmap", work / "a.bitmap", "--metrics", work / "metrics.sock")
+    with Served(work, image(work / "a.img"), *options) as served:
+        work_it(served, work / "b.img")
+    assert not (work / "vm.sock").exists(), "its socket goes with it"
+
+
+def test_as_another_user(work: Path) -> None:
+    need_root()
+    disk = image(work / "a.img")
+    give_to_nobody(work)
+    options = ("--user", NOBODY, "--bitmap", work / "a.bitmap", "--metrics", work / "metrics.sock")
+    with Served(work, disk, *options) as served:
+        entry = pwd.getpwnam(NOBODY)
+        for thread in threads_of(served):
+            status = status_of(served.process.pid, thread)
+            assert set(status["Uid"].split()) == {str(entry.pw_uid)}, status["Name"]
+            assert set(status["Gid"].split()) == {str(entry.pw_gid)}, status["Name"]
+            assert "0" not in status["Groups"].split(), "root's groups are gone"
+        work_it(served, work / "b.img")
+    assert (work / "b.img").stat().st_uid == entry.pw_uid
+    assert not (work / "vm.sock").exists()
+
+
+def test_a_user_who_cannot_write_the_state_is_told_at_the_start(work: Path) -> None:
+    need_root()
+    disk = image(work / "a.img")
+    (work / "state").mkdir(mode=0o700)
+    code, stderr = refused_start(
+        "serve", "--blk-file", disk, "--socket-path", work / "no.sock", "--user", NOBODY,
+        env={"STATE_DIRECTORY": str(work / "state")},
+    )  # fmt: skip
+    assert code == 1
+    assert "Permission denied" in stderr and "Traceback" not in stderr
+
+
+def test_an_unknown_user(work: Path) -> None:
+    words = ("serve", "--blk-file", image(work / "a.img"), "--socket-path", work / "no.sock")
+    code, stderr = refused_start(*words, "--user", "no-such-user")
+    assert code == 1 and "this machine has no user no-such-user" in stderr
+
+
+def test_destinations_lie_where_they_may(work: Path) -> None:
+    """Once it is said where they may, elsewhere is refused in a sentence that says what to do."""
+    near, far = work / "near", work / "far"
+    near.mkdir()
+    far.mkdir()
+    with Served(near, image(near / "a.img"), "--allow-path", near) as served:
+        if not has_landlock(served):
+            pytest.skip("THIS TEST IS LEFT OUT, as this kernel has no Landlock")
+        with pytest.raises(QmpError, match=f"lies outside the directories.*--allow-path {far}"):
+            served.qmp.execute("mirror-start", destination=str(far / "b.img"), create=True)
+        assert served.state == "passthrough" and list(far.iterdir()) == []
+        served.stop()
+    shutil.rmtree(near / "state")
+    with Served(near, near / "a.img", "--allow-path", far) as served:
+        served.start_mirror(far / "b.img", create=True)
+        served.stop()
