@@ -468,7 +468,7 @@ def _add_privileges(serve: argparse.ArgumentParser) -> None:
         action="append",
         dest="allow_paths",
         metavar="DIR",
-        help="destinations may lie here, too, and not only beside the disk (may be given again)",
+        help="destinations may lie only here and beside the disk; the kernel withholds all else (repeatable)",
     )
 
 

@@ -9,7 +9,8 @@ In this order, because most of it holds only for the thread that asks for it and
 3. `confine`, still in the only thread, so every later thread inherits it: no capability is left, none can be
    gained by running a program (no_new_privs, an empty bounding set), no memory becomes code (MDWE), nobody of
    the same user reads this memory (not dumpable, so no core files either). Where --allow-path says where
-   destinations may lie (or with `require`), Landlock withholds all files but those and the directories in use.
+   destinations may lie (or with `require`), Landlock withholds all files but there and in the directories in
+   use.
 4. The engine starts its thread and its io_uring.
 5. `seal`: the seccomp filter, on all threads. Last, because it forbids making another ring.
 
