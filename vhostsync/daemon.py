@@ -29,7 +29,7 @@ import anyio.abc
 import anyio.to_thread
 import structlog
 
-from vhostsync import disks, events
+from vhostsync import disks, events, service_manager
 from vhostsync import log as logging
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
@@ -469,8 +469,10 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
                 direct=opened.disk.direct,
                 socket=str(config.socket_path) if config.socket_path else f"fd {config.fd}",
             )
+            service_manager.tell(READY=1, STATUS=f"serving {opened.disk.path}")
             await backend.wait_stopped()
             hub.publish(events.SHUTDOWN, {"force": backend.forced})
+            service_manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")
             lasting.start_soon(_abandon_if_forced, backend)
             serving.cancel_scope.cancel()
         await mirror.detach(force=backend.forced)
