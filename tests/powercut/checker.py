@@ -145,6 +145,13 @@ class State:
             _put(after_kill, sector, bad=disk.latest(sector) not in self.kill.allowed(sector))
 
 
+def _amid_pages(moments: Sequence[Moment], place: int) -> bool:
+    """Pages that had changed when the record looked at them stand one after the other: the file was never as
+    a part of them has it."""
+    following = moments[place + 1 : place + 2]
+    return moments[place].kind is Kind.PAGE and bool(following) and following[0].kind is Kind.PAGE
+
+
 def _put(into: set[int], sector: int, *, bad: bool) -> None:
     if bad:
         into.add(sector)
@@ -178,7 +185,7 @@ class Checker:
                 state.apply(moment, place)
                 if place == settled:
                     state.judge_all()
-                if place < settled:
+                if place < settled or _amid_pages(moments, place):
                     continue
                 self.tally.prefixes += 1
                 self._moments, self._place = moments, place

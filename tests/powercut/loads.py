@@ -182,13 +182,28 @@ async def switch_and_lose(running: Running, chance: random.Random) -> None:
         other.fault(op, 0, count=0)
 
 
+async def get_ahead(running: Running, chance: random.Random) -> None:
+    """The destination stands still until the guest is ahead of it; the phase ends on the way back."""
+    other = running.other
+    with anyio.move_on_after(2.0):
+        while running.mirror.state is MirrorState.STEADY:
+            other.hold(DiskOp.WRITE)
+            other.hold(DiskOp.ZERO)
+            await anyio.sleep(0.002)
+    other.hold(DiskOp.WRITE, False)
+    other.hold(DiskOp.ZERO, False)
+    with anyio.move_on_after(chance.choice((0.01, 0.05, 2.0))):
+        await running.until(MirrorState.STEADY)
+
+
 @dataclass(frozen=True)
 class Scene:
-    """`refused`: phases that may find that they are impossible now (a switch after a loss)."""
+    """A phase may find that it is impossible now (a switch after a loss): that is part of the play."""
 
     name: str
     phases: tuple[Phase, ...]
     features: int = DEFAULT_FEATURES
+    pull_ahead: bool = False
 
     @property
     def write_through(self) -> bool:
@@ -203,6 +218,11 @@ SCENES = (
     Scene("leave", (attach, leave, idle, attach, idle, switch, idle)),
     Scene("switch-and-lose", (attach, switch_and_lose, attach, idle, switch_and_lose, attach, idle)),
     Scene("interrupted", (begin_copy, lose_destination, begin_copy, cancel, begin_copy, idle)),
+    Scene(
+        "ahead",
+        (attach, get_ahead, idle, get_ahead, lose_destination, attach, get_ahead, switch, get_ahead, cancel),
+        pull_ahead=True,
+    ),
     Scene(
         "write-through",
         (attach, idle, lose_destination, idle, attach, switch, idle),

@@ -203,7 +203,7 @@ async def machine(
         disk.load(0, image_bytes(remains.images[number]))
         recorder.watch_disk(disk, number)
     site.bitmap.write_bytes(remains.bitmap)
-    engine_bitmap = engine_module._engine_bitmap
+    engine_bitmap, opened_by_engine = engine_module._engine_bitmap, BitmapFile.opened_by_engine
 
     def test_disk(disk: Disk) -> Any:
         disk.fd.close()
@@ -213,8 +213,11 @@ async def machine(
         handle = engine_bitmap(file)
         lib.vs_test_bitmap_slots(handle, SLOTS)
         lib.vs_test_record_bitmap(recorder.handle, handle)
-        recorder.synced(recorder.sync_begun())  # vs_bitmap_open() has
         return handle
+
+    def synced_by_engine(file: BitmapFile) -> None:
+        recorder.synced(recorder.sync_begun())  # vs_bitmap_open() has
+        opened_by_engine(file)
 
     config = EngineConfig(**{
         "capacity_bytes": SIZE, "block_bytes": 512, "log_bytes": 8 * MIB, "destination_timeout_s": 30,
@@ -227,6 +230,7 @@ async def machine(
         booted(remains.boot),
         mock.patch.object(engine_module, "_engine_disk", test_disk),
         mock.patch.object(engine_module, "_engine_bitmap", test_bitmap),
+        mock.patch.object(BitmapFile, "opened_by_engine", synced_by_engine),
     ):
         source = site.open_disk(current_disk(site, remains.record))
         opened = open_machine(site, remains, source, state_file)
@@ -257,6 +261,9 @@ async def machine(
                                 disk.release_all()
                             await anyio.to_thread.run_sync(guest.close)
                             tasks.cancel_scope.cancel()
+            except BaseException:
+                opened.close()
+                raise
             finally:
                 with anyio.CancelScope(shield=True):
                     await engine.close()

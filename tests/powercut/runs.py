@@ -50,7 +50,14 @@ def record(where: Site, scene: Scene, remains: Remains, chance: random.Random) -
     async def perform() -> None:
         checkpoint_s = chance.choice((0.002, 0.01, 0.05))
         async with machine(
-            where, remains, recorder, features=scene.features, checkpoint_s=checkpoint_s
+            where,
+            remains,
+            recorder,
+            features=scene.features,
+            checkpoint_s=checkpoint_s,
+            pull_ahead=scene.pull_ahead,
+            congestion_fill_bytes=128 << 10,
+            ahead_backoff_s=0.01,
         ) as running:
             await play(running, scene, chance)
 

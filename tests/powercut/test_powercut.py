@@ -7,12 +7,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import anyio
+import anyio.to_thread
 import pytest
 
-from tests.powercut.checker import Tally
+from tests.powercut.checker import LossError, Tally
 from tests.powercut.loads import SCENES, Scene
 from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
+from vhostsync.bad_ranges import BadRanges
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_status import Switched, SwitchPlan
+from vhostsync.state_record import DiskIdentity, Prepared, StateRecord, Worth
 
 SEEDS = int(os.environ.get("VHOSTSYNC_POWERCUT_SEEDS", "2"))
 
@@ -30,3 +36,43 @@ def test_no_power_cut_and_no_kill_breaks_a_promise(where: Site, scene: Scene) ->
     for seed in range(1, SEEDS + 1):
         check_scene(where, scene, seed, 150, tally)
     assert tally.prefixes > 500 and tally.restarts >= 150 * SEEDS and tally.resyncs > 0
+
+
+def _one_of_the_seeds_finds_it(where: Site, scene: str) -> bool:
+    (chosen,) = (each for each in SCENES if each.name == scene)
+    for seed in range(1, 11):
+        try:
+            check_scene(where, chosen, seed, 50, Tally())
+        except LossError:
+            return True
+    return False
+
+
+def test_a_record_that_is_written_after_the_exchange_is_noticed(
+    where: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest writes to the new disk while the record still names the old one."""
+
+    async def exchange_first(mirror: Mirror, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
+        mirror._next_record = mirror._record.switched(keep_mirror=plan.keep_mirror)
+        pause_ns = await mirror._engine.exchange(keep_mirror=plan.keep_mirror, accept_unreadable=False)
+        await anyio.sleep(0.02)
+        assert prepared is not None
+        await anyio.to_thread.run_sync(prepared.commit)
+        return Switched(pause_ns, BadRanges())
+
+    monkeypatch.setattr(Mirror, "_exchange", exchange_first)
+    assert _one_of_the_seeds_finds_it(where, "leave")
+
+
+def test_a_destination_that_is_called_up_to_date_too_early_is_noticed(
+    where: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record says so before the first byte is copied."""
+    with_peer = StateRecord.with_peer
+
+    def early(record: StateRecord, peer: DiskIdentity, bitmap: str | None = None) -> StateRecord:
+        return with_peer(record, peer, bitmap).with_worth(Worth.UP_TO_DATE)
+
+    monkeypatch.setattr(StateRecord, "with_peer", early)
+    assert _one_of_the_seeds_finds_it(where, "copy")
