@@ -273,6 +273,11 @@ void attachments_check_deadlines(struct vs_engine *e)
         mirror_degrade(e, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
 }
 
+static bool waits_for_destination(const struct vs_engine *e, const struct queue *q)
+{
+    return guest_flush_since_ns(e, q) != UINT64_MAX || read_fallback_waits(e, q) || e->failover.pending;
+}
+
 /* Only while somebody waits for the destination does giving it up make a ring quiet. */
 uint64_t attachments_deadline_ns(const struct vs_engine *e)
 {
@@ -283,7 +288,7 @@ uint64_t attachments_deadline_ns(const struct vs_engine *e)
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         const struct queue *q = &a->queue[i];
         if ((q->stop_token || q->disable_token) && q->quiet_deadline_ns < deadline &&
-            guest_flush_since_ns(e, q) != UINT64_MAX)
+            waits_for_destination(e, q))
             deadline = q->quiet_deadline_ns;
     }
     return deadline;

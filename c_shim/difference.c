@@ -303,7 +303,7 @@ void difference_pump(struct vs_engine *e)
     if (d->step == CHECKPOINT_MIRRORING && !held_up(e)) {
         if (!d->repaired_before && counts_cover(e))
             d->step = CHECKPOINT_SETTLING;
-        else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns &&
+        else if (engine_takes_up(e) && engine_now(e) >= d->next_ns &&
                  log_mirrored_prefix(&e->log, e->counts.source_generation) >= d->generation)
             flush_both(e);
     }
@@ -314,6 +314,6 @@ void difference_pump(struct vs_engine *e)
 uint64_t difference_deadline_ns(const struct vs_engine *e)
 {
     const struct difference *d = &e->difference;
-    bool waits = begins(e) || (d->step == CHECKPOINT_MIRRORING && e->gate == GATE_OPEN && d->next_ns > engine_now(e));
+    bool waits = begins(e) || (d->step == CHECKPOINT_MIRRORING && engine_takes_up(e) && d->next_ns > engine_now(e));
     return d->tracked && runs(e) && waits ? d->next_ns : UINT64_MAX;
 }

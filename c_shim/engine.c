@@ -66,8 +66,9 @@ static void gate_open(struct vs_engine *e)
 
 static bool drained(const struct vs_engine *e)
 {
-    return e->requests_in_flight == 0 && log_drained(&e->log) && e->replicator.in_use == 0 &&
-           e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
+    /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
+    return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&
+           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
 }
 
 static void gate_pump(struct vs_engine *e)
@@ -103,6 +104,8 @@ static void exchange(struct vs_engine *e, uint64_t token, uint32_t flags)
 {
     int rc = mirror_exchange(e, flags);
     uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
+    if (rc == 0)
+        source_failover_over(e);
     if (e->gate == GATE_CLOSED)
         gate_open(e);
     mailbox_done(&e->mailbox, token, rc, pause_ns);
@@ -203,6 +206,9 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_UNGATE:
         ungate(e);
         break;
+    case VS_CMD_FAILOVER_GIVE_UP:
+        source_failover_give_up(e);
+        break;
     case VS_CMD_EXCHANGE:
         exchange(e, token, (uint32_t)c->value);
         return;
@@ -265,7 +271,7 @@ static void serve_queues(struct vs_engine *e)
 {
     struct list turn;
     struct list *node;
-    if (e->gate != GATE_OPEN)
+    if (!engine_takes_up(e))
         return;
     if (e->room || (e->throttle_until_ns && e->throttle_until_ns <= engine_now(e))) {
         e->room = false;
@@ -298,10 +304,11 @@ static uint64_t min_ns(uint64_t a, uint64_t b)
 static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, now;
-    bool queues = e->gate == GATE_OPEN && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
-    if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->verifier.more || e->quit)
+    bool queues = engine_takes_up(e) && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
+    if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->verifier.more || e->quit ||
+        read_fallback_due(e) || source_failover_due(e))
         return 0;
-    if (e->throttle_until_ns && e->gate == GATE_OPEN && !list_empty(&e->stalled))
+    if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->stalled))
         deadline = e->throttle_until_ns;
     if (e->gate == GATE_CLOSING)
         deadline = min_ns(deadline, e->gate_deadline_ns);
@@ -311,6 +318,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
     deadline = min_ns(deadline, difference_deadline_ns(e));
     deadline = min_ns(deadline, verifier_deadline_ns(e));
     deadline = min_ns(deadline, attachments_deadline_ns(e));
+    deadline = min_ns(deadline, read_fallback_deadline_ns(e));
     if (deadline == UINT64_MAX)
         return UINT64_MAX;
     now = clock_ns();
@@ -329,6 +337,8 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     serve_queues(e);
     e->host.now_ns = clock_ns();
     disk_run_done(&e->host); /* what completed at once */
+    read_fallback_pump(e);
+    source_failover_pump(e);
     guest_flush_pump(e);
     activity_pump(e);
     queues_notify(e);
@@ -425,6 +435,7 @@ static void free_engine(struct vs_engine *e)
     attachments_free(e);
     copier_free(e);
     verifier_free(e);
+    read_fallback_free(e);
     replicator_free(e);
     repl_log_free(&e->log);
     dirty_map_free(&e->to_copy);
@@ -447,13 +458,14 @@ static int init_engine(struct vs_engine *e, const char **step)
     attachments_init(e);
     poller_init(e);
     range_slots_init(&e->source_slots);
+    source_failover_init(e);
     guest_flush_init(e);
     mirror_init(e);
     *step = "allocation of the engine's buffers";
     if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
         (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0 || (rc = verifier_init(e)) < 0)
         return rc;
-    if ((rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0)
+    if ((rc = read_fallback_init(e)) < 0 || (rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0)
         return rc;
     /* A region is copied as a whole. */
     return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);

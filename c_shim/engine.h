@@ -35,8 +35,10 @@
 #include "poller.h"
 #include "pull_ahead.h"
 #include "range_slots.h"
+#include "read_fallback.h"
 #include "repl_log.h"
 #include "replicator.h"
+#include "source_failover.h"
 #include "throttle.h"
 #include "uring.h"
 #include "verifier.h"
@@ -86,7 +88,7 @@ struct attachment {
 
 /* A request's states are told in request_path.c. */
 struct request {
-    struct list link; /* free */
+    struct list link; /* free; or kept back after an error of the source (read_fallback.c, source_failover.c) */
     struct vs_engine *engine;
     struct queue *queue;
     struct mem_table *table; /* pinned; NULL: not in flight */
@@ -95,7 +97,9 @@ struct request {
     bool captured;          /* counted in mirror.captured_writes (else uncaptured_writes) */
     uint64_t capture_epoch; /* of the mirror for which it was captured */
     uint64_t taken_ns;
-    uint64_t generation;    /* once the source has completed it */
+    uint64_t generation;    /* once the source has completed it; of a read: what the destination must hold */
+    uint64_t waits_since_ns; /* for the destination */
+    int parked_error;       /* why it is parked; 0: others are */
     struct log_entry *entry;
     uint8_t *bounce;
     int64_t bounce_slot;
@@ -139,6 +143,8 @@ struct vs_engine {
     struct verifier verifier;
     struct grow grow;
     struct pull_ahead ahead;
+    struct read_fallback read_fallback;
+    struct source_failover failover;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;
@@ -162,6 +168,12 @@ struct vs_engine {
 static inline uint64_t engine_now(const struct vs_engine *e)
 {
     return e->host.now_ns;
+}
+
+/* Requests are taken up: no switch holds the guest. */
+static inline bool engine_takes_up(const struct vs_engine *e)
+{
+    return e->gate == GATE_OPEN && !e->failover.pending;
 }
 
 /* No write waits for room in the log any more: for how long one did is added up. */

@@ -72,12 +72,19 @@ static void source_flushed(struct disk_io *io)
         return;
     }
     engine_report_io_error(e, VS_SOURCE, io);
+    if (!source_failover_park_flush(e, io, f->source_number))
+        guest_flush_source_failed(e, f->source_number, io->result);
+}
+
+void guest_flush_source_failed(struct vs_engine *e, uint64_t number, int error)
+{
+    struct guest_flush *f = &e->flush;
     /* Theirs is an I/O error, whatever the destination holds; who came later has a flush to come. */
     list_each_safe(node, &f->waiters)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if (w->source_flush == f->source_number && !w->destination_only && !counts_source_holds(&e->counts, w->generation))
-            let_go(f, w, io->result);
+        if (w->source_flush == number && !w->destination_only && !counts_source_holds(&e->counts, w->generation))
+            let_go(f, w, error);
     }
 }
 
@@ -160,7 +167,7 @@ void guest_flush_pump(struct vs_engine *e)
     if (list_empty(&f->waiters))
         return;
     decide(e, &want_source, &want_destination);
-    if (want_source && !f->source_in_flight)
+    if (want_source && !f->source_in_flight && !e->failover.pending)
         flush_source(e);
     if (want_destination && !f->destination_in_flight)
         flush_destination(e);

@@ -42,6 +42,8 @@ void guest_flush_init(struct vs_engine *e);
 /* Waits until all up to generation is durable (done and destination_only are the caller's to set); done()
  * comes from guest_flush_pump(). */
 void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation);
+/* The source flush of this number has failed: the error of those that shared it. */
+void guest_flush_source_failed(struct vs_engine *e, uint64_t number, int error);
 void guest_flush_pump(struct vs_engine *e);
 /* Since when somebody (of this owner; NULL: anybody) has waited for the destination; UINT64_MAX: nobody does. */
 uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner);

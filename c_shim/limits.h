@@ -31,6 +31,8 @@
 #define COPY_DEPTH_MAX 16
 /* Where the source cannot be read, down to pieces of this size is tried what can. */
 #define RESCUE_BYTES 4096u
+/* Reads of the destination for the guest, where the source has failed, at once. */
+#define FALLBACK_DEPTH 16
 /* Zeroes are looked for, and skipped or punched, in units of this size. */
 #define COPY_ZERO_BYTES (64u << 10)
 /* A hole is passed over in steps of this size. */
@@ -54,10 +56,10 @@ static_assert(VS_SEGMENT_MAX + 2 <= REQUEST_IOV_MAX, "every legal request fits i
 static_assert((unsigned long)VS_SEGMENT_MAX * VS_SEGMENT_BYTES_MAX <= VS_REQUEST_BYTES_MAX,
               "every legal request is within the bound on its bytes");
 static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be bounced");
-static_assert(URING_WORKERS > REPLICA_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4, "a destination that hangs leaves workers to the source");
+static_assert(URING_WORKERS > REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4, "a destination that hangs leaves workers to the source");
 static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
 static_assert(URING_CQ_ENTRIES >=
-                  REQUESTS_MAX + REPLICA_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
+                  REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
               "all that can be in flight fits the completion queue");
 static_assert(COPY_BYTES % RESCUE_BYTES == 0 && RESCUE_BYTES % 4096 == 0, "a piece is whole blocks of any disk");
 static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");

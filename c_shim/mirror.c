@@ -166,7 +166,7 @@ void mirror_pump(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
     close_former(e);
-    if (list_empty(&e->stalled) || e->gate != GATE_OPEN)
+    if (list_empty(&e->stalled) || !engine_takes_up(e))
         engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
         mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
@@ -208,7 +208,7 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
         return -EBUSY;
     if (e->source->stats.in_flight || m->disk->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */
-    assert(e->requests_in_flight == 0 && log_drained(&e->log));
+    assert((e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log));
     counts_exchange(&e->counts, keep);
     e->source = m->disk;
     e->flush.dirty = true;
@@ -222,6 +222,8 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
     m->capturing = false;
     m->epoch++;
     m->capture_epoch++;
+    m->uncaptured_writes += m->captured_writes; /* of those that are parked */
+    m->captured_writes = 0;
     difference_forget(e);
     disk_close(old);
     mirror_set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);

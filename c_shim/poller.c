@@ -111,7 +111,7 @@ static bool look_at_rings(struct vs_engine *e)
 
 void poller_begin(struct vs_engine *e)
 {
-    e->poller.willing = e->gate == GATE_OPEN && worth_ns(e, engine_now(e)) > 0;
+    e->poller.willing = engine_takes_up(e) && worth_ns(e, engine_now(e)) > 0;
     look_at_rings(e); /* also while there is no time to look longer */
 }
 

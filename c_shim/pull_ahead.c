@@ -82,7 +82,7 @@ bool pull_ahead_log_fills(const struct vs_engine *e)
 
 static bool congested(const struct vs_engine *e)
 {
-    if (!e->config.pull_ahead || !e->mirror.capturing || e->gate != GATE_OPEN)
+    if (!e->config.pull_ahead || !e->mirror.capturing || !engine_takes_up(e))
         return false;
     return e->throttled_since_ns || ring_used(&e->log.ring) >= e->config.congestion_fill_bytes ||
            (e->mirror.state == VS_STEADY && e->ahead.lag_counts && lag_ns(e) >= lag_max_ns(e));
@@ -163,7 +163,7 @@ void pull_ahead_pump(struct vs_engine *e)
 uint64_t pull_ahead_deadline_ns(const struct vs_engine *e)
 {
     uint64_t oldest_ns = log_oldest_ns(&e->log);
-    bool waits = e->config.pull_ahead && e->mirror.state == VS_STEADY && e->ahead.lag_counts && e->gate == GATE_OPEN;
+    bool waits = e->config.pull_ahead && e->mirror.state == VS_STEADY && e->ahead.lag_counts && engine_takes_up(e);
     return waits && oldest_ns ? oldest_ns + lag_max_ns(e) : UINT64_MAX;
 }
 

@@ -14,6 +14,8 @@
  *   waiting for an extent  the activity log is being written (activity_log.c)
  *   waiting for a slot an overlapping write is on its way to the source
  *   at the source      disk_io in flight
+ *   kept back          the source has failed it: waiting for the destination (read_fallback.c), or for a switch
+ *                      (source_failover.c), which sends it to the new source
  *   waiting for durability  a flush, or a write-through write (guest_flush.c)
  *   finished           status written, used element pushed; back to the pool
  *
@@ -173,27 +175,49 @@ static void write_completed(struct request *r)
     }
 }
 
+void request_path_answer_read(struct request *r, const uint8_t *from)
+{
+    uint8_t status = from ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+    for (int i = 0; from && i < r->blk.iov_count; i++) {
+        memcpy(r->blk.iov[i].iov_base, from, r->blk.iov[i].iov_len);
+        from += r->blk.iov[i].iov_len;
+    }
+    finish(r, status);
+}
+
+bool request_path_error_of_disk(int error)
+{
+    return error != -EFAULT && error != -EINVAL && error != -ENOMEM && error != -EBADF;
+}
+
+void request_path_source_failed(struct request *r)
+{
+    if (!changes_content(r->blk.op)) {
+        finish(r, VIRTIO_BLK_S_IOERR);
+        return;
+    }
+    leave_source(r);
+    write_failed(r);
+}
+
 static void source_done(struct disk_io *io)
 {
     struct request *r = container_of(io, struct request, io);
-    if (io->result < 0)
+    bool writes = changes_content(r->blk.op);
+    if (io->result < 0) {
         engine_report_io_error(r->engine, VS_SOURCE, io);
-    if (changes_content(r->blk.op)) {
-        leave_source(r);
-        if (io->result < 0)
-            write_failed(r);
-        else
-            write_completed(r);
+        if ((writes || !read_fallback_take(r, io->result)) && !source_failover_park(r, io))
+            request_path_source_failed(r);
         return;
     }
-    if (io->result == 0 && r->bounce) {
-        uint8_t *from = r->bounce;
-        for (int i = 0; i < r->blk.iov_count; i++) {
-            memcpy(r->blk.iov[i].iov_base, from, r->blk.iov[i].iov_len);
-            from += r->blk.iov[i].iov_len;
-        }
+    if (writes) {
+        leave_source(r);
+        write_completed(r);
+    } else if (r->bounce) {
+        request_path_answer_read(r, r->bounce);
+    } else {
+        finish(r, VIRTIO_BLK_S_OK);
     }
-    finish(r, io->result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
 }
 
 /* Our own memory that the data goes through: the capture, or the bounce buffer; NULL: the guest's does. */
@@ -206,6 +230,8 @@ static void to_source(struct request *r)
 {
     struct disk_io *io = &r->io;
     uint8_t *buffer = own_buffer(r);
+    if (source_failover_holds(r))
+        return;
     io->offset = r->blk.offset;
     io->length = r->blk.length;
     io->may_unmap = r->blk.may_unmap;
@@ -278,6 +304,23 @@ static bool reserve_bounce(struct request *r)
     if (r->bounce_slot < 0)
         r->bounce = NULL;
     return r->bounce != NULL;
+}
+
+bool request_path_suits_source(struct request *r)
+{
+    if (own_buffer(r) || r->blk.op == VS_OP_DISCARD || r->blk.op == VS_OP_WRITE_ZEROES ||
+        disk_iov_aligned(r->engine->source, r->blk.iov, r->blk.iov_count))
+        return true;
+    if (!reserve_bounce(r))
+        return false;
+    if (r->blk.op == VS_OP_WRITE)
+        gather_data(r, r->bounce);
+    return true;
+}
+
+void request_path_to_source(struct request *r)
+{
+    to_source(r);
 }
 
 /* Everything that a request needs before it is taken; false: it stays in the ring. */

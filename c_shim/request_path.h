@@ -17,4 +17,16 @@ enum service request_path_service(struct queue *q);
 /* A checkpoint begins: what is at the source is not covered by it. */
 void request_path_mark_in_flight(struct vs_engine *e);
 
+/* For read_fallback.c and source_failover.c: the ends and the repetition of what the source has failed. */
+
+/* Of the disk, not of the guest's memory or of our own doing. */
+bool request_path_error_of_disk(int error);
+/* The bytes of a read; NULL: the source's error. */
+void request_path_answer_read(struct request *r, const uint8_t *from);
+/* The guest is told of the source's error (rule 5). */
+void request_path_source_failed(struct request *r);
+/* Whether it can go to the source that there is now; a buffer for it is taken if need be. */
+bool request_path_suits_source(struct request *r);
+void request_path_to_source(struct request *r);
+
 #endif

@@ -107,6 +107,8 @@ struct vs_engine_config {
     uint32_t pull_ahead;            /* 1: on congestion the guest runs ahead of the destination; 0: its writes wait */
     uint64_t congestion_fill_bytes; /* so much of the log in use is congestion */
     uint64_t ahead_backoff_us;      /* how soon it may catch up, the second time; then doubled */
+    uint32_t read_fallback;      /* reads that the source fails are answered from a steady destination */
+    uint32_t switch_on_source_error; /* what a steady source fails is kept back: VS_EV_SOURCE_FAILED */
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
@@ -158,8 +160,9 @@ enum vs_command_kind {
     VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
     VS_CMD_GROW,              /* value: the new capacity; desc, used: what source and destination have (0: none). Done
                                * when the guest may be told */
-    VS_CMD_CATCH_UP           /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
+    VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
                                * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
+    VS_CMD_FAILOVER_GIVE_UP   /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
 };
 
 enum vs_exchange_flags {
@@ -225,7 +228,9 @@ enum vs_event_kind {
     VS_EV_FENCE_CLEAR,     /* the last late request of a former destination is over */
     VS_EV_BITMAP_FAILED,   /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
     VS_EV_VERIFIED,        /* a verification is over; result: 0, -ECANCELED, -ENOTCONN (not steady any more) */
-    VS_EV_AHEAD_DRAINED    /* ahead: the destination holds durably what the log had; value: ns until it may catch up */
+    VS_EV_AHEAD_DRAINED,   /* ahead: the destination holds durably what the log had; value: ns until it may catch up */
+    VS_EV_READ_FALLBACK,   /* the first read of this mirror that the destination has answered: offset, length */
+    VS_EV_SOURCE_FAILED    /* op, result, offset, length; held back until VS_CMD_EXCHANGE or VS_CMD_FAILOVER_GIVE_UP */
 };
 
 enum vs_breach {
@@ -348,6 +353,9 @@ struct vs_snapshot {
     uint32_t unreadable_count;
     struct vs_range unreadable[64]; /* the copy could not read the source there: the destination lacks it */
     uint32_t ahead_drained;       /* VS_EV_AHEAD_DRAINED was posted, and the state is still ahead */
+    uint64_t reads_from_destination;
+    uint64_t source_failovers;
+    uint32_t failover_pending;
 };
 
 /* Both copy what the last VS_CMD_SNAPSHOT prepared. */

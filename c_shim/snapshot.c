@@ -47,6 +47,9 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     memcpy(s->doubt, e->doubt.range, sizeof s->doubt);
     s->unreadable_count = e->unreadable.count;
     memcpy(s->unreadable, e->unreadable.range, sizeof s->unreadable);
+    s->reads_from_destination = e->read_fallback.answered;
+    s->source_failovers = e->failover.count;
+    s->failover_pending = e->failover.pending;
     s->disk[VS_SOURCE] = e->source->stats;
     if (e->mirror.disk)
         s->disk[VS_DESTINATION] = e->mirror.disk->stats;

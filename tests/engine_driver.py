@@ -50,6 +50,8 @@ class EventKind(IntEnum):
     BITMAP_FAILED = 8
     VERIFIED = 9
     AHEAD_DRAINED = 10
+    READ_FALLBACK = 11
+    SOURCE_FAILED = 12
 
 
 class Reason(IntEnum):
@@ -134,6 +136,9 @@ class Snapshot:
     requests_waiting: int
     doubt: tuple[tuple[int, int], ...]
     unreadable: tuple[tuple[int, int], ...]
+    reads_from_destination: int
+    source_failovers: int
+    failover_pending: bool
     disk_in_flight: tuple[int, int]
 
 
@@ -218,6 +223,8 @@ class EngineOptions:
     copy_depth: int = 4
     writeback: bool = True
     serial: bytes = b"model"
+    read_fallback: bool = False
+    switch_on_source_error: bool = False
     poll_us: int = 0
     pull_ahead: bool = False
     congestion_fill_bytes: int = 0
@@ -384,6 +391,9 @@ class EngineDriver:
             unreadable=tuple(
                 (int(d.offset), int(d.length)) for d in raw.unreadable[0 : raw.unreadable_count]
             ),
+            reads_from_destination=int(raw.reads_from_destination),
+            source_failovers=int(raw.source_failovers),
+            failover_pending=bool(raw.failover_pending),
             disk_in_flight=(int(raw.disk[0].in_flight), int(raw.disk[1].in_flight)),
         )
 

@@ -420,6 +420,16 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="SIZE",
         help="size of such a part; N times it is copied again after a host crash (default 4M)",
     )
+    mirror.add_argument(
+        "--read-fallback",
+        action="store_true",
+        help="reads that the disk fails are answered from a destination that is up to date",
+    )
+    mirror.add_argument(
+        "--on-source-error",
+        choices=("report", "switch"),
+        help="the guest gets the disk's errors (default), or moves to a destination that is up to date",
+    )
     record = serve.add_argument_group("the state record (which disk is the current one)")
     record.add_argument(
         "--state-file", type=Path, metavar="PATH", help="where it is kept, best on neither disk"

@@ -20,6 +20,7 @@ LogFormat = Literal["auto", "text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnCongestion = Literal["block", "pull-ahead"]
 Sandbox = Literal["auto", "off", "require"]
+OnSourceError = Literal["report", "switch"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -162,6 +163,8 @@ class ServeConfig:
     user: str | None = None  # NAME[:GROUP] to become; None: as it was started
     sandbox: Sandbox = "auto"  # privileges.py
     allow_paths: tuple[Path, ...] = ()  # directories in which later destinations may lie
+    read_fallback: bool = False  # what the source cannot read is read from a steady destination
+    on_source_error: OnSourceError = "report"  # to the guest; or switch to a steady destination
 
     def __post_init__(self) -> None:
         for name in ("blk_file", "socket_path", "state_file", "control_path", "bitmap"):
@@ -226,6 +229,7 @@ class ServeConfig:
             _within("--congestion-fill", self.congestion_fill_bytes, CONGESTION_FILL_MIN, self.log_bytes)
             if self.on_congestion == "block":
                 raise ConfigError("--congestion-fill needs --on-congestion pull-ahead.")
+        _one_of("--on-source-error", self.on_source_error, get_args(OnSourceError))
         for option, seconds in (
             ("--destination-timeout", self.destination_timeout_s),
             ("--stop-timeout", self.stop_timeout_s),

@@ -51,6 +51,7 @@ from vhostsync.mirror import Mirror
 from vhostsync.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.resize import Resizer
 from vhostsync.snapshot import BREACHES, OpStats
+from vhostsync.source_failover import SourceFailover
 from vhostsync.state_index import default_directory, make_directory, open_state_file
 from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth, check_start
 from vhostsync.verify import Verifier
@@ -278,6 +279,8 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         congestion_fill_bytes=config.congestion_bytes,
         ahead_backoff_s=AHEAD_BACKOFF_S,
         poll_us=config.poll_us,
+        read_fallback=config.read_fallback,
+        switch_on_source_error=config.on_source_error == "switch",
     )
 
 
@@ -453,10 +456,12 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
     backend.frontends = frontends
     backend.resizer = Resizer(engine, mirror, device, frontends, hub)
     engine.on_event(lambda event: _on_event(event, engine, frontends, hub))
+    failover = SourceFailover(engine, mirror, hub, config.destination_timeout_s)
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(engine.pump)
         lasting.start_soon(mirror.run)
         lasting.start_soon(backend.verifier.report)
+        lasting.start_soon(failover.run)
         await lasting.start(_watch_signals, backend)
         async with anyio.create_task_group() as serving:
             await _start_control(config, backend, serving)

@@ -79,6 +79,8 @@ class EventKind(IntEnum):
     FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
     AHEAD_DRAINED = lib.VS_EV_AHEAD_DRAINED
     VERIFIED = lib.VS_EV_VERIFIED
+    READ_FALLBACK = lib.VS_EV_READ_FALLBACK
+    SOURCE_FAILED = lib.VS_EV_SOURCE_FAILED
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class EngineConfig:
     pull_ahead: bool = False
     congestion_fill_bytes: int = 0
     ahead_backoff_s: float = 1.0
+    read_fallback: bool = False
+    switch_on_source_error: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,8 @@ class Engine:
         c_config.pull_ahead = config.pull_ahead
         c_config.congestion_fill_bytes = config.congestion_fill_bytes
         c_config.ahead_backoff_us = int(config.ahead_backoff_s * 1e6)
+        c_config.read_fallback = config.read_fallback
+        c_config.switch_on_source_error = config.switch_on_source_error
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
@@ -417,6 +423,10 @@ class Engine:
             lib.VS_EXCHANGE_ACCEPT if accept_unreadable else 0
         )
         return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags)
+
+    async def failover_give_up(self) -> None:
+        """What the source has failed, and was kept back for a switch, is answered with its error."""
+        await self.command(lib.VS_CMD_FAILOVER_GIVE_UP, "giving up the switch from a failed source")
 
     async def attach(self) -> "EngineAttachment":
         """A new attachment for a frontend."""

@@ -148,6 +148,18 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
     )
     page.one("doubt_ranges", "gauge", "Ranges of the source in doubt.", len(mirror.get("doubt") or ()))
     page.one(
+        "reads_from_destination_total",
+        "counter",
+        "Guest reads that the source failed and the destination answered.",
+        mirror.get("reads-from-destination"),
+    )
+    page.one(
+        "source_failovers_total",
+        "counter",
+        "Failures of the source that were answered by a switch.",
+        mirror.get("source-failovers"),
+    )
+    page.one(
         "unreadable_ranges",
         "gauge",
         "Ranges of the source that the copy could not read.",

@@ -375,6 +375,8 @@ class Mirror:
             doubt=rows(now.doubt),
             outdated_since=self._record.outdated_since,
             unreadable=rows(now.unreadable),
+            reads_from_destination=now.reads_from_destination,
+            source_failovers=now.source_failovers,
         )
 
     def _worth(self) -> str | None:
@@ -396,6 +398,7 @@ class Mirror:
             yield
         finally:
             self._busy = None
+            self._wake()
 
     async def start(self, target: MirrorTarget) -> None:
         """Attach a destination and begin the copy: of what differs if it is the last one, as that was left;
@@ -573,14 +576,30 @@ class Mirror:
             if switched is not None:
                 if switched.accepted:
                     log.warning("accepted what the destination holds there", **switched.accepted.listed())
-                return SwitchResult(
-                    pause_us=switched.pause_ns // 1000,
-                    attempts=attempts,
-                    source_path=str(self._source.path),
-                    destination_path=str(self._destination.path) if self._destination else None,
-                    accepted=switched.accepted.listed(),
-                )
+                return self._switched(switched, attempts)
             await anyio.sleep(SWITCH_RETRY_S * attempts)
+
+    def _switched(self, switched: Switched, attempts: int) -> SwitchResult:
+        return SwitchResult(
+            pause_us=switched.pause_ns // 1000,
+            attempts=attempts,
+            source_path=str(self._source.path),
+            destination_path=str(self._destination.path) if self._destination else None,
+            accepted=switched.accepted.listed(),
+        )
+
+    async def leave_source(self, deadline_s: float) -> SwitchResult | None:
+        """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
+        another switch has done so meanwhile. VhostsyncError."""
+        while self._busy is not None:
+            await self._changed.wait()
+        async with self.exclusive("a switch from a failed source"), self._record_lock:
+            if not (await self._engine.snapshot()).failover_pending:
+                return None
+            switched = await self._try_switch(SwitchPlan(deadline_s * 1000))
+            if switched is None:
+                raise SwitchError("the destination could not be brought up to date in time")
+            return self._switched(switched, 1)
 
     async def _try_switch(self, plan: SwitchPlan) -> Switched | None:
         """None: the gate could not be closed in time."""

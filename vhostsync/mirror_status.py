@@ -37,6 +37,8 @@ class MirrorStatus:
     doubt: list[dict[str, int]]
     outdated_since: str | None
     unreadable: list[dict[str, int]]
+    reads_from_destination: int
+    source_failovers: int
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
         rows.append(("Last error", mirror["last-error"]))
     for doubt in mirror.get("doubt") or ():
         rows.append(("In doubt", f"{doubt['length']} bytes of the source from {doubt['offset']} on"))
+    if mirror.get("reads-from-destination"):
+        rows.append(("Fallback", f"{mirror['reads-from-destination']:,} reads answered by the destination"))
     for bad in mirror.get("unreadable") or ():
         rows.append(("Unreadable", f"{bad['length']} bytes of the source from {bad['offset']} on"))
     return "".join(f"{name:<12} {text}\n" for name, text in rows)

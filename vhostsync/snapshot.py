@@ -116,6 +116,9 @@ class Snapshot:
     disks_in_flight: dict[str, int]
     unreadable: tuple[tuple[int, int], ...]
     ahead_drained: bool
+    reads_from_destination: int
+    source_failovers: int
+    failover_pending: bool
 
 
 def _op_stats(s: Any) -> OpStats:
@@ -186,4 +189,7 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
         unreadable=tuple((s.unreadable[i].offset, s.unreadable[i].length) for i in range(s.unreadable_count)),
         ahead_drained=bool(s.ahead_drained),
+        reads_from_destination=s.reads_from_destination,
+        source_failovers=s.source_failovers,
+        failover_pending=bool(s.failover_pending),
     )

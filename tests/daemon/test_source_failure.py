@@ -14,15 +14,18 @@ import pytest
 
 from tests.daemon.rig import (
     BLOCK,
+    Load,
     Served,
     block_of,
     flush,
     image,
+    lacking,
     loop_device,
+    tmpfs,
     write_block,
 )
 from tests.frontend import Status
-from tests.guest.images import MIB, fill_random
+from tests.guest.images import MIB, fill_random, new_image
 from tests.guest.qmp_client import QmpError
 
 SIZE_MIB = 16
@@ -74,3 +77,81 @@ def test_a_copy_around_what_cannot_be_read(work: Path) -> None:
     content = other.read_bytes()
     assert content[: GOOD_MIB * MIB] == good
     assert content[GOOD_MIB * MIB : -BLOCK] == old[GOOD_MIB * MIB : -BLOCK]
+
+
+# ---- reads from the destination -----------------------------------------------------
+
+
+def test_reads_are_answered_by_the_destination(work: Path) -> None:
+    other = image(work / "b.img", SIZE_MIB, filled_mib=0)
+    backing = image(work / "backing.img", SIZE_MIB, filled_mib=SIZE_MIB)
+    with loop_device(backing, 512) as device, Served(work, device, "--read-fallback") as served:
+        with served.guest() as guest:
+            served.start_mirror(other)
+            write_block(guest, LAST, 7)
+            with backing.open("r+b") as file:
+                file.truncate(GOOD_MIB * MIB)
+            assert guest.read_now(LAST * BLOCK, BLOCK) == block_of(LAST, 7)
+            assert served.qmp.wait_event("IO_ERROR")["disk"] == "source"
+            assert (served.state, served.mirror()["reads-from-destination"]) == ("steady", 1)
+            guest.close()
+        served.stop()
+
+
+# ---- a switch because the source fails ------------------------------------------------
+
+
+@contextmanager
+def small_disk(work: Path) -> Iterator[Path]:
+    """A disk that fails writes when 8 MiB of it are used."""
+    with tmpfs(work, 8192) as small:
+        backing = new_image(small.folder / "a.img", 64)
+        with loop_device(backing, 512) as device:
+            yield device
+
+
+def test_a_source_that_fails_under_load_is_left_and_the_guest_sees_nothing(work: Path) -> None:
+    other = image(work / "b.img", 64, filled_mib=0)
+    with small_disk(work) as device, Served(work, device, "--on-source-error", "switch") as served:
+        served.start_mirror(other)
+        with Load(served, blocks=8192, depth=64) as load:
+            found = served.qmp.wait_event("SOURCE_FAILOVER")
+            assert (found["former"], found["source"]) == (str(device), str(other))
+            assert found["switched"] and found["reason"] is None and found["pause-us"] > 0
+            assert "write of" in found["error"]
+            load.go_on()
+            expected = load.stop()
+        assert lacking(other, expected) == []
+        status, mirror = served.qmp.execute("query-status"), served.mirror()
+        assert (status["disk"], status["mirror"], status["epoch"]) == (str(other), "passthrough", 2)
+        assert (mirror["source-failovers"], mirror["doubt"]) == (1, [])
+        record = served.record()
+        assert record is not None and record.current.path == str(other)
+        served.stop()
+
+
+def test_where_no_switch_is_possible_the_error_is_the_guests(work: Path) -> None:
+    """The state record cannot be written, so the guest stays; nothing is left behind."""
+    other = image(work / "b.img", 64, filled_mib=0)
+    with small_disk(work) as device, Served(work, device, "--on-source-error", "switch") as served:
+        with served.guest() as guest:
+            served.start_mirror(other)
+            (record,) = served.state_directory.glob("*.record.json")
+            aside = record.with_name("aside")
+            record.rename(aside)
+            record.mkdir()  # no file can take its place
+            failed = []
+            for number in range(0, 4096, 256):
+                request = guest.write(number * BLOCK, b"x" * 256 * BLOCK)
+                guest.wait(request)
+                failed.append(request.status)
+            assert failed.count(Status.IOERR) > 0
+            found = served.qmp.wait_event("SOURCE_FAILOVER")
+            assert not found["switched"] and found["source"] == str(device) and found["reason"]
+            assert served.state == "steady" and served.mirror()["doubt"]
+            record.rmdir()
+            aside.rename(record)
+            result = served.qmp.execute("switch", accept_unreadable=True)
+            assert result["source-path"] == str(other) and result["accepted"]["doubt"]
+            guest.close()
+        served.stop()

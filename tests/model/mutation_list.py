@@ -329,6 +329,51 @@ MUTATIONS = [
         ";",
         "source_failure.py::test_what_is_unreadable_stays_different_and_is_found_again",
     ),
+    # -- a source that fails -------------------------------------------------------
+    _m(
+        "fallback-does-not-wait",
+        "reads from the destination: sample G, wait for M >= it",
+        "read_fallback.c",
+        "else if (e->counts.writes_mirrored >= r->generation && !read_destination(e, r))",
+        "else if (!read_destination(e, r))",
+        "read_fallback.py::test_it_waits_until_the_destination_has_what_the_guest_has_written",
+    ),
+    _m(
+        "fallback-in-doubt",
+        "reads from the destination: never a range in doubt",
+        "read_fallback.c",
+        "!range_set_overlaps(&e->doubt, r->blk.offset, r->blk.length) &&",
+        "true &&",
+        "read_fallback.py::test_a_range_in_doubt_is_the_guests_error",
+    ),
+    _m(
+        "parked-in-doubt",
+        "a source that fails: what is parked is answered once, by the new disk",
+        "request_path.c",
+        "&& !source_failover_park(r, io))",
+        "&& (range_set_add(&r->engine->doubt, r->blk.offset, r->blk.length), !source_failover_park(r, io)))",
+        "failover.py::test_a_failed_write_is_done_on_the_other_disk",
+    ),
+    _m(
+        "failover-flush-is-held",
+        "a source that fails: a waiting flush is flushed on the new disk",
+        "guest_flush.c",
+        "    if (!source_failover_park_flush(e, io, f->source_number))",
+        "    if (source_failover_park_flush(e, io, f->source_number))\n"
+        "        counts_source_flushed(&e->counts, f->source_generation);\n"
+        "    else",
+        "failover.py::test_a_failed_flush_is_done_on_the_other_disk",
+    ),
+    _m(
+        "failover-before-replication",
+        "a source that fails: what was captured is replicated first",
+        "engine.c",
+        "    return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&\n"
+        "           e->replicator.in_use == 0 &&",
+        "    return e->failover.pending || (e->requests_in_flight == 0) && log_drained(&e->log) &&\n"
+        "           e->replicator.in_use == 0 &&",
+        "failover.py::test_what_was_captured_is_replicated_first",
+    ),
     # -- rule 6: bounded -----------------------------------------------------------
     _m(
         "no-bound-in-time",
@@ -426,8 +471,9 @@ MUTATIONS = [
         "gate-does-not-drain",
         "switch: replication drains until M = G",
         "engine.c",
-        "return e->requests_in_flight == 0 && log_drained(&e->log) && e->replicator.in_use == 0 &&\n"
-        "           e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;",
+        "return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&\n"
+        "           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && "
+        "e->mirror.disk->stats.in_flight == 0;",
         "return e->requests_in_flight == 0;",
         "switch.py::test_the_gate_lets_those_in_flight_finish",
     ),
@@ -435,7 +481,7 @@ MUTATIONS = [
         "gate-stands-open",
         "switch: take up no new requests",
         "engine.c",
-        "    struct list *node;\n    if (e->gate != GATE_OPEN)\n        return;",
+        "    struct list *node;\n    if (!engine_takes_up(e))\n        return;",
         "    struct list *node;",
         "switch.py::test_requests_that_arrive_at_the_gate_go_to_the_new_disk",
     ),
@@ -500,9 +546,9 @@ MUTATIONS = [
         "checkpoint-forgets-the-log",
         "rule 4: a checkpoint waits until the destination has what it covers",
         "difference.c",
-        "        else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns &&\n"
+        "        else if (engine_takes_up(e) && engine_now(e) >= d->next_ns &&\n"
         "                 log_mirrored_prefix(&e->log, e->counts.source_generation) >= d->generation)",
-        "        else if (e->gate == GATE_OPEN && engine_now(e) >= d->next_ns)",
+        "        else if (engine_takes_up(e) && engine_now(e) >= d->next_ns)",
         "resync.py::test_a_write_that_is_not_mirrored_yet_stays_different",
     ),
     _m(

@@ -51,6 +51,8 @@ class FakeStatus:
     doubt: tuple[dict[str, int], ...] = ()
     outdated_since: str | None = None
     unreadable: tuple[dict[str, int], ...] = ()
+    reads_from_destination: int = 0
+    source_failovers: int = 0
 
 
 @dataclass(frozen=True)

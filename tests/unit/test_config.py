@@ -119,6 +119,7 @@ def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch
         ({"on_congestion": "drop"}, "--on-congestion drop is not known here; write block or pull-ahead"),
         ({"on_congestion": "pull-ahead", "congestion_fill_bytes": 65 << 20}, "--congestion-fill"),
         ({"congestion_fill_bytes": 32 << 20}, "--congestion-fill needs --on-congestion pull-ahead"),
+        ({"on_source_error": "panic"}, "--on-source-error panic is not known here; write report or switch"),
         ({"destination_timeout_s": 0}, "--destination-timeout"),
         ({"destination_timeout_s": float("nan")}, "--destination-timeout"),
         ({"stop_timeout_s": 1e9}, "--stop-timeout"),

@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The destination holds the guest's writes 1 .. M. A read that fails on the
+ * source may see any state from its submission on; so G is sampled after the
+ * failure, and once M has reached it the destination shows such a state. What
+ * is written there meanwhile is younger, and in flight together with the read.
+ *
+ * Never where the source is in doubt or unreadable: there the two disks are
+ * known to differ, or the guest was told that a write had failed. And only in
+ * steady: when that ends, whoever still waits gets the source's error.
+ *
+ * The destination is read into buffers of our own. A request that has waited
+ * for destination_timeout is answered with the error, and what a hanging
+ * destination writes late goes into memory that nobody looks at (rules 7, 8).
+ */
+#include "read_fallback.h"
+
+#include <errno.h>
+
+#include "attachment.h"
+#include "engine.h"
+#include "request_path.h"
+
+static void destination_read(struct disk_io *io);
+
+int read_fallback_init(struct vs_engine *e)
+{
+    struct read_fallback *f = &e->read_fallback;
+    list_init(&f->waiting);
+    for (unsigned i = 0; i < FALLBACK_DEPTH; i++)
+        f->reads[i].engine = e;
+    return ring_alloc_init(&f->buffers, BOUNCE_BYTES, LOG_UNIT_BYTES, FALLBACK_DEPTH);
+}
+
+void read_fallback_free(struct vs_engine *e)
+{
+    ring_alloc_free(&e->read_fallback.buffers);
+}
+
+static bool trusted(const struct vs_engine *e, const struct request *r)
+{
+    return e->mirror.state == VS_STEADY && !range_set_overlaps(&e->doubt, r->blk.offset, r->blk.length) &&
+           !range_set_overlaps(&e->unreadable, r->blk.offset, r->blk.length);
+}
+
+bool read_fallback_take(struct request *r, int error)
+{
+    struct vs_engine *e = r->engine;
+    if (!e->config.read_fallback || !request_path_error_of_disk(error) || !trusted(e, r))
+        return false;
+    r->generation = e->counts.source_generation;
+    r->waits_since_ns = engine_now(e);
+    list_append(&e->read_fallback.waiting, &r->link);
+    return true;
+}
+
+static void tell(struct vs_engine *e, const struct request *r)
+{
+    struct vs_event event = {
+        .kind = VS_EV_READ_FALLBACK, .offset = r->blk.offset, .length = r->blk.length, .disk_role = VS_DESTINATION};
+    if (e->read_fallback.told_epoch == e->mirror.epoch)
+        return;
+    e->read_fallback.told_epoch = e->mirror.epoch;
+    mailbox_post(&e->mailbox, &event);
+}
+
+static void destination_read(struct disk_io *io)
+{
+    struct fallback_read *p = container_of(io, struct fallback_read, io);
+    struct vs_engine *e = p->engine;
+    struct request *r = p->request;
+    bool good = io->result == 0;
+    if (!good)
+        engine_report_io_error(e, VS_DESTINATION, io);
+    if (r && good && trusted(e, r)) {
+        e->read_fallback.answered++;
+        tell(e, r);
+        request_path_answer_read(r, p->buffer);
+    } else if (r) {
+        request_path_answer_read(r, NULL);
+    }
+    ring_give(&e->read_fallback.buffers, p->slot);
+    p->request = NULL;
+    p->in_use = false;
+    e->read_fallback.in_use--;
+}
+
+static struct fallback_read *free_read(struct read_fallback *f)
+{
+    for (unsigned i = 0; i < FALLBACK_DEPTH; i++)
+        if (!f->reads[i].in_use)
+            return &f->reads[i];
+    return NULL;
+}
+
+/* False: there is no room now. */
+static bool read_destination(struct vs_engine *e, struct request *r)
+{
+    struct read_fallback *f = &e->read_fallback;
+    struct fallback_read *p = free_read(f);
+    if (!p || (p->slot = ring_take(&f->buffers, r->blk.length, &p->buffer)) < 0)
+        return false;
+    list_remove(&r->link);
+    f->in_use++;
+    p->in_use = true;
+    p->request = r;
+    p->iov = (struct iovec){p->buffer, (size_t)r->blk.length};
+    p->io.kind = VS_DISK_READ;
+    p->io.offset = r->blk.offset;
+    p->io.length = r->blk.length;
+    p->io.iov = &p->iov;
+    p->io.iov_count = 1;
+    p->io.done = destination_read;
+    disk_submit(e->mirror.disk, &p->io);
+    return true;
+}
+
+static void answer_with_error(struct request *r)
+{
+    list_remove(&r->link);
+    request_path_answer_read(r, NULL);
+}
+
+/* Those at a destination that was given up. */
+static void leave_destination(struct read_fallback *f)
+{
+    for (unsigned i = 0; f->in_use && i < FALLBACK_DEPTH; i++) {
+        struct request *r = f->reads[i].request;
+        f->reads[i].request = NULL;
+        if (r)
+            request_path_answer_read(r, NULL);
+    }
+}
+
+static uint64_t patience_ns(const struct vs_engine *e)
+{
+    return e->config.destination_timeout_us * 1000;
+}
+
+void read_fallback_pump(struct vs_engine *e)
+{
+    struct read_fallback *f = &e->read_fallback;
+    if (e->mirror.state != VS_STEADY)
+        leave_destination(f);
+    list_each_safe(node, &f->waiting)
+    {
+        struct request *r = container_of(node, struct request, link);
+        if (!trusted(e, r) || engine_now(e) >= r->waits_since_ns + patience_ns(e))
+            answer_with_error(r);
+        else if (e->counts.writes_mirrored >= r->generation && !read_destination(e, r))
+            return;
+    }
+}
+
+bool read_fallback_due(const struct vs_engine *e)
+{
+    const struct read_fallback *f = &e->read_fallback;
+    if (e->mirror.state == VS_STEADY)
+        return false;
+    for (unsigned i = 0; f->in_use && i < FALLBACK_DEPTH; i++)
+        if (f->reads[i].request)
+            return true;
+    return !list_empty(&f->waiting);
+}
+
+uint64_t read_fallback_deadline_ns(const struct vs_engine *e)
+{
+    const struct read_fallback *f = &e->read_fallback;
+    if (list_empty(&f->waiting))
+        return UINT64_MAX;
+    return container_of(f->waiting.next, struct request, link)->waits_since_ns + patience_ns(e);
+}
+
+bool read_fallback_waits(const struct vs_engine *e, const struct queue *q)
+{
+    const struct read_fallback *f = &e->read_fallback;
+    list_each(node, &f->waiting)
+    {
+        if (container_of(node, struct request, link)->queue == q)
+            return true;
+    }
+    for (unsigned i = 0; f->in_use && i < FALLBACK_DEPTH; i++)
+        if (f->reads[i].request && f->reads[i].request->queue == q)
+            return true;
+    return false;
+}

@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A source that fails in steady is left for the destination before the guest
+ * notices (on_source_error=switch). See source_failover.c.
+ */
+#ifndef VS_SOURCE_FAILOVER_H
+#define VS_SOURCE_FAILOVER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+#include "list.h"
+
+struct vs_engine;
+struct request;
+
+struct source_failover {
+    bool pending;          /* from the first failure until the exchange, or until it is given up */
+    struct list parked;    /* requests, in the order in which they came */
+    int flush_error;       /* a source flush has failed; 0: none has */
+    uint64_t flush_number; /* guest_flush.source_number of it */
+    uint64_t count;        /* exchanges that have ended one */
+};
+
+void source_failover_init(struct vs_engine *e);
+/* The source has failed a request (or its flush); true: it is kept back, and answered later. */
+bool source_failover_park(struct request *r, const struct disk_io *io);
+bool source_failover_park_flush(struct vs_engine *e, const struct disk_io *io, uint64_t number);
+/* Nothing goes to the source while one is pending; true: the request is kept back. */
+bool source_failover_holds(struct request *r);
+/* The disks are exchanged. */
+void source_failover_over(struct vs_engine *e);
+/* There was no exchange: what has failed is answered so, the rest goes to the source. */
+void source_failover_give_up(struct vs_engine *e);
+/* The mirror was lost meanwhile. */
+bool source_failover_due(const struct vs_engine *e);
+void source_failover_pump(struct vs_engine *e);
+
+#endif
