@@ -392,6 +392,13 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="the same while the frontend stops a queue (default 1s)",
     )
     mirror.add_argument(
+        "--destination-retry",
+        type=_seconds,
+        dest="destination_retry_s",
+        metavar="TIME",
+        help="attach one that failed again after so long, then after twice as long (default: never)",
+    )
+    mirror.add_argument(
         "--copy-depth", type=int, metavar="N", help="parts of the copy under way at once (default 8)"
     )
     mirror.add_argument(

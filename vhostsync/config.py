@@ -154,6 +154,7 @@ class ServeConfig:
     congestion_fill_bytes: int | None = None  # None: 7/8 of the log
     destination_timeout_s: float = 10.0
     stop_timeout_s: float = 1.0
+    destination_retry_s: float | None = None  # the first pause before one that failed is tried; None: never
     copy_depth: int = 8  # region copies of 1 MiB in flight
     dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
     metrics: Path | TcpAddress | None = None
@@ -235,6 +236,8 @@ class ServeConfig:
             ("--stop-timeout", self.stop_timeout_s),
         ):
             _within(option, seconds, 0.001, TIMEOUT_S_MAX, " seconds")
+        if self.destination_retry_s is not None:
+            _within("--destination-retry", self.destination_retry_s, 0.001, TIMEOUT_S_MAX, " seconds")
         _within("--copy-depth", self.copy_depth, 1, COPY_DEPTH_MAX)
         if self.poll_us is not None:
             _within("--poll-us", self.poll_us, 0, POLL_US_MAX)

@@ -50,6 +50,7 @@ from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
 from vhostsync.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.resize import Resizer
+from vhostsync.retry import DestinationRetry
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_index import default_directory, make_directory, open_state_file
@@ -466,6 +467,8 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
         async with anyio.create_task_group() as serving:
             await _start_control(config, backend, serving)
             serving.start_soon(_serve_frontends, frontends, started.endpoint, backend)
+            if config.destination_retry_s is not None:
+                serving.start_soon(DestinationRetry(mirror, hub, config.destination_retry_s).run)
             log.info(
                 "serving",
                 disk=str(opened.disk.path),

@@ -110,6 +110,7 @@ class Mirror:
         self._hub = hub
         self._source = Place.of(source)
         self._destination: Place | None = None
+        self._last_target: MirrorTarget | None = None
         self._peer = Peer()
         self._full_copy_reason: str | None = None
         self._state_file = state_file
@@ -141,6 +142,26 @@ class Mirror:
     def destination_path(self) -> Path | None:
         """The destination that is attached."""
         return self._destination.path if self._destination is not None else None
+
+    @property
+    def last_target(self) -> MirrorTarget | None:
+        """What the last mirror-start that was obeyed has named."""
+        return self._last_target
+
+    @property
+    def fenced(self) -> bool:
+        """Requests to a former destination are not over: none can be attached yet (rule 8)."""
+        return self._fenced_path is not None
+
+    @property
+    def changed(self) -> anyio.Event:
+        """Set at the next event of the engine."""
+        return self._changed
+
+    async def left(self, state: MirrorState) -> None:
+        """Returns when the state is another one."""
+        while self.state is state:
+            await self._changed.wait()
 
     @property
     def bitmap(self) -> BitmapFile | None:
@@ -419,6 +440,7 @@ class Mirror:
             )
             try:
                 await self._attach(disk, target)
+                self._last_target = target
             except VhostsyncError:
                 if target.create:
                     await anyio.to_thread.run_sync(target.path.unlink)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--destination-retry`: a destination that was away is attached again by itself, and gets what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.daemon.rig import Served, await_true, ext4, flush, image, lacking, same_content, write_block
+from tests.guest.images import new_image
+
+OPTIONS = ("--destination-timeout", "500ms", "--destination-retry", "200ms")
+
+
+def test_it_comes_back_by_itself(work: Path) -> None:
+    source = image(work / "a.img")
+    with ext4(work) as away:
+        other = new_image(away.folder / "b.img", 16)
+        with Served(work, source, *OPTIONS) as served, served.guest() as guest:
+            served.start_mirror(other)
+            await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
+            away.freeze()
+            write_block(guest, 1, 1)
+            served.await_state("degraded")
+            flush(guest)
+            # It cannot come back while it hangs: that is told, and tried again.
+            assert served.qmp.wait_event("DESTINATION_RETRY", 30, what="failed")["error"]
+            write_block(guest, 2000, 2)
+            away.thaw()
+            assert served.qmp.wait_event("DESTINATION_RETRY", 30, what="attached")["attempt"] > 1
+            served.await_steady()
+            assert served.mirror()["full-copy-reason"] is None
+            guest.close()
+            served.stop()
+        assert same_content(source, other)
+        assert lacking(other, {1: 1, 2000: 2}) == []
+
+
+def test_a_cancel_ends_it(work: Path) -> None:
+    source = image(work / "a.img")
+    with ext4(work) as away:
+        other = new_image(away.folder / "b.img", 16)
+        with Served(work, source, *OPTIONS) as served, served.guest() as guest:
+            served.start_mirror(other)
+            away.freeze()
+            write_block(guest, 1, 1)
+            served.await_state("degraded")
+            served.qmp.wait_event("DESTINATION_RETRY", 30, what="failed")
+            away.thaw()
+            served.qmp.execute("mirror-cancel", force=True)
+            assert served.state == "passthrough"
+            served.qmp.events.clear()
+            served.qmp.execute("query-status")
+            assert not any(event["event"] == "DESTINATION_RETRY" for event in served.qmp.events)
+            guest.close()
+            served.stop()
