@@ -119,8 +119,8 @@ MUTATIONS = [
         "source-not-flushed",
         "beside it the source is flushed",
         "guest_flush.c",
-        "if (want_source && !f->source_in_flight)",
-        "if (want_source && !f->source_in_flight && e->mirror.state != VS_STEADY)",
+        "if (want_source && !f->source_in_flight && !e->failover.pending)",
+        "if (want_source && !f->source_in_flight && !e->failover.pending && e->mirror.state != VS_STEADY)",
         "flush.py::test_flush_is_held_back_with_either_disk",
     ),
     _m(
