@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -40,6 +39,7 @@ from vhostsync.disks import Disk
 from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
+from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror_status import CopyRate, MirrorStatus, Switched, SwitchPlan, SwitchResult
 from vhostsync.peer import Peer
 from vhostsync.privileges import Reach
@@ -52,42 +52,6 @@ PROGRESS_S: Final = 1.0
 RECORD_RETRY_S: Final = 1.0
 SWITCH_RETRY_S: Final = 0.05
 FENCE_WAIT_S: Final = 2.0
-
-
-class MirrorState(StrEnum):
-    PASSTHROUGH = "passthrough"
-    SYNCING = "syncing"
-    STEADY = "steady"
-    AHEAD = "ahead"
-    DEGRADED = "degraded"
-
-
-# Every move there is. The engine reports them; one that is not in here is a defect, and is logged as such.
-TRANSITIONS: Final = {
-    MirrorState.PASSTHROUGH: {MirrorState.SYNCING},
-    MirrorState.SYNCING: {
-        MirrorState.STEADY, MirrorState.AHEAD, MirrorState.DEGRADED, MirrorState.PASSTHROUGH,
-    },
-    MirrorState.STEADY: {
-        MirrorState.STEADY, MirrorState.AHEAD, MirrorState.DEGRADED, MirrorState.PASSTHROUGH,
-    },
-    MirrorState.DEGRADED: {MirrorState.SYNCING, MirrorState.PASSTHROUGH},
-    MirrorState.AHEAD: {MirrorState.SYNCING, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
-}
-
-REASONS: Final = {
-    Reason.COMMAND: "commanded",
-    Reason.COPY_DONE: "everything is copied and flushed",
-    Reason.DESTINATION_WRITE: "a write to the destination failed",
-    Reason.DESTINATION_FLUSH: "a flush of the destination failed",
-    Reason.DESTINATION_TIMEOUT: "the destination did not answer within destination_timeout",
-    Reason.STOP_TIMEOUT: "a ring could not be stopped within stop_timeout because of the destination",
-    Reason.SOURCE_READ: "the copy could not read the source",
-    Reason.SWITCH: "switched",
-    Reason.CONGESTION: "the destination is too slow, and the guest runs on",
-    Reason.CATCH_UP: "catching up with what was written meanwhile",
-}
-
 
 _TO_RECORD: Final = (EventKind.STATE, EventKind.DEGRADED, EventKind.FENCE_CLEAR, EventKind.BITMAP_FAILED)
 

@@ -22,7 +22,8 @@ from vhostsync.disks import size_bytes
 from vhostsync.engine import Engine, bitmap_file_bytes
 from vhostsync.errors import ConfigError, EngineError, MirrorError
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.virtio_blk import BlkDevice
 

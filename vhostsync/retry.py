@@ -12,7 +12,8 @@ import structlog
 from vhostsync import events
 from vhostsync.errors import VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
 
 log = structlog.get_logger(__name__)
 

@@ -28,7 +28,8 @@ from vhostsync import engine as engine_module
 from vhostsync.config import MirrorTarget
 from vhostsync.engine import Engine, EngineAttachment, EngineConfig, probe
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
 from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd

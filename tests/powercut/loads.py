@@ -21,7 +21,7 @@ from tests.powercut.machine import QUEUES, SECTORS, Running
 from tests.powercut.media import SECTOR, image_bytes
 from tests.powercut.recorder import SECTOR_BITS, Confirmed, GuestRequest, Submitted, tag
 from vhostsync.errors import VhostsyncError
-from vhostsync.mirror import MirrorState
+from vhostsync.mirror_state import MirrorState
 
 IN_FLIGHT_MAX = 12
 LONGEST = 64  # sectors of one request

@@ -35,7 +35,8 @@ from vhostsync.daemon import Opened
 from vhostsync.disks import Disk
 from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror, MirrorState
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
 from vhostsync.state_record import StateFile, decode_record
 
 MIB = 1 << 20
