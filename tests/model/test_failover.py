@@ -106,6 +106,7 @@ def test_what_was_captured_is_replicated_first() -> None:
         token = r.driver.submit(lib.VS_CMD_GATE, value=5_000_000)
         r.driver.await_held(r.destination, WRITE)
         assert r.driver.settle().counts.mirrored < 2
+        assert r.driver.done(token) is None, "the gate was answered before M = G"
         r.destination.hold(WRITE, False)
         r.destination.release(WRITE)
         assert r.driver.wait(token).result == 0
