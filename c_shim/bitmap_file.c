@@ -226,7 +226,7 @@ int vs_bitmap_open(int fd, const struct vs_bitmap_shape *shape, enum vs_bitmap_o
     }
     guest_memory_catch_sigbus();
     b->sigbus_slot = guest_memory_watch(b->map, b->map_bytes);
-    rc = prepare(b, how);
+    rc = b->sigbus_slot < 0 ? -ENOSPC : prepare(b, how);
     if (rc < 0) {
         guest_memory_unwatch(b->sigbus_slot);
         munmap(b->map, b->map_bytes);

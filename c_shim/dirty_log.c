@@ -11,7 +11,7 @@ static int map_new(struct dirty_log *log, int fd, uint64_t bytes, uint64_t offse
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = offset & ~(page - 1);
     struct stat st;
-    if (bytes == 0 || offset > INT64_MAX - page || bytes > INT64_MAX - page - offset)
+    if (bytes == 0 || bytes > DIRTY_LOG_BYTES_MAX || offset > INT64_MAX - page - bytes)
         return -EINVAL;
     if (fstat(fd, &st) < 0)
         return -errno;
@@ -26,6 +26,11 @@ static int map_new(struct dirty_log *log, int fd, uint64_t bytes, uint64_t offse
     log->bits = (uint8_t *)log->map + (offset - start);
     log->bytes = bytes;
     log->sigbus_slot = guest_memory_watch(log->map, log->map_bytes);
+    if (log->sigbus_slot < 0) {
+        munmap(log->map, log->map_bytes);
+        log->map = NULL;
+        return -ENOSPC;
+    }
     return 0;
 }
 

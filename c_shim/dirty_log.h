@@ -27,6 +27,9 @@
 
 /* VHOST_LOG_PAGE, whatever the machine's own page. */
 #define DIRTY_LOG_PAGE_BYTES 4096u
+/* Enough for 32 TiB of guest memory. A bound, since a log may have to be filled: the file behind it may be
+ * sparse and of any size, and its pages count as ours. */
+#define DIRTY_LOG_BYTES_MAX (1ull << 30)
 
 /* Of an attachment. */
 struct dirty_log {

@@ -138,6 +138,11 @@ static int region_map(const struct vs_region *r, struct mem_region **out)
     region->user_addr = r->user_addr;
     region->bytes = r->bytes;
     region->sigbus_slot = guest_memory_watch(region->map, bytes);
+    if (region->sigbus_slot < 0) { /* unwatched, the frontend could end this process by shrinking its file */
+        munmap(region->map, bytes);
+        free(region);
+        return -ENOSPC;
+    }
     *out = region;
     return 0;
 }

@@ -55,10 +55,9 @@ int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t of
             area->base = (uint8_t *)area->map + (offset - start);
             area->queues = queues;
             area->sigbus_slot = guest_memory_watch(area->map, area->map_bytes);
-            if (!layout_known(area)) {
+            rc = area->sigbus_slot < 0 ? -ENOSPC : layout_known(area) ? 0 : -EINVAL;
+            if (rc < 0)
                 inflight_unmap(area);
-                rc = -EINVAL;
-            }
         }
     }
     close(fd);

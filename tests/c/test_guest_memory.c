@@ -268,6 +268,32 @@ static void shrunk_memory(void)
     guest_end(&other);
 }
 
+/* The handler of SIGBUS has so many places. A region without one could end the process: it is refused. */
+static void unwatched_memory_is_refused(void)
+{
+    enum { MANY = VS_MAX_ATTACHMENTS + 1 };
+    static struct guest_memory m[MANY];
+    struct guest g = guest_make(PAGE);
+    int before = open_descriptors(), rc = 0, given = 0;
+    for (int i = 0; i < MANY; i++)
+        m[i] = begin();
+    while (rc == 0 && given < MANY * VS_MAX_MEM_SLOTS) {
+        struct vs_region r = guest_region(&g, 0, PAGE);
+        r.guest_addr += (uint64_t)given * PAGE;
+        rc = guest_memory_add(&m[given / VS_MAX_MEM_SLOTS], &r);
+        given += rc == 0;
+    }
+    CHECK_EQUAL(rc, -ENOSPC);
+    CHECK(given >= VS_MAX_ATTACHMENTS * VS_MAX_MEM_SLOTS); /* all that frontends may have at once fits */
+    CHECK_EQUAL(open_descriptors(), before);
+    guest_memory_free(&m[0]);
+    m[0] = begin();
+    CHECK_EQUAL(set_one(&m[0], guest_region(&g, 0, PAGE)), 0);
+    for (int i = 0; i < MANY; i++)
+        guest_memory_free(&m[i]);
+    guest_end(&g);
+}
+
 int main(void)
 {
     test("translation", translation);
@@ -278,5 +304,6 @@ int main(void)
     test("too many regions", too_many);
     test("pins", pins);
     test("shrunk memory", shrunk_memory);
+    test("unwatched memory is refused", unwatched_memory_is_refused);
     return tests_end();
 }

@@ -1,0 +1,291 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A guest that rewrites what it has handed over, while the engine reads it: one
+ * thread drives two rings with good requests, another one stores rubbish into
+ * the descriptors, the indirect tables, the headers and the available rings.
+ *
+ * The guest's memory is two regions that neither begin nor end at a page, in a
+ * file that has more: whoever reads or writes one byte too far meets the bytes
+ * beside a region, which hold a secret. They must stay as they are, and must
+ * never be found on a disk. Both disks must hold the same all the while, since
+ * a write is captured once. And nothing may hang: a ring goes on, or is broken
+ * and can be set up anew.
+ *
+ * VHOSTSYNC_TOCTOU_S: for so long (3 s). Not under ThreadSanitizer: the races are
+ * the test.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+
+#include "rig.h"
+
+#define SECRET 0xc5
+#define FILE_BYTES (4u << 20)
+#define LOW_AT 0x1230u
+#define LOW_BYTES (0x200000u - 0x2468u)
+#define HIGH_AT 0x200330u
+#define HIGH_BYTES (0x1f0000u - 0x1357u)
+#define RACED_LANES 2u
+
+static const struct {
+    uint64_t at, bytes;
+} part[2] = {{LOW_AT, LOW_BYTES}, {HIGH_AT, HIGH_BYTES}};
+
+static bool in_a_region(uint64_t at)
+{
+    return (at >= LOW_AT && at < LOW_AT + LOW_BYTES) || (at >= HIGH_AT && at < HIGH_AT + HIGH_BYTES);
+}
+
+static void hide_secret(struct guest *g)
+{
+    for (uint64_t at = 0; at < g->bytes; at++)
+        g->base[at] = in_a_region(at) ? 0x11 : SECRET;
+}
+
+static void check_secret(struct rig *r)
+{
+    static uint8_t content[DISK_BYTES];
+    uint8_t secret[8];
+    memset(secret, SECRET, sizeof secret);
+    for (uint64_t at = 0; at < r->guest->bytes; at++)
+        CHECK(in_a_region(at) || r->guest->base[at] == SECRET);
+    CHECK_EQUAL(vs_test_disk_read(r->source, 0, DISK_BYTES, CUT_NONE, 1, content), 0);
+    CHECK(!memmem(content, sizeof content, secret, sizeof secret));
+}
+
+static void set_table(struct rig *r)
+{
+    struct vs_command table = {.kind = VS_CMD_SET_MEM_TABLE, .attachment = r->attachment, .fd = -1, .region_count = 2};
+    for (unsigned i = 0; i < 2; i++)
+        table.regions[i] = guest_region(r->guest, part[i].at, part[i].bytes);
+    CHECK_EQUAL(rig_command(r, table), 0);
+}
+
+static void attach(struct rig *r)
+{
+    r->lanes = RACED_LANES;
+    r->guest = malloc(sizeof *r->guest);
+    CHECK(r->guest);
+    *r->guest = guest_make(FILE_BYTES);
+    hide_secret(r->guest);
+    CHECK_EQUAL(rig_simple(r, VS_CMD_ATTACH, 0), 0);
+    CHECK_EQUAL(rig_simple(r, VS_CMD_SET_FEATURES, F_USUAL | F_INDIRECT), 0);
+    set_table(r);
+    for (unsigned i = 0; i < RACED_LANES; i++) {
+        struct lane *l = &r->lane[i];
+        r->guest->taken = i ? HIGH_AT : LOW_AT; /* a ring in each region */
+        *l = (struct lane){.ring = ring_make(r->guest, LANE_RING),
+                           .indirect = i == 1,
+                           .kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+                           .call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+        l->at = guest_take(r->guest, LANE_DEPTH * (SLOT_BYTES + 4096ull), 4096);
+        CHECK(l->at + LANE_DEPTH * (SLOT_BYTES + 4096ull) <= part[i].at + part[i].bytes);
+        l->ring.avail->idx = l->ring.used->idx = 0;
+        lane_setup(r, i, 0);
+    }
+}
+
+/* ---- the thread that rewrites ----------------------------------------------- */
+
+struct racer {
+    pthread_t thread;
+    struct rig *rig;
+    uint64_t seed;
+    atomic_bool stop;
+    uint64_t stores;
+};
+
+static uint64_t pick(struct racer *x, uint64_t count)
+{
+    return test_random(&x->seed) % count;
+}
+
+/* Where it hurts: at the edges of what there is, around them, and anywhere. */
+static uint64_t some_address(struct racer *x)
+{
+    const uint64_t edge = part[pick(x, 2)].at + (pick(x, 2) ? part[pick(x, 2)].bytes : 0);
+    switch (pick(x, 6)) {
+    case 0:
+        return GUEST_ADDR + edge - pick(x, 32);
+    case 1:
+        return GUEST_ADDR + edge + pick(x, 32);
+    case 2:
+        return GUEST_ADDR + part[1].at + part[1].bytes - pick(x, 5000);
+    case 3:
+        return test_random(&x->seed);
+    case 4:
+        return UINT64_MAX - pick(x, 64);
+    default:
+        return GUEST_ADDR + LOW_AT + pick(x, FILE_BYTES - LOW_AT);
+    }
+}
+
+static uint32_t some_length(struct racer *x)
+{
+    static const uint32_t lengths[] = {0, 1, 16, 17, 48, 512, 4096, 65536, 0x7fffffff, 0x80000000, 0xfffffff0, UINT32_MAX};
+    return lengths[pick(x, sizeof lengths / sizeof lengths[0])];
+}
+
+static void rewrite_descriptor(struct racer *x, struct vring_desc *d)
+{
+    switch (pick(x, 4)) {
+    case 0:
+        __atomic_store_n(&d->addr, some_address(x), __ATOMIC_RELAXED);
+        break;
+    case 1:
+        __atomic_store_n(&d->len, some_length(x), __ATOMIC_RELAXED);
+        break;
+    case 2:
+        __atomic_store_n(&d->flags, (uint16_t)pick(x, 8), __ATOMIC_RELAXED);
+        break;
+    default:
+        __atomic_store_n(&d->next, (uint16_t)pick(x, pick(x, 8) ? LANE_RING : 65536), __ATOMIC_RELAXED);
+    }
+}
+
+static void rewrite(struct racer *x)
+{
+    struct lane *l = &x->rig->lane[pick(x, RACED_LANES)];
+    uint8_t *header = lane_header(l, (unsigned)pick(x, LANE_DEPTH));
+    switch (pick(x, 16)) {
+    case 0:
+        __atomic_store_n(&l->ring.avail->ring[pick(x, LANE_RING)], (uint16_t)pick(x, pick(x, 64) ? LANE_RING : 65536),
+                         __ATOMIC_RELAXED);
+        break;
+    case 1:
+        if (pick(x, 64) == 0) /* ends the ring most of the time */
+            __atomic_store_n(&l->ring.avail->idx, (uint16_t)test_random(&x->seed), __ATOMIC_RELAXED);
+        break;
+    case 2:
+        __atomic_store_n((uint32_t *)(void *)header, (uint32_t)pick(x, 16), __ATOMIC_RELAXED);
+        break;
+    case 3:
+        __atomic_store_n((uint64_t *)(void *)(header + 8), pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed),
+                         __ATOMIC_RELAXED);
+        break;
+    case 4:
+        __atomic_store_n((uint64_t *)(void *)(lane_data(l, 0) + 8 * pick(x, 8192)), pick(x, 0x7f), __ATOMIC_RELAXED);
+        break;
+    case 5:
+    case 6:
+    case 7:
+    case 8:
+        rewrite_descriptor(x, (struct vring_desc *)(void *)(header + 64) + pick(x, 3));
+        break;
+    default:
+        rewrite_descriptor(x, &l->ring.desc[pick(x, LANE_RING)]);
+    }
+    x->stores++;
+}
+
+static void *race(void *argument)
+{
+    struct racer *x = argument;
+    while (!atomic_load_explicit(&x->stop, memory_order_relaxed))
+        rewrite(x);
+    return NULL;
+}
+
+/* ---- the driver -------------------------------------------------------------- */
+
+static uint64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+static void take_answers(struct lane *l)
+{
+    struct vring_used_elem e;
+    while (ring_reap(&l->ring, &e)) {
+        CHECK(e.id < LANE_RING);
+        l->done++;
+    }
+}
+
+static void set_up_anew(struct rig *r, unsigned i)
+{
+    struct lane *l = &r->lane[i];
+    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_STOP, i, 0, -1), 0);
+    take_answers(l);
+    l->in_flight = 0;
+    l->ring.published = l->ring.reaped;
+    __atomic_store_n(&l->ring.avail->idx, l->ring.published, __ATOMIC_RELEASE);
+    lane_setup(r, i, l->ring.published);
+}
+
+static void put_requests(struct lane *l, uint64_t *seed)
+{
+    static const uint32_t types[] = {VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH};
+    while ((uint16_t)(l->ring.published - l->ring.reaped) < LANE_DEPTH) {
+        unsigned slot = l->ring.published % LANE_DEPTH;
+        uint32_t type = types[test_random(seed) % 4], bytes = 512u * (1 + (uint32_t)(test_random(seed) % 8));
+        lane_put(l, slot, type, test_random(seed) % (DISK_BYTES / 512 - 8), type == VIRTIO_BLK_T_FLUSH ? 0 : bytes);
+    }
+    ring_publish(&l->ring);
+    lane_kick(l);
+}
+
+/* One turn: requests out, answers in; when a ring breaks, both are set up anew (which of them it was may have been
+ * told while something else was awaited). No answer and no breach for long is a hang. */
+static void turn(struct rig *r, unsigned i, uint64_t *seed, unsigned *breaches)
+{
+    struct lane *l = &r->lane[i];
+    struct vs_event e;
+    uint64_t until = now_ms() + PATIENCE_MS, before = l->done;
+    put_requests(l, seed);
+    while (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == *breaches) {
+        CHECK(now_ms() < until);
+        take_answers(l);
+        (void)rig_event(r, &e, l->done == before ? 1 : 0);
+    }
+    while (*breaches != r->seen[VS_EV_QUEUE_BROKEN]) {
+        *breaches = r->seen[VS_EV_QUEUE_BROKEN];
+        for (unsigned k = 0; k < RACED_LANES; k++)
+            set_up_anew(r, k);
+    }
+}
+
+static void nothing_outside_is_touched_and_nothing_hangs(void)
+{
+    const char *wanted = getenv("VHOSTSYNC_TOCTOU_S");
+    struct vs_engine_config config = rig_config();
+    struct rig r = rig_make(&config, rig_test_disk());
+    struct racer x = {.rig = &r, .seed = 77};
+    uint64_t seed = 5, end;
+    unsigned breaches = 0;
+    attach(&r);
+    rig_mirror(&r);
+    CHECK_EQUAL(pthread_create(&x.thread, NULL, race, &x), 0);
+    end = now_ms() + 1000 * (wanted ? strtoull(wanted, NULL, 10) : 3);
+    for (unsigned n = 0; now_ms() < end; n++) {
+        turn(&r, n % RACED_LANES, &seed, &breaches);
+        if (n % 500 == 0)
+            set_table(&r); /* while requests of the former table are under way */
+    }
+    atomic_store(&x.stop, true);
+    pthread_join(x.thread, NULL);
+    for (unsigned i = 0; i < RACED_LANES; i++)
+        set_up_anew(&r, i);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
+    CHECK_EQUAL(r.state, VS_STEADY);
+    CHECK(disks_equal(r.source, r.destination, CUT_NONE));
+    check_secret(&r);
+    printf("# %" PRIu64 " stores, %" PRIu64 " answers, %u broken rings\n", x.stores, r.lane[0].done + r.lane[1].done,
+           r.seen[VS_EV_QUEUE_BROKEN]);
+    CHECK(r.lane[0].done > 0 && r.lane[1].done > 0 && r.seen[VS_EV_QUEUE_BROKEN] > 0);
+    CHECK_EQUAL(lane_fill(&r.lane[0], 8, 4096, 0x42), VIRTIO_BLK_S_OK); /* and a good guest is served as ever */
+    rig_end(&r);
+}
+
+int main(void)
+{
+#if defined(__SANITIZE_THREAD__)
+    printf("1..0 # SKIP the races are the test\n");
+    return 0;
+#else
+    test("nothing outside is touched and nothing hangs", nothing_outside_is_touched_and_nothing_hangs);
+    return tests_end();
+#endif
+}
