@@ -50,7 +50,7 @@ static void kicked(struct uring_op *op, int result, unsigned flags)
     }
     if (!over)
         return;
-    if (w->queue && (result >= 0 || result == -EINTR || result == -EAGAIN || result == -ENOMEM)) {
+    if (w->queue && result != -ECANCELED && result != -EBADF) {
         watch_arm(w); /* the kernel ended the multishot, not we */
         return;
     }

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Builds the fuzzers with clang and runs each: run-fuzz.sh [seconds each, 60] [name ...]
+# sessions (vhost-user) and control (the control socket) are Python, and want the environment that `./run` makes.
 # The corpus grows in build-fuzz/corpus-NAME; a finding is left in build-fuzz/findings-NAME-… and makes the exit code 1.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=${VHOSTSYNC_FUZZ_BUILD:-$top/build-fuzz}
 seconds=${1:-60}
 [ $# -gt 0 ] && shift
-names=${*:-ring engine bitmap}
+names=${*:-ring engine bitmap sessions control}
 command -v clang >/dev/null || { echo "run-fuzz.sh: clang and its compiler-rt (libclang-rt-dev) are needed" >&2; exit 2; }
 if ! meson test -C "$build" --no-rebuild --list >/dev/null 2>&1; then
     find "$build" -mindepth 1 -maxdepth 1 ! -name 'corpus-*' ! -name 'findings-*' -exec rm -rf {} + 2>/dev/null || true
@@ -18,6 +19,13 @@ fi
 ninja -C "$build" >/dev/null || { ninja -C "$build"; exit 2; }
 failed=0
 for name in $names; do
+    case $name in sessions | control)
+        echo "fuzzing $name for $seconds seconds"
+        (cd "$top" && python -m tests.fuzz.python_targets "$name" "$seconds") >"$build/fuzz-$name.log" 2>&1 || failed=1
+        grep -E 'finding' "$build/fuzz-$name.log" || { echo "$name ended without a word: see $build/fuzz-$name.log"; failed=1; }
+        continue
+        ;;
+    esac
     if [ ! -d "$build/corpus-$name" ]; then
         # Any bytes are a run; long ones to begin with, since the fuzzer is slow to find that length pays.
         mkdir -p "$build/corpus-$name"

@@ -36,9 +36,7 @@ def probe(fd: int, direct: bool) -> DiskProbe:
 
 
 def opened(path: Path, *, read_only: bool = False, lock_timeout_s: float = 0) -> Disk:
-    return open_disk(
-        path, read_only=read_only, cache="writeback", lock_timeout_s=lock_timeout_s, probe=probe
-    )
+    return open_disk(path, read_only=read_only, cache="writeback", lock_timeout_s=lock_timeout_s, probe=probe)
 
 
 @pytest.fixture
@@ -219,7 +217,10 @@ def test_qemu_is_kept_out(image: Path) -> None:
 def qemu_holding(path: Path, *options: str) -> Iterator[None]:
     with subprocess.Popen(
         ["qemu-io", "-f", "raw", *options, str(path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     ) as process:
         assert process.stdin and process.stdout
         process.stdin.write("read 0 512\n")

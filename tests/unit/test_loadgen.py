@@ -52,8 +52,14 @@ class Export:
 
     def run(self, *options: str, code: int = 0, operations: int = 4000) -> dict[str, Any]:
         command = [
-            str(find_loadgen()), "--socket", str(self.socket), "--seconds", "20",
-            "--operations", str(operations), *options,
+            str(find_loadgen()),
+            "--socket",
+            str(self.socket),
+            "--seconds",
+            "20",
+            "--operations",
+            str(operations),
+            *options,
         ]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
         assert result.returncode == code, result.stderr + result.stdout
@@ -129,8 +135,18 @@ def test_each_kind_of_damage_is_told_apart(export: Export) -> None:
 
 def test_a_backend_that_dies_is_told_and_the_journal_stays_good(export: Export) -> None:
     command = [
-        str(find_loadgen()), "--socket", str(export.socket), "--seconds", "30", "--rw", "randwrite",
-        "--verify", "--journal", str(export.journal), "--flush-every", "8",
+        str(find_loadgen()),
+        "--socket",
+        str(export.socket),
+        "--seconds",
+        "30",
+        "--rw",
+        "randwrite",
+        "--verify",
+        "--journal",
+        str(export.journal),
+        "--flush-every",
+        "8",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 30
