@@ -198,12 +198,12 @@ static uint64_t now_ms(void)
 static void take_answers(struct lane *l)
 {
     struct vring_used_elem e;
-    while (ring_reap(&l->ring, &e)) {
-        CHECK(e.id < LANE_RING);
+    while (ring_reap(&l->ring, &e))
         l->done++;
-    }
 }
 
+/* As a driver does that resets its ring. All of the ring: reads whose descriptors were rewritten may have put the
+ * disk's bytes anywhere into the guest's memory, its rings' flags and indices included, as it asked for. */
 static void set_up_anew(struct rig *r, unsigned i)
 {
     struct lane *l = &r->lane[i];
@@ -211,6 +211,8 @@ static void set_up_anew(struct rig *r, unsigned i)
     take_answers(l);
     l->in_flight = 0;
     l->ring.published = l->ring.reaped;
+    __atomic_store_n(&l->ring.avail->flags, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&l->ring.used->idx, l->ring.reaped, __ATOMIC_RELAXED);
     __atomic_store_n(&l->ring.avail->idx, l->ring.published, __ATOMIC_RELEASE);
     lane_setup(r, i, l->ring.published);
 }
