@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Rule 3, one ordering point: the copy of what differs beside the replication of what is written, the way into
- * steady, and pulling ahead and the way back.
+ * steady, and the ways out of it and back: pulled ahead of a slow destination, or the destination given up.
  *
- * Two queues, two writes to two regions, flushes. The mirror begins at any moment, with whatever is in flight
- * and not captured, and a destination that holds what was there before all writes. In steady it may be left
- * behind once, at any moment (pulled ahead, or given up: to this model the same), and is brought back by a
- * resync.
+ * Two queues, two writes to two regions, a flush. The mirror begins at any moment, with whatever is in flight
+ * and not captured, and a destination that holds what was there before all writes. Once, while it copies or in
+ * steady, it is left behind at any moment, and brought back by a resync.
  */
 #include "disks.pml"
 #ifndef WRITES
@@ -20,9 +19,11 @@ mtype = { SYNCING, STEADY, AHEAD, WRITTEN, PENDING, UP_TO_DATE, OUTDATED, INCONS
 mtype state = AHEAD, record = WRITTEN;
 mtype worth = OUTDATED;
 byte starts, leaves;
+bool drains; /* ahead, the destination still attached */
 
 byte G, M, F, R, source_flushed;
-byte taken, flushes, finished, uncaptured_writes, epoch;
+byte taken, flushes, finished, uncaptured_writes;
+byte epoch, capture_epoch; /* of the destination, and of the log */
 byte source_tickets[BLOCKS], source_served[BLOCKS]; /* source_slots: in the order of taking up */
 bool differs[BLOCKS], to_copy[BLOCKS];
 bool copy_in_use[BLOCKS];
@@ -43,6 +44,7 @@ bool waiting[2];
 byte request[2];
 
 #define CAPTURING (state != AHEAD)
+#define ATTACHED (state != AHEAD || drains)
 
 /* log_mirrored_prefix */
 inline prefix(count) {
@@ -67,6 +69,11 @@ inline prefix(count) {
 #define NEEDS_SOURCE(q) (waiting[q] && request[q] > source_flushed)
 #define NEEDS_DESTINATION(q) (waiting[q] && state == STEADY && request[q] > F && request[q] <= M)
 
+#ifdef BUG_RECORD_AHEAD
+#define LET_GO_RECORD skip
+#else
+#define LET_GO_RECORD record = PENDING
+#endif
 #ifdef BUG_RULE_2_TURNS
 #define TAKE_SOURCE_SLOT
 #define MY_TURN source_tickets[block] == source_served[block] -> source_tickets[block]++ /* whoever comes first */
@@ -86,7 +93,7 @@ active [2] proctype queue() {
         if :: block = 0 :: write > 1 -> block = 1 fi;
         differs[block] = true; /* difference_mark */
         capture = CAPTURING;
-        mine = epoch;
+        mine = capture_epoch;
         TAKE_SOURCE_SLOT
         if :: !capture -> uncaptured_writes++ :: else fi
       }
@@ -97,7 +104,7 @@ active [2] proctype queue() {
         source_served[block]++;
         G++;
         ordered(G, block, write);
-        captured[G] = capture && mine == epoch;
+        captured[G] = capture && mine == capture_epoch; /* still_captured */
         if :: !captured[G] -> uncaptured_writes-- :: else fi;
         write = 0; block = 0; mine = 0; turn = 0; capture = false
       }
@@ -151,7 +158,7 @@ active proctype replicator() {
 end:
     do
     :: atomic {
-        CAPTURING && order_next <= G ->
+        ATTACHED && order_next <= G ->
         block = generation_block[order_next];
         if
         :: !captured[order_next]
@@ -172,7 +179,7 @@ proctype replica(byte place) {
     byte mine;
 end:
     atomic {
-        placed[place] && CAPTURING && served[generation_block[place]] == ticket[place] ->
+        placed[place] && ATTACHED && served[generation_block[place]] == ticket[place] ->
         submit(DESTINATION, generation_block[place], generation_content[place]);
         destination_in_flight++;
         mine = epoch
@@ -219,30 +226,36 @@ end:
       }
       d_step { content = now[AT(SOURCE, region)] } /* start_reading, read_done */
 #endif
-      atomic { /* slot_granted, put_next */
-        served[region] == turn ->
-        reads[region]++;
-        assert(reads[region] == 1); /* no region is copied twice */
-        submit(DESTINATION, region, content);
-        destination_in_flight++
-      }
-      atomic { /* piece_done, finish_copy */
-        land(DESTINATION, region, content);
-        complete(DESTINATION, region, content);
-        destination_in_flight--;
-        served[region]++;
-        copy_in_use[region] = false;
-        content = 0; turn = 0; mine = 0
-      }
+      if
+      :: atomic { mine != epoch -> skip } /* copier_drop */
+      :: atomic { /* slot_granted, put_next */
+            mine == epoch && served[region] == turn ->
+            reads[region]++;
+            assert(reads[region] == 1); /* no region is copied twice */
+            submit(DESTINATION, region, content);
+            destination_in_flight++
+        }
+        atomic { /* piece_done, finish_copy */
+            land(DESTINATION, region, content);
+            complete(DESTINATION, region, content);
+            destination_in_flight--;
+            if :: mine == epoch -> served[region]++ :: else fi
+        }
+      fi;
+      d_step { copy_in_use[region] = false; content = 0; turn = 0; mine = 0 }
     od
 }
 
+/* close_former, or is_drained. */
+#define NOTHING_LEFT (!copy_in_use[0] && !copy_in_use[1] && !placed[1] && !placed[2] && (!drains || order_next > G))
+
 active proctype mirror() {
     byte count;
+    bool was_steady;
 end:
     do
     :: atomic { /* Mirror._attach: recorded before the first byte goes there; close_former: the fence */
-        state == AHEAD && starts < 2 && destination_in_flight == 0 && record == WRITTEN ->
+        state == AHEAD && starts < 2 && destination_in_flight == 0 && NOTHING_LEFT && record == WRITTEN ->
         starts++;
 #ifndef BUG_RECORD_RESYNC
         worth = INCONSISTENT
@@ -250,6 +263,7 @@ end:
       }
       atomic { /* mirror_start, copier_start */
         state = SYNCING;
+        drains = false;
         to_copy[0] = differs[0];
         to_copy[1] = differs[1];
         reads[0] = 0; reads[1] = 0;
@@ -278,25 +292,32 @@ end:
         state = STEADY;
         count = 0
       }
-      atomic { if :: state == STEADY -> worth = UP_TO_DATE :: else fi } /* Mirror._record_change */
-    :: atomic { /* the log is full, on_congestion=pull-ahead; or mirror_degrade: give_up */
-        state == STEADY && leaves < 1 ->
+      atomic { worth = UP_TO_DATE } /* Mirror._record_change */
+    :: atomic {
+        (state == STEADY || state == SYNCING) && leaves < 1 ->
         leaves++;
-        epoch++;
+        capture_epoch++; /* mirror_stop_capture */
+        if :: state == STEADY -> LET_GO_RECORD; was_steady = true :: else fi;
         state = AHEAD;
-#ifndef BUG_RECORD_AHEAD
-        record = PENDING;
-#endif
         M = 0; F = 0;
         /* A copy may have read what is on its way to the source: a state that the source could have had, too. */
         good_then[0] = good[0] & (replaced[0] | in_flight[AT(SOURCE, 0)]);
         good_then[1] = good[1] & (replaced[1] | in_flight[AT(SOURCE, 1)]);
-        captured[1] = false; captured[2] = false; captured[3] = false; /* log_drop_untaken */
         uncaptured_writes = taken - G; /* those that were captured are not any more */
-        placed[1] = false; placed[2] = false; placed[3] = false /* replicator_drop: not submitted */
+        if
+        :: drains = true /* pull_ahead.c: what the log holds still goes there, in its order */
+        :: drains = false; /* mirror_degrade, give_up: log_drop_untaken, replicator_drop, copier_drop */
+            captured[1] = false; captured[2] = false;
+            placed[1] = false; placed[2] = false;
+            to_copy[0] = false; to_copy[1] = false;
+            epoch++
+        fi
       }
-      atomic { worth = OUTDATED } /* Mirror._record_outdated */
-      atomic { record = WRITTEN }
+      if
+      :: atomic { was_steady -> worth = OUTDATED } /* Mirror._record_outdated */
+      :: atomic { !was_steady -> skip }
+      fi;
+      atomic { record = WRITTEN; was_steady = false }
     od
 }
 

@@ -4,18 +4,22 @@
  * back. A region without its bit is equal on both disks after a power cut of both at any moment; a restart is
  * such a cut (or less), so what it copies is enough.
  *
- * Two queues, writes to two regions, one of which may fail on the source; the destination is given up once, at
- * any moment, with writes of its own still on their way, and attached again for a resync.
+ * Two queues, writes to two regions, one of which may fail on the source. Once, at any moment, the destination
+ * is given up, with writes of its own still on their way, and attached again for a resync; or the guest gets
+ * ahead of it, and it catches up.
  */
 #include "disks.pml"
 #ifndef WRITES
 #define WRITES 2
 #endif
 
-mtype = { SYNCING, STEADY, DEGRADED, NONE, MIRRORING, FLUSHING };
+mtype = { SYNCING, STEADY, AHEAD, DEGRADED, NONE, MIRRORING, FLUSHING };
 mtype state = STEADY, step = NONE;
 
-byte G, taken, failed_writes, finished, epoch, uncaptured_writes;
+byte G, taken, failed_writes, finished, uncaptured_writes;
+byte epoch, capture_epoch; /* of the destination, and of the log */
+byte generation; /* that the checkpoint waits for */
+byte checkpoint_flushes;
 byte source_tickets[BLOCKS], source_served[BLOCKS]; /* source_slots: in the order of taking up */
 bool doubt[BLOCKS];
 byte at_source[BLOCKS]; /* writes taken up and not over: request_path_mark_in_flight */
@@ -24,7 +28,8 @@ byte tickets[BLOCKS], served[BLOCKS], ticket[WRITES + 2], order_next = 1;
 bool captured[WRITES + 2], mirrored[WRITES + 2], placed[WRITES + 2];
 byte destination_in_flight;
 
-#define CAPTURING (state != DEGRADED)
+#define CAPTURING (state == STEADY || state == SYNCING)
+#define ATTACHED (state != DEGRADED)
 
 /* log_mirrored_prefix() >= generation */
 #define OVER(place, generation) ((generation) < place || mirrored[place] || !captured[place])
@@ -32,7 +37,7 @@ byte destination_in_flight;
 
 inline mark(region) { /* difference_mark */
     differs[region] = true;
-    if :: CAPTURING -> recent[region] = true :: else fi
+    if :: ATTACHED -> recent[region] = true :: else fi
 }
 
 #ifdef BUG_RULE_2_TURNS
@@ -53,7 +58,7 @@ active [2] proctype queue() {
         write = taken;
         if :: block = 0 :: write > 1 -> block = 1 fi;
         capture = CAPTURING;
-        mine = epoch;
+        mine = capture_epoch;
         at_source[block]++;
         TAKE_SOURCE_SLOT
         if :: !capture -> uncaptured_writes++ :: else fi;
@@ -69,20 +74,20 @@ active [2] proctype queue() {
         mark(block); /* when it is over */
 #endif
         if
-        :: land(SOURCE, block, write); /* write_completed, doubt_clear, log_append */
+        :: land(SOURCE, block, write); /* write_completed, range_set_clear, log_append */
             complete(SOURCE, block, write);
             doubt[block] = false;
             G++;
             generation_block[G] = block;
             generation_content[G] = write;
-            captured[G] = capture && mine == epoch;
+            captured[G] = capture && mine == capture_epoch; /* still_captured */
             if :: !captured[G] -> uncaptured_writes-- :: else fi
         :: failed_writes == 0 -> /* write_failed: it may be there or not */
             failed_writes++;
             if :: land(SOURCE, block, write) :: skip fi;
             complete(SOURCE, block, write);
             doubt[block] = true;
-            if :: !(capture && mine == epoch) -> uncaptured_writes-- :: else fi
+            if :: !(capture && mine == capture_epoch) -> uncaptured_writes-- :: else fi
         fi;
         write = 0; block = 0; mine = 0; turn = 0; capture = false
       }
@@ -95,7 +100,7 @@ active proctype replicator() {
 end:
     do
     :: atomic {
-        CAPTURING && order_next <= G ->
+        ATTACHED && order_next <= G ->
         block = generation_block[order_next];
         if
         :: !captured[order_next]
@@ -115,7 +120,7 @@ proctype replica(byte place) {
     byte mine;
 end:
     atomic {
-        placed[place] && CAPTURING && served[generation_block[place]] == ticket[place] ->
+        placed[place] && ATTACHED && served[generation_block[place]] == ticket[place] ->
         submit(DESTINATION, generation_block[place], generation_content[place]);
         destination_in_flight++;
         mine = epoch
@@ -174,49 +179,48 @@ inline settle(region) { /* region_is_kept, settle */
     settling[region] = false
 }
 
+#ifdef BUG_RULE_4_IN_FLIGHT
+#define IN_FLIGHT(region) false
+#else
+#define IN_FLIGHT(region) (at_source[region] > 0 || copy_in_use[region])
+#endif
+
 active proctype checkpoint() {
-    byte generation, mine;
+    byte mine;
 end:
     do
     :: atomic { /* rotate */
-        CAPTURING && (recent[0] || recent[1]) ->
-        mine = epoch;
+        CAPTURING && step == NONE && (recent[0] || recent[1]) && checkpoint_flushes == 0 ->
+        step = MIRRORING;
         settling[0] = recent[0];
         settling[1] = recent[1];
-#ifdef BUG_RULE_4_IN_FLIGHT
-        recent[0] = false;
-        recent[1] = false;
-#else
-        recent[0] = at_source[0] > 0 || copy_in_use[0];
-        recent[1] = at_source[1] > 0 || copy_in_use[1];
-#endif
+        recent[0] = IN_FLIGHT(0);
+        recent[1] = IN_FLIGHT(1);
         generation = G
       }
-      do
-      :: atomic { mine != epoch -> break } /* difference_detach */
-      :: atomic { /* flush_both, when all of it is mirrored */
-            mine == epoch && MIRRORED(generation) ->
-            flush_begin(0);
-            flush_begin(1);
-            destination_in_flight++
-        }
-        atomic { flush_end(0) }
-        atomic {
+    :: atomic { /* flush_both, when all of it is mirrored */
+        ATTACHED && step == MIRRORING && MIRRORED(generation) && checkpoint_flushes == 0 ->
+        step = FLUSHING;
+        mine = epoch;
+        checkpoint_flushes = 2;
+        flush_begin(0);
+        flush_begin(1);
+        destination_in_flight++
+      }
+      atomic { flush_end(0); checkpoint_flushes-- }
+      atomic { /* flushed, and if nothing has begun it anew or ended it meanwhile: settle */
 #ifdef BUG_RULE_4_FLUSH
-            flush_failed(1); /* only the source is flushed */
+        flush_failed(1); /* only the source is flushed */
 #else
-            flush_end(1);
+        flush_end(1);
 #endif
-            destination_in_flight--
-        }
-        break
-      od;
-      atomic {
+        checkpoint_flushes--;
+        destination_in_flight--;
         if
-        :: mine == epoch -> settle(0); settle(1)
+        :: step == FLUSHING && mine == epoch -> settle(0); settle(1); step = NONE; generation = 0
         :: else
         fi;
-        generation = 0; mine = 0
+        mine = 0
       }
     od
 }
@@ -227,21 +231,44 @@ end:
 #define FENCED (destination_in_flight == 0)
 #endif
 
+#ifdef BUG_AHEAD
+#define MAY_DIFFER_SOON(region) false
+#else
+#define MAY_DIFFER_SOON(region) (at_source[region] > 0)
+#endif
+
+inline stop_capture() { /* mirror_stop_capture */
+    capture_epoch++;
+    uncaptured_writes = at_source[0] + at_source[1]
+}
+
 active proctype mirror() {
 end:
-    atomic { /* give_up, difference_detach, replicator_drop */
+    atomic {
         state == STEADY ->
-        state = DEGRADED;
-        epoch++;
-        uncaptured_writes = at_source[0] + at_source[1];
-        settling[0] = false; settling[1] = false;
-        recent[0] = false; recent[1] = false;
-        captured[1] = false; captured[2] = false; captured[3] = false; /* log_drop_untaken */
-        placed[1] = false; placed[2] = false; placed[3] = false
+        stop_capture();
+        if
+        :: state = DEGRADED; /* give_up, difference_detach, replicator_drop */
+            epoch++;
+            step = NONE;
+            generation = 0;
+            settling[0] = false; settling[1] = false;
+            recent[0] = false; recent[1] = false;
+            captured[1] = false; captured[2] = false; /* log_drop_untaken */
+            placed[1] = false; placed[2] = false
+        :: state = AHEAD; /* get_ahead, difference_pull_ahead: the log goes on to the destination */
+            settling[0] = settling[0] || recent[0];
+            settling[1] = settling[1] || recent[1];
+            recent[0] = MAY_DIFFER_SOON(0);
+            recent[1] = MAY_DIFFER_SOON(1);
+            generation = G;
+            step = MIRRORING
+        fi
     }
 end2:
-    atomic { /* close_former, mirror_start, difference_attach, copier_start */
-        FENCED ->
+    atomic { /* close_former, mirror_start, difference_attach, copier_start; or is_drained, pull_ahead_catch_up */
+        (state == DEGRADED && FENCED) ||
+        (state == AHEAD && order_next > G && MIRRORED(G) && step == NONE && checkpoint_flushes == 0) ->
         state = SYNCING;
         to_copy[0] = differs[0];
         to_copy[1] = differs[1];

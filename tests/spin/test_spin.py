@@ -55,6 +55,7 @@ MODELS = (
             "RULE_4_FLUSH",
             "RULE_5",
             "RULE_8",
+            "AHEAD",
         ),
     ),
     Model(
