@@ -7,9 +7,10 @@
  * The guest's memory is two regions that neither begin nor end at a page, in a
  * file that has more: whoever reads or writes one byte too far meets the bytes
  * beside a region, which hold a secret. They must stay as they are, and must
- * never be found on a disk. Both disks must hold the same all the while, since
- * a write is captured once. And nothing may hang: a ring goes on, or is broken
- * and can be set up anew.
+ * never be found on a disk. Around each mapping that the engine makes lie pages
+ * that nobody may touch (mmap is wrapped by the linker). Both disks must hold
+ * the same all the while, since a write is captured once. And nothing may hang:
+ * a ring goes on, or is broken and can be set up anew.
  *
  * VHOSTSYNC_TOCTOU_S: for so long (3 s). Not under ThreadSanitizer: the races are
  * the test.
@@ -30,6 +31,24 @@
 static const struct {
     uint64_t at, bytes;
 } part[2] = {{LOW_AT, LOW_BYTES}, {HIGH_AT, HIGH_BYTES}};
+
+/* A table of descriptors may be read 65535 * 16 bytes too far at most. */
+#define GUARD_BYTES (2u << 20)
+
+void *__real_mmap64(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
+void *__wrap_mmap64(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
+
+void *__wrap_mmap64(void *at, size_t bytes, int protection, int flags, int fd, off_t offset)
+{
+    uint8_t *room;
+    if (at || fd < 0 || !(flags & MAP_SHARED))
+        return __real_mmap64(at, bytes, protection, flags, fd, offset);
+    /* What munmap leaves of it is address space only. */
+    room = __real_mmap64(NULL, bytes + 2 * GUARD_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return room;
+    return __real_mmap64(room + GUARD_BYTES, bytes, protection, flags | MAP_FIXED, fd, offset);
+}
 
 static bool in_a_region(uint64_t at)
 {
@@ -80,6 +99,7 @@ static void attach(struct rig *r)
                            .call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
         l->at = guest_take(r->guest, LANE_DEPTH * (SLOT_BYTES + 4096ull), 4096);
         CHECK(l->at + LANE_DEPTH * (SLOT_BYTES + 4096ull) <= part[i].at + part[i].bytes);
+        l->ring.avail->flags = 0; /* tell me of every answer */
         l->ring.avail->idx = l->ring.used->idx = 0;
         lane_setup(r, i, 0);
     }
@@ -100,82 +120,113 @@ static uint64_t pick(struct racer *x, uint64_t count)
     return test_random(&x->seed) % count;
 }
 
-/* Where it hurts: at the edges of what there is, around them, and anywhere. */
-static uint64_t some_address(struct racer *x)
+/* Where it hurts: bytes that end (or begin) about where a region does, what is beside it, and anywhere. */
+static uint64_t some_address(struct racer *x, uint32_t length)
 {
-    const uint64_t edge = part[pick(x, 2)].at + (pick(x, 2) ? part[pick(x, 2)].bytes : 0);
+    const uint64_t i = pick(x, 2), begin = part[i].at, end = part[i].at + part[i].bytes;
     switch (pick(x, 6)) {
     case 0:
-        return GUEST_ADDR + edge - pick(x, 32);
+        return GUEST_ADDR + begin + pick(x, 64) - 32;
     case 1:
-        return GUEST_ADDR + edge + pick(x, 32);
+        return GUEST_ADDR + end + pick(x, 64) - 32;
     case 2:
-        return GUEST_ADDR + part[1].at + part[1].bytes - pick(x, 5000);
-    case 3:
-        return test_random(&x->seed);
-    case 4:
-        return UINT64_MAX - pick(x, 64);
+        return pick(x, 2) ? test_random(&x->seed) : UINT64_MAX - pick(x, 64);
     default:
-        return GUEST_ADDR + LOW_AT + pick(x, FILE_BYTES - LOW_AT);
+        return GUEST_ADDR + end - length + pick(x, 33) - 16;
     }
 }
 
 static uint32_t some_length(struct racer *x)
 {
-    static const uint32_t lengths[] = {0, 1, 16, 17, 48, 512, 4096, 65536, 0x7fffffff, 0x80000000, 0xfffffff0, UINT32_MAX};
+    static const uint32_t lengths[] = {0, 1, 16, 32, 48, 17, 16 * 1024, 16 * 65535, 512, 4096, 65536, 1u << 21,
+                                       0x7fffffff, 0x80000000, 0xfffffff0, UINT32_MAX};
     return lengths[pick(x, sizeof lengths / sizeof lengths[0])];
 }
 
+/* Another value for a moment, and what was there again: all else is in order then, and so whatever looks at this
+ * twice, or does not look at it, goes far. */
+#define FLICKER(x, field, value)                                                                   \
+    do {                                                                                           \
+        __typeof__(field) was_ = __atomic_load_n(&(field), __ATOMIC_RELAXED);                       \
+        __typeof__(field) other_ = (__typeof__(field))(value);                                      \
+        for (uint64_t n_ = 1 + pick(x, 200); n_ > 0; n_--) {                                        \
+            __atomic_store_n(&(field), other_, __ATOMIC_RELAXED);                                   \
+            for (uint64_t k_ = pick(x, 2) ? 0 : pick(x, 50); k_ > 0; k_--)                          \
+                atomic_signal_fence(memory_order_seq_cst);                                         \
+            __atomic_store_n(&(field), was_, __ATOMIC_RELAXED);                                     \
+            (x)->stores += 2;                                                                      \
+        }                                                                                          \
+    } while (0)
+
 static void rewrite_descriptor(struct racer *x, struct vring_desc *d)
 {
-    switch (pick(x, 4)) {
+    switch (pick(x, 8)) {
     case 0:
-        __atomic_store_n(&d->addr, some_address(x), __ATOMIC_RELAXED);
-        break;
     case 1:
-        __atomic_store_n(&d->len, some_length(x), __ATOMIC_RELAXED);
-        break;
     case 2:
-        __atomic_store_n(&d->flags, (uint16_t)pick(x, 8), __ATOMIC_RELAXED);
+    case 3:
+        FLICKER(x, d->addr, some_address(x, __atomic_load_n(&d->len, __ATOMIC_RELAXED)));
+        break;
+    case 4:
+    case 5:
+        FLICKER(x, d->len, some_length(x));
+        break;
+    case 6:
+        FLICKER(x, d->flags, pick(x, 8));
         break;
     default:
-        __atomic_store_n(&d->next, (uint16_t)pick(x, pick(x, 8) ? LANE_RING : 65536), __ATOMIC_RELAXED);
+        FLICKER(x, d->next, pick(x, pick(x, 8) ? LANE_RING : 65536));
     }
+}
+
+/* A table at the very end of a region, whose first descriptor goes on far beyond its length; and the length. */
+static void hammer_table(struct racer *x)
+{
+    struct lane *l = &x->rig->lane[1];
+    struct vring_desc *d = &l->ring.desc[3 * pick(x, LANE_DEPTH)];
+    uint64_t end = part[1].at + part[1].bytes;
+    struct vring_desc last = {.addr = GUEST_ADDR + LOW_AT, .len = 16, .flags = VRING_DESC_F_NEXT, .next = 65000};
+    memcpy(l->ring.guest->base + end - sizeof last, &last, sizeof last);
+    for (int i = 0; i < 8000; i++) { /* all of it each time: the driver puts a good one there meanwhile */
+        __atomic_store_n(&d->addr, GUEST_ADDR + end - sizeof last, __ATOMIC_RELAXED);
+        __atomic_store_n(&d->flags, VRING_DESC_F_INDIRECT, __ATOMIC_RELAXED);
+        __atomic_store_n(&d->len, i & 1 ? 16u : 16u * 65535, __ATOMIC_RELAXED);
+    }
+    x->stores += 24000;
 }
 
 static void rewrite(struct racer *x)
 {
     struct lane *l = &x->rig->lane[pick(x, RACED_LANES)];
-    uint8_t *header = lane_header(l, (unsigned)pick(x, LANE_DEPTH));
+    unsigned slot = (unsigned)pick(x, LANE_DEPTH);
+    uint8_t *header = lane_header(l, slot);
     switch (pick(x, 16)) {
     case 0:
-        __atomic_store_n(&l->ring.avail->ring[pick(x, LANE_RING)], (uint16_t)pick(x, pick(x, 64) ? LANE_RING : 65536),
-                         __ATOMIC_RELAXED);
+        FLICKER(x, l->ring.avail->ring[pick(x, LANE_RING)], pick(x, pick(x, 64) ? LANE_RING : 65536));
         break;
     case 1:
         if (pick(x, 64) == 0) /* ends the ring most of the time */
             __atomic_store_n(&l->ring.avail->idx, (uint16_t)test_random(&x->seed), __ATOMIC_RELAXED);
         break;
     case 2:
-        __atomic_store_n((uint32_t *)(void *)header, (uint32_t)pick(x, 16), __ATOMIC_RELAXED);
+        FLICKER(x, *(uint32_t *)(void *)header, pick(x, 16));
         break;
     case 3:
-        __atomic_store_n((uint64_t *)(void *)(header + 8), pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed),
-                         __ATOMIC_RELAXED);
+        FLICKER(x, *(uint64_t *)(void *)(header + 8), pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed));
         break;
     case 4:
-        __atomic_store_n((uint64_t *)(void *)(lane_data(l, 0) + 8 * pick(x, 8192)), pick(x, 0x7f), __ATOMIC_RELAXED);
+        __atomic_store_n((uint64_t *)(void *)(lane_data(l, slot) + 8 * pick(x, 512)), pick(x, 0x7f), __ATOMIC_RELAXED);
         break;
     case 5:
-    case 6:
-    case 7:
-    case 8:
-        rewrite_descriptor(x, (struct vring_desc *)(void *)(header + 64) + pick(x, 3));
+        if (pick(x, 8) == 0)
+            hammer_table(x);
         break;
     default:
-        rewrite_descriptor(x, &l->ring.desc[pick(x, LANE_RING)]);
+        if (l->indirect)
+            rewrite_descriptor(x, (struct vring_desc *)(void *)(header + 64) + pick(x, 3));
+        else
+            rewrite_descriptor(x, &l->ring.desc[3 * slot + pick(x, 3)]);
     }
-    x->stores++;
 }
 
 static void *race(void *argument)
