@@ -2,7 +2,7 @@
  *
  * READ FIRST. A request's way, from pop to push.
  *
- *   peek -> parse -> room -> take -> [extent] -> [range slot] -> source I/O -> counts, log
+ *   peek -> parse -> room -> take -> [range slot] -> [extent] -> source I/O -> counts, log
  *        -> [durability] -> status, push
  *
  * A request is one struct from take to push. Where it can be, and what may
@@ -11,8 +11,8 @@
  *   in the ring        it is parsed where it lies; it stays there while there
  *                      is no struct, no log room or no credit for it, so that
  *                      stopping a ring never waits for the destination's room
- *   waiting for an extent  the activity log is being written (activity_log.c)
  *   waiting for a slot an overlapping write is on its way to the source
+ *   waiting for an extent  the activity log is being written (activity_log.c)
  *   at the source      disk_io in flight
  *   kept back          the source has failed it: waiting for the destination (read_fallback.c), or for a switch
  *                      (source_failover.c), which sends it to the new source
@@ -43,6 +43,7 @@
 
 static void source_done(struct disk_io *io);
 static void slot_granted(struct range_slot *slot);
+static void entered(struct activity_wait *w);
 static void durable(struct flush_waiter *w, int result);
 
 int request_path_init(struct vs_engine *e)
@@ -248,9 +249,25 @@ static void to_source(struct request *r)
     disk_submit(r->engine->source, io);
 }
 
+/* It has its turn: its extents, then the source. Not the other way round: a write that waited for its extents could
+ * be overtaken by a later one that overlaps it (rule 2). */
+static void enter(struct request *r)
+{
+    struct vs_engine *e = r->engine;
+    r->activity.entered = entered;
+    r->in_extents = e->difference.tracked && e->activity.bitmap;
+    if (!r->in_extents || activity_enter(e, &r->activity, r->blk.offset, r->blk.length))
+        to_source(r);
+}
+
+static void entered(struct activity_wait *w)
+{
+    to_source(container_of(w, struct request, activity));
+}
+
 static void slot_granted(struct range_slot *slot)
 {
-    to_source(container_of(slot, struct request, slot));
+    enter(container_of(slot, struct request, slot));
 }
 
 static void durable(struct flush_waiter *w, int result)
@@ -336,17 +353,13 @@ static bool reserve(struct request *r)
     return true;
 }
 
+/* Its turn among the writes that overlap it. */
 static void take_slot(struct request *r)
 {
     struct vs_engine *e = r->engine;
     r->slot.grant = slot_granted;
     if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
-        to_source(r);
-}
-
-static void entered(struct activity_wait *w)
-{
-    take_slot(container_of(w, struct request, activity));
+        enter(r);
 }
 
 /* Virtio 1.x, 5.2.6.2: write-back only if the driver can flush or said so. */
@@ -379,10 +392,7 @@ static void start_write(struct request *r)
     /* The bit before the data (rule 4), and before any wait: a resync that begins meanwhile, for which nobody has
      * captured this write, copies what is marked when it begins. */
     difference_mark(e, r->blk.offset, r->blk.length);
-    r->activity.entered = entered;
-    r->in_extents = e->difference.tracked && e->activity.bitmap;
-    if (!r->in_extents || activity_enter(e, &r->activity, r->blk.offset, r->blk.length))
-        take_slot(r);
+    take_slot(r);
 }
 
 static void answer_id(struct request *r)

@@ -530,8 +530,8 @@ MUTATIONS = [
         "write-unmarked",
         "rule 4: a region's bit is set before the source write is submitted",
         "request_path.c",
-        "    difference_mark(e, r->blk.offset, r->blk.length);\n    r->activity.entered = entered;",
-        "    r->activity.entered = entered;",
+        "    difference_mark(e, r->blk.offset, r->blk.length);\n    take_slot(r);",
+        "    take_slot(r);",
         "resync.py::test_after_a_cancel_only_what_was_written_is_copied",
     ),
     _m(
@@ -752,9 +752,9 @@ MUTATIONS = [
         "waiting-write-unmarked",
         "rule 4: a write that waits for its extent is marked before a resync may begin",
         "request_path.c",
-        "    difference_mark(e, r->blk.offset, r->blk.length);\n    r->activity.entered = entered;",
+        "    difference_mark(e, r->blk.offset, r->blk.length);\n    take_slot(r);",
         "    if (!e->activity.bitmap || e->requests_in_flight < 2)\n"
-        "        difference_mark(e, r->blk.offset, r->blk.length);\n    r->activity.entered = entered;",
+        "        difference_mark(e, r->blk.offset, r->blk.length);\n    take_slot(r);",
         "powercut/test_found.py::test_a_write_that_waits_for_its_extent_when_a_resync_begins_is_copied",
     ),
     _m(

@@ -68,6 +68,34 @@ def test_a_write_that_waits_for_its_extent_when_a_resync_begins_is_copied(fresh_
         disk.drop()
 
 
+def test_no_write_overtakes_one_that_overlaps_it_and_waits_for_its_extent(fresh_bitmap: Any) -> None:
+    """Else the order at the source is not that of taking up, on which the copy relies where one of the two is
+    captured and the other is not."""
+    lib.vs_test_bitmap_slots(fresh_bitmap, 2)
+    source, destination = MemoryDisk(SIZE), MemoryDisk(SIZE)
+    options = EngineOptions(capacity_bytes=SIZE, dirty_region_bytes=REGION, checkpoint_us=1000)
+    with (
+        EngineDriver(options, source, bitmap=fresh_bitmap) as driver,
+        Frontend(EngineTransport(driver), memory=GuestMemory((4 * MIB,))) as guest,
+    ):
+        driver.mirror(destination)
+        source.hold(DiskOp.WRITE)
+        edge = EXTENT - BLOCK
+        busy = [guest.write(place, pattern(1)) for place in (0, 3 * EXTENT)]
+        driver.await_held(source, DiskOp.WRITE, 2)
+        wide = guest.write(edge, pattern(2, 2))  # of this extent and the next, which it waits for
+        behind = guest.write(edge, pattern(3))
+        driver.settle()
+        assert source.held(DiskOp.WRITE) == 2
+        source.release_all()
+        guest.wait(*busy, wide, behind)
+        driver.settle()
+        for disk in (source, destination):
+            assert disk.read(edge, BLOCK) == pattern(3)
+    for disk in (source, destination):
+        disk.drop()
+
+
 def test_steady_begins_with_all_that_was_confirmed_without_the_destination() -> None:
     """A flush was confirmed by the source alone while the flush that makes the mirror steady was under way:
     then the destination was called up to date without what that flush had covered."""
