@@ -100,7 +100,8 @@ class VhostUserClient:
         if fds:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         sent = self.socket.sendmsg([data], ancillary)
-        self.socket.sendall(data[sent:])
+        if sent < len(data):  # an empty rest, too, would meet a socket that has been closed meanwhile
+            self.socket.sendall(data[sent:])
 
     def send(
         self, message: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION
