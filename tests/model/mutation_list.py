@@ -429,8 +429,12 @@ MUTATIONS = [
         "late-flush-counts",
         "rule 8: completions after degrading move no count",
         "guest_flush.c",
-        "    if (f->destination_epoch != e->mirror.epoch)\n        return;\n    if (io->result < 0)",
-        "    if (io->result < 0)",
+        "    if (f->destination_epoch != e->mirror.epoch)\n        return;\n    if (io->result < 0)\n"
+        "        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);\n"
+        "    else if (e->mirror.state == VS_STEADY) /* not ahead meanwhile */",
+        "    if (io->result < 0)\n"
+        "        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);\n"
+        "    else",
         "faults.py::test_a_destination_that_hangs_is_given_up_and_fenced",
     ),
     _m(
