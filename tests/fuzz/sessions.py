@@ -376,7 +376,8 @@ def other_payload(payload: Payload, choices: Choices) -> Payload:
     if isinstance(payload, SingleRegion):
         return SingleRegion(_other_region(payload.region, choices))
     values: dict[str, Any] = {each.name: getattr(payload, each.name) for each in fields(payload)}
-    numbers = [name for name, value in values.items() if type(value) is int]
+    # Not the payload's own size: so much would have to be sent.
+    numbers = [name for name, value in values.items() if type(value) is int and name != "wire_bytes"]
     if not numbers:
         return payload
     name = choices.random.choice(numbers)
