@@ -8,8 +8,9 @@ import os
 import pytest
 
 from tests.fuzz import sessions
+from tests.fuzz.odd_descriptors import ODD
 from tests.fuzz.python_targets import run
-from tests.fuzz.sessions import ODD, Bench, Frontend, Gone
+from tests.fuzz.sessions import Bench, Frontend, Gone
 from vhostsync.vhost_user.messages import Request
 from vhostsync.vhost_user.payloads import InflightArea, LogArea, MemoryTable, Payload, VringFile
 from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES
