@@ -334,8 +334,8 @@ class Guest:
         command = [
             *machine,
             "-kernel", str(self._assets.kernel), "-initrd", str(self._assets.initramfs),
-            # Memory is not zeroed when it is allocated: the backend is the only one to write what is read from
-            # the disk, and so a migration without its dirty log shows.
+            # Memory is not zeroed when it is allocated: only the backend writes what is read from the disk,
+            # and so a migration without its dirty log shows.
             "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog init_on_alloc=0",
             "-qmp", f"unix:{monitor},server=on,wait=off",
             "-serial", f"file:{console}",
