@@ -31,6 +31,7 @@
 #include <sys/mman.h>
 
 #include "attachment.h"
+#include "clock.h"
 #include "copy_rescue.h"
 #include "engine.h"
 
@@ -288,11 +289,8 @@ static void start_reading(struct region_copy *c)
     c->io.iov = &c->iov;
     c->io.iov_count = 1;
     c->io.done = read_done;
-    if (e->copier.speed_bytes_per_s) {
-        uint64_t from = e->copier.not_before_ns > engine_now(e) ? e->copier.not_before_ns : engine_now(e);
-        e->copier.not_before_ns =
-            from + (uint64_t)((double)c->length * 1e9 / (double)e->copier.speed_bytes_per_s);
-    }
+    e->copier.not_before_ns =
+        clock_pace_ns(e->copier.not_before_ns, engine_now(e), c->length, e->copier.speed_bytes_per_s);
     disk_submit(e->source, &c->io);
 }
 

@@ -15,23 +15,16 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "attachment.h"
 #include "bitmap_file.h"
+#include "clock.h"
 #include "request_path.h"
 #include "snapshot.h"
 
 /* How long the end waits for a destination (or source) that does not answer. */
 #define QUIT_PATIENCE_NS 2000000000u
-
-static uint64_t clock_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 void engine_report_io_error(struct vs_engine *e, uint32_t role, const struct disk_io *io)
 {

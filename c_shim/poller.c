@@ -24,9 +24,8 @@
  */
 #include "poller.h"
 
-#include <time.h>
-
 #include "attachment.h"
+#include "clock.h"
 #include "engine.h"
 
 #define AUTO_WINDOW_NS 80000u
@@ -40,13 +39,6 @@
 #define BACK_OFF_NS_MAX 1000000000u
 /* Looks between two glances at the clock. */
 #define LOOKS 8u
-
-static uint64_t clock_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 static inline void relax(void)
 {

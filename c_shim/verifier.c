@@ -31,6 +31,7 @@
 #include <sys/mman.h>
 
 #include "attachment.h"
+#include "clock.h"
 #include "engine.h"
 
 #define BUFFERS_BYTES ((size_t)VERIFY_DEPTH * 2 * VERIFY_BYTES)
@@ -316,13 +317,6 @@ static uint64_t holes_at_cursor(const struct vs_engine *e)
     return (end - at) / e->config.block_bytes * e->config.block_bytes;
 }
 
-static void pace(struct verifier *v, uint64_t bytes, uint64_t now_ns)
-{
-    uint64_t from = v->not_before_ns > now_ns ? v->not_before_ns : now_ns;
-    if (v->speed_bytes_per_s)
-        v->not_before_ns = from + (uint64_t)((double)bytes * 1e9 / (double)v->speed_bytes_per_s);
-}
-
 static void begin_compare(struct vs_engine *e, struct compare *c)
 {
     struct verifier *v = &e->verifier;
@@ -338,7 +332,7 @@ static void begin_compare(struct vs_engine *e, struct compare *c)
         return;
     }
     v->in_use++;
-    pace(v, c->length, engine_now(e));
+    v->not_before_ns = clock_pace_ns(v->not_before_ns, engine_now(e), c->length, v->speed_bytes_per_s);
     read_both(c, COMPARE_GLANCE);
 }
 
