@@ -212,7 +212,6 @@ enum vs_reason {
     VS_REASON_DESTINATION_FLUSH,
     VS_REASON_DESTINATION_TIMEOUT,
     VS_REASON_STOP_TIMEOUT,
-    VS_REASON_SOURCE_READ,    /* not used any more: the copy goes on around what it cannot read */
     VS_REASON_SWITCH,
     VS_REASON_CONGESTION,     /* the destination is too slow, and the guest is not to wait */
     VS_REASON_CATCH_UP

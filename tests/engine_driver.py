@@ -61,10 +61,9 @@ class Reason(IntEnum):
     DESTINATION_FLUSH = 3
     DESTINATION_TIMEOUT = 4
     STOP_TIMEOUT = 5
-    SOURCE_READ = 6
-    SWITCH = 7
-    CONGESTION = 8
-    CATCH_UP = 9
+    SWITCH = 6
+    CONGESTION = 7
+    CATCH_UP = 8
 
 
 class Cut(IntEnum):

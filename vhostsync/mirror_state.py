@@ -35,7 +35,6 @@ REASONS: Final = {
     Reason.DESTINATION_FLUSH: "a flush of the destination failed",
     Reason.DESTINATION_TIMEOUT: "the destination did not answer within destination_timeout",
     Reason.STOP_TIMEOUT: "a ring could not be stopped within stop_timeout because of the destination",
-    Reason.SOURCE_READ: "the copy could not read the source",
     Reason.SWITCH: "switched",
     Reason.CONGESTION: "the destination is too slow, and the guest runs on",
     Reason.CATCH_UP: "catching up with what was written meanwhile",

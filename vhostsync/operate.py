@@ -246,7 +246,7 @@ async def verify(client: ControlClient, options: argparse.Namespace) -> int:
 
 
 async def verify_cancel(client: ControlClient, options: argparse.Namespace) -> int:
-    """`vhostsync verify --cancel`."""
+    """`vhostsync verify-cancel`."""
     await client.execute("verify-cancel")
     return await _done(client, options, "The verification is ended.")
 

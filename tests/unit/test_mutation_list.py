@@ -15,8 +15,3 @@ SOURCES = Path(__file__).parents[2] / "c_shim"
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_its_text_is_there_once(mutation: Mutation) -> None:
     assert (SOURCES / mutation.file).read_text().count(mutation.old) == 1
-
-
-def test_no_two_have_the_same_name() -> None:
-    names = [mutation.name for mutation in MUTATIONS]
-    assert len(names) == len(set(names))
