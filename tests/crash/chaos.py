@@ -9,12 +9,12 @@ says: no verification finds a difference, and no descriptor, thread or mapping i
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.crash.backend_thread import BackendThread
 from tests.guest.backends import Vhostsync
 from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import QmpError
@@ -24,9 +24,8 @@ LEFT_BEHIND_MAX = 8
 """Descriptors that a process may have more than after its start, with a mirror and a client or two."""
 
 
-class Chaos:
-    """`start` serves and begins; `over` is set once `deadline_s` has passed and the last backend is to
-    stay. `connecting` and `recovered` are set by the load."""
+class Chaos(BackendThread):
+    """On two disks; until `deadline_s` have passed."""
 
     def __init__(
         self,
@@ -38,79 +37,41 @@ class Chaos:
         news: Callable[[], None],
         deadline_s: float,
     ) -> None:
+        super().__init__("chaos", news=news, deadline_s=deadline_s)
         self.done: Counter[str] = Counter()
-        self.connecting = threading.Event()
-        self.recovered = threading.Event()
-        self.over = threading.Event()
-        self.failure: BaseException | None = None
-        self.backend: Vhostsync | None = None
         self.current = disks[0]
         self._folder, self._disks, self._queues = folder, disks, queues
-        self._rng, self._news = rng, news
-        self._deadline = time.monotonic() + deadline_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="chaos")
+        self._rng = rng
         self._descriptors = 0
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Ends the thread and the backend, whatever they do."""
-        self._stop.set()
-        self.connecting.set()
-        self.recovered.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self.backend is not None:
-            self.backend.__exit__(None, None, None)
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
 
     # -- what may happen ------------------------------------------------------
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         actions = (
             [self._start_mirror, self._await_steady, self._switch_keeping] * 6
             + [self._verify] * 4
             + [self._kill] * 2
             + [self._switch, self._cancel, self._cancel_at_once, self._restart]
         )
-        try:
-            self._serve()
-            while not self._stop.is_set() and time.monotonic() < self._deadline:
-                action = self._rng.choice(actions)
-                try:
-                    action()
-                    self.done[action.__name__.strip("_")] += 1
-                except QmpError:
-                    self.done["refused"] += 1  # it did not fit the state: that is an answer, too
-                self._stop.wait(self._rng.uniform(0, 0.05))
-            self._settle()
-        except BaseException as error:
-            self.failure = error
-        self.over.set()
-        self._news()
-        self._stop.wait()  # the kernel ends a backend with the thread that started it
-
-    def _served(self) -> Vhostsync:
-        assert self.backend is not None
-        return self.backend
+        self._serve()
+        while not self._time_is_up:
+            action = self._rng.choice(actions)
+            try:
+                action()
+                self.done[action.__name__.strip("_")] += 1
+            except QmpError:
+                self.done["refused"] += 1  # it did not fit the state: that is an answer, too
+            self._stop.wait(self._rng.uniform(0, 0.05))
+        self._settle()
 
     def _serve(self) -> None:
         """On the disk that the state record names, as an operator would."""
         record = StateFile(self._folder / "disk.state").load()
         if record is not None:
             self.current = Path(record.current.path)
-        self.connecting.clear()
-        self.recovered.clear()
         options = ("--bitmap", str(self._folder / "bits"))
-        self.backend = Vhostsync(self._folder, self.current, queues=self._queues, options=options)
-        self._news()
-        if not self.recovered.wait(60) and not self._stop.is_set():
-            raise AssertionError("the load has not recovered within 60 s")
+        self._serve_with(lambda: Vhostsync(self._folder, self.current, queues=self._queues, options=options))
+        self._await_recovered()
         self._descriptors = self._count_descriptors()
 
     def _other(self) -> Path:
@@ -142,9 +103,7 @@ class Chaos:
         self._served().qmp.execute("mirror-cancel", force=True)
 
     def _kill(self) -> None:
-        backend = self._served()
-        backend.process.kill()
-        backend.__exit__(None, None, None)
+        self._kill_backend()
         self._serve()
 
     def _restart(self) -> None:

@@ -5,12 +5,11 @@ again."""
 from __future__ import annotations
 
 import random
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.crash.backend_thread import BackendThread
 from tests.guest.backends import Vhostsync
 from vhostsync.state_record import StateFile, Worth
 
@@ -29,12 +28,9 @@ class KillFigures:
     copied_bytes: int = 0
 
 
-class Killer:
-    """`start` serves; the load sets `connecting` and `recovered`; `over` is set once the last backend is to
-    stay.
-
-    With `destination` some kills happen while a mirror is attached, and the state record is looked at after
-    the restart. With a `bitmap` too, every kill happens so, and only the first copy may be of everything."""
+class Killer(BackendThread):
+    """With `destination` some kills happen while a mirror is attached, and the state record is looked at
+    after the restart. With a `bitmap` too, every kill happens so, and only the first copy may be of everything."""
 
     def __init__(
         self,
@@ -49,56 +45,23 @@ class Killer:
         bitmap: Path | None = None,
         deadline_s: float = float("inf"),
     ) -> None:
+        super().__init__("killer", news=news, deadline_s=deadline_s)
         self.figures = KillFigures()
-        self.connecting = threading.Event()
-        self.recovered = threading.Event()
-        self.over = threading.Event()
-        self.failure: BaseException | None = None
-        self.backend: Vhostsync | None = None
         self._folder, self._disk, self._queues = folder, disk, queues
-        self._kills, self._rng, self._news = kills, rng, news
+        self._kills, self._rng = kills, rng
         self._destination, self._bitmap = destination, bitmap
-        self._deadline = time.monotonic() + deadline_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="killer")
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Ends the thread and the backend, whatever they do."""
-        self._stop.set()
-        self.connecting.set()
-        self.recovered.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self.backend is not None:
-            self.backend.__exit__(None, None, None)
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-    def _run(self) -> None:
-        try:
-            self._serve()
-            for number in range(self._kills):
-                if self._stop.is_set() or time.monotonic() > self._deadline:
-                    break
-                always = self._bitmap is not None
-                self._one_kill(early=not always and number % 4 == 3, mirrored=always or number % 4 == 1)
-        except BaseException as error:
-            self.failure = error
-        self.over.set()
-        self._news()
-        self._stop.wait()  # the kernel ends a backend with the thread that started it
+    def _work(self) -> None:
+        self._serve()
+        for number in range(self._kills):
+            if self._time_is_up:
+                break
+            always = self._bitmap is not None
+            self._one_kill(early=not always and number % 4 == 3, mirrored=always or number % 4 == 1)
 
     def _serve(self) -> None:
-        self.connecting.clear()
-        self.recovered.clear()
         options = () if self._bitmap is None else ("--bitmap", str(self._bitmap))
-        self.backend = Vhostsync(self._folder, self._disk, queues=self._queues, options=options)
-        self._news()
+        self._serve_with(lambda: Vhostsync(self._folder, self._disk, queues=self._queues, options=options))
 
     def _one_kill(self, *, early: bool, mirrored: bool) -> None:
         assert self.backend is not None
@@ -109,8 +72,7 @@ class Killer:
                 raise AssertionError("the frontend has not come back within 60 s")
             self._stop.wait(self._rng.uniform(0, 0.02))
         else:
-            if not self.recovered.wait(60):
-                raise AssertionError("the load has not recovered within 60 s")
+            self._await_recovered()
             if mirrored:
                 assert self._destination is not None
                 self.backend.start_mirror(self._destination)
@@ -121,8 +83,7 @@ class Killer:
             self._stop.wait(self._rng.uniform(0, 0.15))
         if self._stop.is_set():
             return
-        self.backend.process.kill()
-        self.backend.__exit__(None, None, None)
+        self._kill_backend()
         self.figures.kills += 1
         self.figures.early += early
         self.figures.mirrored += mirrored
