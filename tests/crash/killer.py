@@ -30,7 +30,8 @@ class KillFigures:
 
 class Killer(BackendThread):
     """With `destination` some kills happen while a mirror is attached, and the state record is looked at
-    after the restart. With a `bitmap` too, every kill happens so, and only the first copy may be of everything."""
+    after the restart. With a `bitmap` too, every kill happens so, and only the first copy may be of
+    everything."""
 
     def __init__(
         self,
