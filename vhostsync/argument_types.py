@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the words of the command line may be: sizes, durations, speeds, paths. A wrong one is refused with the
+sentence of the ConfigError that it raises."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import config
+from .errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviated options: a script that uses one would break when another option is added."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**kwargs)
+
+
+def _checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+    """`parse` as argparse calls it, with its sentence as the error."""
+
+    def converted(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    converted.__name__ = name  # argparse shows it
+    return converted
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = float(config.parse_seconds(text))
+    if seconds <= 0:
+        raise ConfigError("It must be longer than nothing.")
+    return seconds
+
+
+def _speed(text: str) -> int:
+    return 0 if text == "none" else config.check_speed(config.parse_bytes(text.removesuffix("/s")))
+
+
+def _absolute_path(text: str) -> Path:
+    path = Path(text).absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"The path {text!r} is not UTF-8; the control socket cannot carry it.") from error
+    return path
+
+
+size = _checked(config.parse_bytes, "size")
+seconds = _checked(config.parse_seconds, "duration")
+metrics_place = _checked(config.parse_metrics, "place")
+poll_us = _checked(config.parse_poll_us, "time")
+positive_seconds = _checked(_positive_seconds, "duration")
+speed = _checked(_speed, "speed")
+absolute_path = _checked(_absolute_path, "path")
