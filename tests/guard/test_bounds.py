@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guard.measure import kernel_syscalls_per_request, per_request
+from tests.guard.measure import instructions_per_request, kernel_syscalls_per_request, per_request
 
 BOUNDS: dict[str, dict[str, float]] = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text())
 WORKS = sorted(BOUNDS["syscalls"])
@@ -29,6 +29,14 @@ def test_the_kernel_counts_no_more_system_calls(work: str, tmp_path: Path) -> No
     if measured is None:
         pytest.skip("strace cannot trace here")
     assert 0 < measured <= BOUNDS["kernel-syscalls"][work]
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_request_takes_no_more_instructions(work: str, tmp_path: Path) -> None:
+    measured = instructions_per_request(work, tmp_path)
+    if measured is None:
+        pytest.skip("valgrind is not installed")
+    assert 100 < measured <= BOUNDS["instructions"][work]
 
 
 def test_every_bound_names_every_work() -> None:
