@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data plane as Python sees it: commands that are awaited, events, snapshots.
 
-The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h). A command is handed to the
-engine's thread and returns a token at once; its completion arrives through the event descriptor, which `pump`
-watches. So nothing here blocks the event loop, and no Python object is ever touched by the C threads.
+The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h), with
+engine_attachment.py. A command is handed to the engine's thread and returns a token at once; its
+completion arrives through the event descriptor, which `pump` watches. So nothing here blocks the event
+loop, and no Python object is ever touched by the C threads.
 """
 
 import errno
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +22,7 @@ from vhostsync._shim import ffi, lib
 from vhostsync._source_hash import expected_source_hash
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.disks import Disk, DiskProbe
+from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.errors import ConfigError, EngineError
 from vhostsync.snapshot import DISK_OPS, ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
 from vhostsync.vhost_user.attachment import MemoryRegion
@@ -38,8 +39,6 @@ if (_expected := expected_source_hash()) not in (None, _built):
 
 ATTACHMENTS_MAX: Final[int] = lib.VS_MAX_ATTACHMENTS
 QUEUES_MAX: Final[int] = lib.VS_MAX_QUEUES
-NO_LOG: Final = (1 << 64) - 1
-
 
 LOSSES: Final = {
     lib.VS_LOSS_MEMORY: "its memory is gone: the frontend has shrunk the file behind it",
@@ -427,7 +426,7 @@ class Engine:
         """What the source has failed, and was kept back for a switch, is answered with its error."""
         await self.command(lib.VS_CMD_FAILOVER_GIVE_UP, "giving up the switch from a failed source")
 
-    async def attach(self) -> "EngineAttachment":
+    async def attach(self) -> EngineAttachment:
         """A new attachment for a frontend."""
         index = next((i for i in range(ATTACHMENTS_MAX) if i not in self._attachments), None)
         if index is None:
@@ -446,7 +445,7 @@ class Engine:
         await self.command(lib.VS_CMD_DETACH, "detaching a frontend", attachment=index)
         del self._attachments[index]
 
-    def attachment(self, index: int) -> "EngineAttachment | None":
+    def attachment(self, index: int) -> EngineAttachment | None:
         """The one that an event names, if it is still there."""
         return self._attachments.get(index)
 
@@ -467,115 +466,3 @@ class Engine:
             lib.vs_engine_queue_stats(self._handle, queue, c_stats)
             found.append(queue_stats_of(c_stats))
         return found
-
-
-class EngineAttachment:
-    """One frontend's memory and rings in the engine: vhost_user.attachment.Attachment."""
-
-    def __init__(self, engine: Engine, index: int) -> None:
-        self._engine = engine
-        self.index = index
-        self._command = functools.partial(engine.command, attachment=index)
-
-    async def reset(self) -> None:
-        for queue in range(self._engine.config.num_queues):
-            await self.stop_vring(queue)
-            await self.set_vring_enable(queue, False)
-        await self._command(lib.VS_CMD_RESET, "resetting the device")
-
-    async def set_features(self, features: int) -> None:
-        await self._command(lib.VS_CMD_SET_FEATURES, "setting the features", value=features)
-
-    async def set_log_base(self, fd: OwnedFd, size_bytes: int, offset: int) -> None:
-        await self._command(
-            lib.VS_CMD_SET_LOG_BASE,
-            "mapping the dirty log",
-            fd=fd.fileno(),
-            fds=(fd,),
-            value=size_bytes,
-            desc=offset,
-        )
-
-    async def set_log_fd(self, fd: OwnedFd) -> None:
-        await self._command(
-            lib.VS_CMD_SET_LOG_FD, "setting the dirty log's descriptor", fd=fd.fileno(), fds=(fd,)
-        )
-
-    async def set_mem_table(self, regions: Sequence[tuple[MemoryRegion, OwnedFd]]) -> None:
-        await self._command(
-            lib.VS_CMD_SET_MEM_TABLE,
-            "mapping the guest's memory",
-            fds=[fd for _, fd in regions],
-            regions=[(region, fd.fileno()) for region, fd in regions],
-        )
-
-    async def add_mem_region(self, region: MemoryRegion, fd: OwnedFd) -> None:
-        await self._command(
-            lib.VS_CMD_ADD_MEM_REGION, "mapping a region", fds=[fd], regions=[(region, fd.fileno())]
-        )
-
-    async def remove_mem_region(self, region: MemoryRegion) -> None:
-        await self._command(lib.VS_CMD_REMOVE_MEM_REGION, "unmapping a region", regions=[(region, -1)])
-
-    async def set_vring_num(self, queue: int, num: int) -> None:
-        await self._command(lib.VS_CMD_VRING_NUM, f"setting the size of ring {queue}", queue=queue, value=num)
-
-    async def set_vring_addr(self, queue: int, desc: int, used: int, avail: int, log: int | None) -> None:
-        await self._command(
-            lib.VS_CMD_VRING_ADDR,
-            f"setting the addresses of ring {queue}",
-            queue=queue,
-            desc=desc,
-            used=used,
-            avail=avail,
-            log=NO_LOG if log is None else log,
-        )
-
-    async def set_vring_base(self, queue: int, base: int) -> None:
-        await self._command(
-            lib.VS_CMD_VRING_BASE, f"setting the base of ring {queue}", queue=queue, value=base
-        )
-
-    async def _set_fd(self, kind: int, doing: str, queue: int, fd: OwnedFd | None) -> None:
-        await self._command(
-            kind,
-            f"{doing} of ring {queue}",
-            queue=queue,
-            fd=-1 if fd is None else fd.fileno(),
-            fds=() if fd is None else (fd,),
-        )
-
-    async def set_vring_kick(self, queue: int, fd: OwnedFd) -> None:
-        await self._set_fd(lib.VS_CMD_VRING_KICK, "setting the kick", queue, fd)
-
-    async def set_vring_call(self, queue: int, fd: OwnedFd | None) -> None:
-        await self._set_fd(lib.VS_CMD_VRING_CALL, "setting the call", queue, fd)
-
-    async def set_vring_err(self, queue: int, fd: OwnedFd | None) -> None:
-        await self._set_fd(lib.VS_CMD_VRING_ERR, "setting the error descriptor", queue, fd)
-
-    async def set_vring_enable(self, queue: int, enabled: bool) -> None:
-        await self._command(
-            lib.VS_CMD_VRING_ENABLE, f"enabling ring {queue}", queue=queue, value=int(enabled)
-        )
-
-    async def stop_vring(self, queue: int) -> int:
-        return await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue)
-
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
-        write_cache = await self._command(
-            lib.VS_CMD_SET_INFLIGHT,
-            "mapping the record of requests in flight",
-            fd=fd.fileno(),
-            fds=(fd,),
-            value=size_bytes,
-            desc=offset,
-            used=queues,
-        )
-        return bool(write_cache)
-
-    async def set_write_cache(self, writeback: bool) -> None:
-        await self._command(lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback))
-
-    async def close(self) -> None:
-        await self._engine.detach(self.index)

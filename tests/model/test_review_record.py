@@ -26,7 +26,8 @@ from tests.model.rig import BLOCK, MIB, pattern
 from vhostsync import disks
 from vhostsync import engine as engine_module
 from vhostsync.config import MirrorTarget
-from vhostsync.engine import Engine, EngineAttachment, EngineConfig, probe
+from vhostsync.engine import Engine, EngineConfig, probe
+from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
