@@ -196,6 +196,18 @@ async def get_ahead(running: Running, chance: random.Random) -> None:
         await running.until(MirrorState.STEADY)
 
 
+async def fail_source(running: Running, chance: random.Random) -> None:
+    """The guest's disk fails from now on, until the guest has left it (or cannot)."""
+    op = chance.choice((DiskOp.WRITE, DiskOp.FLUSH, DiskOp.ZERO))
+    former = running.current
+    source = running.disks[former]
+    source.fault(op, errno.EIO, skip=chance.randint(0, 3), count=-1)
+    with anyio.move_on_after(2.0):
+        while running.current == former:
+            await anyio.sleep(0.001)
+    source.fault(op, 0, count=0)
+
+
 @dataclass(frozen=True)
 class Scene:
     """A phase may find that it is impossible now (a switch after a loss): that is part of the play."""
@@ -204,6 +216,7 @@ class Scene:
     phases: tuple[Phase, ...]
     features: int = DEFAULT_FEATURES
     pull_ahead: bool = False
+    failover: bool = False
 
     @property
     def write_through(self) -> bool:
@@ -222,6 +235,11 @@ SCENES = (
         "ahead",
         (attach, get_ahead, idle, get_ahead, lose_destination, attach, get_ahead, switch, get_ahead, cancel),
         pull_ahead=True,
+    ),
+    Scene(
+        "failover",
+        (attach, idle, fail_source, idle, attach, fail_source, attach, switch, fail_source, idle),
+        failover=True,
     ),
     Scene(
         "write-through",

@@ -37,6 +37,7 @@ from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
+from vhostsync.source_failover import SourceFailover
 from vhostsync.state_record import StateFile, decode_record
 
 MIB = 1 << 20
@@ -47,6 +48,7 @@ EXTENT = 128 << 10
 SLOTS = 3  # of the 8 extents that the disk has
 SHAPE = Shape(SIZE, REGION, EXTENT, 4100)
 QUEUES = 3
+FAILOVER_DEADLINE_S = 5.0
 
 
 class RecordFiles:
@@ -240,13 +242,14 @@ async def machine(
         recorder.synced(recorder.sync_begun())  # its header is durable
         with mock.patch.object(os, "fdatasync", _synced(recorder, opened.bitmap)):
             engine = await Engine.create(config, source, opened.bitmap, peer_known=opened.peer_known)
-            mirror = Mirror(
-                engine, source, EventHub(), state_file, opened.record, opened.bitmap, opened.peer_left
-            )
+            hub = EventHub()
+            mirror = Mirror(engine, source, hub, state_file, opened.record, opened.bitmap, opened.peer_left)
+            failover = SourceFailover(engine, mirror, hub, FAILOVER_DEADLINE_S)
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(engine.pump)
                     tasks.start_soon(mirror.run)
+                    tasks.start_soon(failover.run)
                     memory = GuestMemory((8 * MIB,))
                     guest = Frontend(
                         AsyncTransport(await engine.attach()), queues=QUEUES, features=features, memory=memory

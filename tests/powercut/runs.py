@@ -56,6 +56,7 @@ def record(where: Site, scene: Scene, remains: Remains, chance: random.Random) -
             features=scene.features,
             checkpoint_s=checkpoint_s,
             pull_ahead=scene.pull_ahead,
+            switch_on_source_error=scene.failover,
             congestion_fill_bytes=128 << 10,
             ahead_backoff_s=0.01,
         ) as running:
