@@ -16,9 +16,9 @@ from tests.powercut.loads import SCENES, Scene
 from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
 from vhostsync.bad_ranges import BadRanges
-from vhostsync.mirror import Mirror
 from vhostsync.mirror_status import Switched, SwitchPlan
 from vhostsync.state_record import DiskIdentity, Prepared, StateRecord, Worth
+from vhostsync.switch import Switch
 
 SEEDS = int(os.environ.get("VHOSTSYNC_POWERCUT_SEEDS", "2"))
 
@@ -53,15 +53,15 @@ def test_a_record_that_is_written_after_the_exchange_is_noticed(
 ) -> None:
     """The guest writes to the new disk while the record still names the old one."""
 
-    async def exchange_first(mirror: Mirror, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
-        mirror._next_record = mirror._record.switched(keep_mirror=plan.keep_mirror)
-        pause_ns = await mirror._engine.exchange(keep_mirror=plan.keep_mirror, accept_unreadable=False)
+    async def exchange_first(switch: Switch, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
+        switch._keeper.expect_exchange(switch._keeper.record.switched(keep_mirror=plan.keep_mirror))
+        pause_ns = await switch._engine.exchange(keep_mirror=plan.keep_mirror, accept_unreadable=False)
         await anyio.sleep(0.02)
         assert prepared is not None
         await anyio.to_thread.run_sync(prepared.commit)
         return Switched(pause_ns, BadRanges())
 
-    monkeypatch.setattr(Mirror, "_exchange", exchange_first)
+    monkeypatch.setattr(Switch, "_exchange", exchange_first)
     assert _one_of_the_seeds_finds_it(where, "leave")
 
 

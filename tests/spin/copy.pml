@@ -292,7 +292,7 @@ end:
         state = STEADY;
         count = 0
       }
-      atomic { worth = UP_TO_DATE } /* Mirror._record_change */
+      atomic { worth = UP_TO_DATE } /* RecordKeeper._follow */
     :: atomic {
         (state == STEADY || state == SYNCING) && leaves < 1 ->
         leaves++;
@@ -314,7 +314,7 @@ end:
         fi
       }
       if
-      :: atomic { was_steady -> worth = OUTDATED } /* Mirror._record_outdated */
+      :: atomic { was_steady -> worth = OUTDATED } /* RecordKeeper._record_outdated */
       :: atomic { !was_steady -> skip }
       fi;
       atomic { record = WRITTEN; was_steady = false }

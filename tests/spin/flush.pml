@@ -206,7 +206,7 @@ end:
 }
 #endif
 
-active proctype recorder() { /* Mirror._record_outdated, then record_written */
+active proctype recorder() { /* RecordKeeper._record_outdated, then record_written */
 end:
     do
     :: atomic { record == PENDING && worth == UP_TO_DATE -> worth = OUTDATED } /* renamed and fsynced */

@@ -236,7 +236,7 @@ end:
     }
 }
 
-active proctype recorder() { /* Mirror._record_outdated: names the disk that the guest is on */
+active proctype recorder() { /* RecordKeeper._record_outdated: names the disk that the guest is on */
 end:
     atomic { record == PENDING && gate == OPEN -> recorded = current; trusted = false }
     atomic { record = WRITTEN }

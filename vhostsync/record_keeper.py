@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the state record true to what the engine reports (docs/durability.md, "Who is the truth"):
+
+* once the engine reports `steady`, it says up to date (late is safe, early would not be);
+* when the engine lost a steady destination, or the guest got ahead of one, the engine holds every flush until
+  the record says "outdated";
+* when the dirty bitmap cannot be written, writes that need it are held until the record names none.
+
+Events are taken one by one, in their order. Whoever changes the record holds `lock`, which also covers what
+the change was made of and what must follow it: two writers that each change what they have read would undo
+each other.
+"""
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from vhostsync import events
+from vhostsync.bitmap import BitmapFile
+from vhostsync.destination import Place, look_again
+from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
+from vhostsync.errors import EngineError, StateRecordError, VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.roles import Roles
+from vhostsync.snapshot import State
+from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
+
+log = structlog.get_logger(__name__)
+
+RETRY_S: Final = 1.0
+
+_TO_RECORD: Final = (EventKind.STATE, EventKind.DEGRADED, EventKind.FENCE_CLEAR, EventKind.BITMAP_FAILED)
+
+
+class RecordKeeper:
+    """`run` must run as long as it is used. `failed` is told each error, as a sentence."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: Roles,
+        hub: EventHub,
+        state_file: StateFile | None,
+        record: StateRecord,
+        bitmap: BitmapFile | None,
+        failed: Callable[[str], None],
+    ) -> None:
+        self.record = record
+        self.bitmap = bitmap
+        self.lock = anyio.Lock()
+        self._engine = engine
+        self._roles = roles
+        self._hub = hub
+        self._state_file = state_file
+        self._failed = failed
+        self._after_exchange: StateRecord | None = None
+        self._state = State.PASSTHROUGH
+        self._to_record: deque[EngineEvent] = deque()
+        self._came = anyio.Event()
+        engine.on_event(self._on_event)
+
+    # ---- writing ---------------------------------------------------------------
+
+    async def write(self, record: StateRecord) -> None:
+        """Durable on return. StateRecordError."""
+        assert self.lock.locked()
+        if self._state_file is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._state_file.write, record)
+        self.record = record
+
+    async def prepare(self, record: StateRecord) -> Prepared | None:
+        """All but the commit. None: there is no file. StateRecordError."""
+        if self._state_file is None:
+            return None
+        return await anyio.to_thread.run_sync(self._state_file.prepare, record)
+
+    def expect_exchange(self, record: StateRecord | None) -> None:
+        """`record` is what holds once the engine reports the exchange of the disks; None: it will not."""
+        self._after_exchange = record
+
+    async def write_outdated(self) -> None:
+        """The destination falls behind from now on."""
+        await self.write(self.record.with_worth(Worth.OUTDATED, _now()))
+
+    async def begin_bitmap(self, destination: Place) -> None:
+        """The engine has marked that everything differs; once that is durable, the record may name it."""
+        bitmap = self.bitmap
+        if bitmap is None:
+            return
+        try:
+            pair = (self._roles.source.identity, destination.identity)
+            await anyio.to_thread.run_sync(bitmap.new_peer, pair)
+            await self.write(self.record.with_bitmap(bitmap.token))
+        except (OSError, VhostsyncError) as error:
+            # The record names none: a restart copies everything, and loses nothing.
+            log.error("the dirty bitmap is not used for this destination", error=str(error))
+
+    def write_clean_end(self) -> None:
+        """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
+        if self._state_file is None:
+            return
+        current = look_again(self._roles.source)
+        peer = self.record.peer
+        if current is None:
+            return
+        if peer is not None and self._roles.destination is not None:
+            peer = look_again(self._roles.destination)
+            if peer is None:
+                return
+        try:
+            self._state_file.write(self.record.detached(current, peer))
+        except StateRecordError as error:
+            log.error("the state record could not note the clean end", error=str(error))
+
+    # ---- following the engine ----------------------------------------------------
+
+    def _on_event(self, event: EngineEvent) -> None:
+        if event.kind is EventKind.STATE:
+            self._state = State(event.value)
+            if event.reason == Reason.SWITCH:
+                # Here and not where the exchange is awaited: what the engine reports next (the loss of the
+                # new destination, say) is to be recorded of the new roles.
+                assert self._after_exchange is not None
+                self.record, self._after_exchange = self._after_exchange, None
+                self._roles.exchange(keep_mirror=self.record.peer is not None)
+        if event.kind in _TO_RECORD:
+            self._to_record.append(event)
+            self._came.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            while self._to_record:
+                await self._follow(self._to_record.popleft())
+            self._came = anyio.Event()
+            await self._came.wait()
+
+    async def _follow(self, event: EngineEvent) -> None:
+        """The engine waits only where a steady destination or the bitmap was lost."""
+        if event.kind is EventKind.FENCE_CLEAR:
+            await anyio.to_thread.run_sync(self._roles.peer.look)
+        elif event.kind is EventKind.BITMAP_FAILED:
+            await self._give_up_bitmap(event.error)
+        elif event.kind is EventKind.DEGRADED:
+            await self._record_outdated()
+        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
+            async with self.lock:
+                # Much may have happened since: only what is steady now may be called so.
+                if self._state is State.STEADY and self.record.peer_worth is Worth.INCONSISTENT:
+                    await self._record_up_to_date()
+
+    async def _record_up_to_date(self) -> None:
+        try:
+            await self.write(self.record.with_worth(Worth.UP_TO_DATE))
+        except StateRecordError as error:
+            # Too modest a record loses no data: the destination is worth more than it says.
+            log.error("the state record still calls the destination inconsistent", error=str(error))
+
+    async def _record_outdated(self) -> None:
+        """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
+        durable, they fail."""
+        while True:
+            error_number = 0
+            try:
+                async with self.lock:
+                    if self.record.peer is not None:
+                        await self.write_outdated()
+            except StateRecordError as error:
+                error_number = errno.EIO
+                self._failed(str(error))
+                log.error("flushes fail until the state record can be written", error=str(error))
+            await self._engine.record_written(error_number)
+            if not error_number:
+                return
+            await anyio.sleep(RETRY_S)
+
+    async def _give_up_bitmap(self, error_number: int) -> None:
+        """Writes that need it are held until a crash cannot make anybody believe it."""
+        reason = str(EngineError.from_errno("writing the dirty bitmap", error_number))
+        self._failed(reason)
+        log.error("going on without the dirty bitmap", error=reason)
+        self._hub.publish(events.BITMAP_FAILED, {"error": reason})
+        while True:
+            try:
+                async with self.lock:
+                    await self.write(self.record.with_bitmap(None))
+                    self.bitmap = None
+                break
+            except StateRecordError as error:
+                log.error("writes wait until the state record can be written", error=str(error))
+                await anyio.sleep(RETRY_S)
+        await self._engine.bitmap_void()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which disk is what to the mirror: the source, the destination, one that was given up and may still be
+written to, and the peer that the difference map speaks of. None of this awaits."""
+
+from pathlib import Path
+
+from vhostsync.destination import Place
+from vhostsync.peer import Peer
+
+
+class Roles:
+    def __init__(self, source: Place) -> None:
+        self.source = source
+        self.destination: Place | None = None
+        self.fenced_path: Path | None = None  # requests to this former destination are not over (rule 8)
+        self.peer = Peer()
+
+    @property
+    def destination_path(self) -> Path | None:
+        """Of the destination, or of the one that was given up last."""
+        return self.destination.path if self.destination is not None else self.fenced_path
+
+    def fence(self) -> None:
+        """The destination is given up; what it has under way may still be written there."""
+        if self.destination is not None:
+            self.fenced_path, self.destination = self.destination.path, None
+            self.peer.detached()
+
+    def exchange(self, *, keep_mirror: bool) -> None:
+        """The destination is the source now; with `keep_mirror` the old one is the destination."""
+        assert self.destination is not None
+        self.source, self.destination = self.destination, self.source if keep_mirror else None
+        if self.destination is not None:
+            self.peer.attached(self.destination)
+        else:
+            self.peer.forget()

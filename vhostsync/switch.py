@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch: prepare, close the gate, commit the record, exchange the disks; or leave all as it was.
+
+The record names the new disk before the first request goes there. From the closed gate to the open one the
+guest is held, and nothing may be cut off.
+"""
+
+import errno
+from dataclasses import asdict
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from vhostsync import events
+from vhostsync.bad_ranges import BadRanges
+from vhostsync.engine import Engine
+from vhostsync.errors import EngineError, StateRecordError, SwitchError, VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.mirror_state import MirrorState
+from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
+from vhostsync.record_keeper import RecordKeeper
+from vhostsync.roles import Roles
+from vhostsync.state_record import Prepared, StateRecord
+
+log = structlog.get_logger(__name__)
+
+RETRY_S: Final = 0.05
+
+
+class Switch:
+    """Nothing else may command the mirror meanwhile (Mirror.exclusive)."""
+
+    def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub) -> None:
+        self._engine = engine
+        self._roles = roles
+        self._keeper = keeper
+        self._hub = hub
+
+    async def check(self, state: MirrorState, plan: SwitchPlan) -> None:
+        """SwitchError when it may not begin."""
+        if state is not MirrorState.STEADY:
+            how = "start it and wait until it is steady (mirror start --wait)"
+            if state is MirrorState.AHEAD:
+                how = "the destination was too slow and catches up by itself; wait until it is steady"
+            raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
+        bad = BadRanges.of(await self._engine.snapshot())
+        bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
+
+    async def run(self, plan: SwitchPlan, deadline_s: float) -> SwitchResult:
+        """SwitchError: the guest is still on the source."""
+        self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._roles.destination_path)})
+        try:
+            with anyio.fail_after(deadline_s):
+                result = await self._try_until_switched(plan)
+        except TimeoutError as error:
+            raise self._failed(
+                f"the switch did not succeed within {deadline_s:g} s: no pause of at most "
+                f"{plan.max_pause_ms:g} ms was enough to bring the destination up to date; allow a longer "
+                f"pause or deadline"
+            ) from error
+        except VhostsyncError as error:
+            raise self._failed(str(error)) from error
+        log.info("switched", **asdict(result))
+        self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
+        return result
+
+    def _failed(self, reason: str) -> SwitchError:
+        log.warning("switch failed", reason=reason)
+        self._hub.publish(events.SWITCH_FAILED, {"reason": reason})
+        return SwitchError(f"the guest is still on {self._roles.source.path}: {reason}")
+
+    async def leave_source(self, deadline_s: float) -> SwitchResult | None:
+        """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
+        another switch has done so meanwhile. VhostsyncError."""
+        async with self._keeper.lock:
+            if not (await self._engine.snapshot()).failover_pending:
+                return None
+            switched = await self._try(SwitchPlan(deadline_s * 1000))
+            if switched is None:
+                raise SwitchError("the destination could not be brought up to date in time")
+            return self._result(switched, 1)
+
+    async def _try_until_switched(self, plan: SwitchPlan) -> SwitchResult:
+        attempts = 0
+        while True:
+            attempts += 1
+            # Prepare, the guest running: the lag shrinks, and the destination shows that it can flush.
+            await self._engine.mirror_drain(both_disks=plan.keep_mirror)
+            async with self._keeper.lock:
+                switched = await self._try(plan)
+            if switched is not None:
+                if switched.accepted:
+                    log.warning("accepted what the destination holds there", **switched.accepted.listed())
+                return self._result(switched, attempts)
+            await anyio.sleep(RETRY_S * attempts)
+
+    def _result(self, switched: Switched, attempts: int) -> SwitchResult:
+        destination = self._roles.destination
+        return SwitchResult(
+            pause_us=switched.pause_ns // 1000,
+            attempts=attempts,
+            source_path=str(self._roles.source.path),
+            destination_path=str(destination.path) if destination is not None else None,
+            accepted=switched.accepted.listed(),
+        )
+
+    async def _try(self, plan: SwitchPlan) -> Switched | None:
+        """Under the record's lock. None: the gate could not be closed in time."""
+        prepared = await self._keeper.prepare(self._keeper.record.switched(keep_mirror=plan.keep_mirror))
+        try:
+            if not await self._close_gate(plan.max_pause_ms):
+                return None
+            # From here to the end nothing may be cut off: the guest is held.
+            with anyio.CancelScope(shield=True):
+                return await self._exchange(prepared, plan)
+            raise AssertionError("nobody cancels that scope")
+        finally:
+            if prepared is not None:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(prepared.discard)
+
+    async def _close_gate(self, max_pause_ms: float) -> bool:
+        """False: it could not be closed in time, and is open again. So it is when this raises or is
+        cancelled (the deadline of the switch): a gate that nobody opens would hold the guest for ever."""
+        try:
+            await self._engine.gate(int(max_pause_ms * 1000))
+        except EngineError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            return False
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._engine.ungate()
+            raise
+        return True
+
+    async def _exchange(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
+        """With the gate closed: the record, then the disks."""
+        former = self._keeper.record
+        self._keeper.expect_exchange(former.switched(keep_mirror=plan.keep_mirror))
+        accepted = BadRanges()
+        try:
+            if plan.accept_unreadable:
+                accepted = BadRanges.of(await self._engine.snapshot())
+            if prepared is not None:
+                await anyio.to_thread.run_sync(prepared.commit)
+            pause_ns = await self._engine.exchange(
+                keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable
+            )
+            return Switched(pause_ns, accepted)
+        except VhostsyncError:
+            self._keeper.expect_exchange(None)
+            # First the record: what the guest writes from here on goes to the disk that it is to name again.
+            await self._restore_record(former)
+            await self._engine.ungate()
+            raise
+
+    async def _restore_record(self, record: StateRecord) -> None:
+        """The exchange did not take place, and the record may say that it did. Should this fail too, nothing
+        that was flushed is at stake: the mirror is steady, and the engine confirms no flush without the
+        destination before another record is durable."""
+        try:
+            await self._keeper.write(record)
+        except StateRecordError as error:
+            log.error("the state record may name the destination as the current disk", error=str(error))
