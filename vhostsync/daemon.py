@@ -18,9 +18,8 @@ there is an event loop, in the only thread.
 
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +28,28 @@ import anyio.abc
 import anyio.to_thread
 import structlog
 
-from vhostsync import disks, events, service_manager
+from vhostsync import events, service_manager
 from vhostsync import log as logging
-from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
-from vhostsync.disks import Disk
 from vhostsync.engine import (
     LOSSES,
     Engine,
     EngineConfig,
     EngineEvent,
     EventKind,
-    bitmap_file_bytes,
-    probe,
 )
-from vhostsync.errors import DiskError, VhostsyncError
+from vhostsync.errors import VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
+from vhostsync.opening import Opened, device_shape, open_device
 from vhostsync.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.source_failover import SourceFailover
-from vhostsync.state_index import default_directory, make_directory, open_state_file
-from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth, check_start
+from vhostsync.state_index import default_directory, make_directory
 from vhostsync.verify import Verifier
 from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.server import FrontendServer
@@ -62,8 +57,6 @@ from vhostsync.virtio_blk import BlkDevice, DeviceShape
 
 log = structlog.get_logger(__name__)
 
-# A killed predecessor's I/O goes on for tens of milliseconds in the kernel, and its lock with it.
-SOURCE_LOCK_S = 5.0
 CHECKPOINT_S = 3.0  # of the difference map: two flushes in this time, if the guest writes and does not flush
 
 AHEAD_BACKOFF_S = 1.0  # a destination that was too slow again waits so long to catch up, then twice as long
@@ -87,30 +80,6 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
     for error in group.exceptions:
         found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The device before its engine runs."""
-
-    disk: Disk
-    state_file: StateFile | None
-    record: StateRecord | None
-    bitmap: BitmapFile | None = None
-    peer_left: DiskIdentity | None = None  # how the peer looked at the last clean end
-
-    @property
-    def peer_known(self) -> bool:
-        """The bitmap tells where the peer differs."""
-        record = self.record
-        return self.bitmap is not None and record is not None and record.bitmap == self.bitmap.token
-
-    def close(self) -> None:
-        self.disk.close()
-        if self.bitmap is not None:
-            self.bitmap.close(clean=True)
-        if self.state_file is not None:
-            self.state_file.close()
 
 
 @dataclass(frozen=True)
@@ -157,108 +126,6 @@ def _start(config: ServeConfig) -> Started:
         )
         undo.pop_all()
     return Started(opened, shape, endpoint, engine, confinement)
-
-
-def open_device(
-    config: ServeConfig, state_directory: Path | None, become_user: Callable[[], None]
-) -> Opened:
-    """Open and lock the disk as whoever started this; the rest, which is opened again later, after
-    `become_user`. Follow the state record. Blocks. DiskError, StateRecordError."""
-    disk = disks.open_disk(
-        config.blk_file,
-        read_only=config.read_only,
-        cache=config.cache,
-        lock_timeout_s=SOURCE_LOCK_S,
-        probe=probe,
-    )
-    state_file, bitmap = None, None
-    try:
-        become_user()
-        if config.no_state_file:
-            return Opened(disk, None, None)
-        state_file = open_state_file(
-            config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory
-        )
-        found, record = _check_record(state_file, disk)
-        if config.bitmap is not None and not config.read_only:
-            bitmap = _open_bitmap(config, disk, record)
-        record = _follow_record(state_file, found, record, disk, bitmap)
-        left = found.peer if found is not None and found.clean else None
-        return Opened(disk, state_file, record, bitmap, left)
-    except BaseException:
-        if bitmap is not None:
-            bitmap.close(clean=False)
-        disk.close()
-        if state_file is not None:
-            state_file.close()
-        raise
-
-
-def _check_record(state_file: StateFile, disk: Disk) -> tuple[StateRecord | None, StateRecord | None]:
-    """What was found, and with what this run may begin. StateRecordError."""
-    found = state_file.load()
-    if found is None:
-        return None, None
-    record = check_start(found, disk.identity, state_file.path)
-    now = disks.identify(disk.fd.fileno(), disk.path, with_ctime=True)
-    if found.clean and record.bitmap is not None and (why := now.changed_since(found.current)):
-        log.warning("somebody changed the disk: its peer needs a full copy", path=str(disk.path), why=why)
-        record = record.with_bitmap(None)
-    return found, record
-
-
-def _open_bitmap(config: ServeConfig, disk: Disk, record: StateRecord | None) -> BitmapFile:
-    assert config.bitmap is not None
-    capacity = device_shape(config, disk).capacity_bytes
-    region_bytes = config.region_bytes(capacity)
-    shape = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
-    return BitmapFile.open(config.bitmap, shape, bitmap_file_bytes(shape), record)
-
-
-def _follow_record(
-    state_file: StateFile, found: StateRecord | None, record: StateRecord | None, disk: Disk,
-    bitmap: BitmapFile | None,
-) -> StateRecord | None:
-    """Writes what has to be known durably before the guest is served."""
-    if record is None or disk.read_only:
-        return record
-    assert found is not None
-    # A bitmap that sees not every write of this run is worth nothing after it.
-    trusted = bitmap is not None and bitmap.trust is not Trust.FRESH
-    record = replace(record, clean=False, bitmap=bitmap.token if bitmap is not None and trusted else None)
-    if record.peer_worth is Worth.UP_TO_DATE:
-        # From here on the guest's flushes are confirmed without the peer.
-        record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
-    if record != found:
-        state_file.write(record)
-    return record
-
-
-def _since_last_time(record: StateRecord) -> str:
-    return "the end of the last run" if record.clean else "a crash of the last run"
-
-
-def device_shape(config: ServeConfig, disk: Disk) -> DeviceShape:
-    """What the guest will see of the disk. DiskError when the block size asked for does not fit it."""
-    found = disk.probe
-    block = config.block_bytes or max(512, found.logical_block_bytes)
-    if block < found.logical_block_bytes:
-        raise DiskError(
-            f"--block-size {block} is smaller than the {found.logical_block_bytes} bytes in which "
-            f"{disk.path} can be accessed; leave the option out, or use --cache=writeback"
-        )
-    capacity = disk.bytes - disk.bytes % block
-    if capacity != disk.bytes:
-        log.warning("the end of the disk is no whole block and is not shown", bytes=disk.bytes - capacity)
-    return DeviceShape(
-        capacity_bytes=capacity,
-        block_bytes=block,
-        physical_block_bytes=found.physical_block_bytes,
-        discard_bytes=found.discard_granularity_bytes,
-        num_queues=config.num_queues,
-        read_only=config.read_only,
-        writeback=config.write_cache,
-    )
 
 
 def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:

@@ -38,7 +38,8 @@ from vhostsync.privileges import Reach
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.roles import Roles
 from vhostsync.snapshot import Snapshot, State
-from vhostsync.state_record import DiskIdentity, StateFile, StateRecord, Worth
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import DiskIdentity, StateRecord, Worth
 from vhostsync.switch import Switch
 
 log = structlog.get_logger(__name__)

@@ -29,7 +29,8 @@ from vhostsync.errors import EngineError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.roles import Roles
 from vhostsync.snapshot import State
-from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
+from vhostsync.state_file import Prepared, StateFile
+from vhostsync.state_record import StateRecord, Worth
 
 log = structlog.get_logger(__name__)
 

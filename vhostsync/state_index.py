@@ -21,12 +21,10 @@ from typing import Any
 import structlog
 
 from vhostsync.errors import StateRecordError
+from vhostsync.state_file import FileSystem, RealFileSystem, StateFile
 from vhostsync.state_record import (
     DiskIdentity,
-    FileSystem,
     Likeness,
-    RealFileSystem,
-    StateFile,
     StateRecord,
     decode_checked,
     decode_identity,

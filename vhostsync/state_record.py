@@ -4,32 +4,17 @@
 Theory of operation
 -------------------
 A *lineage* is one guest's disk through all its switches: the current disk, perhaps a peer (the destination of
-its mirror) and the disks that were current once. One file holds the record of one lineage. It is replaced
-atomically: the new text goes to a temporary file beside it, which is fsynced (`StateFile.prepare`); then it
-is renamed over the old one and the directory is fsynced (`Prepared.commit`). Only the commit lies in the
-guest's pause at a switch. After a crash at any instant the file holds the old record or the new one, whole.
-
-Two records never mix: a lock beside the record is held as long as the StateFile is open, and a Prepared that
-something else was written after refuses to be committed.
-
-How `serve`, given any disk of a lineage, finds its record when the operator named none: see `state_index`.
-
-What this leaves out: a second copy for a medium that loses sectors (a damaged record is refused with a
-sentence, never guessed at). The dirty bitmap is a file of its own (`bitmap`), which the record names.
+its mirror) and the disks that were current once. One file holds the record of one lineage (`state_file`). How
+`serve`, given any disk of a lineage, finds its record when the operator named none: see `state_index`. The
+dirty bitmap is a file of its own (`bitmap`), which the record names.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal
 
 import structlog
 
@@ -226,12 +211,13 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
             replaced = old.likeness(disk) is Likeness.OTHER
             raise StateRecordError(_refusal(record, disk, record_path, is_peer=is_peer, replaced=replaced))
     raise StateRecordError(
-        f"{_named(record_path)} belongs to other disks (the current one is {record.current.path}) and does "
+        f"{named(record_path)} belongs to other disks (the current one is {record.current.path}) and does "
         f"not know {disk.path}; name another --state-file, or start with --blk-file {record.current.path}"
     )
 
 
-def _named(record_path: Path | None) -> str:
+def named(record_path: Path | None) -> str:
+    """What a message calls the record."""
     return "the state record" if record_path is None else f"the state record {record_path}"
 
 
@@ -247,7 +233,7 @@ def _refusal(
     note = " (the file there now is not the one that was recorded)" if replaced else ""
     lack = "" if is_peer and record.peer_worth is Worth.UP_TO_DATE else ", without what the guest wrote since"
     return (
-        f"{disk.path} {what}{note}: the current disk is {record.current.path}, says {_named(record_path)} "
+        f"{disk.path} {what}{note}: the current disk is {record.current.path}, says {named(record_path)} "
         f"(epoch {record.epoch}); start with --blk-file {record.current.path}, or, if that disk is lost for "
         f"good, move the record away to start anew from this one{lack}"
     )
@@ -310,197 +296,3 @@ def decode_record(text: bytes) -> StateRecord:
         )
     except (KeyError, TypeError) as error:
         raise ValueError("fields are missing or unknown") from error
-
-
-# ---- the file -------------------------------------------------------------
-
-
-class FileSystem(Protocol):
-    """What the record needs of the operating system; tests put one with crashes in its place. OSError."""
-
-    def read(self, path: Path) -> bytes: ...
-    def write_durable(self, path: Path, text: bytes) -> None: ...
-    def rename(self, old: Path, new: Path) -> None: ...
-    def sync_directory(self, path: Path) -> None: ...
-    def unlink(self, path: Path) -> None: ...
-    def names(self, path: Path) -> list[str]: ...
-
-
-class RealFileSystem:
-    def read(self, path: Path) -> bytes:
-        return path.read_bytes()
-
-    def write_durable(self, path: Path, text: bytes) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            view = memoryview(text)
-            while view:
-                view = view[os.write(fd, view):]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def rename(self, old: Path, new: Path) -> None:
-        old.rename(new)
-
-    def sync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def unlink(self, path: Path) -> None:
-        path.unlink()
-
-    def names(self, path: Path) -> list[str]:
-        return sorted(entry.name for entry in path.iterdir())
-
-
-class StateFile:
-    """The record's file. Every method blocks; all are safe from any thread. `before_write` is called with
-    each record before it is prepared (state_index makes both disks find it)."""
-
-    def __init__(
-        self, path: Path, *, files: FileSystem | None = None,
-        before_write: Callable[[StateRecord], None] | None = None,
-    ) -> None:
-        self.path = path
-        self._files: FileSystem = files if files is not None else RealFileSystem()
-        self._before_write = before_write
-        self._mutex = threading.Lock()
-        self._commits = 0
-        self._serial = 0
-        self._lock_fd: int | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def lock(self, timeout_s: float) -> None:
-        """Nobody else uses this record from here to `close`; waits `timeout_s` for a process that is ending.
-        What a process that died left of its temporary files is removed."""
-        path = Path(f"{self.path}.lock")
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise StateRecordError(
-                f"the lock of the state record, {path}, cannot be opened: {error.strerror}"
-            ) from error
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    os.close(fd)
-                    raise StateRecordError(
-                        f"{_named(self.path)} is in use by another process; end that one, or name another "
-                        f"--state-file"
-                    ) from error
-                time.sleep(0.02)
-            else:
-                self._lock_fd = fd
-                self._remove_leftovers()
-                return
-
-    def _remove_leftovers(self) -> None:
-        try:
-            for name in self._files.names(self.path.parent):
-                if name.startswith(f"{self.path.name}.new"):
-                    self._forget(self.path.with_name(name))
-        except OSError:
-            log.debug("the state directory cannot be listed", path=str(self.path.parent))
-
-    def close(self) -> None:
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
-
-    def load(self) -> StateRecord | None:
-        """The record, None when there is none yet, StateRecordError when it is damaged or unreadable."""
-        try:
-            text = self._files.read(self.path)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StateRecordError(f"{_named(self.path)} cannot be read: {error.strerror}") from error
-        try:
-            return decode_record(text)
-        except ValueError as error:
-            raise StateRecordError(
-                f"{_named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
-                f"one; find that out, then restore the record or move it away"
-            ) from error
-
-    def prepare(self, record: StateRecord) -> "Prepared":
-        """Everything but the rename: the long part, done before the guest is paused."""
-        with self._mutex:
-            self._serial += 1
-            temporary = self.path.with_name(f"{self.path.name}.new{os.getpid()}-{self._serial}")
-            try:
-                if self._before_write is not None:
-                    self._before_write(record)
-                self._files.write_durable(temporary, encode_record(record))
-            except OSError as error:
-                self._forget(temporary)
-                raise StateRecordError(f"{_named(self.path)} cannot be written: {error.strerror}") from error
-            return Prepared(self, temporary, record, self._commits)
-
-    def write(self, record: StateRecord) -> None:
-        self.prepare(record).commit()
-
-    def _commit(self, temporary: Path, commits_seen: int) -> None:
-        with self._mutex:
-            if commits_seen != self._commits:
-                self._forget(temporary)
-                raise StateRecordError("a later state record was written meanwhile; this one is void")
-            try:
-                self._files.rename(temporary, self.path)
-            except OSError as error:
-                self._forget(temporary)
-                raise StateRecordError(f"{_named(self.path)} cannot be replaced: {error.strerror}") from error
-            self._commits += 1
-            try:
-                self._files.sync_directory(self.path.parent)
-            except OSError as error:
-                raise StateRecordError(
-                    f"{_named(self.path)} was replaced, but whether that would outlive a power cut is "
-                    f"unknown: {error.strerror}"
-                ) from error
-
-    def _forget(self, temporary: Path) -> None:
-        try:
-            self._files.unlink(temporary)
-        except OSError:
-            log.debug("a temporary state record could not be removed", path=str(temporary))
-
-
-class Prepared:
-    """A record that is written and durable under a temporary name. Commit or discard it, once.
-
-    A `commit` that raises has either not changed the record (nothing happened), or, when the directory could
-    not be synced, left the new one in place without a guarantee: write the record that holds then."""
-
-    def __init__(self, file: StateFile, temporary: Path, record: StateRecord, commits_seen: int) -> None:
-        self.record = record
-        self._file = file
-        self._temporary = temporary
-        self._commits_seen = commits_seen
-        self._used = False
-
-    def commit(self) -> None:
-        """One rename and one fsync of the directory: all that lies in the guest's pause."""
-        assert not self._used, "committed or discarded twice"
-        self._used = True
-        self._file._commit(self._temporary, self._commits_seen)
-
-    def discard(self) -> None:
-        """Does nothing after a commit, so it may stand in a finally."""
-        if not self._used:
-            self._used = True
-            self._file._forget(self._temporary)

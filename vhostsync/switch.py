@@ -22,7 +22,8 @@ from vhostsync.mirror_state import MirrorState
 from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.roles import Roles
-from vhostsync.state_record import Prepared, StateRecord
+from vhostsync.state_file import Prepared
+from vhostsync.state_record import StateRecord
 
 log = structlog.get_logger(__name__)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests.crash.backend_thread import BackendThread
 from tests.guest.backends import Vhostsync
-from vhostsync.state_record import StateFile, Worth
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import Worth
 
 
 @dataclass

@@ -31,7 +31,8 @@ from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
-from vhostsync.state_record import Prepared, StateFile, StateRecord, Worth
+from vhostsync.state_file import Prepared, StateFile
+from vhostsync.state_record import StateRecord, Worth
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 

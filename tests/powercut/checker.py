@@ -38,7 +38,8 @@ from vhostsync._shim import lib
 from vhostsync.bitmap import HEADER_BYTES
 from vhostsync.disks import Disk
 from vhostsync.peer import Peer
-from vhostsync.state_record import StateFile, Worth, decode_record
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import Worth, decode_record
 
 IN_REGION = REGION // SECTOR
 LOG_BYTES = (24 + 8 * SHAPE.extents + 4095) // 4096 * 4096

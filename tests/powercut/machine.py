@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A machine that can be cut off: two disks, a bitmap's file and a state record, and the backend's own code
-over them (daemon.open_device's decisions, Engine, Mirror).
+over them (opening.open_device's decisions, Engine, Mirror).
 
 Two empty image files stand for the disks, so that opening, locking and recognising them is the real thing;
 the engine is given test disks in their place. The bitmap is a real file: `folder` should lie in memory.
@@ -26,19 +26,20 @@ from tests.model.test_review_record import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
 from vhostsync import bitmap as bitmap_module
-from vhostsync import daemon, disks
+from vhostsync import disks, opening
 from vhostsync import engine as engine_module
 from vhostsync._shim import lib
 from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
-from vhostsync.daemon import Opened
 from vhostsync.disks import Disk
 from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
+from vhostsync.opening import Opened
 from vhostsync.source_failover import SourceFailover
-from vhostsync.state_record import StateFile, decode_record
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import decode_record
 
 MIB = 1 << 20
 SIZE = 1 * MIB
@@ -52,7 +53,7 @@ FAILOVER_DEADLINE_S = 5.0
 
 
 class RecordFiles:
-    """state_record.FileSystem in memory, every change of the record noted."""
+    """state_file.FileSystem in memory, every change of the record noted."""
 
     def __init__(self, text: bytes | None, recorder: Recorder | None = None) -> None:
         self.text = text
@@ -131,10 +132,10 @@ def current_disk(site: Site, record: bytes | None) -> int:
 
 
 def open_machine(site: Site, remains: Remains, disk: Disk, state_file: StateFile) -> Opened:
-    """daemon.open_device for disks that are open already: the same decisions in the same order."""
-    found, record = daemon._check_record(state_file, disk)
+    """opening.open_device for disks that are open already: the same decisions in the same order."""
+    found, record = opening.check_record(state_file, disk)
     bitmap = BitmapFile.open(site.bitmap, SHAPE, bitmap_file_bytes(SHAPE), record, remains.boot)
-    record = daemon._follow_record(state_file, found, record, disk, bitmap)
+    record = opening.follow_record(state_file, found, record, disk, bitmap)
     left = found.peer if found is not None and found.clean else None
     return Opened(disk, state_file, record, bitmap, left)
 

@@ -17,7 +17,8 @@ from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
 from vhostsync.bad_ranges import BadRanges
 from vhostsync.mirror_status import Switched, SwitchPlan
-from vhostsync.state_record import DiskIdentity, Prepared, StateRecord, Worth
+from vhostsync.state_file import Prepared
+from vhostsync.state_record import DiskIdentity, StateRecord, Worth
 from vhostsync.switch import Switch
 
 SEEDS = int(os.environ.get("VHOSTSYNC_POWERCUT_SEEDS", "2"))

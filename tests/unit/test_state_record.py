@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostsync.errors import StateRecordError
+from vhostsync.state_file import RealFileSystem, StateFile
 from vhostsync.state_index import default_directory, open_state_file
 from vhostsync.state_record import (
     SUPERSEDED_MAX,
     DiskIdentity,
     Likeness,
-    RealFileSystem,
-    StateFile,
     StateRecord,
     Worth,
     check_start,
