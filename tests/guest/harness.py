@@ -239,6 +239,10 @@ class Load:
             raise GuestError(f"the load failed with {result.status}: {result.output[-500:]}")
         return _report(reports[-1])
 
+    def reports(self) -> int:
+        """How many there were so far: one for each sync."""
+        return sum(line.startswith("synced=") for line in self._job.lines)
+
     def slowest_ms(self) -> float:
         """The longest write of all that was reported so far."""
         return max(
