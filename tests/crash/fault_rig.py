@@ -65,6 +65,10 @@ class Nuisance:
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         while not self._end.wait(self._rng.uniform(0.2, 3)):
             act = self._rng.choice((self._hang_up, self._talk_nonsense))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -59,6 +60,7 @@ class LongRun:
     def run(self, until: float) -> None:
         while time.monotonic() < until:
             self.cycle()
+            assert self.rig.nuisance.alive
             self.figures.cycles += 1
             self.rig.sample()
             if time.monotonic() > self._verified_at + VERIFY_EVERY_S:
@@ -377,7 +379,7 @@ def play(minutes: float, seed: int) -> Figures:
         rig = Rig(guest_assets(), work, (one, other, failing, full), figures)
         stack.callback(rig.close)
         try:
-            LongRun(rig, failing, full).run(began + 60 * minutes)
+            LongRun(rig, failing, full).run(time.monotonic() + 60 * minutes)
         except (Exception, KeyboardInterrupt):
             figures.failure = traceback.format_exc()
             kept = Path(tempfile.mkdtemp(prefix="vhs-failed-", dir="/var/tmp"))
@@ -397,6 +399,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("it needs root, for loop devices and frozen file systems")
     signal.signal(signal.SIGTERM, _ended)
     figures = play(arguments.minutes, arguments.seed)
     print(figures.table())
