@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from bench.bulk_copy import measure_copy, measure_holes
 from bench.contenders import Contender
@@ -11,7 +12,7 @@ from bench.idle import measure_idle
 from bench.plan import Plan
 from bench.sample import Round, Sample, Work
 from bench.switching import measure_idle_switch, measure_switch
-from bench.targets import Target, of_limit, percentile_99, ratio, value
+from bench.targets import Target, every, of_limit, percentile_99, ratio, value
 
 Measure = Callable[[Contender, Plan], Sample]
 Tell = Callable[[str], None]
@@ -31,6 +32,7 @@ class Row:
     alone: Callable[[Plan], list[Round]] | None = None  # all rounds, with contenders of its own
     derived_from: str | None = None  # another row's rounds, another figure of them
     mirrored: bool = False
+    shown_events: str | None = None  # in place of "shown": each event, a list in the detail
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Outcome:
 
     def figures(self, contender: str) -> list[float]:
         samples = [samples[contender] for samples in self.rounds if contender in samples]
+        if events := self.row.shown_events:
+            return [event for each in samples for event in each.detail[events]]
         return [each.figures[self.row.shown] for each in samples if self.row.shown in each.figures]
 
 
@@ -113,15 +117,15 @@ _SWITCHES = (
     Row(
         "9", "longest wait of a guest around a switch, depth-32 writes, disk", "disk", MIRRORS,
         (
-            Target("median ms", value("ours mirrored", "pause_ms"), 1.5, at_most=True),
-            Target("p99 ms", value("ours mirrored", "pause_ms"), 4, at_most=True, over_rounds=percentile_99),
+            Target("median ms", every("ours mirrored", "pauses_ms"), 1.5, at_most=True),
+            Target("p99 ms", every("ours mirrored", "pauses_ms"), 4, at_most=True, over_rounds=percentile_99),
         ),
-        "pause_ms", "ms", measure=measure_switch, mirrored=True,
+        "pause_ms", unit="ms", shown_events="pauses_ms", measure=measure_switch, mirrored=True,
     ),
     Row(
         "9i", "pause of a switch, guest idle", "disk", ("ours mirrored",),
-        (Target("median ms", value("ours mirrored", "pause_ms"), 0.2, at_most=True),),
-        "pause_ms", "ms", measure=measure_idle_switch, mirrored=True,
+        (Target("median ms", every("ours mirrored", "pauses_ms"), 0.2, at_most=True),),
+        "pause_ms", unit="ms", shown_events="pauses_ms", measure=measure_idle_switch, mirrored=True,
     ),
 )
 _COPIES = (
@@ -146,8 +150,9 @@ _FOOTPRINT = (
         "12", "idle, guest connected, mirror steady: wake-ups of the data plane", "memory",
         ("ours mirrored",),
         (
-            Target("wake-ups/s", value("ours mirrored", "wakeups_per_s"), 0.5, at_most=True),
-            Target("% of a core", value("ours mirrored", "core_percent"), 0.1, at_most=True),
+            # Over all the time that was looked at: a median would pass over a round that woke.
+            Target("wake-ups/s", value("ours mirrored", "wakeups_per_s"), 0.5, True, fmean),
+            Target("% of a core", value("ours mirrored", "core_percent"), 0.1, True, fmean),
         ),
         "wakeups_per_s", "per second", measure=measure_idle, mirrored=True,
     ),

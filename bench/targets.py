@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is to be reached: a figure of each round, usually a ratio between two contenders, and its bound."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.sample import Round
 
-Figure = Callable[[Round], float | None]
+# Of one round: usually one figure; every single event of it where the target is about events.
+Figure = Callable[[Round], float | Sequence[float] | None]
 
 
 def percentile_99(values: Sequence[float]) -> float:
     """The greatest, of less than a hundred."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    return sorted(values)[math.ceil(len(values) * 0.99) - 1]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,12 @@ class Target:
         return value <= self.bound if self.at_most else value >= self.bound
 
     def values(self, rounds: Sequence[Round]) -> list[float]:
-        found = (self.figure(samples) for samples in rounds)
-        return [value for value in found if value is not None]
+        found: list[float] = []
+        for samples in rounds:
+            figure = self.figure(samples)
+            if figure is not None:
+                found.extend(figure if isinstance(figure, Sequence) else [figure])
+        return found
 
     def __str__(self) -> str:
         return f"{self.label} {'≤' if self.at_most else '≥'} {self.bound:g}"
@@ -42,7 +47,16 @@ def value(contender: str, name: str) -> Figure:
     return figure
 
 
-def ratio(ours: str, *others: str, name: str = "per_s") -> Figure:
+def every(contender: str, name: str) -> Figure:
+    """Every event, so that a percentile is one of events and not of medians."""
+
+    def figure(samples: Round) -> Sequence[float] | None:
+        return list(samples[contender].detail[name]) if contender in samples else None
+
+    return figure
+
+
+def ratio(ours: str, *others: str, name: str = "per_s") -> Callable[[Round], float | None]:
     """Ours over the greatest of the others that were measured."""
 
     def figure(samples: Round) -> float | None:
