@@ -28,12 +28,14 @@
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "attachment.h"
 #include "clock.h"
 #include "copy_rescue.h"
 #include "engine.h"
+#include "own_memory.h"
+
+#define BUFFERS_BYTES ((uint64_t)COPY_DEPTH_MAX * COPY_BYTES)
 
 static void read_done(struct disk_io *io);
 static void piece_done(struct disk_io *io);
@@ -46,13 +48,9 @@ int copier_init(struct vs_engine *e)
     k->depth = e->config.copy_depth;
     if (k->depth < 1 || k->depth > COPY_DEPTH_MAX)
         return -EINVAL;
-    k->buffers = mmap(NULL, (size_t)COPY_DEPTH_MAX * COPY_BYTES, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (k->buffers == MAP_FAILED) {
-        k->buffers = NULL;
+    k->buffers = own_memory_map(BUFFERS_BYTES);
+    if (!k->buffers)
         return -ENOMEM;
-    }
-    (void)madvise(k->buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES, MADV_DONTDUMP);
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
         k->copies[i].engine = e;
         k->copies[i].buffer = k->buffers + (size_t)i * COPY_BYTES;
@@ -63,8 +61,7 @@ int copier_init(struct vs_engine *e)
 
 void copier_free(struct vs_engine *e)
 {
-    if (e->copier.buffers)
-        munmap(e->copier.buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES);
+    own_memory_unmap(e->copier.buffers, BUFFERS_BYTES);
 }
 
 void copier_start(struct vs_engine *e, bool resync)
@@ -110,7 +107,7 @@ void copier_end(struct region_copy *c)
     c->step = COPY_FREE;
     k->in_use--;
     if (k->in_use == 0 && c->engine->to_copy.dirty == 0) /* done: the buffers are not needed for long */
-        (void)madvise(k->buffers, (size_t)COPY_DEPTH_MAX * COPY_BYTES, MADV_DONTNEED);
+        own_memory_drop(k->buffers, BUFFERS_BYTES);
 }
 
 static void finish_copy(struct region_copy *c)

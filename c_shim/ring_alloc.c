@@ -5,7 +5,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+
+#include "own_memory.h"
 
 int ring_alloc_init(struct ring_alloc *r, uint64_t bytes, uint32_t unit_bytes, uint32_t slot_count)
 {
@@ -14,22 +15,17 @@ int ring_alloc_init(struct ring_alloc *r, uint64_t bytes, uint32_t unit_bytes, u
     r->bytes = (bytes + unit_bytes - 1) / unit_bytes * unit_bytes;
     r->slot_count = slot_count;
     r->slots = calloc(slot_count, sizeof *r->slots);
-    r->base = mmap(NULL, r->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!r->slots || r->base == MAP_FAILED) {
-        if (r->base == MAP_FAILED)
-            r->base = NULL;
+    r->base = own_memory_map(r->bytes);
+    if (!r->slots || !r->base) {
         ring_alloc_free(r);
         return -ENOMEM;
     }
-    /* A guest's data is not for core files. */
-    (void)madvise(r->base, r->bytes, MADV_DONTDUMP);
     return 0;
 }
 
 void ring_alloc_free(struct ring_alloc *r)
 {
-    if (r->base)
-        munmap(r->base, r->bytes);
+    own_memory_unmap(r->base, r->bytes);
     free(r->slots);
     memset(r, 0, sizeof *r);
 }

@@ -28,13 +28,13 @@
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "attachment.h"
 #include "clock.h"
 #include "engine.h"
+#include "own_memory.h"
 
-#define BUFFERS_BYTES ((size_t)VERIFY_DEPTH * 2 * VERIFY_BYTES)
+#define BUFFERS_BYTES ((uint64_t)VERIFY_DEPTH * 2 * VERIFY_BYTES)
 
 static void source_read(struct disk_io *io);
 static void destination_read(struct disk_io *io);
@@ -45,12 +45,9 @@ static void granted(struct range_slot *slot);
 int verifier_init(struct vs_engine *e)
 {
     struct verifier *v = &e->verifier;
-    v->buffers = mmap(NULL, BUFFERS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (v->buffers == MAP_FAILED) {
-        v->buffers = NULL;
+    v->buffers = own_memory_map(BUFFERS_BYTES);
+    if (!v->buffers)
         return -ENOMEM;
-    }
-    (void)madvise(v->buffers, BUFFERS_BYTES, MADV_DONTDUMP);
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
         struct compare *c = &v->compares[i];
         c->engine = e;
@@ -64,8 +61,7 @@ int verifier_init(struct vs_engine *e)
 
 void verifier_free(struct vs_engine *e)
 {
-    if (e->verifier.buffers)
-        munmap(e->verifier.buffers, BUFFERS_BYTES);
+    own_memory_unmap(e->verifier.buffers, BUFFERS_BYTES);
 }
 
 int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s)
@@ -369,7 +365,7 @@ static void end_if_over(struct vs_engine *e)
     if (v->in_use > 0 || (v->result == 0 && v->cursor < e->config.capacity_bytes))
         return;
     v->running = false;
-    (void)madvise(v->buffers, BUFFERS_BYTES, MADV_DONTNEED);
+    own_memory_drop(v->buffers, BUFFERS_BYTES);
     mailbox_post(&e->mailbox, &event);
 }
 
