@@ -154,6 +154,7 @@ class ServeConfig:
     congestion_fill_bytes: int | None = None  # None: 7/8 of the log
     destination_timeout_s: float = 10.0
     stop_timeout_s: float = 1.0
+    resume_mirror: bool = True  # begin the mirror again that the last run had
     destination_retry_s: float | None = None  # the first pause before one that failed is tried; None: never
     copy_depth: int = 8  # region copies of 1 MiB in flight
     dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB

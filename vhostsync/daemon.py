@@ -117,8 +117,10 @@ def _start(config: ServeConfig) -> Started:
         endpoint = _open_endpoint(config)
         undo.callback(endpoint.close)
         disks_known = [opened.disk.path]
-        if opened.record is not None and opened.record.peer is not None:
-            disks_known.append(Path(opened.record.peer.path))
+        peer = opened.record.peer if opened.record is not None else None
+        # Of a device that is missing, the place would be all of /dev.
+        if peer is not None and (peer.kind == "file" or Path(peer.path).is_block_device()):
+            disks_known.append(Path(peer.path))
         confinement = Confinement(config, places_of(config, disks_known, state_directory))
         confinement.confine()
         engine = Engine.create_blocking(
@@ -334,8 +336,8 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
         async with anyio.create_task_group() as serving:
             await _start_control(config, backend, serving)
             serving.start_soon(_serve_frontends, frontends, started.endpoint, backend)
-            if config.destination_retry_s is not None:
-                serving.start_soon(DestinationRetry(mirror, hub, config.destination_retry_s).run)
+            resume = config.resume_mirror and not config.read_only
+            serving.start_soon(DestinationRetry(mirror, hub, config.destination_retry_s, resume=resume).run)
             log.info(
                 "serving",
                 disk=str(opened.disk.path),

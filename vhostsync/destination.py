@@ -12,11 +12,13 @@ from vhostsync import disks
 from vhostsync.config import MirrorTarget
 from vhostsync.disks import Disk
 from vhostsync.engine import probe
+from vhostsync.errors import MirrorError
 from vhostsync.state_record import DiskIdentity, Likeness
 
 log = structlog.get_logger(__name__)
 
 DESTINATION_LOCK_S: Final = 1.0
+RESUMED_LOCK_S: Final = 5.0  # what a killed predecessor has under way there may take its time
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Place:
         return cls(Path(identity.path), identity)
 
 
-def open_destination(target: MirrorTarget, source: Path, capacity_bytes: int, block_bytes: int) -> Disk:
+def open_destination(
+    target: MirrorTarget, source: Path, capacity_bytes: int, block_bytes: int, lock_timeout_s: float
+) -> Disk:
     """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first
     if asked to. DiskError, and nothing was changed."""
     disks.check_distinct(source, target.path)
@@ -44,7 +48,7 @@ def open_destination(target: MirrorTarget, source: Path, capacity_bytes: int, bl
     disk = None
     try:
         disk = disks.open_disk(
-            target.path, read_only=False, cache=target.cache, lock_timeout_s=DESTINATION_LOCK_S, probe=probe
+            target.path, read_only=False, cache=target.cache, lock_timeout_s=lock_timeout_s, probe=probe
         )
         disks.check_destination(disk, capacity_bytes=capacity_bytes, guest_block_bytes=block_bytes)
     except BaseException:
@@ -54,6 +58,19 @@ def open_destination(target: MirrorTarget, source: Path, capacity_bytes: int, bl
             target.path.unlink()
         raise
     return disk
+
+
+def check_former(disk: Disk, former: DiskIdentity) -> None:
+    """MirrorError unless this is the disk that was the destination before. Of an image file whose numbers do
+    not tell (its file system may have others since a boot) the path is enough; of a device it is not, for
+    devices change places."""
+    likeness = former.likeness(disk.identity)
+    if likeness is Likeness.SAME or (likeness is Likeness.UNSURE and former.changes_show):
+        return
+    raise MirrorError(
+        f"{disk.path} is not known to be the disk that was mirrored to before, and what is on it would be "
+        f"lost; if it is the right one, start the mirror to it yourself: vhostsync mirror start {disk.path}"
+    )
 
 
 def look_again(place: Place) -> DiskIdentity | None:

@@ -14,7 +14,7 @@ import errno
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,13 @@ from vhostsync.bad_ranges import rows
 from vhostsync.bitmap import BitmapFile
 from vhostsync.catch_up import CatchUp
 from vhostsync.config import MirrorTarget
-from vhostsync.destination import Place, open_destination
+from vhostsync.destination import (
+    DESTINATION_LOCK_S,
+    RESUMED_LOCK_S,
+    Place,
+    check_former,
+    open_destination,
+)
 from vhostsync.disks import Disk
 from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, VhostsyncError
@@ -35,11 +41,11 @@ from vhostsync.events import EventHub
 from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchResult
 from vhostsync.privileges import Reach
-from vhostsync.record_keeper import RecordKeeper
+from vhostsync.record_keeper import RecordKeeper, outdated
 from vhostsync.roles import Roles
 from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_file import StateFile
-from vhostsync.state_record import DiskIdentity, StateRecord, Worth
+from vhostsync.state_record import DiskIdentity, StateRecord, Wanted, Worth
 from vhostsync.switch import Switch
 
 log = structlog.get_logger(__name__)
@@ -65,7 +71,6 @@ class Mirror:
         self._engine = engine
         self._hub = hub
         self._roles = Roles(Place.of(source))
-        self._last_target: MirrorTarget | None = None
         self._full_copy_reason: str | None = None
         record = record if record is not None else StateRecord.first(source.identity)
         if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
@@ -96,9 +101,13 @@ class Mirror:
         return destination.path if destination is not None else None
 
     @property
-    def last_target(self) -> MirrorTarget | None:
-        """What the last mirror-start that was obeyed has named."""
-        return self._last_target
+    def wanted(self) -> MirrorTarget | None:
+        """What the last mirror-start that was obeyed has asked for, in this run or an earlier one, until
+        somebody takes it back."""
+        wanted = self._keeper.record.wanted
+        if wanted is None:
+            return None
+        return MirrorTarget(Path(wanted.path), False, wanted.cache, wanted.speed_bytes_per_s)
 
     @property
     def fenced(self) -> bool:
@@ -109,11 +118,6 @@ class Mirror:
     def changed(self) -> anyio.Event:
         """Set at the next event of the engine."""
         return self._changed
-
-    async def left(self, state: MirrorState) -> None:
-        """Returns when the state is another one."""
-        while self.state is state:
-            await self._changed.wait()
 
     @property
     def bitmap(self) -> BitmapFile | None:
@@ -254,6 +258,7 @@ class Mirror:
             copy_rate_bytes_per_s=rate,
             copy_remaining_s=remaining_s,
             speed_bytes_per_s=self._speed_bytes_per_s,
+            wanted=self._keeper.record.wanted is not None,
             last_error=self._last_error,
             reason=self._reason,
             doubt=rows(now.doubt),
@@ -290,27 +295,47 @@ class Mirror:
         else of everything. MirrorError, DiskError, StateRecordError, EngineError:
         nothing was changed."""
         async with self.exclusive("mirror-start"):
-            if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
-                raise MirrorError(
-                    f"a mirror to {self._roles.destination_path} is {self.state} already; cancel it first"
-                )
-            if self._read_only:
-                raise MirrorError("a disk that is served read-only has nothing to mirror")
-            await anyio.to_thread.run_sync(self.reach.check, target.path)
-            await self._await_fence()
-            engine = self._engine.config
-            disk = await anyio.to_thread.run_sync(
-                open_destination, target, self._roles.source.path, engine.capacity_bytes, engine.block_bytes
-            )
+            await self._start(target)
+
+    async def resume(self) -> None:
+        """Begin the mirror again that is wanted and not attached, but to no other disk than before: a name
+        may mean another one by now. Errors as of `start`; query-mirror shows them."""
+        while self._busy is not None:
+            await self._changed.wait()
+        target = self.wanted
+        if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
+            return
+        async with self.exclusive("resuming the mirror"):
             try:
-                await self._attach(disk, target)
-                self._last_target = target
-            except VhostsyncError:
-                if target.create:
-                    await anyio.to_thread.run_sync(target.path.unlink)
+                await self._start(target, former=self._keeper.record.peer)
+            except VhostsyncError as error:
+                self._last_error = str(error)
                 raise
-            finally:
-                disk.close()  # what the engine did not take
+
+    async def _start(self, target: MirrorTarget, former: DiskIdentity | None = None) -> None:
+        if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
+            raise MirrorError(
+                f"a mirror to {self._roles.destination_path} is {self.state} already; cancel it first"
+            )
+        if self._read_only:
+            raise MirrorError("a disk that is served read-only has nothing to mirror")
+        await anyio.to_thread.run_sync(self.reach.check, target.path)
+        await self._await_fence()
+        engine = self._engine.config
+        disk = await anyio.to_thread.run_sync(
+            open_destination, target, self._roles.source.path, engine.capacity_bytes, engine.block_bytes,
+            DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S,
+        )  # fmt: skip
+        try:
+            if former is not None:
+                check_former(disk, former)
+            await self._attach(disk, target)
+        except VhostsyncError:
+            if target.create:
+                await anyio.to_thread.run_sync(target.path.unlink)
+            raise
+        finally:
+            disk.close()  # what the engine did not take
 
     async def _await_fence(self) -> None:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""
@@ -334,7 +359,9 @@ class Mirror:
         resync = full_copy_reason is None
         async with self._keeper.lock:
             former = self._keeper.record
-            await self._keeper.write(former.with_peer(disk.identity, former.bitmap if resync else None))
+            wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
+            record = former.with_peer(disk.identity, former.bitmap if resync else None)
+            await self._keeper.write(record.with_wanted(wanted))
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
                 self._roles.destination, self._last_error = place, None
@@ -359,14 +386,14 @@ class Mirror:
         ahead of the moment when the guest got ahead.
         MirrorError when there is none, or it could not be brought up to date."""
         async with self.exclusive("mirror-cancel"):
-            if self.state is MirrorState.PASSTHROUGH:
+            if self.state is MirrorState.PASSTHROUGH and self.wanted is None:
                 raise MirrorError("there is no mirror to cancel")
             if self.state is MirrorState.STEADY and not force:
                 await self._drain("mirror-cancel --force lets go without that")
             with self._catch_up.held():
                 if not force:
                     await self._catch_up.drained()
-                await self._let_go()
+                await self._let_go(for_good=True)
             if not force:
                 await self._see_it_off()
 
@@ -384,16 +411,28 @@ class Mirror:
             reason = f"the destination could not be brought up to date ({error}); {otherwise}"
             raise MirrorError(reason) from error
 
-    async def _let_go(self) -> None:
+    async def _let_go(self, *, for_good: bool) -> None:
+        """`for_good`: a restart does not resume the mirror."""
         # First the record: after the stop, flushes are confirmed without the destination.
         async with self._keeper.lock:
+            record = self._keeper.record
+            if for_good:
+                record = record.with_wanted(None)
             if self.state is MirrorState.STEADY:
-                await self._keeper.write_outdated()
-            self._roles.fence()
-            await self._engine.mirror_stop()
+                record = outdated(record)
+            if record != self._keeper.record:
+                await self._keeper.write(record)
+            if self.state is not MirrorState.PASSTHROUGH:
+                self._roles.fence()
+                await self._engine.mirror_stop()
 
     async def set_speed(self, bytes_per_s: int) -> None:
-        """Limit the bulk copy; 0: no limit."""
+        """Limit the bulk copy, also when it is resumed; 0: no limit."""
+        async with self._keeper.lock:
+            record = self._keeper.record
+            if record.wanted is not None:
+                wanted = replace(record.wanted, speed_bytes_per_s=bytes_per_s)
+                await self._keeper.write(record.with_wanted(wanted))
         await self._engine.mirror_speed(bytes_per_s)
         self._speed_bytes_per_s = bytes_per_s
 
@@ -435,7 +474,7 @@ class Mirror:
         """The end shall not wait for the destination any longer: what waits for it goes on without."""
         if self.state in (MirrorState.STEADY, MirrorState.SYNCING, MirrorState.AHEAD):
             try:
-                await self._let_go()
+                await self._let_go(for_good=False)
             except VhostsyncError as error:
                 log.error("the destination could not be let go", error=str(error))
 

@@ -32,6 +32,7 @@ class MirrorStatus:
     copy_rate_bytes_per_s: float
     copy_remaining_s: float | None
     speed_bytes_per_s: int
+    wanted: bool  # somebody has asked for the mirror and nobody has taken it back: a restart resumes it
     last_error: str | None
     reason: str | None
     doubt: list[dict[str, int]]

@@ -86,10 +86,6 @@ class RecordKeeper:
         """`record` is what holds once the engine reports the exchange of the disks; None: it will not."""
         self._after_exchange = record
 
-    async def write_outdated(self) -> None:
-        """The destination falls behind from now on."""
-        await self.write(self.record.with_worth(Worth.OUTDATED, _now()))
-
     async def begin_bitmap(self, destination: Place) -> None:
         """The engine has marked that everything differs; once that is durable, the record may name it."""
         bitmap = self.bitmap
@@ -172,7 +168,7 @@ class RecordKeeper:
             try:
                 async with self.lock:
                     if self.record.peer is not None:
-                        await self.write_outdated()
+                        await self.write(outdated(self.record))
             except StateRecordError as error:
                 error_number = errno.EIO
                 self._failed(str(error))
@@ -200,5 +196,6 @@ class RecordKeeper:
         await self._engine.bitmap_void()
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def outdated(record: StateRecord) -> StateRecord:
+    """The destination falls behind from now on."""
+    return record.with_worth(Worth.OUTDATED, datetime.now(UTC).isoformat(timespec="milliseconds"))

@@ -119,6 +119,11 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="attach one that failed again after so long, then after twice as long (default: never)",
     )
     mirror.add_argument(
+        "--resume-mirror",
+        choices=("on", "off"),
+        help="off: do not begin the mirror again that the last run had (default on)",
+    )
+    mirror.add_argument(
         "--copy-depth", type=int, metavar="N", help="parts of the copy under way at once (default 8)"
     )
     mirror.add_argument(
@@ -216,8 +221,9 @@ def serve_config(options: argparse.Namespace) -> config.ServeConfig:
         for name, value in vars(options).items()
         if value is not None and name in config.ServeConfig.__dataclass_fields__
     }
-    if options.write_cache is not None:
-        given["write_cache"] = options.write_cache == "on"
+    for switch in ("write_cache", "resume_mirror"):
+        if switch in given:
+            given[switch] = given[switch] == "on"
     if options.allow_paths is not None:
         given["allow_paths"] = tuple(options.allow_paths)
     return config.ServeConfig(**given)

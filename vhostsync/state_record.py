@@ -107,6 +107,15 @@ class DiskIdentity:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The mirror that a mirror-start has asked for: a restart resumes it (retry.py)."""
+
+    path: str
+    cache: Literal["none", "writeback"]
+    speed_bytes_per_s: int = 0
+
+
+@dataclass(frozen=True)
 class StateRecord:
     """The record of one lineage. `clean`: both disks were detached in order, and the identities have the
     ctimes of that moment. The methods below are the only transitions."""
@@ -119,6 +128,7 @@ class StateRecord:
     clean: bool = False
     superseded: tuple[DiskIdentity, ...] = ()
     bitmap: str | None = None  # the token of the dirty bitmap that knows where the peer may differ
+    wanted: Wanted | None = None  # until somebody takes it back: mirror-cancel, a switch that keeps no mirror
 
     def __post_init__(self) -> None:
         if (self.peer is None) != (self.peer_worth is None):
@@ -127,6 +137,8 @@ class StateRecord:
             raise ValueError("outdated_since belongs to an outdated peer")
         if self.bitmap is not None and self.peer is None:
             raise ValueError("a bitmap belongs to a peer")
+        if self.wanted is not None and self.peer is None:
+            raise ValueError("a mirror that is wanted has a peer")
         if self.epoch < 1 or len(self.superseded) > SUPERSEDED_MAX:
             raise ValueError("epoch or superseded out of range")
 
@@ -145,11 +157,16 @@ class StateRecord:
         """The bitmap of this token has seen every write since it and the peer were equal; None: none has."""
         return replace(self, bitmap=token)
 
+    def with_wanted(self, wanted: Wanted | None) -> "StateRecord":
+        return replace(self, wanted=wanted)
+
     def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
         return replace(self, peer_worth=worth, outdated_since=outdated_since, clean=False)
 
     def without_peer(self) -> "StateRecord":
-        return replace(self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None)
+        return replace(
+            self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None, wanted=None
+        )
 
     def switched(self, *, keep_mirror: bool) -> "StateRecord":
         """The peer becomes the current disk. With `keep_mirror` the old one becomes the peer, up to date;
@@ -163,6 +180,7 @@ class StateRecord:
             peer_worth=Worth.UP_TO_DATE if keep_mirror else None,
             superseded=self._superseded_by(self.peer),
             bitmap=self.bitmap if keep_mirror else None,
+            wanted=replace(self.wanted, path=self.current.path) if keep_mirror and self.wanted else None,
         )
 
     def detached(self, current: DiskIdentity, peer: DiskIdentity | None) -> "StateRecord":
@@ -188,7 +206,7 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
 
     What a disk *is* goes before what it is called: a renamed current disk is accepted, an old disk renamed to
     the current one's path is refused. A new file at the current disk's path (restored, compacted) is
-    accepted, and the peer is then worth nothing."""
+    accepted. The peer is then worth nothing, or all that the operator has left: the mirror is not resumed."""
     if _same(record.current, disk):
         return replace(record, current=disk)
     former = [(False, old) for old in record.superseded]
@@ -199,12 +217,12 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
             raise StateRecordError(_refusal(record, disk, record_path, is_peer=is_peer, replaced=False))
     if disk.path == record.current.path:
         log.warning(
-            "the disk at the current disk's path is not the one recorded; going on with it",
+            "the disk at the current disk's path is not the one recorded; going on with it, without a mirror",
             path=disk.path, recorded_inode=record.current.inode, inode=disk.inode,
         )
         worth = None if record.peer is None else Worth.INCONSISTENT
         return replace(
-            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None
+            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None, wanted=None
         )
     for is_peer, old in former:
         if old.path == disk.path:
@@ -283,7 +301,7 @@ def decode_record(text: bytes) -> StateRecord:
     """ValueError with a phrase when the text is no whole record."""
     body = decode_checked("state-record", text)
     try:
-        peer, worth = body["peer"], body["peer_worth"]
+        peer, worth, wanted = body["peer"], body["peer_worth"], body.get("wanted")
         return StateRecord(
             epoch=body["epoch"],
             current=decode_identity(body["current"]),
@@ -293,6 +311,7 @@ def decode_record(text: bytes) -> StateRecord:
             clean=body["clean"],
             superseded=tuple(decode_identity(disk) for disk in body["superseded"]),
             bitmap=body.get("bitmap"),
+            wanted=None if wanted is None else Wanted(**wanted),
         )
     except (KeyError, TypeError) as error:
         raise ValueError("fields are missing or unknown") from error

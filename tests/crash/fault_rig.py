@@ -139,7 +139,8 @@ class Rig:
     # -- the backend ----------------------------------------------------------
 
     def _new_backend(self) -> Vhostsync:
-        options = (*OPTIONS, f"--bitmap={self.work / 'bits'}")
+        # Each cycle begins without a mirror, and looks at what the last one has left.
+        options = (*OPTIONS, f"--bitmap={self.work / 'bits'}", "--resume-mirror=off")
         backend = Vhostsync(self.work, self.source.path, queues=QUEUES, options=options)
         self.figures.lives.append(Life(backend.process.pid))
         return backend

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.crash.backend_thread import BackendThread
+from tests.daemon.rig import await_true
 from tests.guest.backends import Vhostsync
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import Worth
@@ -31,8 +32,8 @@ class KillFigures:
 
 class Killer(BackendThread):
     """With `destination` some kills happen while a mirror is attached, and the state record is looked at
-    after the restart. With a `bitmap` too, every kill happens so, and only the first copy may be of
-    everything."""
+    after the restart. With a `bitmap` too, every kill happens so, the mirror comes back by itself, and only
+    the first copy may be of everything."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Killer(BackendThread):
             self._one_kill(early=not always and number % 4 == 3, mirrored=always or number % 4 == 1)
 
     def _serve(self) -> None:
-        options = () if self._bitmap is None else ("--bitmap", str(self._bitmap))
+        options = ("--resume-mirror", "off") if self._bitmap is None else ("--bitmap", str(self._bitmap))
         self._serve_with(lambda: Vhostsync(self._folder, self._disk, queues=self._queues, options=options))
 
     def _one_kill(self, *, early: bool, mirrored: bool) -> None:
@@ -76,9 +77,7 @@ class Killer(BackendThread):
         else:
             self._await_recovered()
             if mirrored:
-                assert self._destination is not None
-                self.backend.start_mirror(self._destination)
-                self._note_resync()
+                self._begin_mirror()
                 steady = self._rng.random() < 0.5
                 if steady:
                     self.backend.wait_steady()
@@ -94,14 +93,16 @@ class Killer(BackendThread):
         if mirrored:
             self._check_record()
 
-    def _note_resync(self) -> None:
-        """With a bitmap, a mirror that was there before is begun with what differs."""
-        assert self.backend is not None
+    def _begin_mirror(self) -> None:
+        assert self.backend is not None and self._destination is not None
+        if self._bitmap is None or not self.figures.mirrored:
+            self.backend.start_mirror(self._destination)
+            return
+        await_true(lambda: self._served().status()["state"] in ("syncing", "steady"), "it is resumed")
         mirror = self.backend.status()
-        if self._bitmap is not None and self.figures.mirrored:
-            assert mirror["full-copy-reason"] is None, mirror["full-copy-reason"]
-            self.figures.resynced += 1
-            self.figures.copied_bytes += mirror["copy-bytes-total"]
+        assert mirror["full-copy-reason"] is None, mirror["full-copy-reason"]
+        self.figures.resynced += 1
+        self.figures.copied_bytes += mirror["copy-bytes-total"]
 
     def _check_record(self) -> None:
         """Never "up to date" once the guest goes on without. "Inconsistent" though it was steady: killed
@@ -109,5 +110,7 @@ class Killer(BackendThread):
         assert self.backend is not None
         record = StateFile(self._folder / "disk.state").load()
         assert record is not None and record.peer is not None and record.current.path == str(self._disk)
-        assert record.peer_worth in {Worth.OUTDATED, Worth.INCONSISTENT}
-        assert self.backend.status()["state"] == "passthrough"
+        assert record.wanted is not None and record.wanted.path == str(self._destination)
+        if self._bitmap is None:
+            assert record.peer_worth in {Worth.OUTDATED, Worth.INCONSISTENT}
+            assert self.backend.status()["state"] == "passthrough"

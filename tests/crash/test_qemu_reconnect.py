@@ -40,9 +40,7 @@ def test_backend_killed_under_a_guest(assets: GuestAssets, work: Path, mirrored:
                 backend = Vhostsync(work, image, queues=2)
                 load.fresh_report(timeout_s=90)
             if mirrored:
-                assert backend.status()["state"] == "passthrough"
-                backend.start_mirror(destination)
-                backend.wait_steady()
+                backend.wait_steady()  # by itself
                 steady = load.fresh_report()
                 verify_blocks(assets, destination, load, synced=steady.synced)
             last = guest.stop_load(load)

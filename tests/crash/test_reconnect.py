@@ -92,9 +92,8 @@ def test_killed_with_the_mirror_attached_each_time(work: Path) -> None:
         )
         killer.check()
         assert killer.backend is not None
-        killer.backend.start_mirror(destination)
+        killer.backend.wait_steady()  # by itself
         assert killer.backend.status()["full-copy-reason"] is None
-        killer.backend.wait_steady()
         load.disconnect()
         killer.backend.stop()
         load.verify_image(disk)

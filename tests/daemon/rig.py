@@ -162,6 +162,11 @@ class Served:
         self.await_steady()
         self.await_worth("up-to-date")
 
+    def await_resumed(self) -> None:
+        """The mirror of the last run has come back by itself: steady, and the record says so."""
+        await_true(lambda: self.state == "steady", "the mirror is resumed")
+        self.await_worth("up-to-date")
+
     def await_steady(self) -> None:
         while (data := self.qmp.wait_event("MIRROR_STATE_CHANGE", WAIT_S))["state"] != "steady":
             assert data["state"] == "syncing", data

@@ -25,7 +25,9 @@ class Disks:
         self.bitmap = work / "bits"
 
     def serve(self, *, bitmap: bool = True) -> Served:
-        return Served(self.work, self.source, *(("--bitmap", self.bitmap) if bitmap else ()))
+        """Each test starts the mirror itself, to look at what there was before."""
+        options = ("--bitmap", self.bitmap) if bitmap else ()
+        return Served(self.work, self.source, "--resume-mirror", "off", *options)
 
     def settled(self, served: Served) -> None:
         await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")

@@ -254,7 +254,7 @@ def test_the_end_with_a_hanging_destination(work: Path, force: bool) -> None:
         # What it left is whole.
         with Served(work, source) as served, served.guest() as guest:
             assert guest.read_now(BLOCK, BLOCK) == block_of(1, 1)
-            served.start_mirror(other)
+            served.await_resumed()
             guest.close()
             served.stop()
         assert same_content(source, other)
@@ -273,7 +273,7 @@ def test_a_kill_with_a_hanging_destination(work: Path) -> None:
             served.process.signal(signal.SIGKILL)
             files.thaw()
             served.kill()
-        with Served(work, source) as served, served.guest() as guest:
+        with Served(work, source, "--resume-mirror", "off") as served, served.guest() as guest:
             assert guest.read_now(BLOCK, BLOCK) == block_of(1, 1)
             record = served.record()
             assert record is not None and record.peer_worth is Worth.OUTDATED
@@ -336,6 +336,6 @@ def test_the_end_while_the_record_cannot_be_written(work: Path) -> None:
             assert served.stop() < 10
         (tiny.folder / "x").unlink()
         # The next one must not believe the old word: the guest's flushes go on without the peer.
-        with Served(work, source, "--state-file", record) as served:
+        with Served(work, source, "--state-file", record, "--resume-mirror", "off") as served:
             assert b'"outdated"' in record.read_bytes()
             served.stop()

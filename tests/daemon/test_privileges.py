@@ -60,7 +60,6 @@ def work_it(served: Served, other: Path) -> None:
         served.qmp.execute("switch", **{"keep-mirror": True})
         load.go_on()
         expected = load.stop()
-    served.qmp.execute("mirror-cancel")
     served.stop()
     assert lacking(other, expected) == []
 
@@ -112,6 +111,10 @@ def test_as_another_user(work: Path) -> None:
             assert set(status["Gid"].split()) == {str(entry.pw_gid)}, status["Name"]
             assert "0" not in status["Groups"].split(), "root's groups are gone"
         work_it(served, work / "b.img")
+    with Served(work, disk, *options) as served:
+        served.await_resumed()
+        served.qmp.execute("mirror-cancel")
+        served.stop()
     assert (work / "b.img").stat().st_uid == entry.pw_uid
     assert not (work / "vm.sock").exists()
 
@@ -149,4 +152,7 @@ def test_destinations_lie_where_they_may(work: Path) -> None:
     shutil.rmtree(near / "state")
     with Served(near, near / "a.img", "--allow-path", far) as served:
         served.start_mirror(far / "b.img", create=True)
+        served.kill()
+    with Served(near, near / "a.img", "--allow-path", near) as served:
+        served.await_resumed()  # what the record names is within reach
         served.stop()

@@ -37,7 +37,7 @@ def test_source_destination_and_bitmap_grow(work: Path) -> None:
         served.kill()
     # The bitmap is of the new size: what follows the kill is no full copy.
     with Served(work, source, "--bitmap", bitmap) as served:
-        served.start_mirror(destination)
+        served.await_resumed()
         assert served.mirror()["full-copy-reason"] is None
         served.stop()
     assert same_content(source, destination)

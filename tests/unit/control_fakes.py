@@ -46,6 +46,7 @@ class FakeStatus:
     copy_rate_bytes_per_s: float = 0.0
     copy_remaining_s: float | None = None
     speed_bytes_per_s: int = 0
+    wanted: bool = False
     last_error: str | None = None
     reason: str | None = None
     doubt: tuple[dict[str, int], ...] = ()

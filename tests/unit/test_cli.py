@@ -342,7 +342,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback --log-size 128M
         --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
-        --poll-us 25 --destination-retry 3s --read-fallback --on-source-error switch
+        --poll-us 25 --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
@@ -356,7 +356,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert settings.read_only
     assert (settings.cache, settings.destination_cache) == ("writeback", "writeback")
     assert (settings.num_queues, settings.serial, settings.block_bytes) == (8, "vm1", 4096)
-    assert not settings.write_cache
+    assert not settings.write_cache and not settings.resume_mirror
     assert (settings.log_bytes, settings.max_lag_ms) == (128 << 20, 100)
     assert (settings.destination_timeout_s, settings.stop_timeout_s) == (5, 0.5)
     assert (settings.copy_depth, settings.dirty_region_bytes) == (4, 128 << 10)

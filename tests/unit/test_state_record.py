@@ -4,7 +4,7 @@ one."""
 
 import json
 import multiprocessing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 
 import pytest
@@ -19,9 +19,11 @@ from vhostsync.state_record import (
     DiskIdentity,
     Likeness,
     StateRecord,
+    Wanted,
     Worth,
     check_start,
     decode_record,
+    encode_checked,
     encode_record,
 )
 
@@ -62,6 +64,7 @@ def records(draw: st.DrawFn) -> StateRecord:
         outdated_since="2026-01-02T03:04:05Z" if worth is Worth.OUTDATED and draw(st.booleans()) else None,
         clean=draw(st.booleans()),
         superseded=tuple(draw(st.lists(identities, max_size=SUPERSEDED_MAX))),
+        wanted=Wanted(peer.path, "none", draw(st.integers(0, 9))) if peer and draw(st.booleans()) else None,
     )
 
 
@@ -194,8 +197,27 @@ def test_an_old_disk_moved_to_the_current_path_is_refused() -> None:
 def test_a_new_file_at_the_current_path_is_accepted_and_the_peer_void() -> None:
     record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE)
     restored = replace(A, inode=999)
-    after = check_start(record, restored)
+    after = check_start(record.with_wanted(Wanted(B.path, "none")), restored)
     assert (after.current, after.peer_worth) == (restored, Worth.INCONSISTENT)
+    assert after.wanted is None, "the peer may be all that is left: nothing overwrites it unasked"
+
+
+def test_a_mirror_is_wanted_until_a_switch_that_keeps_none() -> None:
+    wanted = Wanted(B.path, "writeback", 7)
+    record = StateRecord.first(A).with_peer(B).with_wanted(wanted).with_worth(Worth.UP_TO_DATE)
+    assert check_start(record.detached(A, B), A).wanted == wanted
+    assert record.switched(keep_mirror=True).wanted == replace(wanted, path=A.path)
+    for without in (record.switched(keep_mirror=False), record.without_peer(), record.promoted(B)):
+        assert without.wanted is None
+    with pytest.raises(ValueError, match="has a peer"):
+        StateRecord.first(A).with_wanted(wanted)
+
+
+def test_a_record_from_before_there_was_a_resumed_mirror() -> None:
+    record = StateRecord.first(A).with_peer(B)
+    body = asdict(record)
+    del body["wanted"]
+    assert decode_record(encode_checked("state-record", body)) == record
 
 
 def test_a_new_file_at_a_superseded_path_is_refused_and_said_to_be_new() -> None:
