@@ -68,22 +68,15 @@ def _ours(ours: Ours, to: Path) -> float:
     return time.monotonic() - begin
 
 
-def _leave(ours: Ours) -> None:
-    assert ours.qmp is not None
-    ours.qmp.execute("mirror-cancel", force=True)
-    ours.wait_mirror(lambda mirror: bool(mirror["state"] == "passthrough"), DEADLINE_S)
-
-
 def _guest_beside(ours: Ours, to: Path, seconds: float) -> float:
     """The guest's p99 while the copy runs over that without it. The copy begins anew until the guest ends."""
     alone = run_loadgen(ours.socket, GUEST, seconds, 0.1)["operations"]["write"]["latency_ns"]["p99"]
     end = time.monotonic() + seconds
     with load_beside(ours.socket, GUEST, seconds) as found:
         while time.monotonic() < end:
-            assert ours.qmp is not None
-            ours.qmp.execute("mirror-start", destination=str(to), cache="none", full=True)
+            ours.begin_mirror(to)
             ours.wait_mirror(lambda mirror: mirror["state"] == "steady" or time.monotonic() > end, DEADLINE_S)
-            _leave(ours)
+            ours.leave_mirror()
     return float(found["operations"]["write"]["latency_ns"]["p99"] / alone)
 
 
@@ -105,7 +98,7 @@ def measure_copy(plan: Plan) -> list[Round]:
                     "ours": lambda: _ours(ours, to),
                 }
                 seconds = {name: take() for name, take in taken.items()}
-                _leave(ours)
+                ours.leave_mirror()
                 speed = {name: size / each / 1e6 for name, each in seconds.items()}
                 times = _guest_beside(ours, to, plan.seconds)
                 rounds.append({
@@ -137,7 +130,7 @@ def measure_holes(plan: Plan) -> list[Round]:
                 with fresh.open("wb") as file:
                     file.truncate(size)
                 speed = size / _ours(ours, fresh) / 1e6
-                _leave(ours)
+                ours.leave_mirror()
                 fresh.unlink()
                 rounds.append({
                     "raw": Sample({"mb_per_s": other}),

@@ -13,15 +13,16 @@ from bench.sample import Round, Sample, Work
 
 TIB = 1 << 40
 RESTS = 20
+SIZES = (GIB, 64 * GIB, TIB, 4 * TIB, 16 * TIB)
 
 
-def _own_mib(pid: int) -> float:
+def own_mib(pid: int) -> float:
     """Without the guest's memory and the disks', which are mapped or cached, not owned."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return (int(fields["VmRSS"].split()[0]) - int(fields["RssShmem"].split()[0])) / 1024
 
 
-def _one(folder: Path, size: int) -> Sample:
+def measure_size(folder: Path, size: int) -> Sample:
     source, destination = folder / "source.img", folder / "destination.img"
     for path in (source, destination):
         with path.open("wb") as file:
@@ -38,8 +39,9 @@ def _one(folder: Path, size: int) -> Sample:
         for _ in range(RESTS):
             ours.status()
         status_ms = (time.monotonic() - begin) / RESTS * 1000
-        figures = {"start_s": start_s, "attach_s": attach_s, "status_ms": status_ms}
-        figures["rss_mib"] = _own_mib(ours.pid)
+        resync_s = _resync(ours, destination)
+        figures = {"start_s": start_s, "attach_s": attach_s, "status_ms": status_ms, "resync_s": resync_s}
+        figures["rss_mib"] = own_mib(ours.pid)
         return Sample(figures, {"disk_bytes": size})
     finally:
         ours.close()
@@ -47,11 +49,20 @@ def _one(folder: Path, size: int) -> Sample:
         destination.unlink()
 
 
+def _resync(ours: Ours, destination: Path) -> float:
+    """The same destination again, after 2,000 writes all over the disk without it."""
+    ours.leave_mirror()
+    run_loadgen(ours.socket, Work("randwrite", 32), 0.5, 0, "--operations", "2000")
+    begin = time.monotonic()
+    ours.start_mirror(destination, full=False)
+    return time.monotonic() - begin
+
+
 def measure_sizes(plan: Plan) -> list[Round]:
-    sizes = (GIB, 16 * TIB) if plan.quick else (GIB, 64 * GIB, TIB, 4 * TIB, 16 * TIB)
+    sizes = (GIB, 16 * TIB) if plan.quick else SIZES
     folder = plan.directory_of["memory"] / f"vhostsync-bench-sizes-{os.getpid()}"
     folder.mkdir()
     try:
-        return [{"ours mirrored": _one(folder, size)} for size in sizes]
+        return [{"ours mirrored": measure_size(folder, size)} for size in sizes]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

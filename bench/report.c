@@ -107,7 +107,8 @@ void report(const struct run *run)
            options->event_idx ? "true" : "false", options->poll ? "true" : "false", run->lost ? "true" : "false");
     printf(" \"seconds\": %.3f, \"submitted\": %llu, \"kicks\": %llu, \"sleeps\": %llu, \"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n", seconds, ULL(submitted),
            ULL(kicks), ULL(sleeps), seconds_of(usage.ru_utime), seconds_of(usage.ru_stime));
-    printf(" \"longest_gap_ns\": %llu, \"longest_gap_at_ns\": %llu,\n \"operations\": {", ULL(gap_ns), ULL(gap_at_ns));
+    printf(" \"longest_gap_ns\": %llu, \"longest_gap_at_ns\": %llu, \"started_monotonic_ns\": %llu,\n \"operations\": {", ULL(gap_ns),
+           ULL(gap_at_ns), ULL(run->start_ns));
     bool first = true;
     for (int i = 0; i < OPERATIONS; i++) {
         report_operation(run, i, seconds, first);

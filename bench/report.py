@@ -6,41 +6,82 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.plan import COLUMNS, Plan
+from bench.plan import COLUMNS, GIB, Plan
 from bench.rows import Outcome
 from bench.targets import Target
 
+Json = dict[str, Any]
 
-def markdown(plan: Plan, outcomes: Sequence[Outcome], machine: dict[str, str]) -> str:
-    lines = ["# Side by side", ""]
-    lines += [f"* {name}: {value}" for name, value in machine.items()]
-    method = (
-        f"* {plan.pairs} rounds, in turn; each measurement {plan.seconds:g} s, after {plan.ramp_s:g} s "
-        f"({plan.mirrored_ramp_s:g} s where mirrored) that do not count"
+
+def spread_of(values: Sequence[float]) -> Json:
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def as_json(plan: Plan, outcomes: Sequence[Outcome], machine: dict[str, str]) -> Json:
+    """All that was measured, and what is said of it: table, pictures and docs are made of it."""
+
+    def judge(target: Target, values: Sequence[float]) -> Json:
+        value = target.over_rounds(values)
+        return {"target": str(target), "values": values, "value": value, "met": target.met(value)}
+
+    def row(outcome: Outcome) -> Json:
+        measured = ((target, target.values(outcome.rounds)) for target in outcome.row.targets)
+        shown = ((name, outcome.figures(name)) for name in COLUMNS)
+        return {
+            "number": outcome.row.number,
+            "title": outcome.row.title,
+            "place": outcome.row.place,
+            "figure": outcome.row.shown,
+            "unit": outcome.row.unit,
+            "work": asdict(outcome.row.work) if outcome.row.work else None,
+            "failure": outcome.failure,
+            "shown": {name: spread_of(figures) for name, figures in shown if figures},
+            "targets": [
+                judge(target, values) if values else {"target": str(target)} for target, values in measured
+            ],
+            "rounds": [
+                {name: asdict(sample) for name, sample in samples.items()} for samples in outcome.rounds
+            ],
+        }
+
+    method = {
+        "rounds": plan.pairs, "seconds": plan.seconds, "ramp_s": plan.ramp_s,
+        "mirrored_ramp_s": plan.mirrored_ramp_s, "bytes_of": plan.bytes_of,
+    }
+    return {"machine": machine, "method": method, "rows": [row(outcome) for outcome in outcomes]}
+
+
+def describe(machine: Mapping[str, str]) -> str:
+    return "\n".join(f"* {name}: {value}" for name, value in machine.items()) + "\n"
+
+
+def table(section: Json) -> str:
+    """The comparison, from its JSON, as Markdown."""
+    method = section["method"]
+    sizes = ", ".join(f"{size / GIB:g} GiB ({place})" for place, size in method["bytes_of"].items())
+    head = (
+        f"* {method['rounds']} rounds, in turn; each measurement {method['seconds']:g} s, after "
+        f"{method['ramp_s']:g} s ({method['mirrored_ramp_s']:g} s where mirrored) that do not count; "
+        f"files of {sizes}\n"
+        "* medians, and in brackets the least and the greatest\n"
     )
-    lines += [method, "* medians, and in brackets the least and the greatest", ""]
-    return "\n".join(lines) + "\n" + table(outcomes)
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "| # | work | " + " | ".join(COLUMNS) + " | ratios, and targets |",
         "| --- | --- | " + "--- | " * len(COLUMNS) + "--- |",
     ]
-    for outcome in outcomes:
-        row = outcome.row
-        said = [verdict(target, target.values(outcome.rounds)) for target in row.targets]
-        if outcome.failure:
-            said.append(f"**failed**: {' '.join(outcome.failure.split())}")
-        cells = [spread(outcome.figures(name)) for name in COLUMNS]
-        columns = [row.number, f"{row.title} ({row.unit})", *cells, "<br>".join(said)]
+    for row in section["rows"]:
+        said = [verdict(target) for target in row["targets"]]
+        if row["failure"]:
+            said.append(f"**failed**: {' '.join(row['failure'].split())}")
+        cells = [spread(row["shown"].get(name)) for name in COLUMNS]
+        columns = [row["number"], f"{row['title']} ({row['unit']})", *cells, "<br>".join(said)]
         lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines) + "\n"
+    return describe(section["machine"]) + head + "\n" + "\n".join(lines) + "\n"
 
 
 def amount(number: float) -> str:
@@ -51,42 +92,18 @@ def amount(number: float) -> str:
     return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
-def spread(figures: Sequence[float]) -> str:
-    if not figures:
+def spread(shown: Json | None) -> str:
+    if shown is None:
         return "-"
-    return f"{amount(statistics.median(figures))} ({amount(min(figures))} to {amount(max(figures))})"
+    return f"{amount(shown['median'])} ({amount(shown['least'])} to {amount(shown['greatest'])})"
 
 
-def verdict(target: Target, values: Sequence[float]) -> str:
-    if not values:
-        return f"{target}: not measured"
-    value = target.over_rounds(values)
-    word = "met" if target.met(value) else "**missed**"
-    return f"{value:.3g} ({min(values):.3g} to {max(values):.3g}); {target}: {word}"
-
-
-def as_json(plan: Plan, outcomes: Sequence[Outcome], machine: dict[str, str]) -> dict[str, Any]:
-    def target(target: Target, values: Sequence[float]) -> dict[str, Any]:
-        value = target.over_rounds(values)
-        return {"target": str(target), "ratios": values, "value": value, "met": target.met(value)}
-
-    def row(outcome: Outcome) -> dict[str, Any]:
-        measured = ((each, each.values(outcome.rounds)) for each in outcome.row.targets)
-        return {
-            "number": outcome.row.number,
-            "title": outcome.row.title,
-            "figure": outcome.row.shown,
-            "unit": outcome.row.unit,
-            "work": asdict(outcome.row.work) if outcome.row.work else None,
-            "failure": outcome.failure,
-            "targets": [target(each, values) for each, values in measured if values],
-            "rounds": [
-                {name: asdict(sample) for name, sample in samples.items()} for samples in outcome.rounds
-            ],
-        }
-
-    head = {"machine": machine, "rounds": plan.pairs, "seconds": plan.seconds}
-    return {**head, "rows": [row(outcome) for outcome in outcomes]}
+def verdict(target: Json) -> str:
+    if "values" not in target:
+        return f"{target['target']}: not measured"
+    word = "met" if target["met"] else "**missed**"
+    least, greatest = min(target["values"]), max(target["values"])
+    return f"{target['value']:.3g} ({least:.3g} to {greatest:.3g}); {target['target']}: {word}"
 
 
 def describe_machine() -> dict[str, str]:

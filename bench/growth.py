@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How cost grows as the work grows: `./run bench --growth`. Ours alone, in one pass (no rival, no
+rounds): these tables show a shape, the comparison is the other table's business.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.contenders import Contender, Ours
+from bench.disk_sizes import SIZES, measure_size, own_mib
+from bench.files import make_file
+from bench.generator import load_beside
+from bench.idle import on_cpu_ns
+from bench.plan import GIB, Plan
+from bench.report import amount, describe, describe_machine
+from bench.rows import Tell
+from bench.sample import BenchError, Work
+
+KIB, MIB = 1 << 10, 1 << 20
+QUEUES = (1, 2, 4, 8)
+BLOCKS = (512, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB)
+DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BACKENDS = (1, 4, 16, 64)
+RAMP_S = 0.3
+IDLE_S = 4.0
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: each with the unit in its title; rows: text and numbers, None where nothing was measured."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str | float | None, ...]]
+
+
+@contextlib.contextmanager
+def _folder(parent: Path) -> Iterator[Path]:
+    folder = parent / f"vhostsync-bench-growth-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _both(plan: Plan, place: str, queues: int = 4) -> Iterator[tuple[Ours, Ours]]:
+    """One in pass-through, one mirrored and steady."""
+    direct, size = plan.direct(place), plan.bytes_of[place]
+    plan.check_room(place, ("ours", "ours mirrored"))
+    with _folder(plan.directory_of[place]) as folder, contextlib.ExitStack() as stack:
+        images = [make_file(folder / f"{name}.img", size, direct=direct) for name in ("alone", "from", "to")]
+        alone = Ours("ours", folder, images[0], direct=direct, queues=queues)
+        stack.callback(alone.close)
+        mirrored = Ours(
+            "ours mirrored", folder, images[1], direct=direct, destination=images[2], queues=queues
+        )
+        stack.callback(mirrored.close)
+        yield alone, mirrored
+
+
+# Of one kind of load: what is said of it, in columns.
+_LOAD_COLUMNS = ("per second", "MB/s", "mean µs", "p99 µs", "CPU µs/request")
+
+
+def _load(contender: Contender, work: Work, plan: Plan) -> tuple[float, ...]:
+    figures = contender.measure(work, min(plan.seconds, 1.5), RAMP_S).figures
+    per_s = figures["per_s"]
+    return per_s, per_s * work.block_bytes / 1e6, figures["mean_us"], figures["p99_us"], figures["cpu_us"]
+
+
+def _loads(plan: Plan, place: str, title: str, what: str, works: dict[str, Work]) -> Table:
+    queues = max(work.queues for work in works.values())
+    rows: list[tuple[str | float | None, ...]] = []
+    with _both(plan, place, queues) as (alone, mirrored):
+        for label, work in works.items():
+            for name, contender in (("pass-through", alone), ("mirrored", mirrored)):
+                try:
+                    rows.append((label, name, *_load(contender, work, plan)))
+                except BenchError as error:  # the others are worth having
+                    rows.append((label, f"{name}: {error}", *(None,) * len(_LOAD_COLUMNS)))
+    return Table(title, (what, "mode", *_LOAD_COLUMNS), rows)
+
+
+def _size_name(size: int) -> str:
+    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            return f"{size // unit} {name}"
+    return f"{size} B"
+
+
+_WRITE = Work("randwrite", 32)
+
+
+def _queues(plan: Plan) -> list[Table]:
+    works = {str(count): replace(_WRITE, queues=count) for count in QUEUES}
+    title = "Queues: 4 KiB random writes, 32 in flight in each, memory"
+    return [_loads(plan, "memory", title, "queues", works)]
+
+
+def _blocks(plan: Plan) -> list[Table]:
+    works = {_size_name(size): replace(_WRITE, depth=8, block_bytes=size) for size in BLOCKS}
+    title = "Block size: random writes, 8 in flight, one queue"
+    return [_loads(plan, place, f"{title}, {place}", "block", works) for place in ("disk", "memory")]
+
+
+def _depths(plan: Plan) -> list[Table]:
+    works = {str(depth): replace(_WRITE, depth=depth) for depth in DEPTHS}
+    title = "Depth: 4 KiB random writes, one queue"
+    return [_loads(plan, place, f"{title}, {place}", "in flight", works) for place in ("disk", "memory")]
+
+
+def _disks(plan: Plan) -> list[Table]:
+    columns = (
+        "disk", "start s", "attach (copy of the empty disk) s", "query-mirror ms", "resync of 2,000 writes s",
+        "memory MiB",
+    )
+    rows: list[tuple[str | float | None, ...]] = []
+    with _folder(plan.directory_of["memory"]) as folder:
+        for size in SIZES:
+            figures = measure_size(folder, size).figures
+            names = ("start_s", "attach_s", "status_ms", "resync_s", "rss_mib")
+            rows.append((_size_name(size), *(figures[name] for name in names)))
+    return [Table("Disk size: sparse files in memory, a log of 8 MiB", columns, rows)]
+
+
+def _idle_backends(plan: Plan) -> list[Table]:
+    """Each with a guest connected that has written a little and its mirror steady."""
+    columns = ("backends", "memory of each, MiB", "of all, MiB", "CPU of all, % of a core", "wake-ups/s")
+    rows: list[tuple[str | float | None, ...]] = []
+    size = 16 * MIB
+    with _folder(plan.directory_of["memory"]) as folder, contextlib.ExitStack() as stack:
+        running: list[Ours] = []
+        for count in BACKENDS:
+            for number in range(len(running), count):
+                names = [folder / f"{number}-{name}.img" for name in ("from", "to")]
+                source, to = (make_file(name, size, direct=False) for name in names)
+                options = ("--log-size", "8M")
+                ours = Ours(f"ours {number}", folder, source, direct=False, destination=to, options=options)
+                stack.callback(ours.close)
+                running.append(ours)
+                load = ("--operations", "100", "--stay")
+                stack.enter_context(load_beside(ours.socket, Work("randwrite", 4), 600, *load))
+            rows.append(_idle(running))
+    title = "Idle backends: guest connected, mirror steady, 16 MiB of disk, a log of 8 MiB"
+    return [Table(title, columns, rows)]
+
+
+def _idle(running: list[Ours]) -> tuple[float, ...]:
+    time.sleep(1.5)  # for the writes, and what a start leaves to do
+    # A query would wake them: threads' own counts of voluntary sleeps do not.
+    cpu, sleeps = [sum(on_cpu_ns(each.pid) for each in running)], [sum(map(_sleeps, running))]
+    time.sleep(IDLE_S)
+    cpu.append(sum(on_cpu_ns(each.pid) for each in running))
+    sleeps.append(sum(map(_sleeps, running)))
+    memory = sum(own_mib(each.pid) for each in running)
+    core_percent = (cpu[1] - cpu[0]) / IDLE_S / 1e7
+    return len(running), memory / len(running), memory, core_percent, (sleeps[1] - sleeps[0]) / IDLE_S
+
+
+def _sleeps(ours: Ours) -> int:
+    """How often its threads, Python's too, have gone to sleep; each was woken before."""
+    total = 0
+    for task in Path(f"/proc/{ours.pid}/task").iterdir():
+        for line in (task / "status").read_text().splitlines():
+            if line.startswith("voluntary_ctxt_switches"):
+                total += int(line.split()[1])
+    return total
+
+
+KINDS: dict[str, Callable[[Plan], list[Table]]] = {
+    "queues": _queues,
+    "blocks": _blocks,
+    "depths": _depths,
+    "disks": _disks,
+    "idle": _idle_backends,
+}
+
+
+def measure_growth(plan: Plan, kinds: Iterable[str], tell: Tell) -> Json:
+    tables: list[Table] = []
+    for kind in kinds:
+        tell(f"growth: {kind}")
+        tables += KINDS[kind](plan)
+    described = [{"title": each.title, "columns": each.columns, "rows": each.rows} for each in tables]
+    method = {"seconds": min(plan.seconds, 1.5), "bytes_of": plan.bytes_of}
+    return {"machine": describe_machine(), "method": method, "tables": described}
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return "0" if value == 0 else amount(value)
+
+
+def growth_tables(section: Json) -> str:
+    """From its JSON, as Markdown."""
+    method = section["method"]
+    sizes = ", ".join(f"{size / GIB:g} GiB ({place})" for place, size in method["bytes_of"].items())
+    parts = [
+        describe(section["machine"]) + f"* one pass of {method['seconds']:g} s each; files of {sizes}\n"
+    ]
+    for table in section["tables"]:
+        lines = [f"**{table['title']}**", "", f"| {' | '.join(table['columns'])} |"]
+        lines.append("| " + "--- | " * len(table["columns"]))
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in table["rows"]]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
