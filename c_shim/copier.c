@@ -318,16 +318,18 @@ static bool start_hole(struct region_copy *c, uint64_t offset)
     return true;
 }
 
-/* The guest goes first: while it has requests in flight the copy keeps few of its own,
- * and one while somebody waits for a flush. */
+/* The guest goes first: what it asks of a disk waits there behind what the copy has in flight. While it works that
+ * is one small part; never none, so that the copy ends. */
+static bool yields(const struct vs_engine *e)
+{
+    return e->flush.waiting || engine_guest_works(e);
+}
+
 static unsigned depth_now(const struct vs_engine *e)
 {
-    unsigned busy = e->copier.depth < 2 ? e->copier.depth : 2;
     if (pull_ahead_log_fills(e))
         return 0; /* replication goes first, or the guest would get ahead */
-    if (e->flush.waiting)
-        return 1;
-    return e->requests_in_flight ? busy : e->copier.depth;
+    return yields(e) ? 1 : e->copier.depth;
 }
 
 static struct region_copy *free_copy(struct copier *k)
@@ -361,7 +363,7 @@ void copier_pump(struct vs_engine *e)
         return;
     while (k->in_use < depth_now(e) && k->not_before_ns <= engine_now(e)) {
         struct region_copy *c = free_copy(k);
-        if (!dirty_map_find(&e->to_copy, k->cursor, COPY_BYTES, &offset, &run))
+        if (!dirty_map_find(&e->to_copy, k->cursor, yields(e) ? COPY_BESIDE_BYTES : COPY_BYTES, &offset, &run))
             return;
         if (start_hole(c, offset)) {
             /* Holes complete at once: one a pass, or a large one would keep the guest waiting. */

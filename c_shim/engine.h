@@ -148,6 +148,7 @@ struct vs_engine {
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     unsigned requests_in_flight;
+    uint64_t last_taken_ns; /* when a request was last taken up */
     /* Its attachments. */
     struct attachment attachment[VS_MAX_ATTACHMENTS];
     struct attachment *active; /* the one whose rings run */
@@ -168,6 +169,12 @@ struct vs_engine {
 static inline uint64_t engine_now(const struct vs_engine *e)
 {
     return e->host.now_ns;
+}
+
+/* Between two requests of a guest that has one in flight at a time, none is; and yet it is at work. */
+static inline bool engine_guest_works(const struct vs_engine *e)
+{
+    return e->requests_in_flight || (e->last_taken_ns && engine_now(e) - e->last_taken_ns < GUEST_WORKS_NS);
 }
 
 /* Requests are taken up: no switch holds the guest. */

@@ -29,6 +29,10 @@
 /* The bulk copy: bytes of one region copy, and how many at most at once. */
 #define COPY_BYTES (1u << 20)
 #define COPY_DEPTH_MAX 16
+/* While the guest works: one at a time, of this size (or of one region, if that is larger), so that its requests
+ * never wait for more at the disk. It counts as at work for so long after each request. */
+#define COPY_BESIDE_BYTES (128u << 10)
+#define GUEST_WORKS_NS 100000000u
 /* Where the source cannot be read, down to pieces of this size is tried what can. */
 #define RESCUE_BYTES 4096u
 /* Reads of the destination for the guest, where the source has failed, at once. */
@@ -61,6 +65,7 @@ static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has
 static_assert(URING_CQ_ENTRIES >=
                   REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
               "all that can be in flight fits the completion queue");
+static_assert(COPY_BESIDE_BYTES <= COPY_BYTES, "a part of the copy fits its buffer");
 static_assert(COPY_BYTES % RESCUE_BYTES == 0 && RESCUE_BYTES % 4096 == 0, "a piece is whole blocks of any disk");
 static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");
 

@@ -466,6 +466,7 @@ static int take_up(struct queue *q, uint16_t head)
     q->in_flight++;
     q->attachment->in_flight++;
     e->requests_in_flight++;
+    e->last_taken_ns = r->taken_ns;
     start(r, verdict);
     return 1;
 }

@@ -612,6 +612,14 @@ MUTATIONS = [
         "    if (false)\n        return 0;",
         "ahead.py::test_the_copy_gives_way_to_replication",
     ),
+    _m(
+        "copy-starves-beside-the-guest",
+        "rule 3: the copy ends under any load",
+        "copier.c",
+        "return yields(e) ? 1 : e->copier.depth;",
+        "return yields(e) ? 0 : e->copier.depth;",
+        "resync.py::test_the_copy_keeps_one_small_part_in_flight_beside_a_working_guest_and_yet_ends",
+    ),
     # -- the dirty log of a live migration --------------------------------------------------
     _m(
         "element-not-logged",

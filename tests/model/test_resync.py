@@ -115,6 +115,31 @@ def test_a_copy_that_was_cut_off_goes_on_where_it_was() -> None:
         r.assert_same_content()
 
 
+def test_the_copy_keeps_one_small_part_in_flight_beside_a_working_guest_and_yet_ends() -> None:
+    with rig(size_bytes=8 * MIB, copy_depth=4) as r:
+        r.source.load(0, bytes([7]) * 8 * MIB)
+        r.destination.hold(WRITE)
+        assert r.driver.start_mirror(r.destination) == 0
+        r.driver.await_held(r.destination, WRITE, 4)
+        r.source.hold(WRITE)
+        write = r.write(0, 1)  # from here on the guest is at work
+        r.driver.await_held(r.source, WRITE)
+        for copied in (4 * MIB, 4 * MIB + 2 * REGION):
+            r.destination.release(WRITE)
+            r.driver.settle()
+            assert r.snapshot().copy_bytes_done == copied
+            assert r.destination.held(WRITE) == 1
+        r.destination.hold(WRITE, False)
+        r.destination.release(WRITE)
+        r.driver.until(lambda: r.snapshot().copy_bytes_done == 8 * MIB, "it has copied everything")
+        assert not write.done
+        r.source.hold(WRITE, False)
+        r.source.release(WRITE)
+        r.driver.await_state(State.STEADY)
+        r.flush_now()
+        r.assert_same_content()
+
+
 def test_a_write_in_flight_while_a_checkpoint_passes_stays_different() -> None:
     """Its region was in the checkpoint that began before the source had it."""
     with rig(mirrored=True) as r:
