@@ -18,10 +18,17 @@
 
 /* ---- coming and going ---------------------------------------------------- */
 
+/* The frontend waits, and the whole VM may be frozen for that long. */
+static void lose_patience(struct attachment *a)
+{
+    a->patience_ends_ns = engine_now(a->engine) + a->engine->config.stop_timeout_us * 1000;
+}
+
 static void detach(struct attachment *a, uint64_t token)
 {
     a->closing = true;
     a->detach_token = token;
+    lose_patience(a);
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         kick_watch_stop(&a->queue[i]);
         if (a->queue[i].running)
@@ -35,6 +42,8 @@ static void detach(struct attachment *a, uint64_t token)
 static void memory_gone(struct guest_memory *m, uint64_t token)
 {
     struct attachment *a = container_of(m, struct attachment, memory);
+    if (!a->closing)
+        a->patience_ends_ns = 0;
     mailbox_done(&a->engine->mailbox, token, 0, 0);
 }
 
@@ -243,11 +252,13 @@ static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_c
     } else if (c->kind == VS_CMD_ADD_MEM_REGION) {
         *rc = guest_memory_add(&a->memory, &c->regions[0]);
     } else {
+        lose_patience(a);
         *rc = guest_memory_remove(&a->memory, &c->regions[0], token);
         if (*rc == 0) {
             attachment_map_rings(a);
             return false; /* memory_gone() answers */
         }
+        a->patience_ends_ns = 0;
     }
     if (*rc == 0)
         attachment_map_rings(a);

@@ -299,7 +299,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
     uint64_t deadline = UINT64_MAX, now;
     bool queues = engine_takes_up(e) && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
     if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->verifier.more || e->quit ||
-        read_fallback_due(e) || source_failover_due(e))
+        read_fallback_due(e) || source_failover_due(e) || e->flush.dirty)
         return 0;
     if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->stalled))
         deadline = e->throttle_until_ns;

@@ -7,7 +7,10 @@
  *     steady begins, nobody is let go who would have to ask it then), and
  *   - the state record is not pending: what is confirmed without the
  *     destination must first be known not to depend on it (durability.md, "Who
- *     is the truth").
+ *     is the truth"), and
+ *   - no pause holds it: with on_destination_error=pause, a steady destination
+ *     was lost, and none has become steady since. The control plane's own are
+ *     not held: they are told that there is no mirror.
  * Source and destination are flushed side by side. At most one flush of each is
  * in flight; it serves everybody whose generation it covers.
  */
@@ -33,6 +36,7 @@ void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t gene
 {
     w->generation = generation;
     w->source_flush = 0;
+    w->released = false;
     w->since_ns = engine_now(e);
     list_append(&e->flush.waiters, &w->link);
     e->flush.waiting++;
@@ -115,6 +119,11 @@ static void destination_flushed(struct disk_io *io)
         counts_destination_flushed(&e->counts, f->destination_prefix);
 }
 
+static bool held_by_pause(const struct vs_engine *e, const struct flush_waiter *w)
+{
+    return e->mirror.paused && w->owner && !w->released;
+}
+
 static int check(const struct vs_engine *e, const struct flush_waiter *w)
 {
     if (e->mirror.joining)
@@ -137,6 +146,35 @@ uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner)
     return UINT64_MAX;
 }
 
+/* ---- the pause --------------------------------------------------------- */
+
+unsigned guest_flush_paused(const struct vs_engine *e, const void *owner)
+{
+    unsigned held = 0;
+    if (!e->mirror.paused)
+        return 0;
+    list_each(node, &e->flush.waiters)
+    {
+        const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        held += (!owner || w->owner == owner) && held_by_pause(e, w);
+    }
+    return held;
+}
+
+unsigned guest_flush_release(struct vs_engine *e, const void *owner)
+{
+    unsigned released = 0;
+    list_each(node, &e->flush.waiters)
+    {
+        struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        if (w->owner != owner || !held_by_pause(e, w))
+            continue;
+        w->released = e->flush.dirty = true;
+        released++;
+    }
+    return released;
+}
+
 /* ---- deciding ---------------------------------------------------------- */
 
 static void decide(struct vs_engine *e, bool *want_source, bool *want_destination)
@@ -152,6 +190,8 @@ static void decide(struct vs_engine *e, bool *want_source, bool *want_destinatio
         if (destination == VS_CHECK_FLUSH)
             *want_destination = true;
         if (!source || destination != VS_CHECK_HELD || e->mirror.record == RECORD_PENDING)
+            continue;
+        if (held_by_pause(e, w))
             continue;
         let_go(f, w, e->mirror.record == RECORD_FAILED ? -EIO : 0);
     }

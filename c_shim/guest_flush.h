@@ -22,6 +22,7 @@ struct flush_waiter {
     uint64_t source_flush;  /* number of the source flush that it shares; 0: none yet */
     const void *owner;      /* the queue of a request; NULL: the control plane's */
     bool destination_only;  /* a source that cannot be flushed must be possible to leave */
+    bool released;          /* no pause holds it: its frontend could not wait any longer */
     /* Called once, with 0 or a negative errno. */
     void (*done)(struct flush_waiter *w, int result);
 };
@@ -47,5 +48,9 @@ void guest_flush_source_failed(struct vs_engine *e, uint64_t number, int error);
 void guest_flush_pump(struct vs_engine *e);
 /* Since when somebody (of this owner; NULL: anybody) has waited for the destination; UINT64_MAX: nobody does. */
 uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner);
+/* How many (of this owner; NULL: of anybody) a pause holds. */
+unsigned guest_flush_paused(const struct vs_engine *e, const void *owner);
+/* They wait for no destination any more, but for the source and the state record as without a pause. How many. */
+unsigned guest_flush_release(struct vs_engine *e, const void *owner);
 
 #endif

@@ -52,6 +52,19 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
     return 0;
 }
 
+/* ---- the pause (on_destination_error=pause) ------------------------------ */
+
+static void set_paused(struct vs_engine *e, bool paused)
+{
+    struct vs_event event = {.kind = VS_EV_PAUSED, .value = paused};
+    if (e->mirror.paused == paused)
+        return;
+    e->mirror.paused = paused;
+    e->mirror.paused_since_ns = engine_now(e);
+    e->flush.dirty = true;
+    mailbox_post(&e->mailbox, &event);
+}
+
 /* ---- the end of a destination ------------------------------------------ */
 
 static void close_former(struct vs_engine *e)
@@ -102,8 +115,10 @@ void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
     if (!mirror_attached(m))
         return;
     give_up(e);
-    if (was_steady)
+    if (was_steady) {
         m->record = RECORD_PENDING;
+        set_paused(e, e->config.pause_on_destination_error);
+    }
     mirror_set_state(e, VS_DEGRADED, reason, error);
     if (was_steady)
         mirror_post(e, VS_EV_DEGRADED, reason, error);
@@ -113,6 +128,7 @@ void mirror_stop(struct vs_engine *e, uint32_t reason)
 {
     if (mirror_attached(&e->mirror))
         give_up(e);
+    set_paused(e, false);
     if (e->mirror.state != VS_PASSTHROUGH)
         mirror_set_state(e, VS_PASSTHROUGH, reason, 0);
 }
@@ -154,6 +170,7 @@ static void steady_flushed(struct disk_io *io)
     if (m->steady_capture_epoch != m->capture_epoch)
         return; /* ahead of it meanwhile */
     m->joining = false;
+    set_paused(e, false); /* whoever was held by it has asked before this flush began, and is decided by the counts */
     counts_enter_steady(&e->counts, m->steady_prefix);
     /* Writes that were mirrored while it was flushed. */
     counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));

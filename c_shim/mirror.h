@@ -9,6 +9,9 @@
  *   any --stop--> passthrough
  *   steady --exchange--> steady (kept) or passthrough
  *
+ * With on_destination_error=pause the guest's flushes wait from a failure in steady
+ * on, until steady is reached again or somebody says stop.
+ *
  * "epoch" changes whenever a destination is given up: what was captured for a
  * former one finds that out when it completes, and moves no count.
  * "capture_epoch" changes whenever capture ends, and so also when the guest gets
@@ -42,6 +45,10 @@ struct mirror {
     bool steady_flush_in_flight;
     uint64_t steady_prefix; /* what was on the destination when it began */
     uint64_t steady_epoch, steady_capture_epoch;
+    /* on_destination_error=pause: a steady destination was lost, and none has become steady since. Whoever waits for
+     * durability waits on, in whatever state (guest_flush.c). */
+    bool paused;
+    uint64_t paused_since_ns, pause_released;
 };
 
 void mirror_init(struct vs_engine *e);

@@ -109,6 +109,7 @@ struct vs_engine_config {
     uint64_t ahead_backoff_us;      /* how soon it may catch up, the second time; then doubled */
     uint32_t read_fallback;      /* reads that the source fails are answered from a steady destination */
     uint32_t switch_on_source_error; /* what a steady source fails is kept back: VS_EV_SOURCE_FAILED */
+    uint32_t pause_on_destination_error; /* flushes wait when a steady destination is lost: VS_EV_PAUSED */
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
@@ -229,7 +230,9 @@ enum vs_event_kind {
     VS_EV_VERIFIED,        /* a verification is over; result: 0, -ECANCELED, -ENOTCONN (not steady any more) */
     VS_EV_AHEAD_DRAINED,   /* ahead: the destination holds durably what the log had; value: ns until it may catch up */
     VS_EV_READ_FALLBACK,   /* the first read of this mirror that the destination has answered: offset, length */
-    VS_EV_SOURCE_FAILED    /* op, result, offset, length; held back until VS_CMD_EXCHANGE or VS_CMD_FAILOVER_GIVE_UP */
+    VS_EV_SOURCE_FAILED,   /* op, result, offset, length; held back until VS_CMD_EXCHANGE or VS_CMD_FAILOVER_GIVE_UP */
+    VS_EV_PAUSED,          /* value 1: flushes wait until a mirror is steady, or VS_CMD_MIRROR_STOP; 0: not any more */
+    VS_EV_PAUSE_RELEASED   /* a frontend waited too long; value: how many requests go without a mirror for that */
 };
 
 enum vs_breach {
@@ -355,6 +358,10 @@ struct vs_snapshot {
     uint64_t reads_from_destination;
     uint64_t source_failovers;
     uint32_t failover_pending;
+    uint32_t paused;              /* a steady destination was lost, and flushes wait for another */
+    uint32_t pause_held;          /* of requests_waiting: those held by the pause */
+    uint64_t pause_ns;            /* how long it has lasted */
+    uint64_t pause_released;      /* requests that a frontend could not wait for, since the start */
 };
 
 /* Both copy what the last VS_CMD_SNAPSHOT prepared. */

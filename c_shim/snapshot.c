@@ -50,6 +50,10 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->reads_from_destination = e->read_fallback.answered;
     s->source_failovers = e->failover.count;
     s->failover_pending = e->failover.pending;
+    s->paused = e->mirror.paused;
+    s->pause_held = guest_flush_paused(e, NULL);
+    s->pause_ns = e->mirror.paused ? engine_now(e) - e->mirror.paused_since_ns : 0;
+    s->pause_released = e->mirror.pause_released;
     s->disk[VS_SOURCE] = e->source->stats;
     if (e->mirror.disk)
         s->disk[VS_DESTINATION] = e->mirror.disk->stats;

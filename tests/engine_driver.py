@@ -52,6 +52,8 @@ class EventKind(IntEnum):
     AHEAD_DRAINED = 10
     READ_FALLBACK = 11
     SOURCE_FAILED = 12
+    PAUSED = 13
+    PAUSE_RELEASED = 14
 
 
 class Reason(IntEnum):
@@ -138,6 +140,9 @@ class Snapshot:
     reads_from_destination: int
     source_failovers: int
     failover_pending: bool
+    paused: bool
+    pause_held: int
+    pause_released: int
     disk_in_flight: tuple[int, int]
 
 
@@ -224,6 +229,7 @@ class EngineOptions:
     serial: bytes = b"model"
     read_fallback: bool = False
     switch_on_source_error: bool = False
+    pause_on_destination_error: bool = False
     poll_us: int = 0
     pull_ahead: bool = False
     congestion_fill_bytes: int = 0
@@ -393,6 +399,9 @@ class EngineDriver:
             reads_from_destination=int(raw.reads_from_destination),
             source_failovers=int(raw.source_failovers),
             failover_pending=bool(raw.failover_pending),
+            paused=bool(raw.paused),
+            pause_held=int(raw.pause_held),
+            pause_released=int(raw.pause_released),
             disk_in_flight=(int(raw.disk[0].in_flight), int(raw.disk[1].in_flight)),
         )
 

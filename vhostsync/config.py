@@ -21,6 +21,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 OnCongestion = Literal["block", "pull-ahead"]
 Sandbox = Literal["auto", "off", "require"]
 OnSourceError = Literal["report", "switch"]
+OnDestinationError = Literal["degrade", "pause"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -155,6 +156,7 @@ class ServeConfig:
     destination_timeout_s: float = 10.0
     stop_timeout_s: float = 1.0
     resume_mirror: bool = True  # begin the mirror again that the last run had
+    on_destination_error: OnDestinationError = "degrade"  # go on without it; or flushes wait for the next one
     destination_retry_s: float | None = None  # the first pause before one that failed is tried; None: never
     copy_depth: int = 8  # region copies of 1 MiB in flight
     dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
@@ -232,6 +234,7 @@ class ServeConfig:
             if self.on_congestion == "block":
                 raise ConfigError("--congestion-fill needs --on-congestion pull-ahead.")
         _one_of("--on-source-error", self.on_source_error, get_args(OnSourceError))
+        _one_of("--on-destination-error", self.on_destination_error, get_args(OnDestinationError))
         for option, seconds in (
             ("--destination-timeout", self.destination_timeout_s),
             ("--stop-timeout", self.stop_timeout_s),

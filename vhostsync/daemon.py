@@ -44,6 +44,7 @@ from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
 from vhostsync.opening import Opened, device_shape, open_device
+from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
 from vhostsync.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
@@ -151,6 +152,7 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         poll_us=config.poll_us,
         read_fallback=config.read_fallback,
         switch_on_source_error=config.on_source_error == "switch",
+        pause_on_destination_error=config.on_destination_error == "pause",
     )
 
 
@@ -327,6 +329,9 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
     backend.resizer = Resizer(engine, mirror, device, frontends, hub)
     engine.on_event(lambda event: _on_event(event, engine, frontends, hub))
     failover = SourceFailover(engine, mirror, hub, config.destination_timeout_s)
+    DestinationPause(engine, mirror, hub)
+    if config.on_destination_error == "pause":
+        warn_of_a_lost_pause(opened.record)
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(engine.pump)
         lasting.start_soon(mirror.run)

@@ -79,6 +79,8 @@ class EventKind(IntEnum):
     VERIFIED = lib.VS_EV_VERIFIED
     READ_FALLBACK = lib.VS_EV_READ_FALLBACK
     SOURCE_FAILED = lib.VS_EV_SOURCE_FAILED
+    PAUSED = lib.VS_EV_PAUSED
+    PAUSE_RELEASED = lib.VS_EV_PAUSE_RELEASED
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class EngineConfig:
     ahead_backoff_s: float = 1.0
     read_fallback: bool = False
     switch_on_source_error: bool = False
+    pause_on_destination_error: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,7 @@ class Engine:
         c_config.ahead_backoff_us = int(config.ahead_backoff_s * 1e6)
         c_config.read_fallback = config.read_fallback
         c_config.switch_on_source_error = config.switch_on_source_error
+        c_config.pause_on_destination_error = config.pause_on_destination_error
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")

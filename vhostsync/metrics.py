@@ -159,6 +159,20 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
         "Failures of the source that were answered by a switch.",
         mirror.get("source-failovers"),
     )
+    paused = mirror.get("paused")
+    page.one(
+        "paused",
+        "gauge",
+        "1 while flushes wait for a mirror.",
+        int(paused) if paused is not None else None,
+    )
+    page.one("paused_requests", "gauge", "Requests that wait for it.", mirror.get("paused-requests"))
+    page.one(
+        "paused_released_total",
+        "counter",
+        "Requests that could not wait, because a frontend did.",
+        mirror.get("paused-released"),
+    )
     page.one(
         "unreadable_ranges",
         "gauge",

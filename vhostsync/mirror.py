@@ -266,6 +266,10 @@ class Mirror:
             unreadable=rows(now.unreadable),
             reads_from_destination=now.reads_from_destination,
             source_failovers=now.source_failovers,
+            paused=now.paused,
+            paused_requests=now.pause_held,
+            paused_s=now.pause_ns / 1e9,
+            paused_released=now.pause_released,
         )
 
     def _worth(self) -> str | None:

@@ -40,6 +40,10 @@ class MirrorStatus:
     unreadable: list[dict[str, int]]
     reads_from_destination: int
     source_failovers: int
+    paused: bool
+    paused_requests: int
+    paused_s: float
+    paused_released: int
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,11 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="the same while the frontend stops a queue (default 1s)",
     )
     mirror.add_argument(
+        "--on-destination-error",
+        choices=("degrade", "pause"),
+        help="when one that was up to date fails: go on without (default), or flushes wait for the next one",
+    )
+    mirror.add_argument(
         "--destination-retry",
         type=types.seconds,
         dest="destination_retry_s",

@@ -126,6 +126,13 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
         rows.append(("Last error", mirror["last-error"]))
     for doubt in mirror.get("doubt") or ():
         rows.append(("In doubt", f"{doubt['length']} bytes of the source from {doubt['offset']} on"))
+    if mirror.get("paused"):
+        waiting, seconds = mirror["paused-requests"], mirror["paused-s"]
+        text = f"for {seconds:.0f} s; {waiting} flushes wait for a mirror, or for mirror cancel"
+        rows.append(("Paused", text))
+    if mirror.get("paused-released"):
+        text = f"{mirror['paused-released']} flushes without a mirror: the frontend could not wait"
+        rows.append(("Let go", text))
     if mirror.get("reads-from-destination"):
         rows.append(("Fallback", f"{mirror['reads-from-destination']:,} reads answered by the destination"))
     for bad in mirror.get("unreadable") or ():

@@ -119,6 +119,10 @@ class Snapshot:
     reads_from_destination: int
     source_failovers: int
     failover_pending: bool
+    paused: bool
+    pause_held: int
+    pause_ns: int
+    pause_released: int
 
 
 def _op_stats(s: Any) -> OpStats:
@@ -192,4 +196,8 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         reads_from_destination=s.reads_from_destination,
         source_failovers=s.source_failovers,
         failover_pending=bool(s.failover_pending),
+        paused=bool(s.paused),
+        pause_held=s.pause_held,
+        pause_ns=s.pause_ns,
+        pause_released=s.pause_released,
     )

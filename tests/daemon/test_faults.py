@@ -24,7 +24,7 @@ from tests.daemon.rig import (
     tmpfs,
     write_block,
 )
-from tests.frontend import Frontend, Status
+from tests.frontend import Frontend, Request, Status
 from tests.guest.images import MIB, new_image
 from tests.guest.qmp_client import QmpError
 from vhostsync.state_record import Worth
@@ -111,6 +111,55 @@ def test_a_full_destination_under_load(work: Path) -> None:
                 assert record is not None and record.peer_worth is Worth.OUTDATED
                 assert lacking(source, expected) == []
             served.stop()
+
+
+# ---- --on-destination-error pause ------------------------------------------------
+
+
+def test_flushes_wait_for_the_next_mirror(work: Path) -> None:
+    """Three ways out of it: a mirror, a cancel, and the end of the backend."""
+    source, good = image(work / "a.img", 32, filled_mib=2), image(work / "c.img", 32, filled_mib=0)
+    options = ("--on-destination-error", "pause", "--stop-timeout", "500ms")
+    with tmpfs(work, 8192) as small:
+        other = new_image(small.folder / "b.img", 32)
+        with Served(work, source, *options) as served, served.guest() as guest:
+
+            def pause(number: int) -> Request:
+                """A flush that is held by it: the destination has no room for this block."""
+                filler = small.folder / "filler"
+                filler.unlink(missing_ok=True)
+                served.start_mirror(other)
+                with pytest.raises(OSError, match=NO_SPACE):
+                    filler.write_bytes(bytes(8 * MIB))
+                write_block(guest, number, 1)
+                assert served.qmp.wait_event("FLUSHES_PAUSED") == {"paused": True, "released": 0}
+                served.await_worth("outdated")
+                held = guest.flush()
+                write_block(guest, number, 2)
+                assert guest.read_now(number * BLOCK, BLOCK) == block_of(number, 2)
+                await_true(lambda: served.mirror()["paused-requests"] == 1, "the flush is held")
+                found = served.mirror()
+                assert (found["state"], found["paused"], held.done) == ("degraded", True, False)
+                return held
+
+            held = pause(1024)
+            assert "start a mirror (mirror-start)" in served.process.log.read_text()
+            served.start_mirror(good)
+            guest.wait(held)
+            assert held.ok and served.mirror()["paused"] is False
+            assert lacking(good, {1024: 2}) == []
+            served.qmp.execute("mirror-cancel")
+            held = pause(2048)
+            served.qmp.execute("mirror-cancel")
+            guest.wait(held)
+            assert held.ok and served.mirror()["paused-released"] == 0
+            held = pause(3072)
+            assert served.stop() < 10
+            guest.poll()
+            assert held.ok
+    with Served(work, source, *options) as served:
+        assert "a pause does not outlive the backend" in served.process.log.read_text()
+        served.stop()
 
 
 # ---- a destination that hangs ----------------------------------------------------

@@ -58,6 +58,8 @@ class MirrorModel:
         self.peer: MemoryDisk | None = None
         self.peer_is_good = False
         self.record_pending = False
+        self.paused = False
+        self.pauses = 0
         self.epoch = 0
         """Changes whenever the counts may start anew: attach, loss, exchange."""
         self.errors: dict[tuple[int, int], int] = {}
@@ -77,6 +79,10 @@ class MirrorModel:
         elif event.kind == EventKind.DEGRADED:
             assert self.state == State.DEGRADED and self.peer_is_good, "degraded without having been steady"
             self.record_pending = True
+        elif event.kind == EventKind.PAUSED:
+            assert bool(event.value) != self.paused
+            self.paused = bool(event.value)
+            self.pauses += self.paused
         elif event.kind in (EventKind.QUEUE_BROKEN, EventKind.ATTACHMENT_LOST):
             raise AssertionError(f"unexpected event {event}")
 
@@ -141,6 +147,7 @@ class MirrorModel:
         assert snapshot.state == self.state, (snapshot.state, self.state)
         assert c.mirrored_known == (self.state == State.STEADY), c
         assert snapshot.record_pending == self.record_pending
+        assert snapshot.paused == self.paused and not (self.paused and self.state == State.STEADY)
         if c.mirrored_known:
             assert c.flushed <= c.mirrored <= c.generation, c
             assert snapshot.lag_writes == c.generation - c.mirrored, snapshot
@@ -149,6 +156,11 @@ class MirrorModel:
             for name in ("generation", "source_flushed", "mirrored", "request", "flushed"):
                 assert getattr(c, name) >= getattr(before, name), f"{name} fell: {before} -> {c}"
         self._last = (self.epoch, c)
+
+    @property
+    def pause(self) -> int:
+        """Which pause holds flushes now; 0: none does."""
+        return self.pauses if self.paused else 0
 
     def check_confirmed(self, snapshot: Snapshot, requested: int, epoch: int) -> None:
         """A flush was confirmed that was submitted when `requested` writes were complete, in `epoch`."""

@@ -157,6 +157,8 @@ def rig(
                 disk.release_all()
             driver.submit(lib.VS_CMD_RECORD_WRITTEN, value=0)  # nothing may be held back for ever
             driver.submit(lib.VS_CMD_UNGATE)
+            if driver.options.pause_on_destination_error:
+                driver.submit(lib.VS_CMD_MIRROR_STOP)
             guest.close()
     for disk in {source, destination, *driver.disks, *it.extra}:
         disk.drop()

@@ -74,6 +74,8 @@ class Pending:
     epoch: int
     mode: int
     """Counts the changes of the write mode; odd: write-through."""
+    pause: int
+    """Which pause held flushes then (MirrorModel.pause)."""
 
 
 class Contract(RuleBasedStateMachine):
@@ -93,13 +95,23 @@ class Contract(RuleBasedStateMachine):
         """Blocks of a destination that the source could not give."""
         self.driver: EngineDriver | None = None
 
-    @initialize(filled=st.booleans(), depth=st.integers(1, 4), mirrored=st.sampled_from([True, True, False]))
-    def begin(self, filled: bool, depth: int, mirrored: bool) -> None:
+    @initialize(
+        filled=st.booleans(),
+        depth=st.integers(1, 4),
+        mirrored=st.sampled_from([True, True, False]),
+        pause=st.booleans(),
+    )
+    def begin(self, filled: bool, depth: int, mirrored: bool, pause: bool) -> None:
         self.source = self._disk()
         half = BLOCKS // 2
         self.source.load(0, self.history.initial(0, half, zero=False))
         self.source.load(half * BLOCK, self.history.initial(half, BLOCKS, zero=not filled))
-        options = EngineOptions(CAPACITY, destination_timeout_us=self.timeout_us, copy_depth=depth)
+        options = EngineOptions(
+            CAPACITY,
+            destination_timeout_us=self.timeout_us,
+            copy_depth=depth,
+            pause_on_destination_error=pause,
+        )
         self.driver = EngineDriver(options, self.source)
         self.model = MirrorModel(self.history, may_time_out=self.timeout_us != LONG_US)
         self.transport = EngineTransport(self.driver)
@@ -120,6 +132,7 @@ class Contract(RuleBasedStateMachine):
         self._let_all_go()
         self.driver.submit(lib.VS_CMD_RECORD_WRITTEN, value=0)
         self.driver.submit(lib.VS_CMD_UNGATE)
+        self.driver.submit(lib.VS_CMD_MIRROR_STOP)  # ends a pause
         self.guest.close()
         self.driver.close()
         for disk in self.all_disks:
@@ -134,7 +147,7 @@ class Contract(RuleBasedStateMachine):
     def _submitted(self, request: Request, version: Version | None = None) -> None:
         floors = dict(self.history.completed_floor)
         self.pending[request] = Pending(
-            version, floors, self.history.completed_writes, self.model.epoch, self.mode
+            version, floors, self.history.completed_writes, self.model.epoch, self.mode, self.model.pause
         )
 
     @rule(work=st.lists(chores, min_size=1, max_size=6))
@@ -355,6 +368,8 @@ class Contract(RuleBasedStateMachine):
         self.record(fails=1)
         driver.until(lambda: self._state() != State.SYNCING, "the copy ends")
         self.record(fails=1)
+        if self.model.paused:
+            self._stop_mirror()
         for request in list(self.pending):
             self._completed(self.guest.wait(request))
         snapshot = self.settle()
@@ -416,6 +431,9 @@ class Contract(RuleBasedStateMachine):
         history, ok = self.history, request.ok
         assert ok or request.status == Status.IOERR
         through = pending.mode % 2 == 1 and pending.mode == self.mode
+        if ok and (through or request.op == Op.FLUSH):
+            # One that was there when a pause began may have been confirmed just before.
+            assert not pending.pause or pending.pause != self.model.pause, "confirmed during a pause"
         if pending.version is not None:
             history.complete_write(pending.version, ok=ok)
             if ok and through:

@@ -54,6 +54,10 @@ class FakeStatus:
     unreadable: tuple[dict[str, int], ...] = ()
     reads_from_destination: int = 0
     source_failovers: int = 0
+    paused: bool = False
+    paused_requests: int = 0
+    paused_s: float = 0.0
+    paused_released: int = 0
 
 
 @dataclass(frozen=True)

@@ -343,6 +343,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
         --poll-us 25 --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
+        --on-destination-error pause
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
@@ -363,6 +364,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.poll_us, settings.destination_retry_s) == (25, 3)
     assert (settings.on_congestion, settings.congestion_fill_bytes) == ("pull-ahead", 64 << 20)
     assert (settings.read_fallback, settings.on_source_error) == (True, "switch")
+    assert settings.on_destination_error == "pause"
     assert (settings.bitmap, settings.al_extents) == (Path("/m.bits"), 256)
     assert settings.al_extent_bytes == 16 << 20
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))

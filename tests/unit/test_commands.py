@@ -193,6 +193,6 @@ def test_the_document_has_every_command_argument_and_event() -> None:
             assert f"| `{argument.name}` | {argument.type} |" in section[1], (command.name, argument.name)
             assert argument.help in section[1], (command.name, argument.name)
     names = [value for name, value in vars(events).items() if name.isupper() and value == name]
-    assert len(names) == 16
+    assert len(names) == 17
     for name in [*names, server.EVENTS_LOST]:
         assert f"| `{name}` |" in text, name

@@ -73,7 +73,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     settings = make()
     assert settings.log_bytes == 64 << 20
     assert settings.max_lag_ms == 500
-    assert settings.on_congestion == "block"
+    assert (settings.on_congestion, settings.on_destination_error) == ("block", "degrade")
     assert settings.congestion_bytes == 56 << 20
     assert settings.destination_timeout_s == 10
     assert settings.stop_timeout_s == 1
@@ -119,6 +119,7 @@ def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch
         ({"on_congestion": "drop"}, "--on-congestion drop is not known here; write block or pull-ahead"),
         ({"on_congestion": "pull-ahead", "congestion_fill_bytes": 65 << 20}, "--congestion-fill"),
         ({"congestion_fill_bytes": 32 << 20}, "--congestion-fill needs --on-congestion pull-ahead"),
+        ({"on_destination_error": "stop"}, "--on-destination-error stop is not known here; write degrade or"),
         ({"on_source_error": "panic"}, "--on-source-error panic is not known here; write report or switch"),
         ({"destination_timeout_s": 0}, "--destination-timeout"),
         ({"destination_timeout_s": float("nan")}, "--destination-timeout"),
