@@ -68,6 +68,7 @@ class Feature(IntEnum):
     MQ = 1 << 12
     DISCARD = 1 << 13
     WRITE_ZEROES = 1 << 14
+    LOG_ALL = 1 << 26
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30

@@ -36,6 +36,7 @@ class Message(IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -59,6 +60,7 @@ class ProtocolFeature(IntEnum):
     """As masks."""
 
     MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9

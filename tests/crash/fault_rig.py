@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.crash.fault_disks import Disk
-from tests.crash.fault_figures import Figures, Life, holding
+from tests.crash.fault_figures import Figures, Life
 from tests.daemon.rig import Mounted, await_true
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import Vhostsync
 from tests.guest.harness import Guest, GuestDisk, GuestError, Load, Report, machine_command, verify_blocks
 from tests.guest.qmp_client import Qmp, QmpError
+from tests.holding import holding
 from tests.vhost_client import ConnectionLostError, Message, VhostUserClient
 from vhostsync.state_record import StateRecord, Worth, decode_record
 

@@ -42,6 +42,7 @@ class InflightMessage(IntEnum):
 
 PROTOCOL = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.CONFIG
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
