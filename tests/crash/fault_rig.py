@@ -139,9 +139,9 @@ class Rig:
 
     # -- the backend ----------------------------------------------------------
 
-    def _new_backend(self) -> Vhostsync:
-        # Each cycle begins without a mirror, and looks at what the last one has left.
-        options = (*OPTIONS, f"--bitmap={self.work / 'bits'}", "--resume-mirror=off")
+    def _new_backend(self, *, resume: bool = True) -> Vhostsync:
+        resumes = f"--resume-mirror={'on' if resume else 'off'}"
+        options = (*OPTIONS, f"--bitmap={self.work / 'bits'}", resumes)
         backend = Vhostsync(self.work, self.source.path, queues=QUEUES, options=options)
         self.figures.lives.append(Life(backend.process.pid))
         return backend
@@ -154,16 +154,25 @@ class Rig:
         path = self.work / "disk.state"
         return decode_record(path.read_bytes()) if path.exists() else None
 
-    def serve_again(self) -> None:
-        """On the disk that the record names, as an operator would; returns when the guest goes on."""
+    def serve_again(self, *, resume: bool) -> None:
+        """On the disk that the record names, as an operator would; returns when the guest goes on, and with
+        `resume` when the mirror does, if there was one."""
         record = self.record()
         if record is not None:
-            self.find_source(record.current.path)
-        self.backend = self._new_backend()
+            self.source = self.disk_at(record.current.path)
+        self.backend = self._new_backend(resume=resume)
+        if resume and record is not None and record.wanted is not None:
+            self.await_state("syncing", "steady")
+            self.figures.done["mirror resumed by a restart"] += 1
         self.report()
 
-    def find_source(self, path: str) -> None:
-        self.source = next(disk for disk in self.disks if str(disk.path) == path)
+    def disk_at(self, path: str) -> Disk:
+        return next(disk for disk in self.disks if str(disk.path) == path)
+
+    def peer(self) -> Disk:
+        record = self.record()
+        assert record is not None and record.peer is not None
+        return self.disk_at(record.peer.path)
 
     def kill(self) -> None:
         """SIGKILL. What a hanging disk has under way keeps the process from ending until it goes on."""
@@ -267,12 +276,10 @@ class Rig:
         if record is None:
             self.verify(self.source, synced=before.synced)
             return
-        self.find_source(record.current.path)
+        self.source = self.disk_at(record.current.path)
         self.verify(self.source, synced=before.synced)
         if destination is not None and record.peer_worth is Worth.UP_TO_DATE:
-            peer = record.peer
-            assert peer is not None
-            self.verify(next(d for d in self.disks if str(d.path) == peer.path), synced=before.synced)
+            self.verify(self.peer(), synced=before.synced)
             self.figures.done["both disks verified after a kill in steady"] += 1
 
     def sample(self) -> None:

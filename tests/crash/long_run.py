@@ -74,11 +74,14 @@ class LongRun:
         self.end()
 
     def cycle(self) -> None:
-        if self.rng.random() < 0.1:
+        if self.rig.state != "passthrough":  # a restart has resumed the last one
+            self.other = self.rig.peer()
+        elif self.rng.random() < 0.1:
             self.destination_full()
             return
-        self.other = self._choose_other()
-        self.rig.start_mirror(self.other, speed=self.rng.choice((0, 8 * MIB, 32 * MIB)))
+        else:
+            self.other = self._choose_other()
+            self.rig.start_mirror(self.other, speed=self.rng.choice((0, 8 * MIB, 32 * MIB)))
         self.rng.choice(self._during_the_copy())()
         for _ in range(self.rng.randrange(1, 4)):
             if self.rig.state == "passthrough":
@@ -134,6 +137,7 @@ class LongRun:
         """Both disks equal, as the backend and the host see it, and as the guest does."""
         rig = self.rig
         rig.nuisance.close()
+        self.leave()
         self.other = self._choose_other()
         rig.start_mirror(self.other)
         rig.await_state("steady")
@@ -238,7 +242,10 @@ class LongRun:
         self._fault("orderly restart of the backend")
         rig.report()
         rig.stop()
-        rig.serve_again()
+        self.serve_again()
+
+    def serve_again(self) -> None:
+        self.rig.serve_again(resume=self.rng.random() < 0.7)
 
     # -- faults ------------------------------------------------------------------
 
@@ -258,7 +265,7 @@ class LongRun:
         before = rig.report()
         rig.kill()
         rig.holds_after_kill(before, None if state == "passthrough" else self.other)
-        rig.serve_again()
+        self.serve_again()
 
     def kill_while_it_hangs(self) -> None:
         rig = self.rig
@@ -272,7 +279,7 @@ class LongRun:
         time.sleep(self.rng.uniform(0, 1.5 * DESTINATION_TIMEOUT_S))
         rig.kill()
         rig.holds_after_kill(before, self.other)
-        rig.serve_again()
+        self.serve_again()
 
     def kill_in_a_switch(self) -> None:
         rig = self.rig
@@ -291,7 +298,7 @@ class LongRun:
         if rig.source is not was:
             self.other = was
             self._done("killed after the switch was recorded")
-        rig.serve_again()
+        self.serve_again()
 
     def hang(self) -> None:
         """Past its time limit: it is given up, and what was flushed before is on it."""

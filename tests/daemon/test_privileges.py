@@ -154,7 +154,7 @@ def test_all_that_an_operator_may_ask_for_under_require(work: Path) -> None:
         guest.close()
         served.stop()
     with Served(near, other, *options) as served, served.guest() as guest:
-        served.start_mirror(one)
+        served.await_resumed()
         assert served.mirror()["full-copy-reason"] is None
         assert guest.read_now(LAST * BLOCK, BLOCK) == block_of(LAST, 2)
         assert f"vhostsync_capacity_bytes {24 * MIB}\n" in metrics_page(port)
