@@ -166,8 +166,14 @@ void frontend_connect(struct frontend *frontend, const char *path, uint64_t want
         die("%s is too long for a socket", path);
     strcpy(address.sun_path, path);
     *frontend = (struct frontend){.socket = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), .memory_fd = -1};
-    if (frontend->socket < 0 || connect(frontend->socket, (struct sockaddr *)&address, sizeof address) < 0)
-        die("cannot connect to %s: %s", path, strerror(errno));
+    if (frontend->socket < 0)
+        die("socket: %s", strerror(errno));
+    /* Between its bind and its listen a backend that starts refuses: wait a second for that, and for nothing else. */
+    for (int tries = 0; connect(frontend->socket, (struct sockaddr *)&address, sizeof address) < 0; tries++) {
+        if (errno != ECONNREFUSED || tries == 100)
+            die("cannot connect to %s: %s", path, strerror(errno));
+        usleep(10000);
+    }
 
     uint64_t offered = ask_number(frontend, GET_FEATURES);
     uint64_t needed = 1ull << VIRTIO_F_VERSION_1 | 1ull << VHOST_USER_F_PROTOCOL_FEATURES;
