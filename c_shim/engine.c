@@ -464,6 +464,17 @@ static int init_engine(struct vs_engine *e, const char **step)
     return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);
 }
 
+static bool doubt_ok(const struct vs_engine_config *c)
+{
+    if (c->doubt_count > VS_RANGES_MAX)
+        return false;
+    for (uint32_t i = 0; i < c->doubt_count; i++)
+        if (c->doubt[i].length == 0 || c->doubt[i].offset >= c->capacity_bytes ||
+            c->doubt[i].length > c->capacity_bytes - c->doubt[i].offset)
+            return false;
+    return true;
+}
+
 static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
 {
     uint32_t region = c->dirty_region_bytes;
@@ -471,7 +482,7 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
            c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
            source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 && region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX &&
            (region & (region - 1)) == 0 &&
-           (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region)) &&
+           (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region)) && doubt_ok(c) &&
            (!c->pull_ahead || (c->congestion_fill_bytes > 0 && c->congestion_fill_bytes <= c->log_bytes && c->ahead_backoff_us > 0));
 }
 
@@ -498,6 +509,8 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     }
     disk_adopt(source, &e->host);
     e->source = source;
+    for (uint32_t i = 0; i < config->doubt_count; i++)
+        range_set_add(&e->doubt, config->doubt[i].offset, config->doubt[i].length); /* rule 5 knows no restart */
     start.engine = e;
     sem_init(&start.ready, 0, 0);
     sem_init(&e->ended, 0, 0);

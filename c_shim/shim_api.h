@@ -87,6 +87,11 @@ int vs_bitmap_close(vs_bitmap *bitmap);
 
 /* ---- the engine -------------------------------------------------------- */
 
+struct vs_range {
+    uint64_t offset;
+    uint64_t length;
+};
+
 struct vs_engine_config {
     uint64_t capacity_bytes;     /* what the guest sees */
     uint64_t log_bytes;
@@ -110,6 +115,8 @@ struct vs_engine_config {
     uint32_t read_fallback;      /* reads that the source fails are answered from a steady destination */
     uint32_t switch_on_source_error; /* what a steady source fails is kept back: VS_EV_SOURCE_FAILED */
     uint32_t pause_on_destination_error; /* flushes wait when a steady destination is lost: VS_EV_PAUSED */
+    uint32_t doubt_count;        /* ranges of the source that an earlier run has left in doubt */
+    struct vs_range doubt[64];   /* VS_RANGES_MAX */
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
@@ -308,11 +315,6 @@ struct vs_counts {
     uint64_t writes_flushed;
     uint32_t source_flush_known; /* 0: the source was not flushed yet in this process's life */
     uint32_t mirrored_known;     /* 0: not steady; writes_mirrored and writes_flushed mean nothing */
-};
-
-struct vs_range {
-    uint64_t offset;
-    uint64_t length;
 };
 
 struct vs_snapshot {

@@ -16,6 +16,13 @@ def rows(ranges: tuple[tuple[int, int], ...]) -> list[Range]:
     return [{"offset": offset, "length": length} for offset, length in ranges]
 
 
+def within(ranges: tuple[tuple[int, int], ...], capacity_bytes: int) -> tuple[tuple[int, int], ...]:
+    """What of them the disk has."""
+    return tuple(
+        (offset, min(length, capacity_bytes - offset)) for offset, length in ranges if offset < capacity_bytes
+    )
+
+
 @dataclass(frozen=True)
 class BadRanges:
     """`doubt` and `unreadable`: (offset, length) in bytes."""

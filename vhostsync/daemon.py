@@ -19,7 +19,7 @@ there is an event loop, in the only thread.
 import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import structlog
 
 from vhostsync import events, service_manager
 from vhostsync import log as logging
+from vhostsync.bad_ranges import within
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
 from vhostsync.engine import (
@@ -124,8 +125,9 @@ def _start(config: ServeConfig) -> Started:
             disks_known.append(Path(peer.path))
         confinement = Confinement(config, places_of(config, disks_known, state_directory))
         confinement.confine()
+        doubt = within(opened.record.doubt, shape.capacity_bytes) if opened.record is not None else ()
         engine = Engine.create_blocking(
-            engine_config(config, shape), opened.disk, opened.bitmap, opened.peer_known
+            replace(engine_config(config, shape), doubt=doubt), opened.disk, opened.bitmap, opened.peer_known
         )
         undo.pop_all()
     return Started(opened, shape, endpoint, engine, confinement)

@@ -107,6 +107,7 @@ class EngineConfig:
     read_fallback: bool = False
     switch_on_source_error: bool = False
     pause_on_destination_error: bool = False
+    doubt: tuple[tuple[int, int], ...] = ()  # offset, length: what an earlier run has left in doubt
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,9 @@ class Engine:
         c_config.read_fallback = config.read_fallback
         c_config.switch_on_source_error = config.switch_on_source_error
         c_config.pause_on_destination_error = config.pause_on_destination_error
+        c_config.doubt_count = len(config.doubt)
+        for i, (offset, length) in enumerate(config.doubt):
+            c_config.doubt[i].offset, c_config.doubt[i].length = offset, length
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")

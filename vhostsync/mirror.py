@@ -36,7 +36,7 @@ from vhostsync.destination import (
 )
 from vhostsync.disks import Disk
 from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
-from vhostsync.errors import EngineError, MirrorError, VhostsyncError
+from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchResult
@@ -473,6 +473,10 @@ class Mirror:
         elif not force:
             with self._catch_up.held():
                 await self._catch_up.drained()
+        try:
+            await self._keeper.record_doubt()
+        except StateRecordError as error:
+            log.error("the state record does not have what is in doubt", error=str(error))
 
     async def abandon(self) -> None:
         """The end shall not wait for the destination any longer: what waits for it goes on without."""

@@ -4,7 +4,9 @@
 * once the engine reports `steady`, it says up to date (late is safe, early would not be);
 * when the engine lost a steady destination, or the guest got ahead of one, the engine holds every flush until
   the record says "outdated";
-* when the dirty bitmap cannot be written, writes that need it are held until the record names none.
+* when the dirty bitmap cannot be written, writes that need it are held until the record names none;
+* ranges in doubt (rule 5) are in it soon after the engine has reported the failed write, and out of it within
+  about a second after the guest has healed them. In between, a crash forgets a doubt, or leaves one too many.
 
 Events are taken one by one, in their order. Whoever changes the record holds `lock`, which also covers what
 the change was made of and what must follow it: two writers that each change what they have read would undo
@@ -64,6 +66,7 @@ class RecordKeeper:
         self._state = State.PASSTHROUGH
         self._to_record: deque[EngineEvent] = deque()
         self._came = anyio.Event()
+        self._source_failed = anyio.Event()
         engine.on_event(self._on_event)
 
     # ---- writing ---------------------------------------------------------------
@@ -127,12 +130,43 @@ class RecordKeeper:
                 assert self._after_exchange is not None
                 self.record, self._after_exchange = self._after_exchange, None
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
+        elif event.kind is EventKind.IO_ERROR and event.role == "source":
+            self._source_failed.set()
         if event.kind in _TO_RECORD:
             self._to_record.append(event)
             self._came.set()
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._follow_doubt)
+            await self._follow_events()
+
+    async def _follow_doubt(self) -> None:
+        behind = False
+        while True:
+            if not behind and not self.record.doubt:
+                await self._source_failed.wait()
+            self._source_failed = anyio.Event()
+            try:
+                await self.record_doubt()
+                behind = False
+            except StateRecordError as error:
+                if not behind:
+                    self._failed(str(error))
+                    log.error("a restart would forget what is in doubt", error=str(error))
+                behind = True
+            with anyio.move_on_after(RETRY_S):
+                await self._source_failed.wait()
+
+    async def record_doubt(self) -> None:
+        """What is in doubt now. StateRecordError."""
+        async with self.lock:
+            doubt = (await self._engine.snapshot()).doubt
+            if doubt != self.record.doubt:
+                await self.write(self.record.with_doubt(doubt))
+
+    async def _follow_events(self) -> None:
         while True:
             while self._to_record:
                 await self._follow(self._to_record.popleft())

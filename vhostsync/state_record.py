@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 
 RECORD_VERSION = 1
 SUPERSEDED_MAX = 16
+DOUBT_MAX = 64  # VS_RANGES_MAX: the engine makes more of them one, with what lies between
 
 
 class Worth(StrEnum):
@@ -128,6 +129,7 @@ class StateRecord:
     clean: bool = False
     superseded: tuple[DiskIdentity, ...] = ()
     bitmap: str | None = None  # the token of the dirty bitmap that knows where the peer may differ
+    doubt: tuple[tuple[int, int], ...] = ()  # offset, length: where writes to the current disk have failed
     wanted: Wanted | None = None  # until somebody takes it back: mirror-cancel, a switch that keeps no mirror
 
     def __post_init__(self) -> None:
@@ -139,6 +141,8 @@ class StateRecord:
             raise ValueError("a bitmap belongs to a peer")
         if self.wanted is not None and self.peer is None:
             raise ValueError("a mirror that is wanted has a peer")
+        if len(self.doubt) > DOUBT_MAX or any(offset < 0 or length < 1 for offset, length in self.doubt):
+            raise ValueError("the ranges in doubt are out of range")
         if self.epoch < 1 or len(self.superseded) > SUPERSEDED_MAX:
             raise ValueError("epoch or superseded out of range")
 
@@ -156,6 +160,9 @@ class StateRecord:
     def with_bitmap(self, token: str | None) -> "StateRecord":
         """The bitmap of this token has seen every write since it and the peer were equal; None: none has."""
         return replace(self, bitmap=token)
+
+    def with_doubt(self, doubt: tuple[tuple[int, int], ...]) -> "StateRecord":
+        return replace(self, doubt=doubt)
 
     def with_wanted(self, wanted: Wanted | None) -> "StateRecord":
         return replace(self, wanted=wanted)
@@ -222,8 +229,9 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
         )
         worth = None if record.peer is None else Worth.INCONSISTENT
         return replace(
-            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None, wanted=None
-        )
+            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None, doubt=(),
+            wanted=None,
+        )  # fmt: skip
     for is_peer, old in former:
         if old.path == disk.path:
             replaced = old.likeness(disk) is Likeness.OTHER
@@ -311,6 +319,7 @@ def decode_record(text: bytes) -> StateRecord:
             clean=body["clean"],
             superseded=tuple(decode_identity(disk) for disk in body["superseded"]),
             bitmap=body.get("bitmap"),
+            doubt=tuple((int(offset), int(length)) for offset, length in body.get("doubt", ())),
             wanted=None if wanted is None else Wanted(**wanted),
         )
     except (KeyError, TypeError) as error:

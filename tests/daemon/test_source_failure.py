@@ -16,6 +16,7 @@ from tests.daemon.rig import (
     BLOCK,
     Load,
     Served,
+    await_true,
     block_of,
     flush,
     image,
@@ -27,6 +28,7 @@ from tests.daemon.rig import (
 from tests.frontend import Status
 from tests.guest.images import MIB, fill_random, new_image
 from tests.guest.qmp_client import QmpError
+from vhostsync.state_record import decode_record
 
 SIZE_MIB = 16
 GOOD_MIB = 12
@@ -77,6 +79,39 @@ def test_a_copy_around_what_cannot_be_read(work: Path) -> None:
     content = other.read_bytes()
     assert content[: GOOD_MIB * MIB] == good
     assert content[GOOD_MIB * MIB : -BLOCK] == old[GOOD_MIB * MIB : -BLOCK]
+
+
+def test_what_is_in_doubt_outlives_a_kill(work: Path) -> None:
+    """Neither is the destination overwritten with it, nor a switch made."""
+    other = image(work / "b.img", 64, filled_mib=0)
+    options = ("--bitmap", work / "bits")
+    with small_disk(work) as device:
+        with Served(work, device, *options) as served, served.guest() as guest:
+            served.start_mirror(other)
+            statuses: list[int | None] = []
+            while Status.IOERR not in statuses:
+                request = guest.write(len(statuses) * MIB, b"x" * MIB)
+                guest.wait(request)
+                statuses.append(request.status)
+            doubt = served.mirror()["doubt"]
+            assert [row["length"] for row in doubt] == [MIB]
+            (record,) = served.state_directory.glob("*.record.json")
+            await_true(lambda: decode_record(record.read_bytes()).doubt != (), "it is recorded")
+            served.kill()
+        good = b"good" * (MIB // 4)  # what the destination may still hold there
+        with other.open("r+b") as file:
+            file.seek(doubt[0]["offset"])
+            file.write(good)
+        with Served(work, device, *options) as served:
+            served.await_resumed()
+            found = served.mirror()
+            assert (found["doubt"], found["full-copy-reason"]) == (doubt, None)
+            with pytest.raises(QmpError, match=r"failed in 1 range\(s\)"):
+                served.qmp.execute("switch")
+            served.qmp.execute("switch", accept_unreadable=True)
+            assert decode_record(record.read_bytes()).doubt == ()
+            served.stop()
+        assert other.read_bytes()[doubt[0]["offset"] :][:MIB] == good
 
 
 # ---- reads from the destination -----------------------------------------------------

@@ -314,6 +314,14 @@ MUTATIONS = [
         "source_failure.py::test_the_copy_goes_on_around_what_it_cannot_read",
     ),
     _m(
+        "doubt-of-the-last-run",
+        "rule 5: a restart does not end a doubt",
+        "engine.c",
+        "i < config->doubt_count",
+        "i < 0 * config->doubt_count",
+        "source_failure.py::test_what_an_earlier_run_left_in_doubt_stands_in_the_way",
+    ),
+    _m(
         "doubt-copied",
         "rule 5: doubtful source data is never copied over a good destination",
         "copier.c",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +129,7 @@ def rig(
     mirrored: bool = False,
     memory_bytes: int = 16 * MIB,
     buffered: bool = False,
+    doubt: Sequence[tuple[int, int]] = (),
     **options: Any,
 ) -> Iterator[Rig]:
     """A running guest on a disk of zeroes (`disk_bytes`: larger than the guest sees); `mirrored`: and a
@@ -136,7 +137,7 @@ def rig(
     source, destination = MemoryDisk(disk_bytes or size_bytes), MemoryDisk(disk_bytes or size_bytes)
     if buffered:
         source.make_buffered()
-    with EngineDriver(EngineOptions(capacity_bytes=size_bytes, **options), source) as driver:
+    with EngineDriver(EngineOptions(capacity_bytes=size_bytes, **options), source, doubt=doubt) as driver:
         transport = EngineTransport(driver)
         guest = Frontend(
             transport,

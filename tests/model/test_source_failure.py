@@ -157,6 +157,17 @@ def test_what_is_in_doubt_is_not_copied_over_the_destination() -> None:
         assert r.snapshot().doubt == ((BLOCK, 2 * BLOCK),)
 
 
+def test_what_an_earlier_run_left_in_doubt_stands_in_the_way() -> None:
+    with rig(mirrored=True, doubt=((BLOCK, 2 * BLOCK), (9 * BLOCK, BLOCK))) as r:
+        r.gate()
+        r.exchange(keep=False, expect=errno.EBUSY)
+        r.write_now(1, 1, blocks=2)
+        assert r.snapshot().doubt == ((9 * BLOCK, BLOCK),)
+        r.write_now(9, 1)
+        r.gate()
+        r.exchange(keep=False)
+
+
 # -- a switch in spite of it -------------------------------------------------------------
 
 

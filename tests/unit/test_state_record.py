@@ -64,6 +64,7 @@ def records(draw: st.DrawFn) -> StateRecord:
         outdated_since="2026-01-02T03:04:05Z" if worth is Worth.OUTDATED and draw(st.booleans()) else None,
         clean=draw(st.booleans()),
         superseded=tuple(draw(st.lists(identities, max_size=SUPERSEDED_MAX))),
+        doubt=tuple(draw(st.lists(st.tuples(st.integers(0), st.integers(1)), max_size=3))),
         wanted=Wanted(peer.path, "none", draw(st.integers(0, 9))) if peer and draw(st.booleans()) else None,
     )
 
@@ -205,10 +206,13 @@ def test_a_new_file_at_the_current_path_is_accepted_and_the_peer_void() -> None:
 def test_a_mirror_is_wanted_until_a_switch_that_keeps_none() -> None:
     wanted = Wanted(B.path, "writeback", 7)
     record = StateRecord.first(A).with_peer(B).with_wanted(wanted).with_worth(Worth.UP_TO_DATE)
+    record = record.with_doubt(((512, 4096),))
     assert check_start(record.detached(A, B), A).wanted == wanted
     assert record.switched(keep_mirror=True).wanted == replace(wanted, path=A.path)
     for without in (record.switched(keep_mirror=False), record.without_peer(), record.promoted(B)):
         assert without.wanted is None
+    assert check_start(record.detached(A, B), A).doubt == ((512, 4096),)
+    assert record.switched(keep_mirror=False).doubt == (), "they spoke of the disk that was left"
     with pytest.raises(ValueError, match="has a peer"):
         StateRecord.first(A).with_wanted(wanted)
 
@@ -216,7 +220,7 @@ def test_a_mirror_is_wanted_until_a_switch_that_keeps_none() -> None:
 def test_a_record_from_before_there_was_a_resumed_mirror() -> None:
     record = StateRecord.first(A).with_peer(B)
     body = asdict(record)
-    del body["wanted"]
+    del body["wanted"], body["doubt"]
     assert decode_record(encode_checked("state-record", body)) == record
 
 
