@@ -26,13 +26,13 @@ class Qmp:
                 if time.monotonic() > deadline:
                     raise BenchError(f"nobody listens at {path}") from error
                 time.sleep(0.02)
-        self._file = self._socket.makefile("rw", encoding="utf-8")
+        # For reading alone: a text file that is read and written forgets what it has read ahead.
+        self._file = self._socket.makefile("rb")
         self._file.readline()
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._file.flush()
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         while line := self._file.readline():
             reply = json.loads(line)
             if "return" in reply:
