@@ -62,7 +62,7 @@ class Switch:
                 f"pause or deadline"
             ) from error
         except VhostsyncError as error:
-            raise self._failed(str(error)) from error
+            raise self._failed(_why(error)) from error
         log.info("switched", **asdict(result))
         self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
         return result
@@ -166,3 +166,9 @@ class Switch:
             await self._keeper.write(record)
         except StateRecordError as error:
             log.error("the state record may name the destination as the current disk", error=str(error))
+
+
+def _why(error: VhostsyncError) -> str:
+    if isinstance(error, EngineError) and error.errno == errno.ENOTCONN:
+        return "the mirror did not stay steady meanwhile (`status` says why); try again when it is steady"
+    return str(error)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tests.holding import Holding
@@ -76,7 +76,9 @@ class Figures:
         return not (self.losses or self.leaks or self.guest_io_errors or self.failure)
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "leaks": self.leaks}
+        # `asdict` makes nonsense of a Counter.
+        plain = replace(self, faults=Counter(), done=Counter())
+        return {**asdict(plain), "faults": dict(self.faults), "done": dict(self.done), "leaks": self.leaks}
 
     def line(self) -> str:
         """How far it is."""

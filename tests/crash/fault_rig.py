@@ -176,7 +176,6 @@ class Rig:
 
     def kill(self) -> None:
         """SIGKILL. What a hanging disk has under way keeps the process from ending until it goes on."""
-        self.count_requests()
         self.backend.process.signal(signal.SIGKILL)
         time.sleep(self.rng.uniform(0, 0.3))  # a destination that hangs does so for a while after it
         Mounted.thaw_all()
@@ -270,16 +269,18 @@ class Rig:
             raise LossError(f"the guest's kernel saw {self.figures.guest_io_errors}")
         self.load = self._new_load()
 
-    def holds_after_kill(self, before: Report, destination: Disk | None) -> None:
-        """What was synced before is on the disk that the record names, and on its peer if that is trusted."""
+    def verify_after_kill(self) -> None:
+        """All that the guest was told is synced is on the disk that the record names, and on its peer if the
+        record trusts it. The guest waits, so the last that it was told came from the dead backend."""
+        told = self.load.latest_report()
         record = self.record()
         if record is None:
-            self.verify(self.source, synced=before.synced)
+            self.verify(self.source, synced=told.synced)
             return
         self.source = self.disk_at(record.current.path)
-        self.verify(self.source, synced=before.synced)
-        if destination is not None and record.peer_worth is Worth.UP_TO_DATE:
-            self.verify(self.peer(), synced=before.synced)
+        self.verify(self.source, synced=told.synced)
+        if record.peer_worth is Worth.UP_TO_DATE:
+            self.verify(self.peer(), synced=told.synced)
             self.figures.done["both disks verified after a kill in steady"] += 1
 
     def sample(self) -> None:

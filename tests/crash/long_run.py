@@ -259,12 +259,10 @@ class LongRun:
         self.full.spoiled = True
 
     def kill(self) -> None:
-        rig = self.rig
-        state = rig.state
-        self._fault(f"SIGKILL of the backend in {state}")
-        before = rig.report()
-        rig.kill()
-        rig.holds_after_kill(before, None if state == "passthrough" else self.other)
+        self._fault(f"SIGKILL of the backend in {self.rig.state}")
+        self.rig.count_requests()
+        self.rig.kill()
+        self.rig.verify_after_kill()
         self.serve_again()
 
     def kill_while_it_hangs(self) -> None:
@@ -274,27 +272,25 @@ class LongRun:
             self.kill()
             return
         self._fault(f"SIGKILL in {rig.state} while the destination hangs")
-        before = rig.report()
+        rig.count_requests()
         hanging.hang()
         time.sleep(self.rng.uniform(0, 1.5 * DESTINATION_TIMEOUT_S))
         rig.kill()
-        rig.holds_after_kill(before, self.other)
+        rig.verify_after_kill()
         self.serve_again()
 
     def kill_in_a_switch(self) -> None:
         rig = self.rig
-        keep = self.rng.random() < 0.5
         self._fault("SIGKILL in a switch")
-        before = rig.report()
+        rig.count_requests()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(rig.backend.control))
-            words = {"execute": "switch", "arguments": {"keep-mirror": keep}}
+            words = {"execute": "switch", "arguments": {"keep-mirror": self.rng.random() < 0.5}}
             client.sendall(b'{"execute": "qmp_capabilities"}' + json.dumps(words).encode())
             time.sleep(self.rng.uniform(0, 0.02))
-            rig.backend.process.kill()
-        rig.backend.__exit__(None, None, None)
+            rig.kill()
         was = rig.source
-        rig.holds_after_kill(before, self.other)
+        rig.verify_after_kill()
         if rig.source is not was:
             self.other = was
             self._done("killed after the switch was recorded")

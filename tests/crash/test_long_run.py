@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.crash.long_run import play
@@ -13,6 +15,6 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 def test_a_short_long_run() -> None:
     figures = play(minutes=0.08, seed=4)
     print(figures.table())
-    assert figures.good, figures.as_json()
+    assert figures.good and json.dumps(figures.as_json()), figures.failure
     assert figures.cycles > 0 and figures.faults.total() > 0 and figures.engine_requests > 0
     assert figures.bytes_verified_on_host > 0 and figures.bytes_verified_in_guest > 0

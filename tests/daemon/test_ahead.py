@@ -103,3 +103,21 @@ def test_the_end_while_ahead_leaves_the_moment(work: Path) -> None:
             record = served.record()
             assert record is not None and record.clean and record.peer_worth is Worth.OUTDATED
         assert other.read_bytes() == moment
+
+
+def test_a_switch_that_the_destination_is_too_slow_for(work: Path) -> None:
+    options = ("--on-congestion", "pull-ahead", "--max-lag-ms", "1500", "--destination-timeout", "60s")
+    with ext4(work) as slow:
+        other = new_image(slow.folder / "b.img", 16)
+        with Served(work, image(work / "a.img"), *options) as served, served.guest() as guest:
+            served.start_mirror(other)
+            slow.freeze()
+            write_block(guest, 0, 1)
+            with pytest.raises(QmpError, match=r"still on .*a\.img: .* did not stay steady"):
+                served.qmp.execute("switch")
+            assert served.state == "ahead"
+            slow.thaw()
+            await_true(lambda: served.state == "steady", "it has caught up")
+            served.qmp.execute("switch")
+            guest.close()
+            served.stop()

@@ -227,6 +227,11 @@ class Load:
         self.next_report(timeout_s)
         return self.next_report(timeout_s)
 
+    def latest_report(self) -> Report:
+        """The last one that has arrived; there has to be one."""
+        self.drain()
+        return _report(next(line for line in reversed(self._job.lines) if line.startswith("synced=")))
+
     def drain(self) -> None:
         """Pass over all that has arrived already."""
         self._job.collect()
