@@ -280,7 +280,7 @@ def test_a_mirror_that_ended_in_order_is_not_mistaken_for_the_current_disk(work:
         env={"STATE_DIRECTORY": str(work / "state")},
     )
     assert code == 1 and "is the other half of a mirror (up-to-date)" in stderr
-    with Served(work, source) as served:
+    with Served(work, source, "--resume-mirror", "off") as served:
         record = served.record()
         assert record is not None and record.peer_worth == "outdated"
         served.stop()
