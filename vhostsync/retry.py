@@ -83,7 +83,8 @@ class DestinationRetry:
         except VhostsyncError as error:
             self._tell("failed", str(error))
             return str(error)
-        self._tell("attached")
+        if self._mirror.wanted is not None:  # else somebody has cancelled it while this waited its turn
+            self._tell("attached")
         return None
 
     def _tell(self, what: str, error: str | None = None) -> None:
