@@ -14,7 +14,8 @@ void attachments_free(struct vs_engine *e);
 void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c);
 /* Ends what a lost mapping has touched. */
 void attachments_check_memory(struct vs_engine *e);
-/* The destination is given up if a ring has waited too long for it to become quiet, and no pause holds its requests longer. */
+/* If a ring has waited too long to become quiet, the destination is given up, and a pause holds the ring's requests no
+ * more; nor those of a frontend that has waited too long for its end or its memory. */
 void attachments_check_deadlines(struct vs_engine *e);
 uint64_t attachments_deadline_ns(const struct vs_engine *e);
 

@@ -76,7 +76,7 @@ struct attachment {
     struct vs_engine *engine;
     bool open, closing, lost;
     uint64_t detach_token;
-    uint64_t patience_ends_ns; /* it waits for its end, or for memory to be unmapped: a pause holds nothing longer; 0: it does not */
+    uint64_t patience_ends_ns; /* 0, or it waits for its end or for memory to be unmapped: a pause holds nothing longer */
     uint64_t features;
     bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
     struct guest_memory memory;

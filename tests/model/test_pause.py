@@ -60,12 +60,16 @@ def test_flushes_wait_for_a_mirror_and_all_else_goes_on() -> None:
         r.write_now(5, 5)
         assert r.guest.read_now(5 * BLOCK, BLOCK) == pattern(5)
         other = r.guest.flush(queue=1)
-        assert held(r, flush, other)
+        r.transport.set_write_cache(False)
+        through = r.write(7, 7, queue=1)
+        r.driver.settle()  # it is taken up in this mode
+        r.transport.set_write_cache(True)
+        assert held(r, flush, other, through)
         r.driver.call(lib.VS_CMD_GATE, value=1000, expect=errno.ENOTCONN)  # no switch
         second = r.other_disk()
         r.driver.mirror(second)
-        released(r, flush, other)
-        assert r.durable(second, 0) == pattern(1) and r.durable(second, 5) == pattern(5)
+        released(r, flush, other, through)
+        assert [r.durable(second, block) for block in (0, 5, 7)] == [pattern(1), pattern(5), pattern(7)]
         now = r.snapshot()
         assert (now.state, now.paused, now.pause_held, now.pause_released) == (State.STEADY, False, 0, 0)
         assert r.driver.take_event(EventKind.PAUSED).value == 0

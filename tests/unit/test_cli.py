@@ -86,6 +86,9 @@ def test_status_for_people(served: Served, run: Run) -> None:
         outdated_since="2026-01-01T00:00:00Z",
         doubt=({"offset": 4096, "length": 512},),
         unreadable=({"offset": 65536, "length": 4096},),
+        paused=True,
+        paused_requests=3,
+        paused_s=12.2,
     )
     code, out, _ = run("status")
     assert code == 0
@@ -97,6 +100,7 @@ def test_status_for_people(served: Served, run: Run) -> None:
     assert "100.0 %  1.0 GiB of 1.0 GiB, 512.0 MiB of it sparse" in out
     assert "100.0 MiB/s" in out
     assert "In doubt     512 bytes of the source from 4096 on" in out
+    assert "Paused       for 12 s; 3 flushes wait for a mirror, or for mirror cancel" in out
     assert "Unreadable   4096 bytes of the source from 65536 on" in out
     assert "it hung" in out
 
