@@ -431,7 +431,7 @@ class Contract(RuleBasedStateMachine):
         history, ok = self.history, request.ok
         assert ok or request.status == Status.IOERR
         through = pending.mode % 2 == 1 and pending.mode == self.mode
-        if ok and (through or request.op == Op.FLUSH):
+        if ok and (request.op == Op.FLUSH or (through and pending.version is not None)):
             # One that was there when a pause began may have been confirmed just before.
             assert not pending.pause or pending.pause != self.model.pause, "confirmed during a pause"
         if pending.version is not None:
