@@ -142,7 +142,7 @@ def measure(task: Task, tell: Tell) -> dict[str, Any]:
         tell("timeline: copy, steady, switch")
         results["timeline"] = measure_timeline(plan)
     if task.growth:
-        results["growth"] = measure_growth(plan, task.growth, tell)
+        results["growth"] = measure_growth(plan, task.growth, results.get("growth"), tell)
     if task.calibrate:
         results["calibration"] = calibrate(plan, tell)
     return results

@@ -8,8 +8,8 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +199,22 @@ KINDS: dict[str, Callable[[Plan], list[Table]]] = {
 }
 
 
-def measure_growth(plan: Plan, kinds: Iterable[str], tell: Tell) -> Json:
-    tables: list[Table] = []
+def measure_growth(plan: Plan, kinds: Sequence[str], earlier: Json | None, tell: Tell) -> Json:
+    """With the tables of the earlier results that are of other kinds."""
+    before: list[Json] = earlier["tables"] if earlier else []
+    described = [table for table in before if table["kind"] not in kinds]
     for kind in kinds:
         tell(f"growth: {kind}")
+        machine = describe_machine()
         try:
-            tables += KINDS[kind](plan)
+            tables = KINDS[kind](plan)
         except BenchError as error:
             tell(f"  {error}")
-            tables.append(Table(kind, ("failed",), [(str(error),)]))
-    described = [{"title": each.title, "columns": each.columns, "rows": each.rows} for each in tables]
+            tables = [Table(kind, ("failed",), [(str(error),)])]
+        measured = {"kind": kind, "date": machine["date"], "load": machine["load before"]}
+        described += [{**measured, **asdict(table)} for table in tables]
+    order = list(KINDS)
+    described.sort(key=lambda table: order.index(table["kind"]))
     method = {"seconds": min(plan.seconds, 1.5), "bytes_of": plan.bytes_of}
     return {"machine": describe_machine(), "method": method, "tables": described}
 
@@ -229,8 +235,9 @@ def growth_tables(section: Json) -> str:
         describe(section["machine"]) + f"* one pass of {method['seconds']:g} s each; files of {sizes}\n"
     ]
     for table in section["tables"]:
-        lines = [f"**{table['title']}**", "", f"| {' | '.join(table['columns'])} |"]
-        lines.append("| " + "--- | " * len(table["columns"]))
+        when = f"({table['date']}; load of the machine before: {table['load']})"
+        lines = [f"**{table['title']}** {when}", "", f"| {' | '.join(table['columns'])} |"]
+        lines.append(f"|{' --- |' * len(table['columns'])}")
         lines += [f"| {' | '.join(map(_cell, row))} |" for row in table["rows"]]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

@@ -29,7 +29,8 @@ def test_the_99th_percentile_is_the_nearest_rank() -> None:
 
 def test_a_section_of_the_document_is_replaced_and_the_rest_stays() -> None:
     table = {
-        "title": "Disks", "columns": ["disk", "start s"], "rows": [["1 GiB", 0.25], ["16 TiB", None]],
+        "title": "Disks", "date": "today", "load": "0", "columns": ["disk", "start s"],
+        "rows": [["1 GiB", 0.25], ["16 TiB", None]],
     }
     section = {"machine": {"kernel": "6"}, "method": {"seconds": 1.0, "bytes_of": {}}, "tables": [table]}
     first = "a\n<!-- bench: table -->\nkept\n<!-- bench: end -->\n<!-- bench: growth -->\n"
