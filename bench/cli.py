@@ -49,6 +49,7 @@ def parse(arguments: list[str] | None) -> Task:
     what.add_argument("--growth", nargs="?", const=",".join(KINDS), help=f"how cost grows: {','.join(KINDS)}")
     what.add_argument("--calibrate", action="store_true", help="the load generator's limit, and another's")
     what.add_argument("--timeline", action="store_true", help="a guest through copy, steady and switch")
+    what.add_argument("--all", action="store_true", help="the table and all of these")
     what.add_argument("--from", dest="earlier", type=Path, help="a .json for what is not measured now")
     how = parser.add_argument_group("how")
     how.add_argument("--quick", action="store_true", help="under 4 minutes: short, small")
@@ -67,7 +68,9 @@ def parse(arguments: list[str] | None) -> Task:
     )
     then.add_argument("--update-docs", action="store_true", help="write docs/performance.md and its pictures")
     given = parser.parse_args(arguments)
-    table = bool(given.rows) or not (given.earlier or given.growth or given.calibrate or given.timeline)
+    if given.all:
+        given.growth, given.calibrate, given.timeline = given.growth or ",".join(KINDS), True, True
+    table = bool(given.rows or given.all) or not (given.earlier or given.growth or given.calibrate or given.timeline)
     numbers = given.rows.split(",") if given.rows else all_rows
     growth = tuple(given.growth.split(",")) if given.growth else ()
     if unknown := set(growth) - set(KINDS):

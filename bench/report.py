@@ -118,6 +118,7 @@ def describe_machine() -> dict[str, str]:
         return result.stdout.partition("\n")[0]
 
     top = Path(__file__).resolve().parent
+    real_time = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "processor": f"{model}, {os.cpu_count()} cores",
@@ -125,5 +126,6 @@ def describe_machine() -> dict[str, str]:
         "rival": first_line("qemu-storage-daemon", "--version"),
         "fio": first_line("fio", "--version"),
         "vhostsync": first_line("git", "-C", str(top), "describe", "--always", "--dirty") or "unknown",
+        "scheduling": "real time" if real_time else f"nice {os.nice(0)}",
         "load before": f"{os.getloadavg()[0]:.2f}",
     }
