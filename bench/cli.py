@@ -70,7 +70,8 @@ def parse(arguments: list[str] | None) -> Task:
     given = parser.parse_args(arguments)
     if given.all:
         given.growth, given.calibrate, given.timeline = given.growth or ",".join(KINDS), True, True
-    table = bool(given.rows or given.all) or not (given.earlier or given.growth or given.calibrate or given.timeline)
+    other = given.earlier or given.growth or given.calibrate or given.timeline
+    table = bool(given.rows or given.all or not other)
     numbers = given.rows.split(",") if given.rows else all_rows
     growth = tuple(given.growth.split(",")) if given.growth else ()
     if unknown := set(growth) - set(KINDS):

@@ -161,7 +161,8 @@ def _idle_backends(plan: Plan) -> list[Table]:
                 while len(running) < count:
                     start(len(running))
             except BenchError as error:
-                rows.append((f"{count}: after {len(running)}, {error}", None, None, None, None))
+                why = str(error).rpartition("vhostsync: ")[2]  # as the backend said it
+                rows.append((f"{count}: after {len(running)}, {why}", None, None, None, None))
                 break
             rows.append(_idle(running))
     title = "Idle backends: guest connected, mirror steady, 16 MiB of disk, a log of 8 MiB"
