@@ -27,7 +27,7 @@ def test_it_comes_back_by_itself(work: Path) -> None:
             write_block(guest, 2000, 2)
             away.thaw()
             assert served.qmp.wait_event("DESTINATION_RETRY", 30, what="attached")["attempt"] > 1
-            served.await_steady()
+            served.await_resumed()  # at the second go if the disk was slow to wake
             assert served.mirror()["full-copy-reason"] is None
             guest.close()
             served.stop()
