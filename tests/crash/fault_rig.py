@@ -23,6 +23,7 @@ from tests.daemon.rig import Mounted, await_true
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import Vhostsync
 from tests.guest.harness import Guest, GuestDisk, GuestError, Load, Report, machine_command, verify_blocks
+from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import Qmp, QmpError
 from tests.holding import holding
 from tests.vhost_client import ConnectionLostError, Message, VhostUserClient
@@ -142,7 +143,17 @@ class Rig:
     def _new_backend(self, *, resume: bool = True) -> Vhostsync:
         resumes = f"--resume-mirror={'on' if resume else 'off'}"
         options = (*OPTIONS, f"--bitmap={self.work / 'bits'}", resumes)
-        backend = Vhostsync(self.work, self.source.path, queues=QUEUES, options=options)
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                backend = Vhostsync(self.work, self.source.path, queues=QUEUES, options=options)
+                break
+            except ProcessError as error:
+                # Rings of other programs of this user count, and that of a killed one for a moment.
+                if "locked memory is too small" not in str(error) or time.monotonic() > deadline:
+                    raise
+                self.figures.done["start tried again: locked memory"] += 1
+                time.sleep(0.5)
         self.figures.lives.append(Life(backend.process.pid))
         return backend
 
@@ -162,7 +173,7 @@ class Rig:
             self.source = self.disk_at(record.current.path)
         self.backend = self._new_backend(resume=resume)
         if resume and record is not None and record.wanted is not None:
-            self.await_state("syncing", "steady")
+            self.await_state("syncing", "steady", "ahead", "degraded")
             self.figures.done["mirror resumed by a restart"] += 1
         self.report()
 

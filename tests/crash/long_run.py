@@ -155,7 +155,7 @@ class LongRun:
 
     def _choose_other(self) -> Disk:
         """Rather the last one, which gets only what differs."""
-        others = [disk for disk in self.rig.disks if disk is not self.rig.source]
+        others = [disk for disk in self.rig.disks if disk not in (self.rig.source, self.full)]
         return self.other if self.other in others and self.rng.random() < 0.6 else self.rng.choice(others)
 
     def _fault(self, name: str) -> None:
