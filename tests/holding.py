@@ -28,15 +28,23 @@ def holding(pid: int) -> Holding:
     def number(name: str) -> int:
         return int(status[name].split()[0])
 
-    names = [(task / "comm").read_text() for task in (process / "task").iterdir()]
+    names = [_name(task) for task in (process / "task").iterdir()]
     areas_kib = _areas_kib((process / "smaps").read_text())
     return Holding(
         descriptors=len(list((process / "fd").iterdir())),
         mappings=len((process / "maps").read_text().splitlines()),
-        threads=sum(not name.startswith("iou-") for name in names),
+        threads=sum(name is not None and not name.startswith("iou-") for name in names),
         memory_kib=number("VmRSS") - number("RssShmem") - areas_kib,
         areas_kib=areas_kib,
     )
+
+
+def _name(task: Path) -> str | None:
+    """None: the thread has ended meanwhile, as io_uring's workers do at any time."""
+    try:
+        return (task / "comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _areas_kib(smaps: str) -> int:
