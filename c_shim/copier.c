@@ -70,7 +70,8 @@ void copier_start(struct vs_engine *e, bool resync)
     dirty_map_add(&e->to_copy, &e->difference.differs);
     e->unreadable.count = 0; /* all of it is to be copied, and will be found again */
     k->spare_doubt = resync;
-    k->cursor = 0;
+    /* The cursor stays where the last copy left off: one that always began with what the guest keeps writing
+     * would come no further when it is cut off again and again. */
     k->bytes_total = dirty_map_bytes(&e->to_copy);
     k->bytes_done = k->bytes_sparse = 0;
     k->not_before_ns = 0;
@@ -332,6 +333,14 @@ static unsigned depth_now(const struct vs_engine *e)
     return yields(e) ? 1 : e->copier.depth;
 }
 
+/* What is to be copied next: from the cursor to the disk's end, then from its beginning. */
+static bool next_run(const struct vs_engine *e, uint64_t *offset, uint64_t *run)
+{
+    uint64_t most = yields(e) ? COPY_BESIDE_BYTES : COPY_BYTES;
+    return dirty_map_find(&e->to_copy, e->copier.cursor, most, offset, run) ||
+           dirty_map_find(&e->to_copy, 0, most, offset, run);
+}
+
 static struct region_copy *free_copy(struct copier *k)
 {
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
@@ -363,7 +372,7 @@ void copier_pump(struct vs_engine *e)
         return;
     while (k->in_use < depth_now(e) && k->not_before_ns <= engine_now(e)) {
         struct region_copy *c = free_copy(k);
-        if (!dirty_map_find(&e->to_copy, k->cursor, yields(e) ? COPY_BESIDE_BYTES : COPY_BYTES, &offset, &run))
+        if (!next_run(e, &offset, &run))
             return;
         if (start_hole(c, offset)) {
             /* Holes complete at once: one a pass, or a large one would keep the guest waiting. */

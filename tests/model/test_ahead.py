@@ -301,7 +301,7 @@ def test_it_converges_under_small_random_writes() -> None:
 def test_more_than_the_destination_takes_never_loops_and_keeps_its_progress() -> None:
     """The guest overwrites four regions faster than the destination takes it, for ever: the mirror is ahead
     again and again, but ever more rarely, and what was copied stays copied."""
-    with rig(size_bytes=8 * MIB) as r:
+    with rig(size_bytes=8 * MIB, memory_bytes=128 * MIB) as r:
         settled(r)
         fill_log(r)
         r.guest.wait(*[r.write(number, 5, kick=True) for number in range(0, 2048, BLOCKS_A_REGION)])
