@@ -46,7 +46,7 @@ from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
 from vhostsync.opening import Opened, device_shape, open_device
 from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
-from vhostsync.privileges import Confinement, change_user, find_user, places_of
+from vhostsync.privileges import Confinement, change_user, find_user, is_block_device, places_of
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
 from vhostsync.snapshot import BREACHES, OpStats
@@ -121,7 +121,7 @@ def _start(config: ServeConfig) -> Started:
         disks_known = [opened.disk.path]
         peer = opened.record.peer if opened.record is not None else None
         # Of a device that is missing, the place would be all of /dev.
-        if peer is not None and (peer.kind == "file" or Path(peer.path).is_block_device()):
+        if peer is not None and (peer.kind == "file" or is_block_device(Path(peer.path))):
             disks_known.append(Path(peer.path))
         confinement = Confinement(config, places_of(config, disks_known, state_directory))
         confinement.confine()

@@ -77,14 +77,14 @@ def look_again(place: Place) -> DiskIdentity | None:
     """How the disk looks now that the engine has let go of it; None when it cannot be told."""
     try:
         fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = disks.identify(fd, place.path, with_ctime=True)
+        finally:
+            os.close(fd)
     except OSError as error:
         log.warning("a disk cannot be looked at again", path=str(place.path), error=error.strerror)
         return None
-    try:
-        found = disks.identify(fd, place.path, with_ctime=True)
-        if found.likeness(place.identity) is not Likeness.SAME:
-            log.warning("another file has taken the disk's place while it was served", path=str(place.path))
-            return None
-        return found
-    finally:
-        os.close(fd)
+    if found.likeness(place.identity) is not Likeness.SAME:
+        log.warning("another file has taken the disk's place while it was served", path=str(place.path))
+        return None
+    return found

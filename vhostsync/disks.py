@@ -350,7 +350,7 @@ def _holders(path: Path) -> str:
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda entry: int(entry.name)):
         try:
             descriptors = list((process / "fd").iterdir())
-            name = (process / "comm").read_text().strip()
+            name = (process / "comm").read_text(errors="replace").strip()  # cut off after 15 bytes
         except OSError:
             continue
         if any(_leads_to(entry, wanted) for entry in descriptors) and process.name != str(os.getpid()):

@@ -85,7 +85,7 @@ def _grant(kernel: Kernel, ruleset: int, paths: Iterable[Path], rights: int) -> 
     for path in paths:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except (FileNotFoundError, PermissionError, NotADirectoryError):
+        except OSError:
             continue  # what cannot be reached cannot be opened either
         try:
             # The kernel refuses a rule that grants a file what only a directory can have.

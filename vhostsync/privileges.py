@@ -21,6 +21,7 @@ In this order, because most of it holds only for the thread that asks for it and
 import grp
 import os
 import pwd
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -75,9 +76,9 @@ class Reach:
         """MirrorError where the kernel would not let it be opened. Blocks."""
         if not self.enforced:
             return
-        real = path.resolve()
+        real = real_path(path)
         if not any(real.is_relative_to(place) for place in self.places):
-            wanted = real if real.is_block_device() else real.parent
+            wanted = real if is_block_device(real) else real.parent
             raise MirrorError(
                 f"the destination {path} lies outside the directories that this backend may use "
                 f"({', '.join(map(str, self.places))}); start it with --allow-path {wanted}"
@@ -120,15 +121,28 @@ def places_of(config: ServeConfig, disks: Iterable[Path], state_directory: Path 
     state record, the bitmap, the sockets, and --allow-path."""
     found: list[Path] = list(config.allow_paths)
     for disk in disks:
-        real = disk.resolve()
-        found += [real] if real.is_block_device() else [disk.parent, real.parent]
+        real = real_path(disk)
+        found += [real] if is_block_device(real) else [disk.parent, real.parent]
     metrics = config.metrics if isinstance(config.metrics, Path) else None
     for file in (config.state_file, config.bitmap, config.socket_path, config.control_socket, metrics):
         if file is not None:
             found.append(file.parent)
     if state_directory is not None:
         found.append(state_directory)
-    return tuple(dict.fromkeys(place.resolve() for place in found))
+    return tuple(dict.fromkeys(real_path(place) for place in found))
+
+
+def real_path(path: Path) -> Path:
+    """Without symbolic links, as far as it can be told: a lost destination is no reason not to serve."""
+    return Path(os.path.realpath(path))
+
+
+def is_block_device(path: Path) -> bool:
+    """False, too, where it cannot be told. Blocks."""
+    try:
+        return stat.S_ISBLK(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 class Confinement:

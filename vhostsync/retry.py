@@ -83,6 +83,11 @@ class DestinationRetry:
         except VhostsyncError as error:
             self._tell("failed", str(error))
             return str(error)
+        except Exception as error:
+            # Nobody has asked for this just now, and the guest is not to lose its disk over it.
+            log.exception("a mirror could not be attached, for a reason that nobody foresaw")
+            self._tell("failed", repr(error))
+            return repr(error)
         if self._mirror.wanted is not None:  # else somebody has cancelled it while this waited its turn
             self._tell("attached")
         return None

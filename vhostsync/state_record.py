@@ -278,7 +278,7 @@ def decode_checked(kind: str, text: bytes) -> dict[str, Any]:
     """ValueError with a phrase when the text is not whole."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("it is no JSON" if text else "it is empty") from error
     if not isinstance(content, dict) or not isinstance(content.get("body"), dict):
         raise ValueError("it is not of this program")

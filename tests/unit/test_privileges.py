@@ -127,6 +127,21 @@ def test_the_places(tmp_path: Path) -> None:
     )
 
 
+def test_a_disk_that_cannot_be_looked_at_is_a_place_all_the_same(tmp_path: Path) -> None:
+    """The destination of the last run may be lost in any way; the guest is served."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    file = tmp_path / "file"
+    file.touch()
+    kernel = FakeKernel(6)
+    for lost in (loop, loop / "b.img", file / "b.img", tmp_path / ("b" * 300)):
+        found = places_of(make(), [lost], None)
+        assert tmp_path in found or lost.parent in found
+        Reach((tmp_path,), enforced=True).check(lost)
+        kernel.steps.append("no_new_privs")
+        landlock.restrict(kernel, 6, landlock.Grants((), found))
+
+
 SEALED = """
 import ctypes, errno, os, socket, threading
 from vhostsync.kernel import PR_SET_NO_NEW_PRIVS, Kernel

@@ -97,6 +97,7 @@ def test_any_damage_is_seen(record: StateRecord, data: st.DataObject) -> None:
     [
         (b"", "empty"),
         (b"{", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
         (b"[]", "not of this program"),
         (b'{"body": {}}', "checksum"),
     ],

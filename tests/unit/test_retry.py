@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a failed attempt to bring a mirror back does to the backend: nothing."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import pytest
+
+from vhostsync.config import MirrorTarget
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
+from vhostsync.retry import DestinationRetry
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class LostMirror:
+    """One that is wanted; `resume` fails as nobody foresaw, then succeeds."""
+
+    state = MirrorState.PASSTHROUGH
+    wanted = MirrorTarget(Path("/disks/b.img"))
+    fenced = False
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.changed = anyio.Event()
+
+    async def resume(self) -> None:
+        self.attempts += 1
+        if self.attempts < 3:
+            raise OSError(5, "Input/output error")
+        self.state = MirrorState.STEADY
+
+
+async def test_an_error_that_nobody_foresaw_ends_neither_the_backend_nor_the_trying() -> None:
+    hub, mirror = EventHub(), LostMirror()
+    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=True)
+    told: list[Any] = []
+    async with hub.subscribe() as events, anyio.create_task_group() as tasks:
+        tasks.start_soon(retry.run)
+        with anyio.fail_after(10):
+            async for event in events:
+                told.append(event.data)
+                if event.data["what"] == "attached":
+                    break
+        tasks.cancel_scope.cancel()
+    failures = [data["error"] for data in told if data["what"] == "failed"]
+    assert len(failures) == 2 and "Input/output error" in failures[0]
