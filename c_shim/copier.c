@@ -269,6 +269,7 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     c->sparse = 0;
     c->hole = false;
     c->bad.count = 0;
+    c->io.thread = io_thread_beside(&e->host.threads, (unsigned)(c - e->copier.copies));
     e->copier.in_use++;
     e->copier.cursor = offset + length;
     difference_mark(e, offset, length);

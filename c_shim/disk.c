@@ -20,6 +20,7 @@ void op_stats_add(struct vs_op_stats *s, uint64_t bytes, uint64_t latency_ns, bo
 void disk_host_init(struct disk_host *host, struct uring *uring, int wake_fd)
 {
     host->uring = uring;
+    host->threads = (struct io_threads){.count = 1};
     host->now_ns = 0;
     host->wake_fd = wake_fd;
     list_init(&host->done);
@@ -72,6 +73,7 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     }
     if (io->kind == VS_DISK_READ || io->kind == VS_DISK_WRITE)
         assert(iov_bytes(io->iov, io->iov_count) == io->length);
+    assert(io->thread < disk->host->threads.count);
     io->disk = disk;
     io->result = 0;
     io->transferred = 0;

@@ -15,6 +15,7 @@
 #include <stdatomic.h>
 #include <sys/uio.h>
 
+#include "io_threads.h"
 #include "list.h"
 #include "shim.h"
 #include "uring.h"
@@ -27,12 +28,13 @@ struct disk_io {
     uint64_t length;
     struct iovec *iov; /* read and write: adds up to length; as it was again at done() */
     int iov_count;
+    unsigned thread; /* which of the host's threads does the work (io_threads.h); 0: the data thread */
     void (*done)(struct disk_io *io);
     /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
     int result;
     /* The disk's own. */
     struct vs_disk *disk;
-    struct uring_op op;
+    struct io_job job;
     struct list link;        /* in flight, then done: the engine's */
     struct list remote_link; /* completed by another thread: guarded by disk_host.lock */
     uint64_t submitted_ns;
@@ -45,6 +47,7 @@ struct disk_io {
 /* What an engine lends to its disks. */
 struct disk_host {
     struct uring *uring;
+    struct io_threads threads;
     uint64_t now_ns; /* CLOCK_MONOTONIC, read once per pass of the engine's loop */
     struct list done;
     /* Completions from other threads (test disks): lock guards remote. */

@@ -36,32 +36,23 @@ struct file_disk {
     bool inline_io;
     bool is_block_device;
     bool no_punch, no_zero_range; /* learnt from EOPNOTSUPP */
-    struct iovec zero_iov[ZERO_IOV];
 };
 
-static void file_complete(struct uring_op *op, int result, unsigned flags);
-static void issue(struct file_disk *f, struct disk_io *io);
+static void stepped(struct disk_io *io, int result);
+
+/* A whole array of zeroes; shared, so nobody changes it. */
+static struct iovec zero_iov[ZERO_IOV] = {[0 ... ZERO_IOV - 1] = {zeroes, ZERO_BYTES}};
 
 static int zero_mode(int step)
 {
     return FALLOC_FL_KEEP_SIZE | (step == ZERO_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
 }
 
-static int zero_iov(struct file_disk *f, uint64_t left)
-{
-    int count = 0;
-    for (; count < ZERO_IOV && left > 0; count++) {
-        f->zero_iov[count].iov_base = zeroes;
-        f->zero_iov[count].iov_len = left < ZERO_BYTES ? (size_t)left : ZERO_BYTES;
-        left -= f->zero_iov[count].iov_len;
-    }
-    return count;
-}
-
-static void issue_inline(struct file_disk *f, struct disk_io *io)
+/* One plain call: what is short of the operation's end is done by the next one. */
+static int perform(const struct file_disk *f, const struct disk_io *io)
 {
     off_t at = (off_t)(io->offset + io->transferred);
-    off_t left = (off_t)(io->length - io->transferred);
+    uint64_t left = io->length - io->transferred;
     ssize_t n;
     switch (io->kind) {
     case VS_DISK_READ:
@@ -76,26 +67,22 @@ static void issue_inline(struct file_disk *f, struct disk_io *io)
         n = fdatasync(f->fd);
         break;
     default:
-        n = io->step == ZERO_WRITE ? pwritev(f->fd, f->zero_iov, zero_iov(f, (uint64_t)left), at)
-                                   : fallocate(f->fd, zero_mode(io->step), at, left);
+        if (io->step != ZERO_WRITE)
+            n = fallocate(f->fd, zero_mode(io->step), at, (off_t)left);
+        else if (left >= sizeof zeroes * ZERO_IOV)
+            n = pwritev(f->fd, zero_iov, ZERO_IOV, at);
+        else
+            n = pwrite(f->fd, zeroes, left < ZERO_BYTES ? left : ZERO_BYTES, at);
     }
-    file_complete(&io->op, n < 0 ? -errno : (int)n, 0);
+    return n < 0 ? -errno : (int)n;
 }
 
-/* Prepares the next step of io. The iovec array must outlive the submission:
- * it does, being the caller's until done(); zero_iov is shared, and its content
- * is the same for whoever uses it but for the length of the last segment, so a
- * zero step of less than a whole array takes a plain write of one buffer. */
-static void issue(struct file_disk *f, struct disk_io *io)
+/* The same for a ring. The iovec array must outlive the submission: it does, being the caller's until done(). */
+static void prepare(const struct file_disk *f, struct disk_io *io, struct uring *uring)
 {
-    struct io_uring_sqe *sqe;
+    struct io_uring_sqe *sqe = uring_sqe(uring, &io->job.op);
     uint64_t at = io->offset + io->transferred;
     uint64_t left = io->length - io->transferred;
-    if (f->inline_io) {
-        issue_inline(f, io);
-        return;
-    }
-    sqe = uring_sqe(f->disk.host->uring, &io->op);
     switch (io->kind) {
     case VS_DISK_READ:
         if (io->iov_count == 1)
@@ -116,11 +103,34 @@ static void issue(struct file_disk *f, struct disk_io *io)
         if (io->step != ZERO_WRITE)
             io_uring_prep_fallocate(sqe, f->fd, zero_mode(io->step), (off_t)at, (off_t)left);
         else if (left >= sizeof zeroes * ZERO_IOV)
-            io_uring_prep_writev(sqe, f->fd, f->zero_iov, (unsigned)zero_iov(f, left), at);
+            io_uring_prep_writev(sqe, f->fd, zero_iov, ZERO_IOV, at);
         else
             io_uring_prep_write(sqe, f->fd, zeroes, left < ZERO_BYTES ? (unsigned)left : ZERO_BYTES, at);
     }
-    io_uring_sqe_set_data(sqe, &io->op); /* older liburing's prep helpers clear it */
+    io_uring_sqe_set_data(sqe, &io->job.op); /* older liburing's prep helpers clear it */
+}
+
+/* On an I/O thread, which only reads what it is lent. */
+static bool start_job(struct io_job *job, struct uring *uring, int *result)
+{
+    struct disk_io *io = container_of(job, struct disk_io, job);
+    struct file_disk *f = container_of(io->disk, struct file_disk, disk);
+    if (f->inline_io)
+        *result = perform(f, io);
+    else
+        prepare(f, io, uring);
+    return f->inline_io;
+}
+
+/* The next step of io. */
+static void issue(struct file_disk *f, struct disk_io *io)
+{
+    if (io->thread > 0)
+        io_threads_lend(&f->disk.host->threads, io->thread, &io->job);
+    else if (f->inline_io)
+        stepped(io, perform(f, io));
+    else
+        prepare(f, io, f->disk.host->uring);
 }
 
 /* A step down the ladder; false: there is none left. */
@@ -140,11 +150,9 @@ static bool zero_fall_back(struct file_disk *f, struct disk_io *io, int error)
     return true;
 }
 
-static void file_complete(struct uring_op *op, int result, unsigned flags)
+static void stepped(struct disk_io *io, int result)
 {
-    struct disk_io *io = container_of(op, struct disk_io, op);
     struct file_disk *f = container_of(io->disk, struct file_disk, disk);
-    (void)flags;
     if (result == -EINTR || result == -EAGAIN) {
         issue(f, io);
         return;
@@ -175,10 +183,26 @@ static void file_complete(struct uring_op *op, int result, unsigned flags)
     issue(f, io);
 }
 
+static void file_complete(struct uring_op *op, int result, unsigned flags)
+{
+    (void)flags;
+    stepped(container_of(op, struct disk_io, job.op), result);
+}
+
+static void job_over(struct io_job *job)
+{
+    stepped(container_of(job, struct disk_io, job), job->result);
+}
+
 static void file_submit(struct vs_disk *disk, struct disk_io *io)
 {
     struct file_disk *f = container_of(disk, struct file_disk, disk);
-    io->op.complete = file_complete;
+    if (io->thread == 0) {
+        io->job.op.complete = file_complete;
+    } else {
+        io->job.start = start_job;
+        io->job.over = job_over;
+    }
     if (io->kind == VS_DISK_ZERO)
         io->step = io->may_unmap && !f->no_punch ? ZERO_PUNCH : !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
     issue(f, io);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The engine's thread: its loop, its commands, the gate of a switch.
+ * Further threads only do a share of the disks' work (io_threads.c).
  *
  * The thread sleeps in io_uring_enter and nowhere else. It is woken by
  * completions, by kicks and the mailbox (multishot polls on the same ring) and
@@ -298,7 +299,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, now;
     bool queues = engine_takes_up(e) && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
-    if (queues || !list_empty(&e->host.done) || e->copier.more || e->difference.more || e->verifier.more || e->quit ||
+    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->copier.more || e->difference.more || e->verifier.more || e->quit ||
         read_fallback_due(e) || source_failover_due(e) || e->flush.dirty)
         return 0;
     if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->stalled))
@@ -318,16 +319,24 @@ static uint64_t wait_ns(const struct vs_engine *e)
     return deadline > now ? deadline - now : 0;
 }
 
+/* What the disks have done. */
+static void reap(struct vs_engine *e)
+{
+    e->host.now_ns = clock_ns();
+    uring_reap(&e->uring);
+    io_threads_take_back(&e->host.threads);
+    disk_run_done(&e->host);
+}
+
 /* One pass. The guest is told what is done before the destination is looked
  * after, so that its next request and our replication overlap. */
 static void pass(struct vs_engine *e, struct mailbox_watch *w)
 {
-    e->host.now_ns = clock_ns();
-    uring_reap(&e->uring);
-    disk_run_done(&e->host);
+    reap(e);
     take_commands(e, w);
     poller_begin(e);
     serve_queues(e);
+    io_threads_wake(&e->host.threads);
     e->host.now_ns = clock_ns();
     disk_run_done(&e->host); /* what completed at once */
     read_fallback_pump(e);
@@ -345,6 +354,16 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w)
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
+    io_threads_wake(&e->host.threads);
+}
+
+/* Sleeps in the kernel, unless something has come back meanwhile. */
+static void sleep_ns(struct vs_engine *e, uint64_t ns)
+{
+    if (ns && !io_threads_may_sleep(&e->host.threads))
+        ns = 0;
+    uring_enter(&e->uring, ns);
+    io_threads_awake(&e->host.threads);
 }
 
 static bool idle_for_good(const struct vs_engine *e)
@@ -364,10 +383,9 @@ static bool wind_up(struct vs_engine *e)
         uint64_t now = clock_ns();
         if (now >= deadline)
             return false;
-        uring_enter(&e->uring, list_empty(&e->host.done) ? deadline - now : 0);
-        e->host.now_ns = clock_ns();
-        uring_reap(&e->uring);
-        disk_run_done(&e->host);
+        io_threads_wake(&e->host.threads);
+        sleep_ns(e, list_empty(&e->host.done) ? deadline - now : 0);
+        reap(e);
         queues_notify(e);
     }
     return true;
@@ -396,13 +414,19 @@ static void *run(void *arg)
         sem_post(&start->ready);
         return NULL;
     }
+    start->result = io_threads_start(&e->host.threads, e->config.threads, e->mailbox.wake_fd, &start->step);
+    if (start->result < 0) {
+        uring_free(&e->uring);
+        sem_post(&start->ready);
+        return NULL;
+    }
     watch_mailbox(&watch);
     sem_post(&start->ready); /* "start" is gone from here on */
     while (!e->quit) {
         uint64_t wait = wait_ns(e);
         if (wait && poller_look(e, wait))
             wait = 0;
-        uring_enter(&e->uring, wait);
+        sleep_ns(e, wait);
         if (wait) {
             e->wakeups++;
             poller_woken(e);
@@ -410,8 +434,10 @@ static void *run(void *arg)
         pass(e, &watch);
     }
     e->quit = wind_up(e);
-    if (e->quit)
+    if (e->quit) {
+        io_threads_stop(&e->host.threads);
         uring_free(&e->uring);
+    }
     sem_post(&e->ended);
     /* A thread that ends waits in the kernel for its ring's requests, for as long as a disk hangs. */
     while (!e->quit)
@@ -479,7 +505,7 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
 {
     uint32_t region = c->dirty_region_bytes;
     return (c->block_bytes == 512 || c->block_bytes == 4096) && c->capacity_bytes > 0 &&
-           c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes &&
+           c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes && c->threads >= 1 && c->threads <= VS_THREADS_MAX &&
            source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 && region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX &&
            (region & (region - 1)) == 0 &&
            (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region)) && doubt_ok(c) &&

@@ -53,6 +53,10 @@
 #define URING_WORKERS 512
 #define URING_ENTRIES 1024
 #define URING_CQ_ENTRIES 8192
+/* An I/O thread: jobs on their way to it or back, and its own ring. */
+#define IO_CHANNEL_JOBS 2048u
+#define IO_THREAD_ENTRIES 256
+#define IO_THREAD_CQ_ENTRIES 4096
 
 static_assert(VS_MAX_QUEUE_SIZE <= 32768, "virtio: a split ring has at most 32768 descriptors");
 static_assert((VS_MAX_QUEUE_SIZE & (VS_MAX_QUEUE_SIZE - 1)) == 0, "a split ring's size is a power of two");
@@ -65,6 +69,10 @@ static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has
 static_assert(URING_CQ_ENTRIES >=
                   REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
               "all that can be in flight fits the completion queue");
+static_assert(IO_CHANNEL_JOBS > REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 64 &&
+                  (IO_CHANNEL_JOBS & (IO_CHANNEL_JOBS - 1)) == 0,
+              "a channel has a place for every operation of the disks, and its indices may wrap");
+static_assert(IO_THREAD_CQ_ENTRIES > IO_CHANNEL_JOBS, "all jobs of an I/O thread fit its completion queue");
 static_assert(COPY_BESIDE_BYTES <= COPY_BYTES, "a part of the copy fits its buffer");
 static_assert(COPY_BYTES % RESCUE_BYTES == 0 && RESCUE_BYTES % 4096 == 0, "a piece is whole blocks of any disk");
 static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");

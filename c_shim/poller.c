@@ -139,7 +139,7 @@ static bool spin(struct vs_engine *e, uint64_t from_ns, uint64_t until_ns)
     do {
         for (unsigned i = 0; i < LOOKS && !found; i++) {
             relax();
-            found = uring_has_work(&e->uring) || look_at_rings(e);
+            found = uring_has_work(&e->uring) || io_threads_returned(&e->host.threads) || look_at_rings(e);
         }
         now_ns = clock_ns();
         if (p->adaptive && now_ns - last_ns > STOLEN_NS) {

@@ -77,6 +77,7 @@ static void submit(struct range_slot *slot)
     if (p->epoch != p->engine->mirror.epoch)
         return; /* replicator_drop() is at it */
     p->submitted = true;
+    p->io.thread = io_thread_beside(&p->engine->host.threads, (unsigned)(p - p->engine->replicator.replicas));
     disk_submit(p->engine->mirror.disk, &p->io);
 }
 

@@ -237,6 +237,7 @@ static void to_source(struct request *r)
     io->length = r->blk.length;
     io->may_unmap = r->blk.may_unmap;
     io->done = source_done;
+    io->thread = io_thread_of_queue(&r->engine->host.threads, r->queue->index);
     io->kind = r->blk.op == VS_OP_READ ? VS_DISK_READ : r->blk.op == VS_OP_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
     if (buffer) {
         r->buffer_iov = (struct iovec){buffer, (size_t)r->blk.length};

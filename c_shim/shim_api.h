@@ -31,6 +31,7 @@ enum vs_limit {
     VS_EXTENT_BYTES_MAX = 1073741824,
     VS_RANGES_MAX = 64,
     VS_POLL_AUTO = 1000000000,
+    VS_THREADS_MAX = 16,
     VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
 };
 
@@ -106,6 +107,7 @@ struct vs_engine_config {
     uint32_t copy_depth;         /* region copies in flight */
     uint32_t writeback;          /* 1: WCE on by default */
     uint32_t poll_us;            /* looks for work so long before it sleeps; 0: never, VS_POLL_AUTO: where it pays */
+    uint32_t threads;            /* 1 .. VS_THREADS_MAX: one decides, the others do a share of the disks' work */
     uint32_t peer_tracked;       /* the bitmap tells what differs from a peer that is known */
     vs_bitmap *bitmap;           /* NULL: none. Owned on success */
     char serial[20];

@@ -132,6 +132,8 @@ static void read_both(struct compare *c, enum compare_step step)
     c->step = step;
     c->reads = 2;
     c->source_failed = c->destination_failed = false;
+    c->source_io.thread = io_thread_beside(&e->host.threads, 0);
+    c->destination_io.thread = io_thread_beside(&e->host.threads, 1);
     prepare(c, &c->source_io, &c->source_iov, c->source_data);
     prepare(c, &c->destination_io, &c->destination_iov, c->destination_data);
     c->source_io.done = source_read;

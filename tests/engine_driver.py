@@ -231,6 +231,7 @@ class EngineOptions:
     switch_on_source_error: bool = False
     pause_on_destination_error: bool = False
     poll_us: int = 0
+    threads: int = 1
     pull_ahead: bool = False
     congestion_fill_bytes: int = 0
     ahead_backoff_us: int = 0

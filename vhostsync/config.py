@@ -39,6 +39,7 @@ CONGESTION_FILL_MIN: Final = MIB
 MAX_LAG_MS_MAX: Final = 60_000
 TIMEOUT_S_MAX: Final = 3600.0
 POLL_US_MAX: Final = 10_000
+THREADS_MAX: Final = 16
 COPY_DEPTH_MAX: Final = 16
 DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
 DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
@@ -162,6 +163,7 @@ class ServeConfig:
     dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
     metrics: Path | TcpAddress | None = None
     poll_us: int | None = None  # look for work so long before sleeping; None: where it pays
+    threads: int = 1  # one keeps the rings, the order and the log; the others do a share of the disks' work
     log_format: LogFormat = "auto"
     log_level: LogLevel = "info"
     user: str | None = None  # NAME[:GROUP] to become; None: as it was started
@@ -245,6 +247,7 @@ class ServeConfig:
         _within("--copy-depth", self.copy_depth, 1, COPY_DEPTH_MAX)
         if self.poll_us is not None:
             _within("--poll-us", self.poll_us, 0, POLL_US_MAX)
+        _within("--threads", self.threads, 1, THREADS_MAX)
         _within("--al-extents", self.al_extents, AL_EXTENTS_MIN, AL_EXTENTS_MAX)
         _within("--al-extent-size", self.al_extent_bytes, DIRTY_REGION_BYTES_MIN, GIB)
         if self.al_extent_bytes & (self.al_extent_bytes - 1):

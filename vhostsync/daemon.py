@@ -152,6 +152,7 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         congestion_fill_bytes=config.congestion_bytes,
         ahead_backoff_s=AHEAD_BACKOFF_S,
         poll_us=config.poll_us,
+        threads=config.threads,
         read_fallback=config.read_fallback,
         switch_on_source_error=config.on_source_error == "switch",
         pause_on_destination_error=config.on_destination_error == "pause",

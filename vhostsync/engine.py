@@ -101,6 +101,7 @@ class EngineConfig:
     writeback: bool
     serial: str
     poll_us: int | None = 0  # None: where it pays
+    threads: int = 1
     pull_ahead: bool = False
     congestion_fill_bytes: int = 0
     ahead_backoff_s: float = 1.0
@@ -256,6 +257,7 @@ class Engine:
         c_config.writeback = config.writeback
         c_config.serial = config.serial.encode("ascii")
         c_config.poll_us = lib.VS_POLL_AUTO if config.poll_us is None else config.poll_us
+        c_config.threads = config.threads
         c_config.peer_tracked = peer_known
         c_config.pull_ahead = config.pull_ahead
         c_config.congestion_fill_bytes = config.congestion_fill_bytes

@@ -66,6 +66,13 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="auto|N",
         help="look for work so many microseconds before sleeping: 0 never, auto where it pays (default)",
     )
+    disk.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="data threads: one keeps the rings, the order and the log, the others do a share of the disks' work, "
+        "the guest's queues spread over all of them (default 1; see docs/performance.md)",
+    )
     mirror = serve.add_argument_group("the mirror")
     mirror.add_argument(
         "--destination-cache",

@@ -141,6 +141,7 @@ static inline struct vs_engine_config rig_config(void)
                                      .dirty_region_bytes = 65536,
                                      .checkpoint_us = 50000,
                                      .copy_depth = 4,
+                                     .threads = 1,
                                      .writeback = 1,
                                      .serial = "rig"};
 }

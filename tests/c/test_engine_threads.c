@@ -344,12 +344,13 @@ static vs_disk *file_disk(int fd, int direct)
     return disk;
 }
 
-static void on_files(const int fd[2], int direct, uint32_t poll_us)
+static void on_files(const int fd[2], int direct, uint32_t poll_us, uint32_t threads)
 {
     static _Alignas(4096) uint8_t one[DISK_BYTES], other[DISK_BYTES]; /* as direct I/O wants them */
     struct vs_engine_config config = rig_config();
     config.block_bytes = 512;
     config.poll_us = poll_us;
+    config.threads = threads;
     memset(driver, 0, sizeof driver);
     struct rig r = rig_make(&config, file_disk(fd[0], direct));
     rig_attach(&r, LANES, F_USUAL | F_EVENT_IDX);
@@ -376,7 +377,12 @@ static void on_files(const int fd[2], int direct, uint32_t poll_us)
 
 static void files_in_memory(void)
 {
-    on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, 0);
+    on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, 0, 1);
+}
+
+static void several_threads_in_memory(void)
+{
+    on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, 0, 3);
 }
 
 /* The rings are looked at without kicks; where that ends, no request may be forgotten. */
@@ -384,18 +390,19 @@ static void looking_before_sleeping(void)
 {
     static const uint32_t poll_us[] = {1, 50, VS_POLL_AUTO};
     for (unsigned i = 0; i < sizeof poll_us / sizeof poll_us[0]; i++)
-        on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, poll_us[i]);
+        on_files((int[]){memfd_create("a", MFD_CLOEXEC), memfd_create("b", MFD_CLOEXEC)}, 0, poll_us[i], 1 + i);
 }
 
 static void files_on_disk(void)
 {
-    for (int direct = 0; direct < 2; direct++) {
+    for (unsigned i = 0; i < 4; i++) {
+        int direct = i & 1;
         int flags = O_TMPFILE | O_RDWR | O_CLOEXEC | (direct ? O_DIRECT : 0);
         int fd[2] = {open(".", flags, 0600), open(".", flags, 0600)};
         if (fd[0] < 0 || fd[1] < 0)
             printf("# no such files in this directory: %s\n", strerror(errno));
         else
-            on_files(fd, direct, 0);
+            on_files(fd, direct, 0, i < 2 ? 1 : 2);
     }
 }
 
@@ -407,6 +414,7 @@ int main(void)
     test("stop and go", stop_and_go);
     test("a slow destination", a_slow_destination);
     test("files in memory", files_in_memory);
+    test("files in memory, three threads", several_threads_in_memory);
     test("files on disk", files_on_disk);
     test("looking before sleeping", looking_before_sleeping);
     return tests_end();

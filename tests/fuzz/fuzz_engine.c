@@ -452,6 +452,7 @@ static void begin(const uint8_t *data, size_t size)
                                       .checkpoint_us = 1000,
                                       .dirty_region_bytes = choose(&w.c, 2) ? 4096 : 65536,
                                       .copy_depth = 1 + choose(&w.c, 4),
+                                      .threads = 1,
                                       .writeback = choose(&w.c, 4) != 3,
                                       .serial = "fuzz"};
     vs_disk *source = new_disk();
