@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How cost grows as the work grows: `./run bench --growth`. Ours alone, in one pass (no rival, no
-rounds): these tables show a shape, the comparison is the other table's business.
+rounds, but for the threads, where one is compared with another): these tables show a shape, the comparison
+is the other table's business.
 """
 
 import contextlib
 import os
 import resource
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +28,9 @@ from bench.sample import BenchError, Work
 KIB, MIB = 1 << 10, 1 << 20
 QUEUES = (1, 2, 4, 8)
 BLOCKS = (512, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB)
+THREADS = (1, 2, 3)
+THREADS_ROUNDS = 3
+THREADS_DISK_BYTES = 256 << 20
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BACKENDS = (1, 4, 16, 64)
 RAMP_S = 0.3
@@ -105,6 +110,50 @@ def _queues(plan: Plan) -> list[Table]:
     works = {str(count): replace(_WRITE, queues=count) for count in QUEUES}
     title = "Queues: 4 KiB random writes, 32 in flight in each, memory"
     return [_loads(plan, "memory", title, "queues", works)]
+
+
+_THREADED = {
+    "4 KiB writes, 1 queue": _WRITE,
+    "4 KiB writes, 4 queues": replace(_WRITE, queues=4),
+    "4 KiB reads, 4 queues": Work("randread", 32, queues=4),
+    "64 KiB writes, 4 queues": Work("randwrite", 8, block_bytes=64 * KIB, queues=4),
+    "64 KiB reads, 4 queues": Work("randread", 8, block_bytes=64 * KIB, queues=4),
+}
+
+
+def _threads_of(plan: Plan, place: str) -> Table:
+    """Backends that differ in --threads, each work with all of them in turn."""
+    columns = ("work", "mode", *(f"{count}: per second" for count in THREADS))
+    columns += (*(f"{count}: of 1" for count in THREADS[1:]), *(f"{count}: CPU µs" for count in THREADS))
+    direct, size = plan.direct(place), min(THREADS_DISK_BYTES, plan.bytes_of[place])
+    rows: list[tuple[str | float | None, ...]] = []
+    with _folder(plan.directory_of[place]) as folder, contextlib.ExitStack() as stack:
+        for mode in ("pass-through", "mirrored"):
+            backends: list[Ours] = []
+            for count in THREADS:
+                name = f"{mode} {count}"
+                images = [make_file(folder / f"{name} {n}.img", size, direct=direct) for n in ("from", "to")]
+                destination = images[1] if mode == "mirrored" else None
+                options = ("--threads", str(count))
+                backends.append(
+                    Ours(name, folder, images[0], direct=direct, destination=destination, options=options)
+                )
+                stack.callback(backends[-1].close)
+            for label, work in _THREADED.items():
+                rounds = [[_load(ours, work, plan) for ours in backends] for _ in range(THREADS_ROUNDS)]
+                per_s = [statistics.median(each[i][0] for each in rounds) for i in range(len(THREADS))]
+                cpu_us = [statistics.median(each[i][-1] for each in rounds) for i in range(len(THREADS))]
+                # Of each round, where both had the same machine.
+                of_one = [
+                    statistics.median(each[i][0] / each[0][0] for each in rounds)
+                    for i in range(1, len(THREADS))
+                ]
+                rows.append((label, mode, *per_s, *of_one, *cpu_us))
+    return Table(f"Threads (--threads), {place}; 32 in flight in each queue, 8 of 64 KiB", columns, rows)
+
+
+def _threads(plan: Plan) -> list[Table]:
+    return [_threads_of(plan, place) for place in ("memory", "disk")]
 
 
 def _blocks(plan: Plan) -> list[Table]:
@@ -193,6 +242,7 @@ def _sleeps(ours: Ours) -> int:
 
 KINDS: dict[str, Callable[[Plan], list[Table]]] = {
     "queues": _queues,
+    "threads": _threads,
     "blocks": _blocks,
     "depths": _depths,
     "disks": _disks,

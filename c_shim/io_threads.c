@@ -294,6 +294,7 @@ void io_threads_lend(struct io_threads *t, unsigned number, struct io_job *job)
     job->thread = one;
     channel_put(&one->todo, job);
     one->lent++;
+    t->lent++;
 }
 
 void io_threads_wake(struct io_threads *t)

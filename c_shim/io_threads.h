@@ -36,7 +36,7 @@ struct io_threads {
     unsigned count;             /* with the data thread: 1 is that one alone */
     struct io_thread *thread;   /* 1 .. count-1 */
     int wake_fd;                /* wakes the data thread */
-    uint64_t wakes;             /* of I/O threads */
+    uint64_t lent, wakes;       /* jobs, and wake-ups of I/O threads, so far */
     atomic_bool asleep;         /* the data thread is, or is about to be */
 };
 

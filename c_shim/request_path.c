@@ -229,6 +229,7 @@ static uint8_t *own_buffer(const struct request *r)
 
 static void to_source(struct request *r)
 {
+    struct vs_engine *e = r->engine;
     struct disk_io *io = &r->io;
     uint8_t *buffer = own_buffer(r);
     if (source_failover_holds(r))
@@ -237,7 +238,8 @@ static void to_source(struct request *r)
     io->length = r->blk.length;
     io->may_unmap = r->blk.may_unmap;
     io->done = source_done;
-    io->thread = io_thread_of_queue(&r->engine->host.threads, r->queue->index);
+    /* Alone at the disk it has only a wake-up to lose by being handed over. */
+    io->thread = e->source->stats.in_flight ? io_thread_of_queue(&e->host.threads, r->queue->index) : 0;
     io->kind = r->blk.op == VS_OP_READ ? VS_DISK_READ : r->blk.op == VS_OP_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
     if (buffer) {
         r->buffer_iov = (struct iovec){buffer, (size_t)r->blk.length};
@@ -247,7 +249,7 @@ static void to_source(struct request *r)
         io->iov = r->blk.iov;
         io->iov_count = r->blk.iov_count;
     }
-    disk_submit(r->engine->source, io);
+    disk_submit(e->source, io);
 }
 
 /* It has its turn: its extents, then the source. Not the other way round: a write that waited for its extents could

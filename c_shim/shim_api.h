@@ -350,6 +350,7 @@ struct vs_snapshot {
     uint64_t polls;
     uint64_t poll_hits;          /* of these: something came */
     uint64_t wakeups;            /* of the engine's thread */
+    uint64_t lent;               /* disk operations (parts of them) that other threads have done */
     uint64_t syscalls;           /* io_uring_enter and notifications */
     uint64_t requests_waiting;   /* flushes and write-through writes that wait */
     uint64_t events_lost;

@@ -41,6 +41,7 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->polls = e->poller.polls;
     s->poll_hits = e->poller.hits;
     s->wakeups = e->wakeups;
+    s->lent = e->host.threads.lent;
     s->syscalls = e->uring.enters + e->notifications + io_threads_syscalls(&e->host.threads);
     s->requests_waiting = e->flush.waiting;
     s->doubt_count = e->doubt.count;

@@ -220,6 +220,8 @@ class Backend:
                 for role, path in paths.items()
             },
             "engine": {
+                "threads": self.engine.config.threads,
+                "lent-operations": snapshot.lent_operations,
                 "wakeups": snapshot.wakeups,
                 "syscalls": snapshot.syscalls,
                 "throttled-ms": snapshot.throttled_ns / 1e6,

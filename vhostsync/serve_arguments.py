@@ -70,8 +70,8 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="data threads: one keeps the rings, the order and the log, the others do a share of the disks' work, "
-        "the guest's queues spread over all of them (default 1; see docs/performance.md)",
+        help="data threads: one keeps rings, order and log, the others do a share of the disks' work, the "
+        "guest's queues spread over all of them (default 1; see docs/performance.md)",
     )
     mirror = serve.add_argument_group("the mirror")
     mirror.add_argument(

@@ -108,6 +108,7 @@ class Snapshot:
     poll_hits: int
     verify: VerifyProgress
     wakeups: int
+    lent_operations: int
     syscalls: int
     requests_waiting: int
     events_lost: int
@@ -182,6 +183,7 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
             differing=tuple((r.offset, r.length) for r in s.verify_ranges[0 : s.verify_range_count]),
         ),
         wakeups=s.wakeups,
+        lent_operations=s.lent,
         syscalls=s.syscalls,
         requests_waiting=s.requests_waiting,
         events_lost=s.events_lost,

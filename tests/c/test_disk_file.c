@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Files as disks, through io_uring and by plain calls, on a thread that plays
- * the engine's part. The files lie in the working directory (for direct I/O
+ * the engine's part, and on I/O threads. The files lie in the working directory (for direct I/O
  * and holes) and in memory.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <poll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -20,6 +22,8 @@
 
 static struct uring uring;
 static struct disk_host host;
+static struct uring_op woken; /* by I/O threads */
+static unsigned thread;       /* does the work; 0: this one */
 static uint8_t *buffer; /* BYTES, aligned */
 static uint8_t mirror[BYTES];
 
@@ -43,15 +47,25 @@ static void start(vs_disk *disk, struct call *c, uint32_t kind, uint64_t offset,
     c->io.length = length;
     c->io.iov = c->iov;
     c->io.iov_count = 1;
+    c->io.thread = thread;
     c->io.done = on_done;
     disk_submit(disk, &c->io);
     CHECK_EQUAL(c->done, 0); /* never from within */
 }
 
+static void on_wake(struct uring_op *op, int result, unsigned flags)
+{
+    (void)op;
+    CHECK(result > 0 && flags & IORING_CQE_F_MORE);
+}
+
 static void turn(void)
 {
-    uring_enter(&uring, list_empty(&host.done) ? UINT64_MAX : 0);
+    io_threads_wake(&host.threads);
+    uring_enter(&uring, list_empty(&host.done) && io_threads_may_sleep(&host.threads) ? UINT64_MAX : 0);
+    io_threads_awake(&host.threads);
     uring_reap(&uring);
+    io_threads_take_back(&host.threads);
     disk_run_done(&host);
 }
 
@@ -153,7 +167,7 @@ static void contents(const struct kind_of_file *k)
                 memset(buffer + at + b, (int)test_random(&state), 512);
             memcpy(mirror + at, buffer + at, part);
             *c = (struct call){.io = {.kind = VS_DISK_WRITE, .offset = at, .length = part, .iov = c->iov,
-                                      .iov_count = 4, .done = on_done}};
+                                      .iov_count = 4, .thread = (thread + i) % host.threads.count, .done = on_done}};
             for (unsigned n = 0; n < 4; n++)
                 c->iov[n] = (struct iovec){buffer + at + n * part / 4, part / 4};
             disk_submit(disk, &c->io);
@@ -242,6 +256,24 @@ static void no_space(void)
     close(fd);
 }
 
+/* Either side may be about to sleep each time: no wake-up is lost. */
+static void one_by_one(void)
+{
+    int fd;
+    vs_disk *disk = open_disk(&(struct kind_of_file){"memory", false, true}, &fd);
+    struct call other = {0};
+    for (unsigned i = 0; i < 5000; i++) {
+        thread = 2;
+        start(disk, &other, VS_DISK_READ, 4096, 4096, buffer + 4096);
+        thread = 1;
+        CHECK_EQUAL(call(disk, VS_DISK_WRITE, 0, 512, buffer), 0);
+        CHECK_EQUAL(finish(&other), 0);
+    }
+    CHECK_EQUAL(disk->stats.op[VS_DISK_WRITE].operations, 5000);
+    disk_close(disk);
+    close(fd);
+}
+
 /* ---- disk.c with a disk that does as it is told ----------------------------------- */
 
 static int told;
@@ -322,17 +354,31 @@ int main(void)
     buffer = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(buffer != MAP_FAILED);
     CHECK_EQUAL(uring_init(&uring, 64, 256, &step), 0); /* smaller than what is asked at once: it submits by itself */
-    disk_host_init(&host, &uring, -1);
-    test("a file in memory", in_memory);
-    test("a buffered file", buffered);
-    test("a direct file", direct);
-    test("errors", errors);
-    test("no space", no_space);
+    int wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    disk_host_init(&host, &uring, wake_fd);
+    woken.complete = on_wake;
+    struct io_uring_sqe *sqe = uring_sqe(&uring, &woken);
+    io_uring_prep_poll_multishot(sqe, wake_fd, POLLIN);
+    io_uring_sqe_set_data(sqe, &woken);
+    for (thread = 0; thread < 2; thread++) {
+        if (thread)
+            CHECK_EQUAL(io_threads_start(&host.threads, 3, wake_fd, &step), 0);
+        test(thread ? "a file in memory, on a thread" : "a file in memory", in_memory);
+        test(thread ? "a buffered file, on a thread" : "a buffered file", buffered);
+        test(thread ? "a direct file, on a thread" : "a direct file", direct);
+        test(thread ? "errors, on a thread" : "errors", errors);
+        test(thread ? "no space, on a thread" : "no space", no_space);
+    }
+    test("one by one", one_by_one);
+    CHECK(io_threads_syscalls(&host.threads) > 0);
+    io_threads_stop(&host.threads);
+    thread = 0;
     test("failed flushes", failed_flushes);
     test("iovecs", iovecs);
     test("latencies", latencies);
-    CHECK_EQUAL(uring.in_flight, 0);
+    CHECK_EQUAL(uring.in_flight, 1); /* the watch */
     disk_host_free(&host);
     uring_free(&uring);
+    close(wake_fd);
     return tests_end();
 }

@@ -69,7 +69,8 @@ class Chaos(BackendThread):
         record = StateFile(self._folder / "disk.state").load()
         if record is not None:
             self.current = Path(record.current.path)
-        options = ("--bitmap", str(self._folder / "bits"))
+        threads = self._rng.choice((1, 2, 3))
+        options = ("--bitmap", str(self._folder / "bits"), "--threads", str(threads))
         self._serve_with(lambda: Vhostsync(self._folder, self.current, queues=self._queues, options=options))
         self._await_recovered()
         self._descriptors = self._count_descriptors()

@@ -198,11 +198,13 @@ def test_a_hanging_destination_is_given_up_and_fenced(work: Path) -> None:
         assert same_content(source, other)
 
 
-def test_a_hanging_destination_during_the_copy(work: Path) -> None:
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_a_hanging_destination_during_the_copy(work: Path, threads: str) -> None:
     source = image(work / "a.img", filled_mib=16)
     with ext4(work) as files:
         other = image(files.folder / "b.img")
-        with Served(work, source, "--destination-timeout", "1") as served, Load(served) as load:
+        options = ("--destination-timeout", "1", "--threads", threads)
+        with Served(work, source, *options) as served, Load(served) as load:
             served.qmp.execute("mirror-start", destination=str(other), speed=2 * MIB)
             files.freeze()
             change = served.await_state("degraded")

@@ -35,9 +35,10 @@ from tests.guest.qmp_client import QmpError
 SWITCHES = int(os.environ.get("VHOSTSYNC_SWITCHES", "6"))
 
 
-def test_a_switch_under_load(work: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_switch_under_load(work: Path, threads: int) -> None:
     source, other = image(work / "a.img"), image(work / "b.img")
-    with Served(work, source) as served, Load(served) as load:
+    with Served(work, source, "--threads", str(threads)) as served, Load(served) as load:
         served.start_mirror(other)
         load.go_on()
         result = served.qmp.execute("switch")
@@ -53,6 +54,10 @@ def test_a_switch_under_load(work: Path) -> None:
         assert served.qmp.wait_event("SWITCH_COMPLETED")["source-path"] == str(other)
         assert lacking(other, expected) == []
         assert source.read_bytes() == old and fingerprint(source) == left, "the old disk is left alone"
+        engine = served.qmp.execute("query-stats")["engine"]
+        assert engine["threads"] == threads and (engine["lent-operations"] > 0) == (threads > 1)
+        tasks = [task.read_text().strip() for task in Path(f"/proc/{served.process.pid}/task").glob("*/comm")]
+        assert tasks.count("vhostsync-io") == threads - 1
         served.stop()
 
 

@@ -346,7 +346,8 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback --log-size 128M
         --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
-        --poll-us 25 --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
+        --poll-us 25 --threads 2
+        --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
@@ -365,7 +366,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.log_bytes, settings.max_lag_ms) == (128 << 20, 100)
     assert (settings.destination_timeout_s, settings.stop_timeout_s) == (5, 0.5)
     assert (settings.copy_depth, settings.dirty_region_bytes) == (4, 128 << 10)
-    assert (settings.poll_us, settings.destination_retry_s) == (25, 3)
+    assert (settings.poll_us, settings.threads, settings.destination_retry_s) == (25, 2, 3)
     assert (settings.on_congestion, settings.congestion_fill_bytes) == ("pull-ahead", 64 << 20)
     assert (settings.read_fallback, settings.on_source_error) == (True, "switch")
     assert settings.on_destination_error == "pause"

@@ -126,6 +126,8 @@ def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch
         ({"stop_timeout_s": 1e9}, "--stop-timeout"),
         ({"copy_depth": 0}, "--copy-depth"),
         ({"poll_us": 10_001}, "--poll-us"),
+        ({"threads": 0}, "--threads"),
+        ({"threads": 17}, "--threads"),
         ({"dirty_region_bytes": 65537}, "power of two"),
         ({"dirty_region_bytes": 512}, "--dirty-region-size"),
         ({"log_format": "xml"}, "--log-format"),
