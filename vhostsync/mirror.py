@@ -366,17 +366,16 @@ class Mirror:
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
             record = former.with_peer(disk.identity, former.bitmap if resync else None)
             await self._keeper.write(record.with_wanted(wanted))
+            former_peer, self._last_error = self._roles.attach(place), None
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
-                self._roles.destination, self._last_error = place, None
                 await self._engine.mirror_start(disk, resync=resync)
             except EngineError:
-                self._roles.destination = None
+                self._roles.destination, self._roles.peer = None, former_peer
                 await self._keeper.write(former)
                 raise
             if not resync:
                 await self._keeper.begin_bitmap(place)
-        self._roles.peer.attached(place)
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=str(place.path), everything_because=full_copy_reason)

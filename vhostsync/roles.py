@@ -20,6 +20,13 @@ class Roles:
         """Of the destination, or of the one that was given up last."""
         return self.destination.path if self.destination is not None else self.fenced_path
 
+    def attach(self, place: Place) -> Peer:
+        """Before the engine has it, for it may report its loss at once. The peer so far, should that fail."""
+        former, self.peer = self.peer, Peer()
+        self.peer.attached(place)
+        self.destination = place
+        return former
+
     def fence(self) -> None:
         """The destination is given up; what it has under way may still be written there."""
         if self.destination is not None:

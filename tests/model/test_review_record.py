@@ -263,3 +263,30 @@ def test_a_destination_that_fails_during_a_cancel_by_force(
         assert it.record().peer_worth is Worth.OUTDATED
 
     play(scene, tmp_path, monkeypatch)
+
+
+def test_a_destination_that_is_lost_as_soon_as_it_is_attached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R20: whoever changes it afterwards is noticed: it gets a full copy, not what differs."""
+
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        await it.mirror.cancel(force=False)
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        mirror_start = it.engine.mirror_start
+
+        async def attach_and_lose(disk: disks.Disk, *, resync: bool) -> None:
+            it.second.fault(DiskOp.WRITE, errno.EIO)
+            await mirror_start(disk, resync=resync)
+            await until(lambda: it.mirror.state is MirrorState.DEGRADED and not it.mirror.fenced)
+
+        monkeypatch.setattr(it.engine, "mirror_start", attach_and_lose)
+        await it.mirror.start(MirrorTarget(path=it.paths[1], cache="writeback"))
+        monkeypatch.setattr(it.engine, "mirror_start", mirror_start)
+        assert (await it.mirror.status()).full_copy_reason is None
+        await anyio.to_thread.run_sync(it.paths[1].write_bytes, bytes(SIZE))
+        await it.attach()
+        assert "changed since" in ((await it.mirror.status()).full_copy_reason or "")
+
+    play(scene, tmp_path, monkeypatch)
