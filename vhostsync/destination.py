@@ -55,7 +55,7 @@ def open_destination(
         if disk is not None:
             disk.close()
         if target.create:
-            target.path.unlink()
+            disks.remove_image(target.path)
         raise
     return disk
 

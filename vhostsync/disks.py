@@ -147,6 +147,21 @@ def create_image(path: Path, size_bytes: int) -> None:
         ) from error
 
 
+def remove_image(path: Path) -> None:
+    """One that `create_image` has made and nobody needs; whoever has taken it meanwhile keeps it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if try_lock(fd, uses=WRITER_USES, shares=WRITER_SHARES):
+                path.unlink()
+            else:
+                log.warning("the image that was made stays, for somebody else has it", path=str(path))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.warning("the image that was made could not be removed", path=str(path), error=error.strerror)
+
+
 def size_bytes(path: Path) -> int:
     """What an image file or block device has now. Blocks. DiskError."""
     try:

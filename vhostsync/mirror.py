@@ -34,7 +34,7 @@ from vhostsync.destination import (
     check_former,
     open_destination,
 )
-from vhostsync.disks import Disk
+from vhostsync.disks import Disk, remove_image
 from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
@@ -335,8 +335,9 @@ class Mirror:
                 check_former(disk, former)
             await self._attach(disk, target)
         except VhostsyncError:
+            disk.close()
             if target.create:
-                await anyio.to_thread.run_sync(target.path.unlink)
+                await anyio.to_thread.run_sync(remove_image, target.path)
             raise
         finally:
             disk.close()  # what the engine did not take

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from vhostsync import disks
+from vhostsync.config import MirrorTarget
+from vhostsync.destination import open_destination
 from vhostsync.disk_layers import layers
 from vhostsync.disks import (
     Disk,
@@ -146,6 +148,31 @@ def test_a_failed_probe_closes_the_disk(image: Path) -> None:
     with pytest.raises(DiskError, match="cannot be examined: Input/output error"):
         open_disk(image, read_only=False, cache="none", lock_timeout_s=0, probe=fail)
     opened(image).close()
+
+
+def test_an_image_that_somebody_else_has_taken_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two mirrors are started to it in the same moment; the one that made it comes too late."""
+    source, path = tmp_path / "a.img", tmp_path / "b.img"
+    create_image(source, MIB)
+    taken: list[Disk] = []
+
+    def create_and_lose(image: Path, size_bytes: int) -> None:
+        create_image(image, size_bytes)
+        taken.append(opened(image))
+
+    monkeypatch.setattr(disks, "create_image", create_and_lose)
+    target = MirrorTarget(path, create=True, cache="writeback")
+    with pytest.raises(DiskError, match="is in use"):
+        open_destination(target, source, MIB, 512, 0)
+    assert path.exists()
+    taken.pop().close()
+    path.unlink()
+    monkeypatch.setattr(disks, "create_image", lambda image, _: create_image(image, MIB))
+    with pytest.raises(DiskError, match="too small"):
+        open_destination(target, source, 2 * MIB, 512, 0)
+    assert not path.exists()
 
 
 # ---- the locks -------------------------------------------------------------------
