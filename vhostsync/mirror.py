@@ -333,6 +333,7 @@ class Mirror:
         try:
             if former is not None:
                 check_former(disk, former)
+                await self._keeper.check_unclaimed(disk.identity)
             await self._attach(disk, target)
         except VhostsyncError:
             disk.close()

@@ -13,7 +13,7 @@ from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
 from vhostsync.disks import Disk
 from vhostsync.engine import bitmap_file_bytes, probe
-from vhostsync.errors import DiskError
+from vhostsync.errors import DiskError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import DiskIdentity, StateRecord, Worth, check_start
@@ -94,7 +94,24 @@ def check_record(state_file: StateFile, disk: Disk) -> tuple[StateRecord | None,
     if found.clean and record.bitmap is not None and (why := now.changed_since(found.current)):
         log.warning("somebody changed the disk: its peer needs a full copy", path=str(disk.path), why=why)
         record = record.with_bitmap(None)
-    return found, record
+    return found, _without_lost_peer(state_file, record)
+
+
+def _without_lost_peer(state_file: StateFile, record: StateRecord) -> StateRecord:
+    """A peer that another lineage has taken meanwhile is not ours to write to, or to speak of."""
+    if record.peer is None:
+        return record
+    try:
+        other = state_file.other_record(record.peer)
+        if other is None:
+            return record
+        log.warning(
+            "the last destination belongs to another state record by now: no mirror is resumed to it",
+            path=record.peer.path, record=str(other),
+        )  # fmt: skip
+    except StateRecordError as error:
+        log.warning("no mirror is resumed to the last destination", path=record.peer.path, reason=str(error))
+    return record.without_peer()
 
 
 def _open_bitmap(config: ServeConfig, disk: Disk, record: StateRecord | None) -> BitmapFile:

@@ -27,12 +27,12 @@ from vhostsync import events
 from vhostsync.bitmap import BitmapFile
 from vhostsync.destination import Place, look_again
 from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
-from vhostsync.errors import EngineError, StateRecordError, VhostsyncError
+from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.roles import Roles
 from vhostsync.snapshot import State
 from vhostsync.state_file import Prepared, StateFile
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.state_record import DiskIdentity, StateRecord, Worth
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +84,17 @@ class RecordKeeper:
         if self._state_file is None:
             return None
         return await anyio.to_thread.run_sync(self._state_file.prepare, record)
+
+    async def check_unclaimed(self, disk: DiskIdentity) -> None:
+        """MirrorError where another lineage has taken the disk meanwhile. StateRecordError."""
+        if self._state_file is None:
+            return
+        other = await anyio.to_thread.run_sync(self._state_file.other_record, disk)
+        if other is not None:
+            raise MirrorError(
+                f"{disk.path} belongs to another state record by now, {other}, and what is on it would be "
+                f"lost; if it may be, start the mirror to it yourself: vhostsync mirror start {disk.path}"
+            )
 
     def expect_exchange(self, record: StateRecord | None) -> None:
         """`record` is what holds once the engine reports the exchange of the disks; None: it will not."""

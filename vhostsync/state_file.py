@@ -24,7 +24,7 @@ from typing import Protocol, Self
 import structlog
 
 from vhostsync.errors import StateRecordError
-from vhostsync.state_record import StateRecord, decode_record, encode_record, named
+from vhostsync.state_record import DiskIdentity, StateRecord, decode_record, encode_record, named
 
 log = structlog.get_logger(__name__)
 
@@ -73,15 +73,18 @@ class RealFileSystem:
 
 class StateFile:
     """The record's file. Every method blocks; all are safe from any thread. `before_write` is called with
-    each record before it is prepared (state_index makes both disks find it)."""
+    each record before it is prepared (state_index makes both disks find it); `other_record` tells which other
+    one has taken a disk since."""
 
     def __init__(
         self, path: Path, *, files: FileSystem | None = None,
         before_write: Callable[[StateRecord], None] | None = None,
+        other_record: Callable[[DiskIdentity], Path | None] | None = None,
     ) -> None:
         self.path = path
         self._files: FileSystem = files if files is not None else RealFileSystem()
         self._before_write = before_write
+        self._other_record = other_record
         self._mutex = threading.Lock()
         self._commits = 0
         self._serial = 0
@@ -150,6 +153,11 @@ class StateFile:
                 f"{named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
                 f"one; find that out, then restore the record or move it away"
             ) from error
+
+    def other_record(self, disk: DiskIdentity) -> Path | None:
+        """The record of another lineage that the disk belongs to by now. StateRecordError: that cannot be
+        told."""
+        return self._other_record(disk) if self._other_record is not None else None
 
     def prepare(self, record: StateRecord) -> "Prepared":
         """Everything but the rename: the long part, done before the guest is paused."""

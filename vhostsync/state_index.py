@@ -6,7 +6,7 @@ In the state directory each disk path that was ever current or a peer has a smal
 mentions the disk is written, so whichever of the two disks `serve` is started with, it finds the same record:
 the superseded one is refused and told which disk is current. A disk that was renamed is found by its
 identity. A disk that becomes the destination of another lineage is overwritten by it, so its pointer then
-names that lineage.
+names that lineage, and the former one lets go of it (`other_record`).
 
 A pointer to a record that does not exist means "no record": so moving a record away is how to start anew.
 """
@@ -65,7 +65,11 @@ def open_state_file(
         make_directory(base)
         index = Index(base, files)
         path = index.record_of(disk)
-        state_file = StateFile(path, files=files, before_write=lambda record: index.point(record, path))
+        state_file = StateFile(
+            path, files=files,
+            before_write=lambda record: index.point(record, path),
+            other_record=lambda disk: index.other_record(disk, path),
+        )  # fmt: skip
     state_file.lock(lock_timeout_s)
     return state_file
 
@@ -114,6 +118,11 @@ class Index:
             if records:
                 return records[0]
         return self._directory / f"{_stem(disk.path)}{RECORD_SUFFIX}"
+
+    def other_record(self, disk: DiskIdentity, path: Path) -> Path | None:
+        """The record that has taken this disk from the one at `path`. StateRecordError as `record_of`."""
+        found = self.record_of(disk)
+        return found if found != path and self._exists(found) else None
 
     def point(self, record: StateRecord, path: Path) -> None:
         """Makes both disks of the record find it, durably. Raises OSError."""

@@ -21,6 +21,7 @@ from tests.guest.qmp_client import QmpError
 
 REGION = 64 << 10
 NOT_RESUMED = "the mirror of the last run is not resumed"
+TAKEN = "the last destination belongs to another state record by now: no mirror is resumed to it"
 
 
 def logged(served: Served, message: str) -> list[dict[str, str]]:
@@ -122,3 +123,26 @@ def test_another_disk_of_its_name_is_not_overwritten(work: Path) -> None:
         served.start_mirror(other)
         served.stop()
     assert same_content(source, other)
+
+
+def test_a_disk_that_another_guest_is_on_by_now_is_left_alone(work: Path) -> None:
+    source, other, third = image(work / "a.img"), image(work / "b.img"), image(work / "c.img")
+    with Served(work, source) as served:
+        served.start_mirror(other)
+        served.stop()
+    with Served(work, third, name="second") as served:
+        served.qmp.execute("mirror-start", destination=str(other))
+        served.await_steady()
+        served.qmp.execute("switch")
+        served.stop()
+    assert same_content(other, third)
+    with Served(work, source) as served, served.guest() as guest:
+        assert (served.state, served.mirror()["wanted"]) == ("passthrough", False)
+        assert logged(served, TAKEN)
+        write_block(guest, 1, 1)
+        guest.close()
+        served.stop()
+    assert same_content(other, third)
+    with Served(work, other, name="second") as served:
+        assert served.qmp.execute("query-status")["epoch"] == 2
+        served.stop()

@@ -28,6 +28,7 @@ from vhostsync import engine as engine_module
 from vhostsync.config import MirrorTarget
 from vhostsync.engine import Engine, EngineConfig, probe
 from vhostsync.engine_attachment import EngineAttachment
+from vhostsync.errors import MirrorError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
@@ -288,5 +289,24 @@ def test_a_destination_that_is_lost_as_soon_as_it_is_attached(
         await anyio.to_thread.run_sync(it.paths[1].write_bytes, bytes(SIZE))
         await it.attach()
         assert "changed since" in ((await it.mirror.status()).full_copy_reason or "")
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_a_lost_destination_that_another_lineage_has_taken_is_not_attached_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        it.second.fault(DiskOp.WRITE, errno.EIO)
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        await it.guest_does(it.guest.flush_now)  # behind the record
+        await until(lambda: it.mirror.state is MirrorState.DEGRADED and not it.mirror.fenced)
+        before = it.record()
+        monkeypatch.setattr(it.state_file, "other_record", lambda _disk: tmp_path / "other.record.json")
+        with pytest.raises(MirrorError, match=r"another state record by now, .*other\.record\.json"):
+            await it.mirror.resume()
+        assert it.record() == before and it.mirror.state is MirrorState.DEGRADED
+        await it.attach()  # whoever commands it knows
 
     play(scene, tmp_path, monkeypatch)
