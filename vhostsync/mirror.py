@@ -361,7 +361,9 @@ class Mirror:
 
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         place = Place.of(disk)
-        full_copy_reason = "it was asked for" if target.full else await self._why_full(disk)
+        full_copy_reason: str | None = "it was asked for"
+        if not target.full:
+            full_copy_reason = await anyio.to_thread.run_sync(self._roles.peer.why_full, disk)
         resync = full_copy_reason is None
         async with self._keeper.lock:
             former = self._keeper.record
@@ -381,10 +383,6 @@ class Mirror:
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=str(place.path), everything_because=full_copy_reason)
-
-    async def _why_full(self, disk: Disk) -> str | None:
-        await anyio.to_thread.run_sync(self._roles.peer.look)
-        return await anyio.to_thread.run_sync(self._roles.peer.why_full, disk)
 
     async def cancel(self, *, force: bool) -> None:
         """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first, and in

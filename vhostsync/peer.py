@@ -44,10 +44,11 @@ class Peer:
 
     def why_full(self, disk: Disk) -> str | None:
         """Why everything has to be copied to `disk`; None: what differs is enough."""
+        if self.place is not None and disk.identity.likeness(self.place.identity) is not Likeness.SAME:
+            return f"the differences are known for {self.place.path} only"
+        self.look()  # not at another one, which may be lost in a way that keeps whoever looks at it
         if self.place is None:
             return "no earlier copy of it is known"
-        if disk.identity.likeness(self.place.identity) is not Likeness.SAME:
-            return f"the differences are known for {self.place.path} only"
         if self._left is None:
             return None  # a crash: nobody could note how it was left
         changed = identify(disk.fd.fileno(), disk.path, with_ctime=True).changed_since(self._left)

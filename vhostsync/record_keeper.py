@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 1.0
 
-_TO_RECORD: Final = (EventKind.STATE, EventKind.DEGRADED, EventKind.FENCE_CLEAR, EventKind.BITMAP_FAILED)
+_TO_RECORD: Final = (EventKind.STATE, EventKind.DEGRADED, EventKind.BITMAP_FAILED)
 
 
 class RecordKeeper:
@@ -67,6 +67,7 @@ class RecordKeeper:
         self._to_record: deque[EngineEvent] = deque()
         self._came = anyio.Event()
         self._source_failed = anyio.Event()
+        self._fence_clear = anyio.Event()
         engine.on_event(self._on_event)
 
     # ---- writing ---------------------------------------------------------------
@@ -143,6 +144,8 @@ class RecordKeeper:
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
         elif event.kind is EventKind.IO_ERROR and event.role == "source":
             self._source_failed.set()
+        elif event.kind is EventKind.FENCE_CLEAR:
+            self._fence_clear.set()
         if event.kind in _TO_RECORD:
             self._to_record.append(event)
             self._came.set()
@@ -151,7 +154,16 @@ class RecordKeeper:
         """Until cancelled."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._follow_doubt)
+            tasks.start_soon(self._follow_fence)
             await self._follow_events()
+
+    async def _follow_fence(self) -> None:
+        """Not in turn with the rest, which may wait for the record's disk: whoever changes the lost one
+        meanwhile is to be noticed."""
+        while True:
+            await self._fence_clear.wait()
+            self._fence_clear = anyio.Event()
+            await anyio.to_thread.run_sync(self._roles.peer.look)
 
     async def _follow_doubt(self) -> None:
         behind = False
@@ -186,9 +198,7 @@ class RecordKeeper:
 
     async def _follow(self, event: EngineEvent) -> None:
         """The engine waits only where a steady destination or the bitmap was lost."""
-        if event.kind is EventKind.FENCE_CLEAR:
-            await anyio.to_thread.run_sync(self._roles.peer.look)
-        elif event.kind is EventKind.BITMAP_FAILED:
+        if event.kind is EventKind.BITMAP_FAILED:
             await self._give_up_bitmap(event.error)
         elif event.kind is EventKind.DEGRADED:
             await self._record_outdated()

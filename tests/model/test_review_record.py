@@ -23,9 +23,10 @@ from tests.engine_driver import DiskOp, MemoryDisk
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.model.rig import BLOCK, MIB, pattern
-from vhostsync import disks
+from vhostsync import disks, peer
 from vhostsync import engine as engine_module
 from vhostsync.config import MirrorTarget
+from vhostsync.destination import Place, look_again
 from vhostsync.engine import Engine, EngineConfig, probe
 from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.errors import MirrorError
@@ -33,7 +34,7 @@ from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
 from vhostsync.state_file import Prepared, StateFile
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.state_record import DiskIdentity, StateRecord, Worth
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -266,6 +267,37 @@ def test_a_destination_that_fails_during_a_cancel_by_force(
     play(scene, tmp_path, monkeypatch)
 
 
+def looks_of(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
+    """Where the mirror has noted how a lost destination looks, from here on."""
+    looks: list[Place] = []
+
+    def look(place: Place) -> DiskIdentity | None:
+        found = look_again(place)
+        looks.append(place)
+        return found
+
+    monkeypatch.setattr(peer, "look_again", look)
+    return looks
+
+
+def test_a_record_that_cannot_be_written_delays_no_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R21: how the lost destination looks is noted before anybody can have changed it."""
+
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        looks = looks_of(monkeypatch)
+        it.state_file.hold = True
+        it.second.fault(DiskOp.WRITE, errno.EIO)
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        await until(it.state_file.reached.is_set)
+        await until(lambda: bool(looks))
+        it.state_file.release.set()
+
+    play(scene, tmp_path, monkeypatch)
+
+
 def test_a_destination_that_is_lost_as_soon_as_it_is_attached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,8 +312,9 @@ def test_a_destination_that_is_lost_as_soon_as_it_is_attached(
         async def attach_and_lose(disk: disks.Disk, *, resync: bool) -> None:
             it.second.fault(DiskOp.WRITE, errno.EIO)
             await mirror_start(disk, resync=resync)
-            await until(lambda: it.mirror.state is MirrorState.DEGRADED and not it.mirror.fenced)
+            await until(lambda: bool(looks))
 
+        looks = looks_of(monkeypatch)
         monkeypatch.setattr(it.engine, "mirror_start", attach_and_lose)
         await it.mirror.start(MirrorTarget(path=it.paths[1], cache="writeback"))
         monkeypatch.setattr(it.engine, "mirror_start", mirror_start)
