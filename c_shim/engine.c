@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The engine's thread: its loop, its commands, the gate of a switch.
+ * The engine's thread: its loop and its commands.
  * Further threads only do a share of the disks' work (io_threads.c).
  *
  * The thread sleeps in io_uring_enter and nowhere else. It is woken by
@@ -23,6 +23,7 @@
 #include "clock.h"
 #include "request_path.h"
 #include "snapshot.h"
+#include "switching.h"
 
 /* How long the end waits for a destination (or source) that does not answer. */
 #define QUIT_PATIENCE_NS 2000000000u
@@ -36,119 +37,6 @@ void engine_report_io_error(struct vs_engine *e, uint32_t role, const struct dis
                              .offset = io->kind == VS_DISK_FLUSH ? 0 : io->offset,
                              .length = io->kind == VS_DISK_FLUSH ? 0 : io->length};
     mailbox_post(&e->mailbox, &event);
-}
-
-/* ---- the gate of a switch ----------------------------------------------- */
-
-static void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
-{
-    if (e->gate != GATE_OPEN || e->mirror.state != VS_STEADY) {
-        mailbox_done(&e->mailbox, token, e->gate != GATE_OPEN ? -EBUSY : -ENOTCONN, 0);
-        return;
-    }
-    e->gate = GATE_CLOSING;
-    e->gate_token = token;
-    e->gate_closed_ns = clock_ns();
-    e->gate_deadline_ns = e->gate_closed_ns + allowed_us * 1000;
-}
-
-static void gate_open(struct vs_engine *e)
-{
-    e->gate = GATE_OPEN;
-    list_splice(&e->ready, &e->stalled);
-}
-
-static bool drained(const struct vs_engine *e)
-{
-    /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
-    return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&
-           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
-}
-
-static void gate_pump(struct vs_engine *e)
-{
-    int rc;
-    if (e->gate != GATE_CLOSING)
-        return;
-    if (e->mirror.state != VS_STEADY)
-        rc = -ENOTCONN;
-    else if (drained(e))
-        rc = 0;
-    else if (engine_now(e) >= e->gate_deadline_ns)
-        rc = -ETIMEDOUT;
-    else
-        return;
-    if (rc == 0)
-        e->gate = GATE_CLOSED;
-    else
-        gate_open(e);
-    mailbox_done(&e->mailbox, e->gate_token, rc, clock_ns() - e->gate_closed_ns);
-}
-
-/* Also while it closes: whoever asked for it has changed his mind. */
-static void ungate(struct vs_engine *e)
-{
-    if (e->gate == GATE_CLOSING)
-        mailbox_done(&e->mailbox, e->gate_token, -ECANCELED, 0);
-    if (e->gate != GATE_OPEN)
-        gate_open(e);
-}
-
-static void exchange(struct vs_engine *e, uint64_t token, uint32_t flags)
-{
-    int rc = mirror_exchange(e, flags);
-    uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
-    if (rc == 0)
-        source_failover_over(e);
-    if (e->gate == GATE_CLOSED)
-        gate_open(e);
-    mailbox_done(&e->mailbox, token, rc, pause_ns);
-}
-
-/* ---- drain: a flush of the destination (or both disks) for the control plane -- */
-
-struct drain {
-    struct flush_waiter waiter;
-    struct vs_engine *engine;
-    uint64_t token;
-    uint64_t epoch;
-};
-
-static void drain_done(struct flush_waiter *w, int result)
-{
-    struct drain *d = container_of(w, struct drain, waiter);
-    if (result == 0 && d->epoch != d->engine->mirror.capture_epoch)
-        result = -ENOTCONN; /* the source alone holds it: the mirror was lost, or is ahead meanwhile */
-    mailbox_done(&d->engine->mailbox, d->token, result, 0);
-    free(d);
-}
-
-static void drain(struct vs_engine *e, uint64_t token, bool both_disks)
-{
-    struct drain *d = e->mirror.state == VS_STEADY ? calloc(1, sizeof *d) : NULL;
-    if (!d) {
-        mailbox_done(&e->mailbox, token, e->mirror.state == VS_STEADY ? -ENOMEM : -ENOTCONN, 0);
-        return;
-    }
-    d->engine = e;
-    d->token = token;
-    d->epoch = e->mirror.capture_epoch;
-    d->waiter.done = drain_done;
-    d->waiter.destination_only = !both_disks;
-    guest_flush_wait(e, &d->waiter, e->counts.source_generation);
-}
-
-/* Those that still wait at the end are not answered. */
-static void drains_free(struct vs_engine *e)
-{
-    if (!e->flush.waiters.next)
-        return;
-    list_each_safe(node, &e->flush.waiters)
-    {
-        struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if (w->done == drain_done)
-            free(container_of(w, struct drain, waiter));
-    }
 }
 
 /* ---- commands ------------------------------------------------------------ */
@@ -174,7 +62,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         e->copier.not_before_ns = 0;
         break;
     case VS_CMD_MIRROR_DRAIN:
-        drain(e, token, c->value);
+        drain_begin(e, token, c->value);
         return;
     case VS_CMD_MIRROR_STOP:
         mirror_stop(e, (uint32_t)c->value);
@@ -198,13 +86,13 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         gate_close(e, token, c->value);
         return;
     case VS_CMD_UNGATE:
-        ungate(e);
+        gate_cancel(e);
         break;
     case VS_CMD_FAILOVER_GIVE_UP:
         source_failover_give_up(e);
         break;
     case VS_CMD_EXCHANGE:
-        exchange(e, token, (uint32_t)c->value);
+        switch_exchange(e, token, (uint32_t)c->value);
         return;
     case VS_CMD_CATCH_UP:
         rc = pull_ahead_catch_up(e);

@@ -375,7 +375,7 @@ MUTATIONS = [
     _m(
         "failover-before-replication",
         "a source that fails: what was captured is replicated first",
-        "engine.c",
+        "switching.c",
         "    return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&\n"
         "           e->replicator.in_use == 0 &&",
         "    return e->failover.pending || (e->requests_in_flight == 0) && log_drained(&e->log) &&\n"
@@ -482,7 +482,7 @@ MUTATIONS = [
     _m(
         "gate-does-not-drain",
         "switch: replication drains until M = G",
-        "engine.c",
+        "switching.c",
         "return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&\n"
         "           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && "
         "e->mirror.disk->stats.in_flight == 0;",
@@ -500,7 +500,7 @@ MUTATIONS = [
     _m(
         "gate-for-ever",
         "switch: bounded by max_pause, and the gate opens again",
-        "engine.c",
+        "switching.c",
         "else if (engine_now(e) >= e->gate_deadline_ns)",
         "else if (e->gate_deadline_ns == 1)",
         "switch.py::test_a_gate_that_takes_too_long_is_opened_again",
@@ -532,7 +532,7 @@ MUTATIONS = [
     _m(
         "drain-does-not-flush",
         "mirror-cancel drains and flushes",
-        "engine.c",
+        "switching.c",
         "guest_flush_wait(e, &d->waiter, e->counts.source_generation);",
         "guest_flush_wait(e, &d->waiter, 0);",
         "switch.py::test_cancel_leaves_a_named_point_in_time",

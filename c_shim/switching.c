@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine's part of a switch (docs/write-path.md, "A switch").
+ *
+ *   drain      the guest runs: the destination (or both disks) is flushed, so that little is left for the pause
+ *   gate       nothing is taken up any more; closed when all that was taken up is over and the log is empty (M = G),
+ *              or opened again when that takes longer than allowed
+ *   exchange   the roles change; the gate opens: the guest goes on on the other disk
+ *
+ * Invariant: between a gate that has closed and its opening no request is in flight, so whatever is exchanged
+ * meanwhile, no request sees half of it.
+ */
+#include "switching.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "clock.h"
+#include "engine.h"
+
+/* ---- drain ---------------------------------------------------------------- */
+
+struct drain {
+    struct flush_waiter waiter;
+    struct vs_engine *engine;
+    uint64_t token;
+    uint64_t epoch;
+};
+
+static void drain_done(struct flush_waiter *w, int result)
+{
+    struct drain *d = container_of(w, struct drain, waiter);
+    if (result == 0 && d->epoch != d->engine->mirror.capture_epoch)
+        result = -ENOTCONN; /* the source alone holds it: the mirror was lost, or is ahead meanwhile */
+    mailbox_done(&d->engine->mailbox, d->token, result, 0);
+    free(d);
+}
+
+void drain_begin(struct vs_engine *e, uint64_t token, bool both_disks)
+{
+    struct drain *d = e->mirror.state == VS_STEADY ? calloc(1, sizeof *d) : NULL;
+    if (!d) {
+        mailbox_done(&e->mailbox, token, e->mirror.state == VS_STEADY ? -ENOMEM : -ENOTCONN, 0);
+        return;
+    }
+    d->engine = e;
+    d->token = token;
+    d->epoch = e->mirror.capture_epoch;
+    d->waiter.done = drain_done;
+    d->waiter.destination_only = !both_disks;
+    guest_flush_wait(e, &d->waiter, e->counts.source_generation);
+}
+
+void drains_free(struct vs_engine *e)
+{
+    if (!e->flush.waiters.next)
+        return;
+    list_each_safe(node, &e->flush.waiters)
+    {
+        struct flush_waiter *w = container_of(node, struct flush_waiter, link);
+        if (w->done == drain_done)
+            free(container_of(w, struct drain, waiter));
+    }
+}
+
+/* ---- the gate ------------------------------------------------------------ */
+
+void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
+{
+    if (e->gate != GATE_OPEN || e->mirror.state != VS_STEADY) {
+        mailbox_done(&e->mailbox, token, e->gate != GATE_OPEN ? -EBUSY : -ENOTCONN, 0);
+        return;
+    }
+    e->gate = GATE_CLOSING;
+    e->gate_token = token;
+    e->gate_closed_ns = clock_ns();
+    e->gate_deadline_ns = e->gate_closed_ns + allowed_us * 1000;
+}
+
+static void gate_open(struct vs_engine *e)
+{
+    e->gate = GATE_OPEN;
+    list_splice(&e->ready, &e->stalled);
+}
+
+static bool drained(const struct vs_engine *e)
+{
+    /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
+    return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&
+           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
+}
+
+void gate_pump(struct vs_engine *e)
+{
+    int rc;
+    if (e->gate != GATE_CLOSING)
+        return;
+    if (e->mirror.state != VS_STEADY)
+        rc = -ENOTCONN;
+    else if (drained(e))
+        rc = 0;
+    else if (engine_now(e) >= e->gate_deadline_ns)
+        rc = -ETIMEDOUT;
+    else
+        return;
+    if (rc == 0)
+        e->gate = GATE_CLOSED;
+    else
+        gate_open(e);
+    mailbox_done(&e->mailbox, e->gate_token, rc, clock_ns() - e->gate_closed_ns);
+}
+
+void gate_cancel(struct vs_engine *e)
+{
+    if (e->gate == GATE_CLOSING)
+        mailbox_done(&e->mailbox, e->gate_token, -ECANCELED, 0);
+    if (e->gate != GATE_OPEN)
+        gate_open(e);
+}
+
+void switch_exchange(struct vs_engine *e, uint64_t token, uint32_t flags)
+{
+    int rc = mirror_exchange(e, flags);
+    uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
+    if (rc == 0)
+        source_failover_over(e);
+    if (e->gate == GATE_CLOSED)
+        gate_open(e);
+    mailbox_done(&e->mailbox, token, rc, pause_ns);
+}

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine's part of a switch: drain, gate, exchange (switching.c). Each command's token is answered by an event.
+ */
+#ifndef VS_SWITCHING_H
+#define VS_SWITCHING_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct vs_engine;
+
+/* A flush of the destination, or of both disks, that covers all that the guest has written so far. */
+void drain_begin(struct vs_engine *e, uint64_t token, bool both_disks);
+/* At the engine's end: those that still wait are not answered. */
+void drains_free(struct vs_engine *e);
+
+/* Answered when it has closed (value: ns that took), or could not within allowed_us: -ETIMEDOUT. */
+void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us);
+void gate_pump(struct vs_engine *e);
+/* Opens it; also while it closes: whoever asked for it has changed his mind. */
+void gate_cancel(struct vs_engine *e);
+
+/* flags: enum vs_exchange_flags. Opens the gate; the answer's value is the pause in ns. */
+void switch_exchange(struct vs_engine *e, uint64_t token, uint32_t flags);
+
+#endif
