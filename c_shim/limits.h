@@ -51,12 +51,16 @@
 #define EVENTS_MAX 2048
 /* Worker threads of the kernel that the ring may have. */
 #define URING_WORKERS 512
-#define URING_ENTRIES 1024
-#define URING_CQ_ENTRIES 8192
+/* Both queues of a ring are charged to the user's RLIMIT_MEMLOCK (52 KiB of the usual 8 MiB, which all backends of one
+ * user share), so they are no larger than they need to be. Entries: handed over at once; more take a second call. */
+#define URING_ENTRIES 256
+#define URING_CQ_ENTRIES 2048
 /* An I/O thread: jobs on their way to it or back, and its own ring. */
 #define IO_CHANNEL_JOBS 2048u
 #define IO_THREAD_ENTRIES 256
-#define IO_THREAD_CQ_ENTRIES 4096
+#define IO_THREAD_CQ_ENTRIES 2048
+/* Operations of all disks that can be in flight, with room for a few flushes. */
+#define DISK_IO_MAX (REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 64)
 
 static_assert(VS_MAX_QUEUE_SIZE <= 32768, "virtio: a split ring has at most 32768 descriptors");
 static_assert((VS_MAX_QUEUE_SIZE & (VS_MAX_QUEUE_SIZE - 1)) == 0, "a split ring's size is a power of two");
@@ -66,13 +70,11 @@ static_assert((unsigned long)VS_SEGMENT_MAX * VS_SEGMENT_BYTES_MAX <= VS_REQUEST
 static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be bounced");
 static_assert(URING_WORKERS > REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4, "a destination that hangs leaves workers to the source");
 static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
-static_assert(URING_CQ_ENTRIES >=
-                  REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4 * VS_MAX_QUEUES * VS_MAX_ATTACHMENTS + 64,
-              "all that can be in flight fits the completion queue");
-static_assert(IO_CHANNEL_JOBS > REQUESTS_MAX + REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 64 &&
-                  (IO_CHANNEL_JOBS & (IO_CHANNEL_JOBS - 1)) == 0,
+static_assert(URING_CQ_ENTRIES >= DISK_IO_MAX + VS_MAX_QUEUES * VS_MAX_ATTACHMENTS,
+              "what is in flight, and each queue's poll, has a place for a completion (the kernel keeps what a poll posts beyond)");
+static_assert(IO_CHANNEL_JOBS > DISK_IO_MAX && (IO_CHANNEL_JOBS & (IO_CHANNEL_JOBS - 1)) == 0,
               "a channel has a place for every operation of the disks, and its indices may wrap");
-static_assert(IO_THREAD_CQ_ENTRIES > IO_CHANNEL_JOBS, "all jobs of an I/O thread fit its completion queue");
+static_assert(IO_THREAD_CQ_ENTRIES > DISK_IO_MAX, "all jobs of an I/O thread fit its completion queue");
 static_assert(COPY_BESIDE_BYTES <= COPY_BYTES, "a part of the copy fits its buffer");
 static_assert(COPY_BYTES % RESCUE_BYTES == 0 && RESCUE_BYTES % 4096 == 0, "a piece is whole blocks of any disk");
 static_assert(sizeof(struct vring_desc) == 16, "virtio 1.x, 2.7.5");
