@@ -70,6 +70,7 @@ void copier_start(struct vs_engine *e, bool resync)
     dirty_map_add(&e->to_copy, &e->difference.differs);
     e->unreadable.count = 0; /* all of it is to be copied, and will be found again */
     k->spare_doubt = resync;
+    copy_pace_init(&k->pace, k->depth, 1ull << e->to_copy.region_shift, engine_now(e));
     /* The cursor stays where the last copy left off: one that always began with what the guest keeps writing
      * would come no further when it is cut off again and again. */
     k->bytes_total = dirty_map_bytes(&e->to_copy);
@@ -109,6 +110,26 @@ void copier_end(struct region_copy *c)
     k->in_use--;
     if (k->in_use == 0 && c->engine->to_copy.dirty == 0) /* done: the buffers are not needed for long */
         own_memory_drop(k->buffers, BUFFERS_BYTES);
+}
+
+/* The guest goes first: what it asks of a disk waits there behind what the copy has in flight. While it works that
+ * is as little as its pace says; never nothing, so that the copy ends. */
+static bool yields(const struct vs_engine *e)
+{
+    return e->flush.waiting || engine_guest_works(e);
+}
+
+static void submit(struct region_copy *c, struct vs_disk *disk)
+{
+    const struct vs_engine *e = c->engine;
+    c->pace_round = yields(e) ? e->copier.pace.round : 0;
+    disk_submit(disk, &c->io);
+}
+
+static void succeeded(struct region_copy *c, enum copy_disk disk)
+{
+    struct vs_engine *e = c->engine;
+    copy_pace_completed(&e->copier.pace, disk, c->pace_round, engine_now(e) - c->io.submitted_ns, engine_now(e));
 }
 
 static void finish_copy(struct region_copy *c)
@@ -202,7 +223,7 @@ static void put_next(struct region_copy *c)
         c->io.iov = &c->iov;
         c->io.iov_count = 1;
         c->io.done = piece_done;
-        disk_submit(e->mirror.disk, &c->io);
+        submit(c, e->mirror.disk);
         return;
     }
     finish_copy(c);
@@ -223,6 +244,8 @@ static void piece_done(struct disk_io *io)
         copier_end(c);
         return;
     }
+    if (io->kind == VS_DISK_WRITE)
+        succeeded(c, COPY_DESTINATION);
     c->put += c->piece;
     put_next(c);
 }
@@ -249,12 +272,14 @@ void copier_was_read(struct region_copy *c)
 static void read_done(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io);
-    if (!copier_current(c))
+    if (!copier_current(c)) {
         copier_end(c);
-    else if (io->result < 0)
+    } else if (io->result < 0) {
         rescue_start(c); /* it reports what is lost */
-    else
+    } else {
+        succeeded(c, COPY_SOURCE);
         copier_was_read(c);
+    }
 }
 
 /* Takes its place in the order; only then may the source be looked at. */
@@ -290,7 +315,7 @@ static void start_reading(struct region_copy *c)
     c->io.done = read_done;
     e->copier.not_before_ns =
         clock_pace_ns(e->copier.not_before_ns, engine_now(e), c->length, e->copier.speed_bytes_per_s);
-    disk_submit(e->source, &c->io);
+    submit(c, e->source);
 }
 
 /* A hole of at least a region at a run's beginning is passed over as a whole. */
@@ -320,24 +345,30 @@ static bool start_hole(struct region_copy *c, uint64_t offset)
     return true;
 }
 
-/* The guest goes first: what it asks of a disk waits there behind what the copy has in flight. While it works that
- * is one small part; never none, so that the copy ends. */
-static bool yields(const struct vs_engine *e)
+static unsigned reads_in_flight(const struct copier *k)
 {
-    return e->flush.waiting || engine_guest_works(e);
+    unsigned count = 0;
+    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
+        count += k->copies[i].step == COPY_READING;
+    return count;
 }
 
-static unsigned depth_now(const struct vs_engine *e)
+static bool may_begin(const struct vs_engine *e)
 {
+    const struct copier *k = &e->copier;
     if (pull_ahead_log_fills(e))
-        return 0; /* replication goes first, or the guest would get ahead */
-    return yields(e) ? 1 : e->copier.depth;
+        return false; /* replication goes first, or the guest would get ahead */
+    if (k->not_before_ns > engine_now(e)) /* by the speed limit */
+        return false;
+    if (yields(e))
+        return k->in_use < copy_pace_parts(&k->pace) && reads_in_flight(k) < copy_pace_reads(&k->pace);
+    return k->in_use < k->depth;
 }
 
 /* What is to be copied next: from the cursor to the disk's end, then from its beginning. */
 static bool next_run(const struct vs_engine *e, uint64_t *offset, uint64_t *run)
 {
-    uint64_t most = yields(e) ? COPY_BESIDE_BYTES : COPY_BYTES;
+    uint64_t most = yields(e) ? copy_pace_part_bytes(&e->copier.pace) : COPY_BYTES;
     return dirty_map_find(&e->to_copy, e->copier.cursor, most, offset, run) ||
            dirty_map_find(&e->to_copy, 0, most, offset, run);
 }
@@ -371,7 +402,7 @@ void copier_pump(struct vs_engine *e)
         put_granted(k);
     if (!copying(e) || e->mirror.uncaptured_writes)
         return;
-    while (k->in_use < depth_now(e) && k->not_before_ns <= engine_now(e)) {
+    while (may_begin(e)) {
         struct region_copy *c = free_copy(k);
         if (!next_run(e, &offset, &run))
             return;

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "copy_pace.h"
 #include "disk.h"
 #include "limits.h"
 #include "range_set.h"
@@ -30,6 +31,7 @@ struct region_copy {
     uint64_t piece;    /* bytes of the write or zero in flight; of the read, while it is rescued */
     uint64_t rescued;  /* bytes looked through after its read had failed (copy_rescue.c) */
     int rescue_error;  /* why something of it was given up */
+    uint64_t pace_round; /* when its request was submitted; 0: at full speed */
     struct range_set bad; /* on the disk: what could not be read of it */
     uint8_t *buffer;   /* COPY_BYTES */
     struct iovec iov;
@@ -42,6 +44,7 @@ struct copier {
     uint8_t *buffers;
     unsigned depth;     /* at most so many at once */
     bool granted;       /* a copy that was read has got its turn on the destination */
+    struct copy_pace pace; /* while the guest works */
     unsigned in_use;
     bool more;          /* it stopped for the others' sake: call again without waiting */
     bool spare_doubt;   /* what is in doubt is not copied: the destination may hold it better */

@@ -30,8 +30,12 @@
 #define COPY_BYTES (1u << 20)
 #define COPY_DEPTH_MAX 16
 /* While the guest works: one at a time, of this size (or of one region, if that is larger), so that its requests
- * never wait for more at the disk. It counts as at work for so long after each request. */
+ * never wait for more at the disk. Only at disks that take at least so long for one there is more, as long as the
+ * copy's requests are not slowed by more than that (copy_pace.c). */
 #define COPY_BESIDE_BYTES (128u << 10)
+#define COPY_FAR_NS 1000000u
+#define COPY_SLACK_NS 1000000u
+/* It counts as at work for so long after each request. */
 #define GUEST_WORKS_NS 100000000u
 /* Where the source cannot be read, down to pieces of this size is tried what can. */
 #define RESCUE_BYTES 4096u

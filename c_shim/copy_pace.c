@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * While the guest works, what it asks of a disk waits there behind what the
+ * copy has in flight. At a near disk nearly all of a request's time is its
+ * transfer: more in flight makes the queue longer and nothing else, so the copy
+ * keeps one part of COPY_BESIDE_BYTES there. A far disk (a network) has the time
+ * pass on the way, and takes much more at once before anybody waits longer. So
+ * the copy watches its own requests, as background transports in networks do
+ * (LEDBAT, RFC 6817):
+ *
+ *   - With one part in flight it finds what a request takes alone. The disk is
+ *     far if not even the fastest took less than COPY_FAR_NS.
+ *   - While one of the two disks is far, the window doubles from round to round,
+ *     as long as requests to far disks take no more than a quarter of that longer,
+ *     and never more than COPY_SLACK_NS. Else it is halved, and no more is tried.
+ *   - One fast answer of a disk that seemed to be far: it was merely slow for a
+ *     moment. Back to one part; the same every RENEW_NS, and then all of it anew,
+ *     for disks change.
+ *
+ * A near source has one read at a time whatever the window is; and with one
+ * near disk, parts stay small. Invariant: never less than one part, so that the
+ * copy ends; never more than the copy may have in flight when the guest rests.
+ *
+ * What is not looked at: writes of zeroes, and how the guest itself fares.
+ */
+#include "copy_pace.h"
+
+#include <string.h>
+
+#include "limits.h"
+
+/* Each part is read once: so many reads are a round, and half as many writes say something. */
+#define ROUND_READS 8u
+#define RENEW_NS 10000000000u
+
+static void begin_round(struct copy_pace *p, uint64_t window_bytes)
+{
+    p->window_bytes = window_bytes;
+    p->round++;
+    for (unsigned i = 0; i < COPY_DISKS; i++) {
+        p->disk[i].sum_ns = 0;
+        p->disk[i].least_ns = UINT64_MAX;
+        p->disk[i].seen = 0;
+    }
+}
+
+void copy_pace_init(struct copy_pace *p, unsigned depth, uint64_t region_bytes, uint64_t now_ns)
+{
+    uint64_t round = p->round; /* requests of the former copy may still be under way */
+    memset(p, 0, sizeof *p);
+    p->round = round;
+    p->depth = depth;
+    p->least_bytes = region_bytes > COPY_BESIDE_BYTES ? region_bytes : COPY_BESIDE_BYTES;
+    p->most_bytes = UINT64_MAX;
+    p->renew_ns = now_ns + RENEW_NS;
+    begin_round(p, p->least_bytes);
+}
+
+static uint64_t mean_ns(const struct copy_latency *d)
+{
+    return d->sum_ns / d->seen;
+}
+
+static bool is_known(const struct copy_latency *d)
+{
+    return d->seen >= ROUND_READS / 2;
+}
+
+static void learn_alone(struct copy_latency *d)
+{
+    d->far = is_known(d) && d->least_ns >= COPY_FAR_NS;
+    d->alone_ns = is_known(d) ? mean_ns(d) : 0;
+}
+
+static bool is_crowded(const struct copy_latency *d)
+{
+    uint64_t slack_ns = d->alone_ns / 4 < COPY_SLACK_NS ? d->alone_ns / 4 : COPY_SLACK_NS;
+    return d->far && is_known(d) && mean_ns(d) > d->alone_ns + slack_ns;
+}
+
+static bool is_far(const struct copy_latency *d)
+{
+    return d->far;
+}
+
+static bool seemed_far(const struct copy_latency *d)
+{
+    return d->far && d->seen && d->least_ns < COPY_FAR_NS;
+}
+
+static bool any(const struct copy_pace *p, bool (*is)(const struct copy_latency *))
+{
+    return is(&p->disk[COPY_SOURCE]) || is(&p->disk[COPY_DESTINATION]);
+}
+
+static uint64_t doubled(const struct copy_pace *p)
+{
+    bool both_far = p->disk[COPY_SOURCE].far && p->disk[COPY_DESTINATION].far;
+    uint64_t most = p->depth * (both_far ? COPY_BYTES : p->least_bytes);
+    if (p->most_bytes < most)
+        most = p->most_bytes;
+    return 2 * p->window_bytes < most ? 2 * p->window_bytes : most;
+}
+
+static uint64_t halved(const struct copy_pace *p)
+{
+    return p->window_bytes / 2 > p->least_bytes ? p->window_bytes / 2 : p->least_bytes;
+}
+
+static void end_round(struct copy_pace *p, uint64_t now_ns)
+{
+    uint64_t window_bytes = p->window_bytes;
+    if (window_bytes == p->least_bytes) {
+        learn_alone(&p->disk[COPY_SOURCE]);
+        learn_alone(&p->disk[COPY_DESTINATION]);
+    }
+    if (now_ns >= p->renew_ns) {
+        window_bytes = p->least_bytes;
+        p->most_bytes = UINT64_MAX;
+        p->renew_ns = now_ns + RENEW_NS;
+    } else if (any(p, seemed_far)) {
+        window_bytes = p->least_bytes;
+    } else if (any(p, is_crowded)) {
+        window_bytes = p->most_bytes = halved(p);
+    } else if (any(p, is_far)) {
+        window_bytes = doubled(p);
+    }
+    begin_round(p, window_bytes);
+}
+
+void copy_pace_completed(struct copy_pace *p, enum copy_disk disk, uint64_t round, uint64_t latency_ns, uint64_t now_ns)
+{
+    struct copy_latency *d = &p->disk[disk];
+    if (round != p->round)
+        return;
+    d->sum_ns += latency_ns;
+    d->seen++;
+    if (latency_ns < d->least_ns)
+        d->least_ns = latency_ns;
+    if (p->disk[COPY_SOURCE].seen >= ROUND_READS)
+        end_round(p, now_ns);
+}
+
+uint64_t copy_pace_part_bytes(const struct copy_pace *p)
+{
+    uint64_t bytes = p->window_bytes / p->depth;
+    return bytes < p->least_bytes ? p->least_bytes : bytes;
+}
+
+unsigned copy_pace_parts(const struct copy_pace *p)
+{
+    return (unsigned)(p->window_bytes / copy_pace_part_bytes(p));
+}
+
+unsigned copy_pace_reads(const struct copy_pace *p)
+{
+    return p->disk[COPY_SOURCE].far ? copy_pace_parts(p) : 1;
+}
