@@ -131,10 +131,10 @@ static void source_faults(void)
     CHECK_EQUAL(lane_fill(l, 0, 8192, 1), VIRTIO_BLK_S_OK);
     vs_test_disk_fault(r.source, VS_DISK_READ, EIO, 0, 1);
     CHECK_EQUAL(lane_do(l, VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_IOERR);
-    while (rig_snapshot(&r).differing_bytes) /* or the flush that fails would be a checkpoint's */
-        ;
-    vs_test_disk_fault(r.source, VS_DISK_FLUSH, EIO, 0, 1);
+    vs_test_disk_fault(r.source, VS_DISK_FLUSH, EIO, 0, -1); /* before the write: a checkpoint may flush for it */
+    CHECK_EQUAL(lane_fill(l, 0, 8192, 1), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_IOERR);
+    vs_test_disk_fault(r.source, VS_DISK_FLUSH, 0, 0, 0);
     vs_test_disk_fault(r.source, VS_DISK_WRITE, 0, 0, 3); /* short, and continued */
     CHECK_EQUAL(lane_fill(l, 0, 8192, 2), VIRTIO_BLK_S_OK);
     CHECK(disk_holds(r.source, 0, 8192, 2, CUT_NONE));
@@ -150,7 +150,7 @@ static void source_faults(void)
     CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), -EBUSY);
     CHECK_EQUAL(lane_fill(l, 0, 4096, 4), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(rig_snapshot(&r).doubt_count, 0);
-    CHECK_EQUAL(r.seen[VS_EV_IO_ERROR], 3);
+    CHECK(r.seen[VS_EV_IO_ERROR] >= 3); /* more where a checkpoint's flush has failed too */
     rig_end(&r);
 }
 
