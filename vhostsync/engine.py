@@ -441,7 +441,7 @@ class Engine:
         index = next((i for i in range(ATTACHMENTS_MAX) if i not in self._attachments), None)
         if index is None:
             raise EngineError.from_errno("attaching a frontend: too many are attached", errno.EBUSY)
-        attachment = self._attachments[index] = EngineAttachment(self, index)
+        attachment = self._attachments[index] = EngineAttachment(self, index, self.config.num_queues)
         try:
             with anyio.CancelScope(shield=True):
                 await self.command(lib.VS_CMD_ATTACH, "attaching a frontend", attachment=index)

@@ -3,29 +3,43 @@
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final, Protocol
 
 from vhostsync._shim import lib
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
-if TYPE_CHECKING:
-    from vhostsync.engine import Engine
-
 NO_LOG: Final = (1 << 64) - 1
 """In the place of a guest address: writes to the used ring are not in the dirty log."""
+
+
+class Engine(Protocol):
+    """What an attachment needs of vhostsync.engine.Engine."""
+
+    async def command(
+        self,
+        kind: int,
+        doing: str,
+        *,
+        fds: Sequence[OwnedFd] = (),
+        regions: Sequence[tuple[MemoryRegion, int]] = (),
+        **fields: Any,
+    ) -> int: ...
+
+    async def detach(self, index: int) -> None: ...
 
 
 class EngineAttachment:
     """One frontend's memory and rings in the engine: vhost_user.attachment.Attachment."""
 
-    def __init__(self, engine: "Engine", index: int) -> None:
+    def __init__(self, engine: Engine, index: int, num_queues: int) -> None:
         self._engine = engine
+        self._num_queues = num_queues
         self.index = index
         self._command = functools.partial(engine.command, attachment=index)
 
     async def reset(self) -> None:
-        for queue in range(self._engine.config.num_queues):
+        for queue in range(self._num_queues):
             await self.stop_vring(queue)
             await self.set_vring_enable(queue, False)
         await self._command(lib.VS_CMD_RESET, "resetting the device")
