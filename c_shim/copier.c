@@ -19,9 +19,10 @@
  * zeroes are only written where there is no hole already.
  *
  * What cannot be read (copy_rescue.c finds it out) is not put on the
- * destination, which may hold it better; neither is, in a resync, what is in
- * doubt after a failed write (rule 5). It is listed and stays different until the guest writes there; such a
- * write is replicated like any other.
+ * destination, which may hold it better; neither is, where the destination was
+ * steady once, what is in doubt after a failed write (rule 5). It is listed and
+ * stays different until the guest writes there; such a write is replicated like
+ * any other.
  */
 #include "copier.h"
 
@@ -64,12 +65,12 @@ void copier_free(struct vs_engine *e)
     own_memory_unmap(e->copier.buffers, BUFFERS_BYTES);
 }
 
-void copier_start(struct vs_engine *e, bool resync)
+void copier_start(struct vs_engine *e, bool spare_doubt)
 {
     struct copier *k = &e->copier;
     dirty_map_add(&e->to_copy, &e->difference.differs);
     e->unreadable.count = 0; /* all of it is to be copied, and will be found again */
-    k->spare_doubt = resync;
+    k->spare_doubt = spare_doubt;
     copy_pace_init(&k->pace, k->depth, 1ull << e->to_copy.region_shift, engine_now(e));
     /* The cursor stays where the last copy left off: one that always began with what the guest keeps writing
      * would come no further when it is cut off again and again. */

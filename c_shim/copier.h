@@ -56,8 +56,8 @@ struct copier {
 
 int copier_init(struct vs_engine *e);
 void copier_free(struct vs_engine *e);
-/* All regions that may differ are to be copied; resync: to a destination that was good. */
-void copier_start(struct vs_engine *e, bool resync);
+/* All regions that may differ are to be copied; spare_doubt: to a destination that was good. */
+void copier_start(struct vs_engine *e, bool spare_doubt);
 /* In steady: this range is to be copied, too (grow.c). */
 void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length);
 void copier_pump(struct vs_engine *e);

@@ -55,7 +55,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         snapshot_take(e);
         break;
     case VS_CMD_MIRROR_START:
-        rc = mirror_start(e, c->disk, c->value);
+        rc = mirror_start(e, c->disk, (uint32_t)c->value);
         break;
     case VS_CMD_MIRROR_SPEED:
         e->copier.speed_bytes_per_s = c->value;

@@ -31,9 +31,10 @@ void mirror_set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t 
     mirror_post(e, VS_EV_STATE, reason, error);
 }
 
-int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
+int mirror_start(struct vs_engine *e, vs_disk *disk, uint32_t flags)
 {
     struct mirror *m = &e->mirror;
+    bool resync = flags & VS_START_RESYNC;
     if (mirror_attached(m) || m->former || e->gate != GATE_OPEN || m->record != RECORD_WRITTEN)
         return -EBUSY;
     if (disk->bytes < e->config.capacity_bytes)
@@ -47,7 +48,7 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync)
     throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
     difference_attach(e, resync);
     pull_ahead_reset(e);
-    copier_start(e, resync);
+    copier_start(e, flags & VS_START_SPARE_DOUBT);
     mirror_set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
     return 0;
 }

@@ -52,10 +52,10 @@ struct mirror {
 };
 
 void mirror_init(struct vs_engine *e);
-/* Copies everything, or (resync) only what may differ from the peer that is tracked. 0, -EBUSY (there is one, a former one is not over, or its end is not recorded), -ENOSPC (smaller than the guest's
- * disk) or -EINVAL (its block is larger than the guest's; no peer is tracked).
+/* flags: enum vs_start_flags. 0, -EBUSY (there is one, a former one is not over, or its end is not recorded), -ENOSPC
+ * (smaller than the guest's disk) or -EINVAL (its block is larger than the guest's; no peer is tracked).
  * Owns the disk on success. */
-int mirror_start(struct vs_engine *e, vs_disk *disk, bool resync);
+int mirror_start(struct vs_engine *e, vs_disk *disk, uint32_t flags);
 void mirror_stop(struct vs_engine *e, uint32_t reason);
 /* The destination is lost; the guest is not to notice. */
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error);

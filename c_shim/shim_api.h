@@ -156,7 +156,7 @@ enum vs_command_kind {
     VS_CMD_VRING_STOP,        /* done when drained; the event's value is the base */
     VS_CMD_SET_WRITE_CACHE,   /* value 0 or 1 (config space WCE) */
     /* The mirror. */
-    VS_CMD_MIRROR_START,      /* disk: owned on success; value 0: full copy, 1: only what differs (-EINVAL: no peer is
+    VS_CMD_MIRROR_START,      /* disk: owned on success; value: of vs_start_flags (-EINVAL: resync, and no peer is
                                * tracked); then steady. fenced: -EBUSY */
     VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
     VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not steady */
@@ -173,6 +173,11 @@ enum vs_command_kind {
     VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
                                * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
     VS_CMD_FAILOVER_GIVE_UP   /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
+};
+
+enum vs_start_flags {
+    VS_START_RESYNC = 1,     /* copies only what may differ from the peer that is tracked, else everything */
+    VS_START_SPARE_DOUBT = 2 /* but what is in doubt, which the destination may hold better: it was steady once */
 };
 
 enum vs_exchange_flags {

@@ -475,14 +475,19 @@ class EngineDriver:
 
     # -- the mirror -----------------------------------------------------------
 
-    def mirror(self, destination: MemoryDisk, *, resync: bool = False) -> None:
+    def mirror(
+        self, destination: MemoryDisk, *, resync: bool = False, spare_doubt: bool = False
+    ) -> None:
         """Attaches a destination and waits for the steady state."""
-        assert self.start_mirror(destination, resync=resync) == 0
+        assert self.start_mirror(destination, resync=resync, spare_doubt=spare_doubt) == 0
         self.await_state(State.STEADY)
 
-    def start_mirror(self, destination: MemoryDisk, *, resync: bool = False) -> int:
-        """Attaches a destination; 0, or the errno of the refusal."""
-        event = self.wait(self.submit(lib.VS_CMD_MIRROR_START, disk=destination, value=int(resync)))
+    def start_mirror(
+        self, destination: MemoryDisk, *, resync: bool = False, spare_doubt: bool = False
+    ) -> int:
+        """Attaches a destination; 0, or the errno of the refusal. `resync`: one that was steady once."""
+        flags = lib.VS_START_RESYNC * resync | lib.VS_START_SPARE_DOUBT * (resync or spare_doubt)
+        event = self.wait(self.submit(lib.VS_CMD_MIRROR_START, disk=destination, value=flags))
         if event.result != 0:
             lib.vs_test_disk_drop(destination.handle)  # a refused disk stays the caller's
         return -event.result

@@ -73,6 +73,11 @@ def check_former(disk: Disk, former: DiskIdentity) -> None:
     )
 
 
+def look(disk: Disk) -> DiskIdentity:
+    """How a disk looks before the mirror writes to it."""
+    return disks.identify(disk.fd.fileno(), disk.path, with_ctime=True)
+
+
 def look_again(place: Place) -> DiskIdentity | None:
     """How the disk looks now that the engine has let go of it; None when it cannot be told."""
     try:

@@ -356,13 +356,15 @@ class Engine:
             raise EngineError.from_errno(doing, waiter.result)
         return waiter.value
 
-    async def mirror_start(self, destination: Disk, *, resync: bool) -> None:
+    async def mirror_start(self, destination: Disk, *, resync: bool, spare_doubt: bool) -> None:
         """Attach `destination` and copy everything to it, or (`resync`) what differs from the peer that is
-        tracked. The engine owns its descriptor on success."""
+        tracked; not what is in doubt (`spare_doubt`: it was steady once). The engine owns its descriptor on
+        success."""
+        flags = lib.VS_START_RESYNC * resync | lib.VS_START_SPARE_DOUBT * spare_doubt
         disk = _engine_disk(destination)
         try:
             await self.command(
-                lib.VS_CMD_MIRROR_START, f"attaching {destination.path}", disk=disk, value=int(resync)
+                lib.VS_CMD_MIRROR_START, f"attaching {destination.path}", disk=disk, value=flags
             )
         except EngineError:
             await anyio.to_thread.run_sync(lib.vs_disk_close, disk)

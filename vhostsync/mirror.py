@@ -32,6 +32,7 @@ from vhostsync.destination import (
     RESUMED_LOCK_S,
     Place,
     check_former,
+    look,
     open_destination,
 )
 from vhostsync.disks import Disk, remove_image
@@ -359,21 +360,28 @@ class Mirror:
                 "cannot be written (see last-error); mend that first"
             )
 
+    def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity]:
+        """Why everything has to be copied, and how it looks now. Blocks."""
+        return self._roles.peer.why_full(disk), look(disk)
+
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         place = Place.of(disk)
-        full_copy_reason: str | None = "it was asked for"
-        if not target.full:
-            full_copy_reason = await anyio.to_thread.run_sync(self._roles.peer.why_full, disk)
+        why_full, now = await anyio.to_thread.run_sync(self._judge, disk)
+        full_copy_reason = "it was asked for" if target.full else why_full
         resync = full_copy_reason is None
+        # A peer that is known and gets everything has not the content any more that the mirror has left.
+        as_left = not target.full and (resync or self._roles.peer.place is None)
         async with self._keeper.lock:
             former = self._keeper.record
+            spare_doubt = as_left and former.was_steady_with(now)
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
-            record = former.with_peer(disk.identity, former.bitmap if resync else None)
+            bitmap = former.bitmap if resync else None
+            record = former.with_peer(disk.identity, bitmap, was_steady=spare_doubt)
             await self._keeper.write(record.with_wanted(wanted))
             former_peer, self._last_error = self._roles.attach(place), None
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
-                await self._engine.mirror_start(disk, resync=resync)
+                await self._engine.mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
             except EngineError:
                 self._roles.destination, self._roles.peer = None, former_peer
                 await self._keeper.write(former)

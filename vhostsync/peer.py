@@ -6,8 +6,8 @@ While a peer is known, the engine keeps a map of the regions on which the two di
 has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
 """
 
-from vhostsync.destination import Place, look_again
-from vhostsync.disks import Disk, identify
+from vhostsync.destination import Place, look, look_again
+from vhostsync.disks import Disk
 from vhostsync.state_record import DiskIdentity, Likeness
 
 
@@ -51,5 +51,5 @@ class Peer:
             return "no earlier copy of it is known"
         if self._left is None:
             return None  # a crash: nobody could note how it was left
-        changed = identify(disk.fd.fileno(), disk.path, with_ctime=True).changed_since(self._left)
+        changed = look(disk).changed_since(self._left)
         return None if changed is None else f"{changed} since the mirror let go of it"

@@ -125,6 +125,7 @@ class StateRecord:
     current: DiskIdentity
     peer: DiskIdentity | None = None
     peer_worth: Worth | None = None
+    peer_was_steady: bool = False  # so that it may hold better what is in doubt
     outdated_since: str | None = None
     clean: bool = False
     superseded: tuple[DiskIdentity, ...] = ()
@@ -150,12 +151,23 @@ class StateRecord:
     def first(cls, current: DiskIdentity) -> "StateRecord":
         return cls(epoch=1, current=current)
 
-    def with_peer(self, peer: DiskIdentity, bitmap: str | None = None) -> "StateRecord":
+    def with_peer(
+        self, peer: DiskIdentity, bitmap: str | None = None, *, was_steady: bool = False
+    ) -> "StateRecord":
         """A destination is attached. To be written before the first byte goes to it: it is worth nothing
         until the copy is done."""
         return replace(
-            self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap
-        )
+            self, peer=peer, peer_worth=Worth.INCONSISTENT, peer_was_steady=was_steady, outdated_since=None,
+            clean=False, bitmap=bitmap,
+        )  # fmt: skip
+
+    def was_steady_with(self, disk: DiskIdentity) -> bool:
+        """This disk, as it is now (with its ctime), was the peer, and a state of the current disk; and
+        nothing speaks for a change by somebody else since."""
+        peer = self.peer
+        if peer is None or not self.peer_was_steady or not _same(peer, disk):
+            return False
+        return peer.ctime_ns is None or disk.changed_since(peer) is None
 
     def with_bitmap(self, token: str | None) -> "StateRecord":
         """The bitmap of this token has seen every write since it and the peer were equal; None: none has."""
@@ -168,12 +180,16 @@ class StateRecord:
         return replace(self, wanted=wanted)
 
     def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
-        return replace(self, peer_worth=worth, outdated_since=outdated_since, clean=False)
+        was_steady = self.peer_was_steady or worth is not Worth.INCONSISTENT
+        return replace(
+            self, peer_worth=worth, peer_was_steady=was_steady, outdated_since=outdated_since, clean=False
+        )
 
     def without_peer(self) -> "StateRecord":
         return replace(
-            self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None, wanted=None
-        )
+            self, peer=None, peer_worth=None, peer_was_steady=False, outdated_since=None, clean=False,
+            bitmap=None, wanted=None,
+        )  # fmt: skip
 
     def switched(self, *, keep_mirror: bool) -> "StateRecord":
         """The peer becomes the current disk. With `keep_mirror` the old one becomes the peer, up to date;
@@ -185,6 +201,7 @@ class StateRecord:
             current=self.peer,
             peer=self.current if keep_mirror else None,
             peer_worth=Worth.UP_TO_DATE if keep_mirror else None,
+            peer_was_steady=keep_mirror,
             superseded=self._superseded_by(self.peer),
             bitmap=self.bitmap if keep_mirror else None,
             wanted=replace(self.wanted, path=self.current.path) if keep_mirror and self.wanted else None,
@@ -229,8 +246,8 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
         )
         worth = None if record.peer is None else Worth.INCONSISTENT
         return replace(
-            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None, doubt=(),
-            wanted=None,
+            record, current=disk, peer_worth=worth, peer_was_steady=False, outdated_since=None, clean=False,
+            bitmap=None, doubt=(), wanted=None,
         )  # fmt: skip
     for is_peer, old in former:
         if old.path == disk.path:
@@ -315,6 +332,7 @@ def decode_record(text: bytes) -> StateRecord:
             current=decode_identity(body["current"]),
             peer=None if peer is None else decode_identity(peer),
             peer_worth=None if worth is None else Worth(worth),
+            peer_was_steady=body.get("peer_was_steady", worth in (Worth.UP_TO_DATE, Worth.OUTDATED)),
             outdated_since=body["outdated_since"],
             clean=body["clean"],
             superseded=tuple(decode_identity(disk) for disk in body["superseded"]),

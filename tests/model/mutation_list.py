@@ -325,7 +325,7 @@ MUTATIONS = [
         "doubt-copied",
         "rule 5: doubtful source data is never copied over a good destination",
         "copier.c",
-        "    k->spare_doubt = resync;\n",
+        "    k->spare_doubt = spare_doubt;\n",
         "",
         "source_failure.py::test_what_is_in_doubt_is_not_copied_over_the_destination",
     ),

@@ -309,9 +309,9 @@ def test_a_destination_that_is_lost_as_soon_as_it_is_attached(
         await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
         mirror_start = it.engine.mirror_start
 
-        async def attach_and_lose(disk: disks.Disk, *, resync: bool) -> None:
+        async def attach_and_lose(disk: disks.Disk, *, resync: bool, spare_doubt: bool) -> None:
             it.second.fault(DiskOp.WRITE, errno.EIO)
-            await mirror_start(disk, resync=resync)
+            await mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
             await until(lambda: bool(looks))
 
         looks = looks_of(monkeypatch)

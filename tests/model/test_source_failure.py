@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import errno
 
+import pytest
+
 from tests.engine_driver import DiskOp, EventKind, Reason, State
 from tests.frontend import Status
 from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
@@ -142,7 +144,8 @@ def test_what_is_unreadable_stays_different_and_is_found_again() -> None:
         r.assert_same_content()
 
 
-def test_what_is_in_doubt_is_not_copied_over_the_destination() -> None:
+@pytest.mark.parametrize("resync", [True, False])
+def test_what_is_in_doubt_is_not_copied_over_the_destination(resync: bool) -> None:
     with rig(mirrored=True, checkpoint_us=CHECKPOINT_US) as r:
         r.write_now(0, 1, blocks=4)
         r.flush_now()
@@ -151,7 +154,7 @@ def test_what_is_in_doubt_is_not_copied_over_the_destination() -> None:
         r.guest.wait(r.write(1, 2, blocks=2))  # half of it is on the source
         stop(r)
         r.write_now(8, 3)
-        r.driver.mirror(r.destination, resync=True)
+        r.driver.mirror(r.destination, resync=resync, spare_doubt=True)
         assert r.seen(r.destination, 0, 4) == pattern(1, 4)
         assert r.seen(r.destination, 8) == pattern(3)
         assert r.snapshot().doubt == ((BLOCK, 2 * BLOCK),)

@@ -219,10 +219,23 @@ def test_a_mirror_is_wanted_until_a_switch_that_keeps_none() -> None:
 
 
 def test_a_record_from_before_there_was_a_resumed_mirror() -> None:
-    record = StateRecord.first(A).with_peer(B)
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE)
     body = asdict(record)
-    del body["wanted"], body["doubt"]
+    del body["wanted"], body["doubt"], body["peer_was_steady"]
     assert decode_record(encode_checked("state-record", body)) == record
+
+
+def test_a_peer_was_steady_until_it_is_another_or_was_changed() -> None:
+    first = StateRecord.first(A).with_peer(B)
+    assert not first.was_steady_with(B), "the copy has never ended"
+    steady = first.with_worth(Worth.UP_TO_DATE)
+    left = replace(B, ctime_ns=5)
+    for record in (steady, steady.with_worth(Worth.OUTDATED, "then"), steady.with_worth(Worth.INCONSISTENT)):
+        assert record.was_steady_with(left) and not record.was_steady_with(A)
+        assert record.detached(A, left).was_steady_with(left)
+        assert not record.detached(A, left).was_steady_with(replace(left, ctime_ns=6))
+    assert not steady.with_peer(B).was_steady_with(B), "everything was copied to it"
+    assert steady.switched(keep_mirror=True).was_steady_with(A)
 
 
 def test_a_new_file_at_a_superseded_path_is_refused_and_said_to_be_new() -> None:
