@@ -239,6 +239,12 @@ def _operations(
 
 def _engine(page: _Page, engine: Mapping[str, Any]) -> None:
     page.one("engine_wakeups_total", "counter", "Wake-ups of the engine's thread.", engine.get("wakeups"))
+    page.one(
+        "engine_lent_operations_total",
+        "counter",
+        "Disk operations that threads beside the engine's have done (--threads).",
+        engine.get("lent-operations"),
+    )
     page.one("engine_syscalls_total", "counter", "System calls of the engine.", engine.get("syscalls"))
     polled_ms = engine.get("polled-ms")
     page.one(

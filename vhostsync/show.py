@@ -160,7 +160,8 @@ def stats_text(stats: Mapping[str, Any]) -> str:
             parts.append(_table(disk["operations"]))
     engine = stats["engine"]
     parts.append(
-        f"Engine: {engine['wakeups']:,} wake-ups, {engine['syscalls']:,} system calls, log "
+        f"Engine: {engine['threads']} {'thread' if engine['threads'] == 1 else 'threads'} (lent "
+        f"{engine['lent-operations']:,} disk operations), {engine['wakeups']:,} wake-ups, {engine['syscalls']:,} system calls, log "
         f"{size(engine['log-bytes-used'])} of {size(engine['log-bytes'])}, writes throttled for "
         f"{engine['throttled-ms']:,} ms, polling "
         f"{engine['polled-ms']:,} ms, {engine['events-lost']} events lost\n"

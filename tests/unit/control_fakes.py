@@ -238,6 +238,8 @@ class FakeBackend:
             "queues": [queue, {**queue, "index": 1, "running": False, "broken": "a chain that loops"}],
             "disks": {"source": disk("/disks/a.img"), "destination": None},
             "engine": {
+                "threads": 2,
+                "lent-operations": 30,
                 "wakeups": 40,
                 "syscalls": 50,
                 "throttled-ms": 0,

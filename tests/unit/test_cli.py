@@ -121,6 +121,7 @@ def test_stats(served: Served, run: Run) -> None:
     assert "write          20  80.0 KiB       0       98   98  131    131" in out
     assert "Source /disks/a.img: 0 in flight" in out
     assert "log 4.0 KiB of 64.0 MiB" in out
+    assert "Engine: 2 threads (lent 30 disk operations), 40 wake-ups" in out
     code, out, _ = run("stats", "--json")
     assert json.loads(out)["engine"]["wakeups"] == 40
 
