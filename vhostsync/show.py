@@ -162,8 +162,9 @@ def stats_text(stats: Mapping[str, Any]) -> str:
     parts.append(
         f"Engine: {engine['threads']} {'thread' if engine['threads'] == 1 else 'threads'} (lent "
         f"{engine['lent-operations']:,} disk operations), {engine['wakeups']:,} wake-ups, "
-        f"{engine['syscalls']:,} system calls, log {size(engine['log-bytes-used'])} of {size(engine['log-bytes'])}, writes throttled for "
-        f"{engine['throttled-ms']:,} ms, polling "
+        f"{engine['syscalls']:,} system calls, "
+        f"log {size(engine['log-bytes-used'])} of {size(engine['log-bytes'])}, "
+        f"writes throttled for {engine['throttled-ms']:,} ms, polling "
         f"{engine['polled-ms']:,} ms, {engine['events-lost']} events lost\n"
     )
     return "".join(parts)
