@@ -117,7 +117,8 @@ void copier_end(struct region_copy *c)
  * is as little as its pace says; never nothing, so that the copy ends. */
 static bool yields(const struct vs_engine *e)
 {
-    return e->flush.waiting || engine_guest_works(e);
+    unsigned held = guest_flush_paused(e, NULL); /* a pause: they wait for this very copy */
+    return e->flush.waiting > held || e->requests_in_flight > held || engine_took_up_lately(e);
 }
 
 static void submit(struct region_copy *c, struct vs_disk *disk)

@@ -173,9 +173,14 @@ static inline uint64_t engine_now(const struct vs_engine *e)
 }
 
 /* Between two requests of a guest that has one in flight at a time, none is; and yet it is at work. */
+static inline bool engine_took_up_lately(const struct vs_engine *e)
+{
+    return e->last_taken_ns && engine_now(e) - e->last_taken_ns < GUEST_WORKS_NS;
+}
+
 static inline bool engine_guest_works(const struct vs_engine *e)
 {
-    return e->requests_in_flight || (e->last_taken_ns && engine_now(e) - e->last_taken_ns < GUEST_WORKS_NS);
+    return e->requests_in_flight || engine_took_up_lately(e);
 }
 
 /* Requests are taken up: no switch holds the guest. */

@@ -621,6 +621,14 @@ MUTATIONS = [
         "ahead.py::test_the_copy_gives_way_to_replication",
     ),
     _m(
+        "copy-yields-to-a-pause",
+        "a pause: the copy that ends it does not wait for whom it holds",
+        "copier.c",
+        "unsigned held = guest_flush_paused(e, NULL);",
+        "unsigned held = 0;",
+        "pause.py::test_the_copy_that_ends_a_pause_does_not_yield_to_who_waits_for_it",
+    ),
+    _m(
         "copy-starves-beside-the-guest",
         "rule 3: the copy ends under any load",
         "copier.c",

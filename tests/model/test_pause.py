@@ -135,6 +135,22 @@ def test_a_destination_that_hangs() -> None:
         assert r.durable(r.destination, 0) == pattern(1)
 
 
+def test_the_copy_that_ends_a_pause_does_not_yield_to_who_waits_for_it() -> None:
+    with rig(size_bytes=8 * MIB, copy_depth=4) as r:
+        r.source.load(0, bytes([7]) * 8 * MIB)
+        lose_destination(r)
+        flush = r.guest.flush()
+        assert held(r, flush)
+        time.sleep(0.11)  # GUEST_WORKS_NS: beside a guest that works the copy is slow
+        second = r.other_disk()
+        second.hold(WRITE)
+        assert r.driver.start_mirror(second) == 0
+        r.driver.await_held(second, WRITE, 4)
+        second.hold(WRITE, False)
+        second.release(WRITE)
+        released(r, flush)
+
+
 def test_a_source_that_fails_during_a_pause_is_the_guests_error() -> None:
     with rig() as r:
         lose_destination(r)
