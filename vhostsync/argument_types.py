@@ -5,7 +5,7 @@ sentence of the ConfigError that it raises."""
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import config
 from .errors import ConfigError
@@ -17,6 +17,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence, which the whole usage would hide."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
@@ -43,7 +47,16 @@ def _speed(text: str) -> int:
     return 0 if text == "none" else config.check_speed(config.parse_bytes(text.removesuffix("/s")))
 
 
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no whole number") from error
+
+
 def _absolute_path(text: str) -> Path:
+    if not text:
+        raise ConfigError("it is empty, and should name a file or a device")
     path = Path(text).absolute()
     try:
         str(path).encode()
@@ -52,6 +65,7 @@ def _absolute_path(text: str) -> Path:
     return path
 
 
+number = _checked(_number, "number")
 size = _checked(config.parse_bytes, "size")
 seconds = _checked(config.parse_seconds, "duration")
 metrics_place = _checked(config.parse_metrics, "place")

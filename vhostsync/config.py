@@ -121,7 +121,7 @@ class TcpAddress:
 def parse_metrics(text: str) -> Path | TcpAddress:
     """Where metrics are served: "/run/x.sock", "unix:/run/x.sock", "127.0.0.1:9100", "[::1]:9100"."""
     if text.startswith("unix:") or "/" in text:
-        return _absolute(Path(text.removeprefix("unix:")))
+        return _absolute(Path(text.removeprefix("unix:")), "--metrics")
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
         raise ConfigError(
@@ -176,8 +176,9 @@ class ServeConfig:
         for name in ("blk_file", "socket_path", "state_file", "control_path", "bitmap"):
             path = getattr(self, name)
             if path is not None:
-                object.__setattr__(self, name, _absolute(path))
-        object.__setattr__(self, "allow_paths", tuple(_absolute(path) for path in self.allow_paths))
+                object.__setattr__(self, name, _absolute(path, _option(name)))
+        places = tuple(_absolute(path, "--allow-path") for path in self.allow_paths)
+        object.__setattr__(self, "allow_paths", places)
         self._check_places()
         self._check_device()
         self._check_mirror()
@@ -306,10 +307,14 @@ def check_speed(bytes_per_s: int) -> int:
     return bytes_per_s
 
 
-def _absolute(path: Path) -> Path:
+def _option(field: str) -> str:
+    return "--control" if field == "control_path" else f"--{field.replace('_', '-')}"
+
+
+def _absolute(path: Path, option: str) -> Path:
     _no_zero_byte(path)
-    if not str(path) or path == Path():
-        raise ConfigError("A path is empty.")
+    if path == Path():  # also what an empty word makes
+        raise ConfigError(f"{option} is empty or the current directory; write a path.")
     return path.absolute()
 
 

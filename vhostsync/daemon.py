@@ -387,7 +387,7 @@ async def _start_control(config: ServeConfig, backend: Backend, tasks: anyio.abc
 
         await tasks.start(control)
     if config.metrics is not None:
-        tasks.start_soon(serve_metrics, config.metrics, backend)
+        await tasks.start(serve_metrics, config.metrics, backend)
 
 
 async def _serve_frontends(frontends: FrontendServer, endpoint: listener.Endpoint, backend: Backend) -> None:

@@ -32,7 +32,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     place = serve.add_argument_group("the socket (exactly one)")
     place.add_argument("--socket-path", type=Path, metavar="PATH", help="make the vhost-user socket here")
-    place.add_argument("--fd", type=int, metavar="N", help="use this inherited socket")
+    place.add_argument("--fd", type=types.number, metavar="N", help="use this inherited socket")
     place.add_argument(
         "--print-capabilities", action="store_true", help="print what this backend can do as JSON, and exit"
     )
@@ -44,7 +44,9 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     disk.add_argument(
         "--cache", choices=("none", "writeback"), help="direct I/O (default), or through the page cache"
     )
-    disk.add_argument("--num-queues", type=int, metavar="N", help="queues offered (default 4, at most 64)")
+    disk.add_argument(
+        "--num-queues", type=types.number, metavar="N", help="queues offered (default 4, at most 64)"
+    )
     disk.add_argument(
         "--serial", metavar="TEXT", help="serial number that the guest reads, up to 20 characters"
     )
@@ -68,7 +70,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     disk.add_argument(
         "--threads",
-        type=int,
+        type=types.number,
         metavar="N",
         help="data threads: one keeps rings, order and log, the others do a share of the disks' work, the "
         "guest's queues spread over all of them (default 1; see docs/performance.md)",
@@ -88,7 +90,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     mirror.add_argument(
         "--max-lag-ms",
-        type=int,
+        type=types.number,
         metavar="MS",
         help="slow the guest's writes before the destination lags more (default 500)",
     )
@@ -136,7 +138,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="off: do not begin the mirror again that the last run had (default on)",
     )
     mirror.add_argument(
-        "--copy-depth", type=int, metavar="N", help="parts of the copy under way at once (default 8)"
+        "--copy-depth", type=types.number, metavar="N", help="parts of the copy under way at once (default 8)"
     )
     mirror.add_argument(
         "--dirty-region-size",
@@ -153,7 +155,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     mirror.add_argument(
         "--al-extents",
-        type=int,
+        type=types.number,
         metavar="N",
         help="of the bitmap: parts of the disk that may be written to without a flush of it (default 1024)",
     )

@@ -450,12 +450,15 @@ def test_a_start_that_fails_says_why_on_stderr(run: Run, daemon: list[ServeConfi
         (["mirror", "start", "/b\udcff"], "not UTF-8"),
         (["mirror", "speed", "fast"], "is not a size"),
         (["switch", "--deadline", "0"], "longer than nothing"),
+        (["--blk-file=", "--socket-path=/s"], "--blk-file is empty"),
+        (["--blk-file=/a", "--socket-path=/s", "--max-lag-ms=soon"], "ms: 'soon' is no whole number"),
+        (["mirror", "start", ""], "DESTINATION: it is empty"),
     ],
 )
 def test_wrong_usage(run: Run, daemon: list[ServeConfig], words: list[str], reason: str) -> None:
     code, out, err = run(*words)
     assert (code, out, daemon) == (2, "", [])
-    assert reason in err
+    assert reason in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

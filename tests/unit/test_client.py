@@ -93,6 +93,11 @@ async def test_a_leftover_socket_is_a_sentence(path: Path) -> None:
     with pytest.raises(UnreachableError, match="has ended"):
         async with connect(path):
             pass
+    path.unlink()
+    path.touch()
+    with pytest.raises(UnreachableError, match="is no socket; name the one that"):
+        async with connect(path):
+            pass
 
 
 async def test_a_path_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ async def connect(path: Path) -> AsyncIterator[ControlClient]:
 def _why(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"There is no control socket {path}; is the backend running, and is that its --control?"
+    if error.errno == errno.ECONNREFUSED and not path.is_socket():
+        return f"{path} is no socket; name the one that `serve` has made (its socket's path and .control)."
     if error.errno == errno.ECONNREFUSED:
         return f"Nobody listens on {path}; the backend that made it has ended."
     if isinstance(error, PermissionError):
