@@ -6,13 +6,15 @@ import shutil
 import time
 from pathlib import Path
 
-from bench.contenders import Ours
+from bench.contenders import Ours, cpu_seconds
 from bench.generator import run_loadgen
 from bench.plan import GIB, Plan
 from bench.sample import Round, Sample, Work
 
 TIB = 1 << 40
 RESTS = 20
+SETTLE_S = 30
+RESYNC_WRITES = 2000
 SIZES = (GIB, 64 * GIB, TIB, 4 * TIB, 16 * TIB)
 
 
@@ -39,8 +41,8 @@ def measure_size(folder: Path, size: int) -> Sample:
         for _ in range(RESTS):
             ours.status()
         status_ms = (time.monotonic() - begin) / RESTS * 1000
-        resync_s = _resync(ours, destination)
-        figures = {"start_s": start_s, "attach_s": attach_s, "status_ms": status_ms, "resync_s": resync_s}
+        figures = {"start_s": start_s, "attach_s": attach_s, "status_ms": status_ms}
+        figures |= _resync(ours, destination)
         figures["rss_mib"] = own_mib(ours.pid)
         return Sample(figures, {"disk_bytes": size})
     finally:
@@ -49,13 +51,21 @@ def measure_size(folder: Path, size: int) -> Sample:
         destination.unlink()
 
 
-def _resync(ours: Ours, destination: Path) -> float:
-    """The same destination again, after 2,000 writes all over the disk without it."""
+def _resync(ours: Ours, destination: Path) -> dict[str, float]:
+    """The same destination again, after some writes all over the disk without it. Nothing may differ before:
+    what was written shortly before the mirror's end would be copied too."""
+    ours.wait_mirror(lambda mirror: mirror["differing-bytes"] == 0, SETTLE_S)
     ours.leave_mirror()
-    run_loadgen(ours.socket, Work("randwrite", 32), 0.5, 0, "--operations", "2000")
-    begin = time.monotonic()
+    run_loadgen(ours.socket, Work("randwrite", 32), 0.5, 0, "--operations", str(RESYNC_WRITES))
+    differing = ours.status()["differing-bytes"]
+    cpu, begin = cpu_seconds(ours.pid), time.monotonic()
     ours.start_mirror(destination, full=False)
-    return time.monotonic() - begin
+    resync_s = time.monotonic() - begin
+    return {
+        "resync_s": resync_s,
+        "resync_cpu_s": cpu_seconds(ours.pid) - cpu,
+        "resync_mib": differing / (1 << 20),
+    }
 
 
 def measure_sizes(plan: Plan) -> list[Round]:

@@ -11,11 +11,11 @@
  *   - With one part in flight it finds what a request takes alone. The disk is
  *     far if not even the fastest took less than COPY_FAR_NS.
  *   - While one of the two disks is far, the window doubles from round to round,
- *     as long as requests to far disks take no more than a quarter of that longer,
- *     and never more than COPY_SLACK_NS. Else it is halved, and no more is tried.
+ *     until requests to a far disk take longer by half of the slack: a quarter of
+ *     their time alone, and no more than COPY_SLACK_NS. Past all of it the window is
+ *     halved, and more is tried again PAUSE_ROUNDS later.
  *   - One fast answer of a disk that seemed to be far: it was merely slow for a
- *     moment. Back to one part; the same every RENEW_NS, and then all of it anew,
- *     for disks change.
+ *     moment. Back to one part; the same every RENEW_NS, for disks change.
  *
  * A near source has one read at a time whatever the window is; and with one
  * near disk, parts stay small. Invariant: never less than one part, so that the
@@ -29,19 +29,15 @@
 
 #include "limits.h"
 
-/* Each part is read once: so many reads are a round, and half as many writes say something. */
-#define ROUND_READS 8u
 #define RENEW_NS 10000000000u
+#define PAUSE_ROUNDS 16u
 
 static void begin_round(struct copy_pace *p, uint64_t window_bytes)
 {
     p->window_bytes = window_bytes;
     p->round++;
-    for (unsigned i = 0; i < COPY_DISKS; i++) {
-        p->disk[i].sum_ns = 0;
-        p->disk[i].least_ns = UINT64_MAX;
+    for (unsigned i = 0; i < COPY_DISKS; i++)
         p->disk[i].seen = 0;
-    }
 }
 
 void copy_pace_init(struct copy_pace *p, unsigned depth, uint64_t region_bytes, uint64_t now_ns)
@@ -51,31 +47,55 @@ void copy_pace_init(struct copy_pace *p, unsigned depth, uint64_t region_bytes, 
     p->round = round;
     p->depth = depth;
     p->least_bytes = region_bytes > COPY_BESIDE_BYTES ? region_bytes : COPY_BESIDE_BYTES;
-    p->most_bytes = UINT64_MAX;
     p->renew_ns = now_ns + RENEW_NS;
     begin_round(p, p->least_bytes);
 }
 
-static uint64_t mean_ns(const struct copy_latency *d)
+static void add(struct copy_latency *d, uint64_t ns)
 {
-    return d->sum_ns / d->seen;
+    unsigned at = d->seen++;
+    for (; at > 0 && d->ns[at - 1] > ns; at--)
+        d->ns[at] = d->ns[at - 1];
+    d->ns[at] = ns;
 }
 
+/* Of the middle: an answer that is late for reasons of its own does not count. */
+static uint64_t median_ns(const struct copy_latency *d)
+{
+    return d->ns[d->seen / 2];
+}
+
+/* Each part is read once, so reads fill a round; half as many writes say something. */
 static bool is_known(const struct copy_latency *d)
 {
-    return d->seen >= ROUND_READS / 2;
+    return d->seen >= COPY_ROUND / 2;
 }
 
 static void learn_alone(struct copy_latency *d)
 {
-    d->far = is_known(d) && d->least_ns >= COPY_FAR_NS;
-    d->alone_ns = is_known(d) ? mean_ns(d) : 0;
+    d->far = is_known(d) && d->ns[0] >= COPY_FAR_NS;
+    d->alone_ns = is_known(d) ? median_ns(d) : 0;
+}
+
+static bool is_slower_by(const struct copy_latency *d, uint64_t slack_ns)
+{
+    return d->far && is_known(d) && median_ns(d) > d->alone_ns + slack_ns;
+}
+
+static uint64_t slack_ns(const struct copy_latency *d)
+{
+    return d->alone_ns / 4 < COPY_SLACK_NS ? d->alone_ns / 4 : COPY_SLACK_NS;
 }
 
 static bool is_crowded(const struct copy_latency *d)
 {
-    uint64_t slack_ns = d->alone_ns / 4 < COPY_SLACK_NS ? d->alone_ns / 4 : COPY_SLACK_NS;
-    return d->far && is_known(d) && mean_ns(d) > d->alone_ns + slack_ns;
+    return is_slower_by(d, slack_ns(d));
+}
+
+/* Twice as much would be too much. */
+static bool is_full(const struct copy_latency *d)
+{
+    return is_slower_by(d, slack_ns(d) / 2);
 }
 
 static bool is_far(const struct copy_latency *d)
@@ -85,7 +105,7 @@ static bool is_far(const struct copy_latency *d)
 
 static bool seemed_far(const struct copy_latency *d)
 {
-    return d->far && d->seen && d->least_ns < COPY_FAR_NS;
+    return d->far && d->seen && d->ns[0] < COPY_FAR_NS;
 }
 
 static bool any(const struct copy_pace *p, bool (*is)(const struct copy_latency *))
@@ -97,8 +117,6 @@ static uint64_t doubled(const struct copy_pace *p)
 {
     bool both_far = p->disk[COPY_SOURCE].far && p->disk[COPY_DESTINATION].far;
     uint64_t most = p->depth * (both_far ? COPY_BYTES : p->least_bytes);
-    if (p->most_bytes < most)
-        most = p->most_bytes;
     return 2 * p->window_bytes < most ? 2 * p->window_bytes : most;
 }
 
@@ -114,15 +132,16 @@ static void end_round(struct copy_pace *p, uint64_t now_ns)
         learn_alone(&p->disk[COPY_SOURCE]);
         learn_alone(&p->disk[COPY_DESTINATION]);
     }
-    if (now_ns >= p->renew_ns) {
+    if (now_ns >= p->renew_ns || any(p, seemed_far)) {
         window_bytes = p->least_bytes;
-        p->most_bytes = UINT64_MAX;
         p->renew_ns = now_ns + RENEW_NS;
-    } else if (any(p, seemed_far)) {
-        window_bytes = p->least_bytes;
+        p->pause_rounds = 0;
     } else if (any(p, is_crowded)) {
-        window_bytes = p->most_bytes = halved(p);
-    } else if (any(p, is_far)) {
+        window_bytes = halved(p);
+        p->pause_rounds = PAUSE_ROUNDS;
+    } else if (p->pause_rounds > 0) {
+        p->pause_rounds--;
+    } else if (any(p, is_far) && !any(p, is_full)) {
         window_bytes = doubled(p);
     }
     begin_round(p, window_bytes);
@@ -131,13 +150,10 @@ static void end_round(struct copy_pace *p, uint64_t now_ns)
 void copy_pace_completed(struct copy_pace *p, enum copy_disk disk, uint64_t round, uint64_t latency_ns, uint64_t now_ns)
 {
     struct copy_latency *d = &p->disk[disk];
-    if (round != p->round)
+    if (round != p->round || d->seen == COPY_ROUND)
         return;
-    d->sum_ns += latency_ns;
-    d->seen++;
-    if (latency_ns < d->least_ns)
-        d->least_ns = latency_ns;
-    if (p->disk[COPY_SOURCE].seen >= ROUND_READS)
+    add(d, latency_ns);
+    if (p->disk[COPY_SOURCE].seen == COPY_ROUND)
         end_round(p, now_ns);
 }
 

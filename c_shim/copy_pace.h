@@ -9,13 +9,14 @@
 #include <stdint.h>
 
 enum copy_disk { COPY_SOURCE, COPY_DESTINATION, COPY_DISKS };
+enum { COPY_ROUND = 8 };
 
 /* Of the copy's requests to one disk. */
 struct copy_latency {
-    uint64_t sum_ns, least_ns; /* in this round */
+    uint64_t ns[COPY_ROUND]; /* in this round, in their order of size */
     unsigned seen;
-    bool far;                  /* with one part in flight none was faster than COPY_FAR_NS */
-    uint64_t alone_ns;         /* the mean then */
+    bool far;                /* with one part in flight none was faster than COPY_FAR_NS */
+    uint64_t alone_ns;       /* the median then */
 };
 
 struct copy_pace {
@@ -23,8 +24,8 @@ struct copy_pace {
     uint64_t least_bytes;  /* of a part, and of the window */
     uint64_t window_bytes; /* so much may be in flight */
     uint64_t round;        /* what was submitted in another one says nothing about this one */
-    uint64_t most_bytes;   /* more was too much */
-    uint64_t renew_ns;     /* then all is found out anew */
+    unsigned pause_rounds; /* more was too much: so many rounds are left until it is tried again */
+    uint64_t renew_ns;     /* then the disks are looked at anew */
     struct copy_latency disk[COPY_DISKS];
 };
 

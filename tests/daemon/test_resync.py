@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.daemon.rig import BLOCK, Served, await_true, flush, image, write_block
+from tests.daemon.rig import BLOCK, Served, await_true, block_of, flush, image, write_block
 
 REGION = 64 << 10
 
@@ -36,6 +36,34 @@ def test_only_what_was_written_meanwhile_is_copied(work: Path) -> None:
         guest.close()
         served.stop()
     assert source.read_bytes() == destination.read_bytes()
+
+
+def test_on_a_huge_disk_nothing_else_is_even_looked_at(work: Path) -> None:
+    """What a resync does depends on what was written, not on the disk's size."""
+    size, region, writes = 8 << 40, 256 << 10, 40
+    source, destination = work / "a.img", work / "b.img"
+    for path in (source, destination):
+        path.touch()
+        os.truncate(path, size)
+    blocks = [number * (size // writes) // BLOCK + 5 for number in range(writes)]
+    with Served(work, source) as served, served.guest() as guest:
+        served.start_mirror(destination)
+        await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
+        served.qmp.execute("mirror-cancel")
+        for block in blocks:
+            write_block(guest, block, 1)
+        before = served.qmp.execute("query-stats")
+        mirror = attach_again(served, destination)
+        after = served.qmp.execute("query-stats")
+        assert mirror["copy-bytes-total"] == mirror["copy-bytes-done"] == writes * region
+        reads = [stats["disks"]["source"]["operations"]["read"]["operations"] for stats in (before, after)]
+        assert reads[1] - reads[0] <= writes
+        passes = [stats["engine"]["syscalls"] for stats in (before, after)]
+        assert passes[1] - passes[0] <= 10 * writes, "one or two for each part of a region, and for queries"
+        guest.close()
+        served.stop()
+    with destination.open("rb") as file:
+        assert all(os.pread(file.fileno(), BLOCK, each * BLOCK) == block_of(each, 1) for each in blocks)
 
 
 def test_a_disk_that_somebody_wrote_to_gets_everything(work: Path) -> None:

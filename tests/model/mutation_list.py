@@ -636,6 +636,22 @@ MUTATIONS = [
         "return false;",
         "resync.py::test_the_copy_keeps_one_small_part_in_flight_beside_a_working_guest_and_yet_ends",
     ),
+    _m(
+        "copy-goes-first-beside-the-guest",
+        "the guest goes first: while it works the copy begins with one small part",
+        "copy_pace.c",
+        "    begin_round(p, p->least_bytes);",
+        "    begin_round(p, p->depth * (uint64_t)COPY_BYTES);",
+        "resync.py::test_the_copy_keeps_one_small_part_in_flight_beside_a_working_guest_and_yet_ends",
+    ),
+    _m(
+        "copy-stays-small-at-far-disks",
+        "beside a working guest a disk far away gets as much of the copy as slows nobody",
+        "copy_pace.c",
+        "window_bytes = doubled(p);",
+        "window_bytes = p->window_bytes;",
+        "resync.py::test_beside_a_working_guest_disks_far_away_get_more_at_once",
+    ),
     # -- the dirty log of a live migration --------------------------------------------------
     _m(
         "element-not-logged",

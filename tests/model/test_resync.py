@@ -18,7 +18,7 @@ from tests.model import rig as rigs
 from tests.model.rig import BLOCK, MIB, Rig
 from vhostsync._shim import lib
 
-WRITE, FLUSH, ZERO = DiskOp.WRITE, DiskOp.FLUSH, DiskOp.ZERO
+READ, WRITE, FLUSH, ZERO = DiskOp.READ, DiskOp.WRITE, DiskOp.FLUSH, DiskOp.ZERO
 REGION = 65536
 BLOCKS_A_REGION = REGION // BLOCK
 
@@ -135,6 +135,35 @@ def test_the_copy_keeps_one_small_part_in_flight_beside_a_working_guest_and_yet_
         assert not write.done
         r.source.hold(WRITE, False)
         r.source.release(WRITE)
+        r.driver.await_state(State.STEADY)
+        r.flush_now()
+        r.assert_same_content()
+
+
+def test_beside_a_working_guest_disks_far_away_get_more_at_once() -> None:
+    """Each answers all that it was given every few milliseconds; later ever sooner, so that no request of the
+    copy is slowed by another one."""
+    with rig(size_bytes=16 * MIB, copy_depth=4) as r:
+        r.source.load(0, bytes([7]) * 16 * MIB)
+        r.source.hold(READ)
+        r.destination.hold(WRITE)
+        assert r.driver.start_mirror(r.destination) == 0
+        r.driver.await_held(r.source, READ, 4)
+        r.source.hold(WRITE)
+        r.write(0, 1)  # from here on the guest is at work
+        r.driver.await_held(r.source, WRITE)
+        at_once: list[int] = []
+        while r.snapshot().copy_bytes_done < 12 * MIB:
+            assert len(at_once) < 50, str(at_once)  # one part at a time would take 134
+            for disk, op in ((r.source, READ), (r.destination, WRITE)):
+                time.sleep(0.02 if len(at_once) < 10 else 0.005)  # how far away they are
+                disk.release(op)
+                r.driver.settle()
+            at_once.append(r.source.held(READ))
+        assert at_once[:7] == [1] * 7 and max(at_once) == 4, at_once
+        for disk, op in ((r.source, READ), (r.source, WRITE), (r.destination, WRITE)):
+            disk.hold(op, False)
+            disk.release(op)
         r.driver.await_state(State.STEADY)
         r.flush_now()
         r.assert_same_content()
