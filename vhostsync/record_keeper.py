@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 1.0
 
-_TO_RECORD: Final = (EventKind.STATE, EventKind.DEGRADED, EventKind.BITMAP_FAILED)
+_TO_RECORD: Final = (EventKind.DEGRADED, EventKind.BITMAP_FAILED)
 
 
 class RecordKeeper:
@@ -68,6 +68,7 @@ class RecordKeeper:
         self._came = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
+        self._steady = anyio.Event()
         engine.on_event(self._on_event)
 
     # ---- writing ---------------------------------------------------------------
@@ -136,6 +137,8 @@ class RecordKeeper:
     def _on_event(self, event: EngineEvent) -> None:
         if event.kind is EventKind.STATE:
             self._state = State(event.value)
+            if self._state is State.STEADY:
+                self._steady.set()
             if event.reason == Reason.SWITCH:
                 # Here and not where the exchange is awaited: what the engine reports next (the loss of the
                 # new destination, say) is to be recorded of the new roles.
@@ -155,6 +158,7 @@ class RecordKeeper:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._follow_doubt)
             tasks.start_soon(self._follow_fence)
+            tasks.start_soon(self._follow_steady)
             await self._follow_events()
 
     async def _follow_fence(self) -> None:
@@ -202,18 +206,31 @@ class RecordKeeper:
             await self._give_up_bitmap(event.error)
         elif event.kind is EventKind.DEGRADED:
             await self._record_outdated()
-        elif event.value == State.STEADY and event.reason == Reason.COPY_DONE:
-            async with self.lock:
-                # Much may have happened since: only what is steady now may be called so.
-                if self._state is State.STEADY and self.record.peer_worth is Worth.INCONSISTENT:
-                    await self._record_up_to_date()
 
-    async def _record_up_to_date(self) -> None:
-        try:
-            await self.write(self.record.with_worth(Worth.UP_TO_DATE))
-        except StateRecordError as error:
-            # Too modest a record loses no data: the destination is worth more than it says.
-            log.error("the state record still calls the destination inconsistent", error=str(error))
+    async def _follow_steady(self) -> None:
+        """Not in turn with the rest, for which the engine waits. Too modest a record loses no data, but may
+        not stay so: nobody would go on from such a destination when the source is lost."""
+        while True:
+            await self._steady.wait()
+            self._steady = anyio.Event()
+            told = False
+            while (error := await self._record_up_to_date()) is not None:
+                if not told:
+                    self._failed(error)
+                    log.error("the state record still calls the destination inconsistent", error=error)
+                told = True
+                await anyio.sleep(RETRY_S)
+
+    async def _record_up_to_date(self) -> str | None:
+        """Why not, or None. Much may have happened since: only what is steady now may be called so."""
+        async with self.lock:
+            if self._state is not State.STEADY or self.record.peer_worth is not Worth.INCONSISTENT:
+                return None
+            try:
+                await self.write(self.record.with_worth(Worth.UP_TO_DATE))
+            except StateRecordError as error:
+                return str(error)
+            return None
 
     async def _record_outdated(self) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made

@@ -23,13 +23,13 @@ from tests.engine_driver import DiskOp, MemoryDisk
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.model.rig import BLOCK, MIB, pattern
-from vhostsync import disks, peer
+from vhostsync import disks, peer, record_keeper
 from vhostsync import engine as engine_module
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again
 from vhostsync.engine import Engine, EngineConfig, probe
 from vhostsync.engine_attachment import EngineAttachment
-from vhostsync.errors import MirrorError
+from vhostsync.errors import MirrorError, StateRecordError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
@@ -294,6 +294,33 @@ def test_a_record_that_cannot_be_written_delays_no_look(
         await until(it.state_file.reached.is_set)
         await until(lambda: bool(looks))
         it.state_file.release.set()
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_a_steady_mirror_is_not_called_inconsistent_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R22: if the source is lost, that word decides whether anybody goes on from the destination."""
+
+    async def scene(it: Stage) -> None:
+        monkeypatch.setattr(record_keeper, "RETRY_S", 0.01)
+        it.state_file.hold = True  # the record of the start
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(it.attach)
+            await until(it.state_file.reached.is_set)
+            prepare = it.state_file.prepare
+            monkeypatch.setattr(it.state_file, "prepare", full)
+            it.state_file.release.set()
+        with anyio.fail_after(WAIT_S):
+            while "No space" not in ((await it.mirror.status()).last_error or ""):
+                await anyio.sleep(0.005)
+        assert it.record().peer_worth is Worth.INCONSISTENT
+        monkeypatch.setattr(it.state_file, "prepare", prepare)
+        await until(lambda: it.record().peer_worth is Worth.UP_TO_DATE)
+
+    def full(record: StateRecord) -> Prepared:
+        raise StateRecordError("the state record cannot be written: No space left on device")
 
     play(scene, tmp_path, monkeypatch)
 
