@@ -15,17 +15,25 @@
  * Invariants:
  *   - A job belongs to the I/O thread from io_threads_lend() until it is taken
  *     back. Until then the data thread changes nothing that start() reads, and
- *     the I/O thread never changes anything but the job's result. The two
+ *     the I/O thread never changes anything but the job itself. The two
  *     channels order it: what was written before a job was put in is seen by
  *     whoever takes it out (release, acquire).
  *   - A channel never overflows: there are fewer jobs than places (limits.h).
  *   - Neither side sleeps while there is something for it: it says that it is
  *     about to sleep, then looks once more; the other one puts a job in, then
- *     looks whether it sleeps. Each has a full fence between its two steps, so
- *     one of the two sees the other.
+ *     looks whether it sleeps. Each has a full fence between its two steps: a
+ *     store may otherwise stay in its core's buffer past the look that follows
+ *     it, even on x86. With both, one of the two sees the other; with either
+ *     one missing, none may (tests/spin/threads.pml tries each).
+ *   - A signal is no more than an end of sleep, so one that comes late or for
+ *     nothing does no harm. It stays readable, so none is lost either while the
+ *     kernel has ended the watch and it is not begun again.
  *   - A batch is one wake-up: of an I/O thread when the data thread has handed
  *     out what there was, of the data thread when the I/O thread has begun
  *     all of its batch (or WAKE_EARLY of those that are over at once).
+ *   - What stands in a ring waits for no more than a batch of jobs that are done
+ *     at once, though they come without end: a destination's requests are not
+ *     starved by the guest's reads of cached data.
  */
 #include "io_threads.h"
 
@@ -42,6 +50,7 @@
 #include "list.h"
 
 #define WAKE_EARLY 16u
+#define BATCH_MAX 64u
 
 struct io_thread {
     struct io_channel todo, done;
@@ -149,10 +158,10 @@ static void completed(struct uring_op *op, int result, unsigned flags)
     give_back(container_of(op, struct io_job, op), result);
 }
 
-static void begin_all(struct io_thread *t)
+static void begin_batch(struct io_thread *t)
 {
     struct io_job *job;
-    while ((job = channel_take(&t->todo))) {
+    for (unsigned n = 0; n < BATCH_MAX && (job = channel_take(&t->todo)); n++) {
         int result;
         job->op.complete = completed;
         if (job->start(job, &t->uring, &result))
@@ -175,19 +184,28 @@ static void woken(struct uring_op *op, int result, unsigned flags)
         watch_wake_fd(t);
 }
 
+static bool may_sleep(struct io_thread *t)
+{
+    say_asleep(&t->asleep);
+    if (!channel_holds(&t->todo) && !atomic_load_explicit(&t->stop, memory_order_acquire))
+        return true;
+    say_awake(&t->asleep);
+    return false;
+}
+
 static void work(struct io_thread *t)
 {
     while (!atomic_load_explicit(&t->stop, memory_order_acquire)) {
         bool sleeps;
-        begin_all(t);
+        begin_batch(t);
         look_after_data_thread(t);
-        say_asleep(&t->asleep);
-        sleeps = !channel_holds(&t->todo) && !atomic_load_explicit(&t->stop, memory_order_acquire);
+        sleeps = may_sleep(t);
         if (sleeps || io_uring_sq_ready(&t->uring.ring) > 0 || uring_has_work(&t->uring)) {
             uring_enter(&t->uring, sleeps ? UINT64_MAX : 0);
             count_syscalls(t, 1);
         }
-        say_awake(&t->asleep);
+        if (sleeps)
+            say_awake(&t->asleep);
         uring_reap(&t->uring);
     }
 }
@@ -196,6 +214,7 @@ static void *run(void *arg)
 {
     struct io_thread *t = arg;
     sigset_t all;
+    pthread_setname_np(pthread_self(), "vhostsync-io"); /* from outside it would take a descriptor */
     /* As on the data thread: signals are the control plane's, a fault of ours is ours. */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);
@@ -225,7 +244,6 @@ static int start_one(struct io_thread *t, const char **step)
     sem_init(&t->started, 0, 0);
     rc = -pthread_create(&t->thread, NULL, run, t);
     if (rc == 0) {
-        pthread_setname_np(t->thread, "vhostsync-io");
         while (sem_wait(&t->started) < 0)
             ;
         rc = t->start_result;
