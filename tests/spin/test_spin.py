@@ -63,6 +63,11 @@ MODELS = (
         "switch.pml",
         bugs=("RULE_5_SWITCH", "SWITCH_GATE", "SWITCH_DRAIN", "SWITCH_RECORD", "SWITCH_COUNTS"),
     ),
+    Model(
+        "threads",
+        "threads.pml",
+        bugs=("LAST_LOOK", "LOOK_BEFORE_PUT", "FENCE_SLEEP", "FENCE_WAKE", "RELEASE"),
+    ),
 )
 BUGS = [(model, bug) for model in MODELS for bug in model.bugs]
 
