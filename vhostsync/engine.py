@@ -205,6 +205,8 @@ def _engine_bitmap(file: BitmapFile) -> Any:
 _SETUP_ADVICE: Final = {
     errno.EPERM: "a seccomp profile or kernel.io_uring_disabled forbids io_uring here; allow it",
     errno.ENOMEM: "the limit on locked memory is too small; raise it (LimitMEMLOCK=, ulimit -l)",
+    errno.EAGAIN: "no more threads are allowed; raise the limit (TasksMax=, ulimit -u) or lower --threads",
+    errno.EMFILE: "the limit on open files is too small; raise it (LimitNOFILE=, ulimit -n)",
     errno.ENOSYS: "this kernel has no io_uring that will do; Linux 5.11 or newer is needed",
     errno.EINVAL: "this kernel lacks a flag of io_uring that is needed, or the configuration is impossible",
 }

@@ -57,10 +57,12 @@ def same_content(one: Path, other: Path) -> bool:
                 return True
 
 
-def refused_start(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """The exit code and stderr of a `vhostsync` that must end by itself."""
+def refused_start(
+    *arguments: str | Path, env: dict[str, str] | None = None, before: Sequence[str] = ()
+) -> tuple[int, str]:
+    """The exit code and stderr of a `vhostsync` that must end by itself, run by the command `before`."""
     done = subprocess.run(
-        [*vhostsync_command(), *map(str, arguments)],
+        [*before, *vhostsync_command(), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

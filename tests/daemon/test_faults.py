@@ -274,14 +274,15 @@ def test_cancel_with_a_hanging_destination(work: Path) -> None:
             served.stop()
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_the_end_with_a_hanging_destination(work: Path, force: bool) -> None:
+@pytest.mark.parametrize(("force", "threads"), [(False, "1"), (True, "2")])
+def test_the_end_with_a_hanging_destination(work: Path, force: bool, threads: str) -> None:
     """All but the process itself: the kernel lets go of that only when the last request is over, whatever a
     program does. So its sockets and its log say that it has ended, and the rest is over with the thaw."""
     source = image(work / "a.img")
     with ext4(work) as files:
         other = image(files.folder / "b.img")
-        with Served(work, source, "--destination-timeout", "1") as served, served.guest() as guest:
+        options = ("--destination-timeout", "1", "--threads", threads)
+        with Served(work, source, *options) as served, served.guest() as guest:
             served.start_mirror(other)
             files.freeze()
             write_block(guest, 1, 1)

@@ -56,7 +56,8 @@ def look_for_leaks(served: Served, cycle: Callable[[int], None]) -> None:
 def test_mirrors_begun_and_ended(work: Path) -> None:
     disks = [image(work / name, 2, filled_mib=1) for name in ("a.img", "b.img")]
     small = image(work / "small.img", 1, filled_mib=1)
-    with Served(work, disks[0], "--bitmap", work / "bits") as served, served.guest() as guest:
+    options = ("--bitmap", work / "bits", "--threads", "3")
+    with Served(work, disks[0], *options) as served, served.guest() as guest:
         current = 0
 
         def cycle(number: int) -> None:

@@ -81,13 +81,13 @@ def work_it(served: Served, other: Path) -> None:
 
 
 def test_every_thread_has_nothing_left(work: Path) -> None:
-    with Served(work, image(work / "a.img")) as served, served.guest() as guest:
+    with Served(work, image(work / "a.img"), "--threads", "3") as served, served.guest() as guest:
         write_block(guest, 0, 1)
         flush(guest)
-        threads = threads_of(served)
-        assert len(threads) >= 2, "the data plane has a thread of its own"
-        for thread in threads:
-            status = status_of(served.process.pid, thread)
+        statuses = [status_of(served.process.pid, thread) for thread in threads_of(served)]
+        names = [status["Name"] for status in statuses]
+        assert names.count("vhostsync-data") == 1 and names.count("vhostsync-io") == 2, names
+        for status in statuses:
             for name in ("CapPrm", "CapEff", "CapInh", "CapAmb"):
                 assert int(status[name], 16) == 0, (status["Name"], name)
             if os.geteuid() == 0:
@@ -188,6 +188,27 @@ def test_as_another_user(work: Path) -> None:
         served.stop()
     assert (work / "b.img").stat().st_uid == entry.pw_uid
     assert not (work / "vm.sock").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ("--nproc=3:3", "pthread_create (no more threads are allowed; raise the limit"),
+        ("--nofile=19:19", "(the limit on open files is too small; raise it"),
+    ],
+)
+def test_a_limit_that_is_too_low_for_the_threads(work: Path, limit: str, told: str) -> None:
+    """Some of them run already."""
+    need_root()
+    disk = image(work / "a.img")
+    (work / "state").mkdir()
+    give_to_nobody(work)
+    code, stderr = refused_start(
+        "serve", "--blk-file", disk, "--socket-path", work / "no.sock", "--user", NOBODY, "--threads", "16",
+        env={"STATE_DIRECTORY": str(work / "state")}, before=("prlimit", limit),
+    )  # fmt: skip
+    assert code == 1 and told in stderr and stderr.count("\n") == 1, stderr
+    assert not (work / "no.sock").exists()
 
 
 def test_a_user_who_cannot_write_the_state_is_told_at_the_start(work: Path) -> None:

@@ -25,9 +25,19 @@ def wakeups_while_idle(served: Served) -> int:
     return served.wakeups() - begin - by_a_query
 
 
+def sleeps_of_io_threads(served: Served) -> int:
+    every = [path.read_text() for path in Path(f"/proc/{served.process.pid}/task").glob("*/status")]
+    statuses = [status for status in every if status.startswith("Name:\tvhostsync-io\n")]
+    assert statuses
+    return sum(int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0]) for status in statuses)
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_an_idle_guest_wakes_nobody(work: Path, mirrored: bool) -> None:
-    with Served(work, image(work / "a.img")) as served, served.guest(queues=4) as guest:
+    with (
+        Served(work, image(work / "a.img"), "--threads", "3") as served,
+        served.guest(queues=4) as guest,
+    ):
         if mirrored:
             served.start_mirror(image(work / "b.img"))
         for number in range(50):
@@ -36,7 +46,9 @@ def test_an_idle_guest_wakes_nobody(work: Path, mirrored: bool) -> None:
         await_true(lambda: served.mirror()["lag-writes"] == 0, "all is mirrored")
         if mirrored:
             await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
+        slept = sleeps_of_io_threads(served)
         assert wakeups_while_idle(served) <= 2
+        assert sleeps_of_io_threads(served) - slept <= 2
         guest.close()
         served.stop()
 
