@@ -67,6 +67,7 @@ struct io_thread {
     /* Its own. */
     struct uring uring;
     struct uring_op woken;
+    uint64_t wakes;    /* of the data thread */
     unsigned finished; /* and the data thread was not looked after since */
 };
 
@@ -126,10 +127,9 @@ static void say_awake(atomic_bool *asleep)
 
 /* ---- an I/O thread -------------------------------------------------------- */
 
-static void count_syscalls(struct io_thread *t, uint64_t more)
+static void show_syscalls(struct io_thread *t)
 {
-    uint64_t now = atomic_load_explicit(&t->syscalls, memory_order_relaxed);
-    atomic_store_explicit(&t->syscalls, now + more, memory_order_relaxed);
+    atomic_store_explicit(&t->syscalls, t->uring.enters + t->wakes, memory_order_relaxed);
 }
 
 static void look_after_data_thread(struct io_thread *t)
@@ -140,7 +140,7 @@ static void look_after_data_thread(struct io_thread *t)
     if (!must_wake(&t->all->asleep))
         return;
     signal_fd(t->all->wake_fd);
-    count_syscalls(t, 1);
+    t->wakes++;
 }
 
 static void give_back(struct io_job *job, int result)
@@ -200,13 +200,11 @@ static void work(struct io_thread *t)
         begin_batch(t);
         look_after_data_thread(t);
         sleeps = may_sleep(t);
-        if (sleeps || io_uring_sq_ready(&t->uring.ring) > 0 || uring_has_work(&t->uring)) {
-            uring_enter(&t->uring, sleeps ? UINT64_MAX : 0);
-            count_syscalls(t, 1);
-        }
+        uring_enter(&t->uring, sleeps ? UINT64_MAX : 0);
         if (sleeps)
             say_awake(&t->asleep);
         uring_reap(&t->uring);
+        show_syscalls(t);
     }
 }
 

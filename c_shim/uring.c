@@ -78,6 +78,8 @@ struct io_uring_sqe *uring_sqe_detached(struct uring *u)
 void uring_enter(struct uring *u, uint64_t wait_ns)
 {
     struct io_uring_cqe *cqe;
+    if (wait_ns == 0 && io_uring_sq_ready(&u->ring) == 0 && !uring_has_work(u))
+        return;
     u->enters++;
     if (wait_ns == 0) {
         /* Also makes the kernel post what DEFER_TASKRUN has put off. */

@@ -35,7 +35,7 @@ struct io_uring_sqe *uring_sqe(struct uring *u, struct uring_op *op);
 struct io_uring_sqe *uring_sqe_detached(struct uring *u);
 
 /* Submits what is queued and waits for a completion until wait_ns have passed:
- * 0 does not wait, UINT64_MAX waits for ever. */
+ * 0 does not wait (and is no system call where there is nothing to do), UINT64_MAX waits for ever. */
 void uring_enter(struct uring *u, uint64_t wait_ns);
 
 /* Hands over what is queued; waits for nothing. */
