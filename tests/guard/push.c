@@ -23,15 +23,18 @@ struct work {
     bool mirrored;
     bool flush;   /* the last of a batch is a flush */
     bool inlined; /* plain calls, as for tmpfs; otherwise io_uring, as for a disk */
+    bool lent;    /* to an I/O thread, all but the first of a batch */
 };
 
 static const struct work works[] = {
-    {"read", VIRTIO_BLK_T_IN, false, false, true},
-    {"write", VIRTIO_BLK_T_OUT, false, false, true},
-    {"read-uring", VIRTIO_BLK_T_IN, false, false, false},
-    {"write-uring", VIRTIO_BLK_T_OUT, false, false, false},
-    {"write-mirrored", VIRTIO_BLK_T_OUT, true, false, true},
-    {"write-mirrored-flush", VIRTIO_BLK_T_OUT, true, true, true},
+    {"read", VIRTIO_BLK_T_IN, false, false, true, false},
+    {"write", VIRTIO_BLK_T_OUT, false, false, true, false},
+    {"read-uring", VIRTIO_BLK_T_IN, false, false, false, false},
+    {"write-uring", VIRTIO_BLK_T_OUT, false, false, false, false},
+    {"write-mirrored", VIRTIO_BLK_T_OUT, true, false, true, false},
+    {"write-mirrored-flush", VIRTIO_BLK_T_OUT, true, true, true, false},
+    {"read-lent", VIRTIO_BLK_T_IN, false, false, true, true},
+    {"write-mirrored-lent", VIRTIO_BLK_T_OUT, true, false, true, true},
 };
 
 /* ---- malloc, counted ------------------------------------------------------------ */
@@ -117,8 +120,9 @@ static void begin(struct rig *r, const struct work *work)
     config.log_bytes = 64u << 20;
     /* Nothing that comes with time may mix with what comes with requests. */
     config.checkpoint_us = 3600000000u;
+    config.threads = work->lent ? 2 : 1;
     *r = rig_make(&config, memory_disk(work));
-    rig_attach(r, 1, F_USUAL | F_INDIRECT | F_EVENT_IDX);
+    rig_attach(r, config.threads, F_USUAL | F_INDIRECT | F_EVENT_IDX); /* the last queue is the last thread's */
     if (!work->mirrored)
         return;
     CHECK_EQUAL(rig_mirror_start(r, memory_disk(work)), 0);
@@ -205,13 +209,14 @@ int main(int argc, char **argv)
     struct vs_queue_stats queue;
     begin(&r, work);
     int thread = engine_thread();
-    push(&r.lane[0], work, (unsigned)atoi(argv[2]));
+    struct lane *lane = &r.lane[r.lanes - 1];
+    push(lane, work, (unsigned)atoi(argv[2]));
     struct vs_snapshot snapshot = rig_snapshot(&r);
-    vs_engine_queue_stats(r.engine, 0, &queue);
+    vs_engine_queue_stats(r.engine, r.lanes - 1, &queue);
     unsigned long made = atomic_load(&allocations);
     printf("{\"requests\": %" PRIu64 ", \"wakeups\": %" PRIu64 ", \"syscalls\": %" PRIu64 ", \"kicks\": %" PRIu64
            ", \"notifications\": %" PRIu64 ", \"allocations\": %lu, \"engine_thread\": %d}\n",
-           r.lane[0].done, snapshot.wakeups, snapshot.syscalls, queue.kicks, queue.notifications, made, thread);
+           lane->done, snapshot.wakeups, snapshot.syscalls, queue.kicks, queue.notifications, made, thread);
     end(&r);
     return 0;
 }
