@@ -11,7 +11,7 @@ from bench.disk_sizes import measure_sizes
 from bench.idle import measure_idle
 from bench.plan import Plan
 from bench.sample import Round, Sample, Work
-from bench.switching import measure_idle_switch, measure_switch
+from bench.switching import measure_idle_switch, measure_no_switch, measure_switch
 from bench.targets import Target, every, of_limit, percentile_99, ratio, value
 
 Measure = Callable[[Contender, Plan], Sample]
@@ -123,6 +123,10 @@ _SWITCHES = (
         "pause_ms", unit="ms", shown_events="pauses_ms", measure=measure_switch, mirrored=True,
     ),
     Row(
+        "9n", "the same without a switch", "disk", MIRRORS, (), "pause_ms", unit="ms",
+        shown_events="pauses_ms", measure=measure_no_switch, mirrored=True,
+    ),
+    Row(
         "9i", "pause of a switch, guest idle", "disk", ("ours mirrored",),
         (Target("median ms", every("ours mirrored", "pauses_ms"), 0.2, at_most=True),),
         "pause_ms", unit="ms", shown_events="pauses_ms", measure=measure_idle_switch, mirrored=True,
@@ -186,4 +190,4 @@ def chosen(names: list[str]) -> tuple[Row, ...]:
 
 
 def _digits(number: str) -> str:
-    return number.partition("/")[0].rstrip("rwmihp")
+    return number.partition("/")[0].rstrip("rwmihpn")
