@@ -19,8 +19,8 @@
  * zeroes are only written where there is no hole already.
  *
  * What cannot be read (copy_rescue.c finds it out) is not put on the
- * destination, which may hold it better; neither is, where the destination was
- * steady once, what is in doubt after a failed write (rule 5). It is listed and
+ * destination, which may hold it better; neither is what is in doubt after a
+ * failed write where the destination holds it better (spared.c, rule 5). It is listed and
  * stays different until the guest writes there; such a write is replicated like
  * any other.
  */
@@ -65,12 +65,11 @@ void copier_free(struct vs_engine *e)
     own_memory_unmap(e->copier.buffers, BUFFERS_BYTES);
 }
 
-void copier_start(struct vs_engine *e, bool spare_doubt)
+void copier_start(struct vs_engine *e)
 {
     struct copier *k = &e->copier;
     dirty_map_add(&e->to_copy, &e->difference.differs);
     e->unreadable.count = 0; /* all of it is to be copied, and will be found again */
-    k->spare_doubt = spare_doubt;
     copy_pace_init(&k->pace, k->depth, 1ull << e->to_copy.region_shift, engine_now(e));
     /* The cursor stays where the last copy left off: one that always began with what the guest keeps writing
      * would come no further when it is cut off again and again. */
@@ -177,14 +176,13 @@ static bool next_piece(const struct region_copy *c, uint64_t end, uint64_t *piec
 /* Passes over what must not be put; the end of what may be from there on (in the region). */
 static uint64_t next_good(struct region_copy *c)
 {
-    const struct range_set *sets[] = {&c->bad, &c->engine->doubt};
-    unsigned count = c->engine->copier.spare_doubt ? 2 : 1;
+    const struct range_set *sets[] = {&c->bad, &c->engine->spared.ranges};
     bool passed = true;
     uint64_t end = 0;
     while (passed && c->put < c->length) {
         passed = false;
         end = c->offset + c->length;
-        for (unsigned i = 0; i < count && !passed; i++) {
+        for (unsigned i = 0; i < 2 && !passed; i++) {
             struct vs_range part;
             if (!range_set_first(sets[i], c->offset + c->put, end, &part))
                 continue;

@@ -47,7 +47,6 @@ struct copier {
     struct copy_pace pace; /* while the guest works */
     unsigned in_use;
     bool more;          /* it stopped for the others' sake: call again without waiting */
-    bool spare_doubt;   /* what is in doubt is not copied: the destination may hold it better */
     uint64_t cursor;
     uint64_t bytes_total, bytes_done, bytes_sparse;
     uint64_t speed_bytes_per_s; /* 0: no limit */
@@ -56,8 +55,8 @@ struct copier {
 
 int copier_init(struct vs_engine *e);
 void copier_free(struct vs_engine *e);
-/* All regions that may differ are to be copied; spare_doubt: to a destination that was good. */
-void copier_start(struct vs_engine *e, bool spare_doubt);
+/* All regions that may differ are to be copied. */
+void copier_start(struct vs_engine *e);
 /* In steady: this range is to be copied, too (grow.c). */
 void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length);
 void copier_pump(struct vs_engine *e);

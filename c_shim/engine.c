@@ -378,15 +378,19 @@ static int init_engine(struct vs_engine *e, const char **step)
     return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);
 }
 
-static bool doubt_ok(const struct vs_engine_config *c)
+static bool ranges_ok(const struct vs_range *range, uint32_t count, uint64_t capacity)
 {
-    if (c->doubt_count > VS_RANGES_MAX)
+    if (count > VS_RANGES_MAX)
         return false;
-    for (uint32_t i = 0; i < c->doubt_count; i++)
-        if (c->doubt[i].length == 0 || c->doubt[i].offset >= c->capacity_bytes ||
-            c->doubt[i].length > c->capacity_bytes - c->doubt[i].offset)
+    for (uint32_t i = 0; i < count; i++)
+        if (range[i].length == 0 || range[i].offset >= capacity || range[i].length > capacity - range[i].offset)
             return false;
     return true;
+}
+
+static bool doubt_ok(const struct vs_engine_config *c)
+{
+    return ranges_ok(c->doubt, c->doubt_count, c->capacity_bytes) && ranges_ok(c->spared, c->spared_count, c->capacity_bytes);
 }
 
 static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
@@ -425,6 +429,8 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     e->source = source;
     for (uint32_t i = 0; i < config->doubt_count; i++)
         range_set_add(&e->doubt, config->doubt[i].offset, config->doubt[i].length); /* rule 5 knows no restart */
+    for (uint32_t i = 0; i < config->spared_count; i++)
+        range_set_add(&e->spared.ranges, config->spared[i].offset, config->spared[i].length);
     start.engine = e;
     sem_init(&start.ready, 0, 0);
     sem_init(&e->ended, 0, 0);

@@ -39,6 +39,7 @@
 #include "repl_log.h"
 #include "replicator.h"
 #include "source_failover.h"
+#include "spared.h"
 #include "throttle.h"
 #include "uring.h"
 #include "verifier.h"
@@ -131,6 +132,7 @@ struct vs_engine {
     struct repl_log log;
     struct ring_alloc bounce;
     struct range_set doubt;      /* a write of the source failed there */
+    struct spared spared;        /* what of it no copy brings to the destination */
     struct range_set unreadable; /* the copy could not read the source there */
     struct throttle throttle;
     bool write_cache; /* config space WCE, as the guest on the active attachment has set it */

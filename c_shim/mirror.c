@@ -48,7 +48,9 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, uint32_t flags)
     throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
     difference_attach(e, resync);
     pull_ahead_reset(e);
-    copier_start(e, flags & VS_START_SPARE_DOUBT);
+    if (!(flags & VS_START_SPARE_DOUBT))
+        spared_forget(e);
+    copier_start(e);
     mirror_set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
     return 0;
 }
@@ -87,6 +89,7 @@ void mirror_stop_capture(struct vs_engine *e)
     m->uncaptured_writes += m->captured_writes;
     m->captured_writes = 0;
     m->joining = false;
+    spared_leave_steady(e);
     counts_leave_steady(&e->counts);
     list_splice(&e->ready, &e->stalled);
     e->throttle_until_ns = 0;
@@ -184,6 +187,7 @@ void mirror_pump(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
     close_former(e);
+    spared_pump(e);
     if (list_empty(&e->stalled) || !engine_takes_up(e))
         engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
@@ -236,6 +240,7 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
         return 0;
     }
     e->doubt.count = e->unreadable.count = 0; /* they spoke of the old source */
+    spared_forget(e);
     m->disk = NULL;
     m->capturing = false;
     m->epoch++;

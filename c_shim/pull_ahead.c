@@ -145,7 +145,7 @@ int pull_ahead_catch_up(struct vs_engine *e)
     if (engine_now(e) < e->ahead.not_before_ns)
         return -EAGAIN;
     e->mirror.capturing = true;
-    copier_start(e, e->ahead.consistent || e->copier.spare_doubt);
+    copier_start(e);
     mirror_set_state(e, VS_SYNCING, VS_REASON_CATCH_UP, 0);
     return 0;
 }

@@ -148,6 +148,8 @@ static void write_failed(struct request *r)
 {
     struct vs_engine *e = r->engine;
     range_set_add(&e->doubt, r->blk.offset, r->blk.length); /* rule 5 */
+    if (still_captured(r) && e->mirror.state == VS_STEADY)
+        spared_add(e, r->blk.offset, r->blk.length);
     if (r->entry)
         log_abandon(&e->log, r->entry);
     finish(r, VIRTIO_BLK_S_IOERR);
@@ -158,8 +160,10 @@ static void write_completed(struct request *r)
     struct vs_engine *e = r->engine;
     bool captured = still_captured(r);
     r->generation = counts_write_completed(&e->counts);
-    if (e->doubt.count)
+    if (e->doubt.count) {
         range_set_clear(&e->doubt, r->blk.offset, r->blk.length);
+        spared_clear(e, r->blk.offset, r->blk.length);
+    }
     if (e->unreadable.count)
         range_set_clear(&e->unreadable, r->blk.offset, r->blk.length);
     if (captured)

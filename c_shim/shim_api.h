@@ -119,6 +119,8 @@ struct vs_engine_config {
     uint32_t pause_on_destination_error; /* flushes wait when a steady destination is lost: VS_EV_PAUSED */
     uint32_t doubt_count;        /* ranges of the source that an earlier run has left in doubt */
     struct vs_range doubt[64];   /* VS_RANGES_MAX */
+    uint32_t spared_count;       /* of these: what the peer held better then */
+    struct vs_range spared[64];
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
@@ -177,7 +179,7 @@ enum vs_command_kind {
 
 enum vs_start_flags {
     VS_START_RESYNC = 1,     /* copies only what may differ from the peer that is tracked, else everything */
-    VS_START_SPARE_DOUBT = 2 /* but what is in doubt, which the destination may hold better: it was steady once */
+    VS_START_SPARE_DOUBT = 2 /* but what the destination holds better: it is the last one, as the mirror has left it */
 };
 
 enum vs_exchange_flags {
@@ -361,6 +363,8 @@ struct vs_snapshot {
     uint64_t events_lost;
     uint32_t doubt_count;
     struct vs_range doubt[64];
+    uint32_t spared_count;        /* of these: what the destination holds better, and no copy brings there */
+    struct vs_range spared[64];
     struct vs_disk_stats disk[2]; /* by enum vs_disk_role */
     uint32_t unreadable_count;
     struct vs_range unreadable[64]; /* the copy could not read the source there: the destination lacks it */

@@ -46,6 +46,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->requests_waiting = e->flush.waiting;
     s->doubt_count = e->doubt.count;
     memcpy(s->doubt, e->doubt.range, sizeof s->doubt);
+    s->spared_count = e->spared.ranges.count;
+    memcpy(s->spared, e->spared.ranges.range, sizeof s->spared);
     s->unreadable_count = e->unreadable.count;
     memcpy(s->unreadable, e->unreadable.range, sizeof s->unreadable);
     s->reads_from_destination = e->read_fallback.answered;

@@ -136,6 +136,7 @@ class Snapshot:
     wakeups: int
     requests_waiting: int
     doubt: tuple[tuple[int, int], ...]
+    spared: tuple[tuple[int, int], ...]
     unreadable: tuple[tuple[int, int], ...]
     reads_from_destination: int
     source_failovers: int
@@ -398,6 +399,7 @@ class EngineDriver:
             wakeups=int(raw.wakeups),
             requests_waiting=int(raw.requests_waiting),
             doubt=tuple((int(d.offset), int(d.length)) for d in raw.doubt[0 : raw.doubt_count]),
+            spared=tuple((int(d.offset), int(d.length)) for d in raw.spared[0 : raw.spared_count]),
             unreadable=tuple(
                 (int(d.offset), int(d.length)) for d in raw.unreadable[0 : raw.unreadable_count]
             ),

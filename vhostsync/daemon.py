@@ -125,9 +125,8 @@ def _start(config: ServeConfig) -> Started:
             disks_known.append(Path(peer.path))
         confinement = Confinement(config, places_of(config, disks_known, state_directory))
         confinement.confine()
-        doubt = within(opened.record.doubt, shape.capacity_bytes) if opened.record is not None else ()
         engine = Engine.create_blocking(
-            replace(engine_config(config, shape), doubt=doubt), opened.disk, opened.bitmap, opened.peer_known
+            _with_doubt(engine_config(config, shape), opened), opened.disk, opened.bitmap, opened.peer_known
         )
         undo.pop_all()
     return Started(opened, shape, endpoint, engine, confinement)
@@ -157,6 +156,13 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         switch_on_source_error=config.on_source_error == "switch",
         pause_on_destination_error=config.on_destination_error == "pause",
     )
+
+
+def _with_doubt(config: EngineConfig, opened: Opened) -> EngineConfig:
+    """And with what an earlier run has left in doubt."""
+    doubt = opened.record.doubt if opened.record is not None else ()
+    size = config.capacity_bytes
+    return replace(config, doubt=within(doubt, size), spared=within(opened.spared, size))
 
 
 class Backend:

@@ -109,6 +109,7 @@ class EngineConfig:
     switch_on_source_error: bool = False
     pause_on_destination_error: bool = False
     doubt: tuple[tuple[int, int], ...] = ()  # offset, length: what an earlier run has left in doubt
+    spared: tuple[tuple[int, int], ...] = ()  # of these: what the peer held better
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,9 @@ class Engine:
         c_config.doubt_count = len(config.doubt)
         for i, (offset, length) in enumerate(config.doubt):
             c_config.doubt[i].offset, c_config.doubt[i].length = offset, length
+        c_config.spared_count = len(config.spared)
+        for i, (offset, length) in enumerate(config.spared):
+            c_config.spared[i].offset, c_config.spared[i].length = offset, length
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
@@ -360,8 +364,8 @@ class Engine:
 
     async def mirror_start(self, destination: Disk, *, resync: bool, spare_doubt: bool) -> None:
         """Attach `destination` and copy everything to it, or (`resync`) what differs from the peer that is
-        tracked; not what is in doubt (`spare_doubt`: it was steady once). The engine owns its descriptor on
-        success."""
+        tracked; not what is spared (`spare_doubt`: it is the last one, as the mirror has left it). The engine
+        owns its descriptor on success."""
         flags = lib.VS_START_RESYNC * resync | lib.VS_START_SPARE_DOUBT * spare_doubt
         disk = _engine_disk(destination)
         try:

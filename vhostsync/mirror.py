@@ -373,10 +373,9 @@ class Mirror:
         as_left = not target.full and (resync or self._roles.peer.place is None)
         async with self._keeper.lock:
             former = self._keeper.record
-            spare_doubt = as_left and former.was_steady_with(now)
+            spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
-            bitmap = former.bitmap if resync else None
-            record = former.with_peer(disk.identity, bitmap, was_steady=spare_doubt)
+            record = former.with_peer(disk.identity, former.bitmap if resync else None)
             await self._keeper.write(record.with_wanted(wanted))
             former_peer, self._last_error = self._roles.attach(place), None
             try:

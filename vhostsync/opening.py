@@ -34,6 +34,7 @@ class Opened:
     record: StateRecord | None
     bitmap: BitmapFile | None = None
     peer_left: DiskIdentity | None = None  # how the peer looked at the last clean end
+    spared: tuple[tuple[int, int], ...] = ()  # what the peer held better when the last run ended
 
     @property
     def peer_known(self) -> bool:
@@ -72,9 +73,10 @@ def open_device(
         found, record = check_record(state_file, disk)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, record)
+        spared = record.spared if record is not None else ()
         record = follow_record(state_file, found, record, disk, bitmap)
         left = found.peer if found is not None and found.clean else None
-        return Opened(disk, state_file, record, bitmap, left)
+        return Opened(disk, state_file, record, bitmap, left, spared)
     except BaseException:
         if bitmap is not None:
             bitmap.close(clean=False)
@@ -132,7 +134,8 @@ def follow_record(
     assert found is not None
     # A bitmap that sees not every write of this run is worth nothing after it.
     trusted = bitmap is not None and bitmap.trust is not Trust.FRESH
-    record = replace(record, clean=False, bitmap=bitmap.token if bitmap is not None and trusted else None)
+    token = bitmap.token if bitmap is not None and trusted else None
+    record = replace(record, clean=False, bitmap=token, spared=())
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, _since_last_time(found))

@@ -63,6 +63,7 @@ class RecordKeeper:
         self._state_file = state_file
         self._failed = failed
         self._after_exchange: StateRecord | None = None
+        self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
         self._to_record: deque[EngineEvent] = deque()
         self._came = anyio.Event()
@@ -128,7 +129,7 @@ class RecordKeeper:
             if peer is None:
                 return
         try:
-            self._state_file.write(self.record.detached(current, peer))
+            self._state_file.write(self.record.detached(current, peer, self._spared))
         except StateRecordError as error:
             log.error("the state record could not note the clean end", error=str(error))
 
@@ -189,9 +190,11 @@ class RecordKeeper:
     async def record_doubt(self) -> None:
         """What is in doubt now. StateRecordError."""
         async with self.lock:
-            doubt = (await self._engine.snapshot()).doubt
-            if doubt != self.record.doubt:
-                await self.write(self.record.with_doubt(doubt))
+            now = await self._engine.snapshot()
+            self._spared = now.spared
+            record = self.record.with_doubt(now.doubt, now.spared)
+            if record != self.record:
+                await self.write(record)
 
     async def _follow_events(self) -> None:
         while True:

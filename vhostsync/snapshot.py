@@ -113,6 +113,7 @@ class Snapshot:
     requests_waiting: int
     events_lost: int
     doubt: tuple[tuple[int, int], ...]
+    spared: tuple[tuple[int, int], ...]  # of these: what the destination holds better
     disks: dict[str, dict[str, OpStats]]
     disks_in_flight: dict[str, int]
     unreadable: tuple[tuple[int, int], ...]
@@ -188,6 +189,7 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
         requests_waiting=s.requests_waiting,
         events_lost=s.events_lost,
         doubt=tuple((s.doubt[i].offset, s.doubt[i].length) for i in range(s.doubt_count)),
+        spared=tuple((s.spared[i].offset, s.spared[i].length) for i in range(s.spared_count)),
         disks={
             role: {name: _op_stats(s.disk[r].op[i]) for i, name in enumerate(DISK_OPS)}
             for r, role in enumerate(ROLES)

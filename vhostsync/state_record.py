@@ -125,12 +125,12 @@ class StateRecord:
     current: DiskIdentity
     peer: DiskIdentity | None = None
     peer_worth: Worth | None = None
-    peer_was_steady: bool = False  # so that it may hold better what is in doubt
     outdated_since: str | None = None
     clean: bool = False
     superseded: tuple[DiskIdentity, ...] = ()
     bitmap: str | None = None  # the token of the dirty bitmap that knows where the peer may differ
     doubt: tuple[tuple[int, int], ...] = ()  # offset, length: where writes to the current disk have failed
+    spared: tuple[tuple[int, int], ...] = ()  # of these: what the peer holds better, if up to date or clean
     wanted: Wanted | None = None  # until somebody takes it back: mirror-cancel, a switch that keeps no mirror
 
     def __post_init__(self) -> None:
@@ -142,8 +142,9 @@ class StateRecord:
             raise ValueError("a bitmap belongs to a peer")
         if self.wanted is not None and self.peer is None:
             raise ValueError("a mirror that is wanted has a peer")
-        if len(self.doubt) > DOUBT_MAX or any(offset < 0 or length < 1 for offset, length in self.doubt):
-            raise ValueError("the ranges in doubt are out of range")
+        for ranges in (self.doubt, self.spared):
+            if len(ranges) > DOUBT_MAX or any(offset < 0 or length < 1 for offset, length in ranges):
+                raise ValueError("the ranges in doubt are out of range")
         if self.epoch < 1 or len(self.superseded) > SUPERSEDED_MAX:
             raise ValueError("epoch or superseded out of range")
 
@@ -151,21 +152,19 @@ class StateRecord:
     def first(cls, current: DiskIdentity) -> "StateRecord":
         return cls(epoch=1, current=current)
 
-    def with_peer(
-        self, peer: DiskIdentity, bitmap: str | None = None, *, was_steady: bool = False
-    ) -> "StateRecord":
+    def with_peer(self, peer: DiskIdentity, bitmap: str | None = None) -> "StateRecord":
         """A destination is attached. To be written before the first byte goes to it: it is worth nothing
         until the copy is done."""
         return replace(
-            self, peer=peer, peer_worth=Worth.INCONSISTENT, peer_was_steady=was_steady, outdated_since=None,
-            clean=False, bitmap=bitmap,
+            self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap,
+            spared=(),
         )  # fmt: skip
 
-    def was_steady_with(self, disk: DiskIdentity) -> bool:
-        """This disk, as it is now (with its ctime), was the peer, and a state of the current disk; and
-        nothing speaks for a change by somebody else since."""
+    def peer_is(self, disk: DiskIdentity) -> bool:
+        """This disk, as it is now (with its ctime), is the peer, and nothing speaks for a change by somebody
+        else since the last clean end."""
         peer = self.peer
-        if peer is None or not self.peer_was_steady or not _same(peer, disk):
+        if peer is None or not _same(peer, disk):
             return False
         return peer.ctime_ns is None or disk.changed_since(peer) is None
 
@@ -173,22 +172,23 @@ class StateRecord:
         """The bitmap of this token has seen every write since it and the peer were equal; None: none has."""
         return replace(self, bitmap=token)
 
-    def with_doubt(self, doubt: tuple[tuple[int, int], ...]) -> "StateRecord":
-        return replace(self, doubt=doubt)
+    def with_doubt(
+        self, doubt: tuple[tuple[int, int], ...], spared: tuple[tuple[int, int], ...]
+    ) -> "StateRecord":
+        return replace(self, doubt=doubt, spared=spared if self.peer_worth is Worth.UP_TO_DATE else ())
 
     def with_wanted(self, wanted: Wanted | None) -> "StateRecord":
         return replace(self, wanted=wanted)
 
     def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
-        was_steady = self.peer_was_steady or worth is not Worth.INCONSISTENT
-        return replace(
-            self, peer_worth=worth, peer_was_steady=was_steady, outdated_since=outdated_since, clean=False
-        )
+        # What the guest writes without the peer may end that it holds anything better, and no record waits.
+        spared = self.spared if worth is Worth.UP_TO_DATE else ()
+        return replace(self, peer_worth=worth, outdated_since=outdated_since, clean=False, spared=spared)
 
     def without_peer(self) -> "StateRecord":
         return replace(
-            self, peer=None, peer_worth=None, peer_was_steady=False, outdated_since=None, clean=False,
-            bitmap=None, wanted=None,
+            self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None, spared=(),
+            wanted=None,
         )  # fmt: skip
 
     def switched(self, *, keep_mirror: bool) -> "StateRecord":
@@ -201,15 +201,17 @@ class StateRecord:
             current=self.peer,
             peer=self.current if keep_mirror else None,
             peer_worth=Worth.UP_TO_DATE if keep_mirror else None,
-            peer_was_steady=keep_mirror,
             superseded=self._superseded_by(self.peer),
             bitmap=self.bitmap if keep_mirror else None,
             wanted=replace(self.wanted, path=self.current.path) if keep_mirror and self.wanted else None,
         )
 
-    def detached(self, current: DiskIdentity, peer: DiskIdentity | None) -> "StateRecord":
+    def detached(
+        self, current: DiskIdentity, peer: DiskIdentity | None, spared: tuple[tuple[int, int], ...] = ()
+    ) -> "StateRecord":
         """A clean end: identities as they are now, after the last write, with ctimes."""
-        return replace(self, current=current, peer=peer, clean=True)
+        spared = spared if peer is not None else ()
+        return replace(self, current=current, peer=peer, clean=True, spared=spared)
 
     def promoted(self, disk: DiskIdentity) -> "StateRecord":
         """The operator declares `disk` the truth, whatever was recorded (the current one is lost)."""
@@ -246,8 +248,8 @@ def check_start(record: StateRecord, disk: DiskIdentity, record_path: Path | Non
         )
         worth = None if record.peer is None else Worth.INCONSISTENT
         return replace(
-            record, current=disk, peer_worth=worth, peer_was_steady=False, outdated_since=None, clean=False,
-            bitmap=None, doubt=(), wanted=None,
+            record, current=disk, peer_worth=worth, outdated_since=None, clean=False, bitmap=None, doubt=(),
+            spared=(), wanted=None,
         )  # fmt: skip
     for is_peer, old in former:
         if old.path == disk.path:
@@ -322,6 +324,10 @@ def encode_record(record: StateRecord) -> bytes:
     return encode_checked("state-record", asdict(record))
 
 
+def _ranges(rows: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(offset), int(length)) for offset, length in rows)
+
+
 def decode_record(text: bytes) -> StateRecord:
     """ValueError with a phrase when the text is no whole record."""
     body = decode_checked("state-record", text)
@@ -332,12 +338,12 @@ def decode_record(text: bytes) -> StateRecord:
             current=decode_identity(body["current"]),
             peer=None if peer is None else decode_identity(peer),
             peer_worth=None if worth is None else Worth(worth),
-            peer_was_steady=body.get("peer_was_steady", worth in (Worth.UP_TO_DATE, Worth.OUTDATED)),
             outdated_since=body["outdated_since"],
             clean=body["clean"],
             superseded=tuple(decode_identity(disk) for disk in body["superseded"]),
             bitmap=body.get("bitmap"),
-            doubt=tuple((int(offset), int(length)) for offset, length in body.get("doubt", ())),
+            doubt=_ranges(body.get("doubt", ())),
+            spared=_ranges(body.get("spared", ())),
             wanted=None if wanted is None else Wanted(**wanted),
         )
     except (KeyError, TypeError) as error:

@@ -97,7 +97,7 @@ def test_what_is_in_doubt_outlives_a_kill(work: Path, options: tuple[str, ...]) 
             doubt = served.mirror()["doubt"]
             assert [row["length"] for row in doubt] == [MIB]
             (record,) = served.state_directory.glob("*.record.json")
-            await_true(lambda: decode_record(record.read_bytes()).doubt != (), "it is recorded")
+            await_true(lambda: decode_record(record.read_bytes()).spared != (), "it is recorded")
             served.kill()
         good = b"good" * (MIB // 4)  # what the destination may still hold there
         with other.open("r+b") as file:

@@ -5,6 +5,7 @@ rule 5)."""
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import pytest
 
@@ -158,6 +159,57 @@ def test_what_is_in_doubt_is_not_copied_over_the_destination(resync: bool) -> No
         assert r.seen(r.destination, 0, 4) == pattern(1, 4)
         assert r.seen(r.destination, 8) == pattern(3)
         assert r.snapshot().doubt == ((BLOCK, 2 * BLOCK),)
+
+
+def failed_write(r: Rig, block: int, seed: int) -> None:
+    r.source.fault(WRITE, errno.EIO)
+    request = r.write(block, seed)
+    r.guest.wait(request)
+    assert request.status == Status.IOERR
+
+
+def written_without_the_destination(r: Rig) -> None:
+    stop(r)
+    r.write_now(1, 5)
+    r.flush_now()
+    failed_write(r, 1, 6)
+
+
+def not_mirrored_yet(r: Rig) -> None:
+    r.destination.hold(WRITE)
+    r.write_now(1, 4)
+    r.driver.await_held(r.destination, WRITE)
+    r.write_now(1, 5)  # waits for its turn there
+    failed_write(r, 1, 6)
+    r.driver.call(lib.VS_CMD_MIRROR_STOP, value=Reason.COMMAND)
+    r.destination.hold(WRITE, False)
+    r.destination.release(WRITE)
+    r.driver.take_event(EventKind.FENCE_CLEAR)
+
+
+def healed_without_the_destination(r: Rig) -> None:
+    failed_write(r, 1, 4)
+    assert r.driver.settle().spared == ((BLOCK, BLOCK),)
+    stop(r)
+    r.write_now(1, 5)
+    failed_write(r, 1, 6)
+
+
+@pytest.mark.parametrize(
+    "make_doubt", [written_without_the_destination, not_mirrored_yet, healed_without_the_destination]
+)
+def test_what_the_destination_lacks_is_copied_although_it_is_in_doubt(
+    make_doubt: Callable[[Rig], None],
+) -> None:
+    """The guest's write 5 is on the source alone, and steady promises it."""
+    with rig(mirrored=True) as r:
+        r.write_now(1, 1)
+        r.flush_now()
+        make_doubt(r)
+        r.driver.mirror(r.destination, resync=True)
+        now = r.snapshot()
+        assert (now.doubt, now.spared) == (((BLOCK, BLOCK),), ())
+        assert r.seen(r.destination, 1) == r.seen(r.source, 1) != pattern(1)
 
 
 def test_what_an_earlier_run_left_in_doubt_stands_in_the_way() -> None:

@@ -207,7 +207,7 @@ def test_a_new_file_at_the_current_path_is_accepted_and_the_peer_void() -> None:
 def test_a_mirror_is_wanted_until_a_switch_that_keeps_none() -> None:
     wanted = Wanted(B.path, "writeback", 7)
     record = StateRecord.first(A).with_peer(B).with_wanted(wanted).with_worth(Worth.UP_TO_DATE)
-    record = record.with_doubt(((512, 4096),))
+    record = record.with_doubt(((512, 4096),), ())
     assert check_start(record.detached(A, B), A).wanted == wanted
     assert record.switched(keep_mirror=True).wanted == replace(wanted, path=A.path)
     for without in (record.switched(keep_mirror=False), record.without_peer(), record.promoted(B)):
@@ -221,21 +221,29 @@ def test_a_mirror_is_wanted_until_a_switch_that_keeps_none() -> None:
 def test_a_record_from_before_there_was_a_resumed_mirror() -> None:
     record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE)
     body = asdict(record)
-    del body["wanted"], body["doubt"], body["peer_was_steady"]
+    del body["wanted"], body["doubt"], body["spared"]
     assert decode_record(encode_checked("state-record", body)) == record
 
 
-def test_a_peer_was_steady_until_it_is_another_or_was_changed() -> None:
-    first = StateRecord.first(A).with_peer(B)
-    assert not first.was_steady_with(B), "the copy has never ended"
-    steady = first.with_worth(Worth.UP_TO_DATE)
-    left = replace(B, ctime_ns=5)
-    for record in (steady, steady.with_worth(Worth.OUTDATED, "then"), steady.with_worth(Worth.INCONSISTENT)):
-        assert record.was_steady_with(left) and not record.was_steady_with(A)
-        assert record.detached(A, left).was_steady_with(left)
-        assert not record.detached(A, left).was_steady_with(replace(left, ctime_ns=6))
-    assert not steady.with_peer(B).was_steady_with(B), "everything was copied to it"
-    assert steady.switched(keep_mirror=True).was_steady_with(A)
+def test_what_the_peer_holds_better_is_known_while_it_is_up_to_date_and_after_a_clean_end() -> None:
+    spared = ((512, 4096),)
+    steady = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).with_doubt(spared, spared)
+    assert decode_record(encode_record(steady)) == steady and steady.spared == spared
+    for record in (
+        steady.with_worth(Worth.OUTDATED, "then"), steady.with_worth(Worth.INCONSISTENT), steady.with_peer(B),
+        steady.without_peer(), steady.detached(A, B),
+    ):  # fmt: skip
+        assert (record.doubt, record.spared) == (spared, ())
+    outdated = steady.with_worth(Worth.OUTDATED, "then")
+    assert outdated.with_doubt(spared, spared).spared == (), "a write may have healed it before this is told"
+    assert outdated.detached(A, B, spared).spared == spared, "there is no write any more"
+
+
+def test_the_peer_is_as_it_was_left_or_not() -> None:
+    record, left = StateRecord.first(A).with_peer(B), replace(B, ctime_ns=5)
+    assert record.peer_is(left) and not record.peer_is(A)
+    assert record.detached(A, left).peer_is(left)
+    assert not record.detached(A, left).peer_is(replace(left, ctime_ns=6))
 
 
 def test_a_new_file_at_a_superseded_path_is_refused_and_said_to_be_new() -> None:
