@@ -12,8 +12,9 @@
  *      destination has every write of that range, and nothing changes it. Both
  *      are read again. What differs now is a mismatch, block by block.
  *   3. With repair: the bit, the destination's slot, and the source's bytes are
- *      written there (rules 3 and 4), and read back. What follows from the guest comes after it
+ *      written there (rules 3 and 4), flushed, and read back. What follows from the guest comes after it
  *      in the order. The next checkpoint that flushes clears the bit.
+ *      The flush is its own: no count tells a switch, which may be the next thing, that one is needed.
  *
  * Nobody waits for the verifier longer than for the disks: a destination that
  * does not answer is given up by its timeout like any other time, and with it
@@ -39,6 +40,7 @@
 static void source_read(struct disk_io *io);
 static void destination_read(struct disk_io *io);
 static void repaired(struct disk_io *io);
+static void repair_flushed(struct disk_io *io);
 static void read_back(struct disk_io *io);
 static void granted(struct range_slot *slot);
 
@@ -191,22 +193,40 @@ static void repair(struct compare *c)
     disk_submit(e->mirror.disk, &c->destination_io);
 }
 
+/* Whether the repair goes on. */
+static bool repair_succeeded(struct compare *c, uint32_t reason)
+{
+    struct vs_engine *e = c->engine;
+    int result = c->destination_io.result;
+    if (result < 0) {
+        engine_report_io_error(e, VS_DESTINATION, &c->destination_io);
+        if (current(c))
+            mirror_degrade(e, reason, result);
+    }
+    if (result == 0 && current(c))
+        return true;
+    end_compare(c);
+    return false;
+}
+
 static void repaired(struct disk_io *io)
 {
     struct compare *c = container_of(io, struct compare, destination_io);
     struct vs_engine *e = c->engine;
-    if (io->result < 0) {
-        engine_report_io_error(e, VS_DESTINATION, io);
-        if (current(c))
-            mirror_degrade(e, VS_REASON_DESTINATION_WRITE, io->result);
-        end_compare(c);
+    if (!repair_succeeded(c, VS_REASON_DESTINATION_WRITE))
         return;
-    }
-    if (!current(c)) {
-        end_compare(c);
-        return;
-    }
     difference_repaired(e);
+    io->kind = VS_DISK_FLUSH;
+    io->done = repair_flushed;
+    disk_submit(e->mirror.disk, io);
+}
+
+static void repair_flushed(struct disk_io *io)
+{
+    struct compare *c = container_of(io, struct compare, destination_io);
+    struct vs_engine *e = c->engine;
+    if (!repair_succeeded(c, VS_REASON_DESTINATION_FLUSH))
+        return;
     c->step = COMPARE_AGAIN;
     prepare(c, &c->destination_io, &c->destination_iov, c->destination_data);
     c->destination_io.done = read_back;

@@ -21,7 +21,7 @@ enum compare_step {
     COMPARE_TURN,     /* they differed: waits until no write of the guest is on its way there */
     COMPARE_MIRRORED, /* holds the range on the source; waits until the destination has all that was written */
     COMPARE_READ,     /* both are being read, and nothing can change */
-    COMPARE_REPAIR,   /* the source's bytes are being written to the destination */
+    COMPARE_REPAIR,   /* the source's bytes are being written to the destination, and flushed there */
     COMPARE_AGAIN     /* and are being read back */
 };
 

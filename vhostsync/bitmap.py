@@ -162,10 +162,11 @@ class BitmapFile:
             raise BitmapError(f"the bitmap {self.path} cannot grow: {error.strerror}") from error
 
     def note_capacity(self, capacity_bytes: int) -> None:
-        """The engine has marked the new range; that becomes durable with the header. Errors are logged: then
-        the next start copies everything."""
+        """The engine has marked the new range. That becomes durable first: a power cut that leaves the header
+        without it would have it believed. Errors are logged: then the next start copies everything."""
         shape = replace(self.header.shape, capacity_bytes=capacity_bytes)
         try:
+            os.fdatasync(self.fd)
             self._write_header(replace(self.header, shape=shape))
         except OSError as error:
             log.error("the bitmap still says the old size", path=str(self.path), error=error.strerror)

@@ -5,7 +5,8 @@
 2. the bitmap's file becomes long enough; its header still says the old size, so after a crash it is not
    believed, and everything is copied;
 3. the engine copies the new range to the destination, and takes requests for it from then on;
-4. the bitmap's header and the device say the new size, and the frontends are told.
+4. once its new bits are durable, the bitmap's header and the device say the new size, and the frontends are
+   told.
 
 The disks themselves are made larger by whoever owns them (truncate, lvextend, …), before this.
 """

@@ -774,6 +774,14 @@ MUTATIONS = [
         "if (true)",
         "verify.py::test_a_repair_that_does_not_stay_is_not_counted",
     ),
+    _m(
+        "repair-not-flushed",
+        "a repair counts when it is durable",
+        "verifier.c",
+        "    disk_submit(e->mirror.disk, io);\n}\n\nstatic void repair_flushed",
+        "    io->result = 0;\n    repair_flushed(io);\n}\n\nstatic void repair_flushed",
+        "powercut/test_found.py::test_what_is_called_repaired_is_durable",
+    ),
     # -- growing -------------------------------------------------------------------
     _m(
         "larger-before-it-is-copied",

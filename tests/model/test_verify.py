@@ -75,7 +75,7 @@ def test_it_is_repaired_if_asked_for_and_marked_until_it_is_durable() -> None:
         assert ended(r).result == 0
         assert found(r)[2] == BLOCK
         r.assert_same_content()
-        assert (r.snapshot().differing_bytes or 0) >= MIB  # not flushed there yet
+        assert (r.snapshot().differing_bytes or 0) >= MIB  # no checkpoint has come yet
         verify(r)
         assert ended(r).result == 0
         assert found(r)[2] == 0

@@ -5,19 +5,32 @@ events."""
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from tests.engine_driver import DiskOp, EngineDriver, EngineOptions, EngineTransport, MemoryDisk, State
+from tests.engine_driver import (
+    DiskOp,
+    EngineDriver,
+    EngineOptions,
+    EngineTransport,
+    EventKind,
+    MemoryDisk,
+    State,
+)
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory
-from tests.model.rig import BLOCK, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
+from tests.powercut.checker import BITS_AT
 from tests.powercut.machine import EXTENT, MIB, REGION, SHAPE, SIZE, Site, booted
-from vhostsync._shim import lib
-from vhostsync.bitmap import BitmapFile, Trust
+from vhostsync._shim import ffi, lib
+from vhostsync.bitmap import HEADER_BYTES, BitmapFile, Header, Trust
 from vhostsync.engine import _engine_bitmap, bitmap_file_bytes
 from vhostsync.state_record import StateRecord
 
@@ -146,6 +159,82 @@ def test_flushes_that_wait_for_steady_go_on_without_a_destination_that_is_lost()
         it.guest.wait(flush)
         assert flush.ok and it.snapshot().state is State.DEGRADED
         assert it.durable(it.source, 0) == pattern(1)
+
+
+@contextmanager
+def what_a_power_cut_leaves(file: BitmapFile, site: Site) -> Iterator[list[bytes]]:
+    """If all that it keeps of what is not durable yet is the header: an entry for each header written."""
+    durable, left = [site.bitmap.read_bytes()], []
+    real_sync, real_write = os.fdatasync, os.pwrite
+
+    def sync(fd: int) -> None:
+        real_sync(fd)
+        durable.append(site.bitmap.read_bytes())
+
+    def write(fd: int, data: Any, offset: int) -> int:
+        written = real_write(fd, data, offset)
+        left.append(site.bitmap.read_bytes()[:HEADER_BYTES] + durable[-1][HEADER_BYTES:])
+        return written
+
+    with mock.patch.object(os, "fdatasync", sync), mock.patch.object(os, "pwrite", write):
+        yield left
+
+
+def test_a_disk_that_has_grown_without_its_peer_is_vouched_for_only_with_its_new_bits(site: Site) -> None:
+    """A power cut left the header with the new size, and the bits without the new range: so a resync took it
+    for equal."""
+    old_bytes = SIZE - 32 * REGION  # the last word of bits is in use already
+    small = replace(SHAPE, capacity_bytes=old_bytes)
+    source, destination = MemoryDisk(SIZE), MemoryDisk(SIZE)
+    options = EngineOptions(capacity_bytes=old_bytes, dirty_region_bytes=REGION, checkpoint_us=1000)
+    with booted("boot 1"):
+        file = BitmapFile.open(site.bitmap, small, bitmap_file_bytes(small), None)
+        with EngineDriver(options, source, bitmap=_engine_bitmap(file)) as driver:
+            driver.mirror(destination)
+            driver.until(lambda: driver.snapshot().differing_bytes == 0, "all is settled")
+            driver.call(lib.VS_CMD_MIRROR_STOP)
+            file.lengthen(BYTES)
+            os.fdatasync(file.fd)
+            with what_a_power_cut_leaves(file, site) as left:
+                driver.call(lib.VS_CMD_GROW, value=SIZE, desc=SIZE, used=0)
+                file.note_capacity(SIZE)
+        file.close(clean=False)
+    bits = int.from_bytes(left[-1][BITS_AT + 16 : BITS_AT + 16 + SIZE // REGION // 8], "little")
+    assert Header.decode(left[-1][:HEADER_BYTES]).shape == SHAPE
+    assert bits >> old_bytes // REGION == 0xFFFFFFFF
+    for disk in (source, destination):
+        disk.drop()
+
+
+def repair(it: Rig) -> int:
+    """How many bytes the verification says it has repaired."""
+    it.driver.call(lib.VS_CMD_VERIFY, value=1)
+    it.driver.take_event(EventKind.VERIFIED)
+    it.driver.call(lib.VS_CMD_SNAPSHOT)
+    raw = ffi.new("struct vs_snapshot *")
+    lib.vs_engine_snapshot(it.driver.engine, raw)
+    return int(raw.verify_bytes_repaired)
+
+
+def test_what_is_called_repaired_is_durable() -> None:
+    """F was G before it: so a switch that followed at once flushed nothing, nor did the guest's flushes on
+    the new disk, and a power cut brought the damage back."""
+    with rig(mirrored=True) as it:
+        it.write_now(0, 1)
+        it.flush_now()
+        it.destination.load(0, b"x" * BLOCK)
+        assert repair(it) == BLOCK
+        assert it.durable(it.destination, 0) == pattern(1)
+
+
+def test_what_cannot_be_made_durable_is_not_called_repaired() -> None:
+    with rig(mirrored=True) as it:
+        it.write_now(0, 1)
+        it.flush_now()
+        it.destination.load(0, b"x" * BLOCK)
+        it.destination.fault(DiskOp.FLUSH, errno.EIO)
+        assert repair(it) == 0
+        assert it.snapshot().state is State.DEGRADED
 
 
 def test_a_start_that_failed_after_a_host_crash_leaves_the_activity_log_to_the_next(site: Site) -> None:
