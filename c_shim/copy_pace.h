@@ -16,7 +16,7 @@ struct copy_latency {
     uint64_t ns[COPY_ROUND]; /* in this round, in their order of size */
     unsigned seen;
     bool far;                /* with one part in flight none was faster than COPY_FAR_NS */
-    uint64_t alone_ns;       /* the median then */
+    uint64_t alone_ns;       /* what one typically took then */
 };
 
 struct copy_pace {
