@@ -134,6 +134,7 @@ struct vs_engine {
     struct range_set doubt;      /* a write of the source failed there */
     struct spared spared;        /* what of it no copy brings to the destination */
     struct range_set unreadable; /* the copy could not read the source there */
+    uint64_t healed_generation;  /* of the last write that has taken something off it */
     struct throttle throttle;
     bool write_cache; /* config space WCE, as the guest on the active attachment has set it */
     struct guest_flush flush;

@@ -164,8 +164,10 @@ static void write_completed(struct request *r)
         range_set_clear(&e->doubt, r->blk.offset, r->blk.length);
         spared_clear(e, r->blk.offset, r->blk.length);
     }
-    if (e->unreadable.count)
+    if (range_set_overlaps(&e->unreadable, r->blk.offset, r->blk.length)) {
         range_set_clear(&e->unreadable, r->blk.offset, r->blk.length);
+        e->healed_generation = r->generation;
+    }
     if (captured)
         log_append(&e->log, r->entry, r->generation, engine_now(e));
     else if (r->entry)

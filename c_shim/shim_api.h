@@ -165,7 +165,8 @@ enum vs_command_kind {
     VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
     VS_CMD_BITMAP_VOID,       /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
     VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
-    VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else -ETIMEDOUT, gate reopened */
+    VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else gate reopened, and
+                               * -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
     VS_CMD_UNGATE,
     VS_CMD_EXCHANGE,          /* value: VS_EXCHANGE_ flags; opens the gate; event value: pause in ns */
     VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */

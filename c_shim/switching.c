@@ -4,7 +4,7 @@
  *
  *   drain      the guest runs: the destination (or both disks) is flushed, so that little is left for the pause
  *   gate       nothing is taken up any more; closed when all that was taken up is over and the log is empty (M = G),
- *              or opened again when that takes longer than allowed
+ *              or opened again when that takes longer than allowed, or another drain is needed
  *   exchange   the roles change; the gate opens: the guest goes on on the other disk
  *
  * Invariant: between a gate that has closed and its opening no request is in flight, so whatever is exchanged
@@ -90,6 +90,13 @@ static bool drained(const struct vs_engine *e)
            e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
 }
 
+/* Where the source was unreadable, the destination may lack what the guest has flushed. The write that healed it has
+ * to be durable there, or a power cut would bring back what it had before. */
+static bool healed_for_good(const struct vs_engine *e)
+{
+    return e->healed_generation <= e->counts.writes_flushed;
+}
+
 void gate_pump(struct vs_engine *e)
 {
     int rc;
@@ -98,7 +105,7 @@ void gate_pump(struct vs_engine *e)
     if (e->mirror.state != VS_STEADY)
         rc = -ENOTCONN;
     else if (drained(e))
-        rc = 0;
+        rc = healed_for_good(e) ? 0 : -EAGAIN;
     else if (engine_now(e) >= e->gate_deadline_ns)
         rc = -ETIMEDOUT;
     else

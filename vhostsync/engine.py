@@ -427,7 +427,8 @@ class Engine:
 
     async def gate(self, allowed_us: int) -> None:
         """Take up no requests until `exchange` or `ungate`; returns when the destination holds everything.
-        EngineError ETIMEDOUT: it took longer than allowed, and the gate is open again."""
+        EngineError ETIMEDOUT: it took longer than allowed; EAGAIN: what was unreadable was written since the
+        last drain. The gate is open again."""
         await self.command(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
 
     async def ungate(self) -> None:

@@ -128,7 +128,7 @@ class Switch:
         try:
             await self._engine.gate(int(max_pause_ms * 1000))
         except EngineError as error:
-            if error.errno != errno.ETIMEDOUT:
+            if error.errno not in (errno.ETIMEDOUT, errno.EAGAIN):
                 raise
             return False
         except BaseException:

@@ -874,6 +874,14 @@ MUTATIONS = [
         "        if (!source || destination != VS_CHECK_HELD)",
         "powercut/test_powercut.py",
     ),
+    _m(
+        "healed-and-not-durable",
+        "a switch waits until what was unreadable and is healed is durable on the destination",
+        "switching.c",
+        "rc = healed_for_good(e) ? 0 : -EAGAIN;",
+        "rc = 0;",
+        "powercut/test_found.py::test_a_switch_waits_until_what_was_unreadable_is_durable_on_the_destination",
+    ),
     # -- the pause -----------------------------------------------------------------
     _m(
         "pause-forgotten",

@@ -237,6 +237,23 @@ def test_what_cannot_be_made_durable_is_not_called_repaired() -> None:
         assert it.snapshot().state is State.DEGRADED
 
 
+def test_a_switch_waits_until_what_was_unreadable_is_durable_on_the_destination() -> None:
+    """The guest had written there again, and not flushed: nothing was in the way, and a power cut after the
+    switch brought back what the destination had there, older than what was flushed."""
+    with rig() as it:
+        it.source.load(0, pattern(1))
+        it.source.spoil(0, BLOCK)
+        it.driver.mirror(it.destination)
+        assert it.snapshot().unreadable
+        it.write_now(0, 2)
+        assert not it.snapshot().unreadable
+        it.driver.call(lib.VS_CMD_GATE, value=10_000_000, expect=errno.EAGAIN)
+        assert not it.snapshot().gated
+        it.driver.call(lib.VS_CMD_MIRROR_DRAIN)
+        it.driver.call(lib.VS_CMD_GATE, value=10_000_000)
+        assert it.durable(it.destination, 0) == pattern(2)
+
+
 def test_a_start_that_failed_after_a_host_crash_leaves_the_activity_log_to_the_next(site: Site) -> None:
     """It closed the bitmap as if it had ended in order; the next start took the bits without the log."""
     disks = [site.open_disk(number) for number in (0, 1)]
