@@ -460,6 +460,8 @@ void vs_test_disk_spoil(vs_disk *disk, uint64_t offset, uint64_t length)
     pthread_mutex_lock(&t->lock);
     for (uint64_t at = offset; at < offset + length; at += disk->block_bytes)
         t->blocks[at / disk->block_bytes].spoilt = true;
+    if (t->record && length)
+        test_record_spoilt(t->record, t->record_number, offset, length);
     pthread_mutex_unlock(&t->lock);
 }
 
@@ -503,6 +505,8 @@ int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const voi
         list_remove(&b->dirty_link);
     }
     memcpy(t->durable + offset, bytes, length);
+    if (t->record && length)
+        memcpy(test_record_loaded(t->record, t->record_number, offset, length), bytes, length);
     pthread_mutex_unlock(&t->lock);
     return 0;
 }

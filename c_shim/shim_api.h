@@ -435,6 +435,8 @@ enum vs_test_moment_kind {
     VS_MOMENT_WRITE = 1,  /* disk, offset, length, data; stamp: the disk's, which grows */
     VS_MOMENT_ZERO,       /* disk, offset, length, stamp */
     VS_MOMENT_FLUSHED,    /* disk; stamp: what took effect up to it is durable */
+    VS_MOMENT_LOADED,     /* vs_test_disk_load: disk, offset, length, data */
+    VS_MOMENT_SPOILT,     /* vs_test_disk_spoil: disk, offset, length */
     VS_MOMENT_PAGE,       /* of the bitmap's file: offset, data (4096 bytes) */
     VS_MOMENT_SYNC_BEGUN, /* of the bitmap's file */
     VS_MOMENT_SYNCED,     /* stamp: the place of its beginning; what was there then is durable */

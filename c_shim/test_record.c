@@ -87,13 +87,30 @@ static void on_disk(struct vs_test_moment *m, uint32_t disk, uint64_t offset, ui
     m->stamp = stamp;
 }
 
-uint8_t *test_record_write(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length, uint64_t stamp)
+static uint8_t *with_data(vs_test_record *r, enum vs_test_moment_kind kind, uint32_t disk, uint64_t offset,
+                          uint64_t length, uint64_t stamp)
 {
-    struct vs_test_moment *m = begin(r, VS_MOMENT_WRITE, length);
+    struct vs_test_moment *m = begin(r, kind, length);
     uint8_t *data = m->data;
     on_disk(m, disk, offset, length, stamp);
     end(r);
     return data;
+}
+
+uint8_t *test_record_write(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length, uint64_t stamp)
+{
+    return with_data(r, VS_MOMENT_WRITE, disk, offset, length, stamp);
+}
+
+uint8_t *test_record_loaded(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length)
+{
+    return with_data(r, VS_MOMENT_LOADED, disk, offset, length, 0);
+}
+
+void test_record_spoilt(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length)
+{
+    on_disk(begin(r, VS_MOMENT_SPOILT, 0), disk, offset, length, 0);
+    end(r);
 }
 
 void test_record_zero(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length, uint64_t stamp)

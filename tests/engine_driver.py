@@ -250,6 +250,7 @@ class EngineDriver:
         bitmap: Any = ffi.NULL,
         peer_tracked: bool = False,
         doubt: Sequence[tuple[int, int]] = (),
+        spared: Sequence[tuple[int, int]] = (),
     ) -> None:
         """`bitmap`: a vs_bitmap, the engine's from here on."""
         self.options = options
@@ -259,9 +260,10 @@ class EngineDriver:
         for name, value in vars(options).items():
             setattr(config, name, value if isinstance(value, bytes) else int(value))
         config.bitmap, config.peer_tracked = bitmap, int(peer_tracked)
-        config.doubt_count = len(doubt)
-        for i, (offset, length) in enumerate(doubt):
-            config.doubt[i].offset, config.doubt[i].length = offset, length
+        config.doubt_count, config.spared_count = len(doubt), len(spared)
+        for ranges, of in ((config.doubt, doubt), (config.spared, spared)):
+            for i, (offset, length) in enumerate(of):
+                ranges[i].offset, ranges[i].length = offset, length
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
         code = lib.vs_engine_create(config, source.hand_over(), out, step)
         if code != 0:

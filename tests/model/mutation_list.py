@@ -882,7 +882,50 @@ MUTATIONS = [
         "rc = 0;",
         "powercut/test_found.py::test_a_switch_waits_until_what_was_unreadable_is_durable_on_the_destination",
     ),
+    _m(
+        "unreadable-and-settled",
+        "rule 5: a region that could not be read keeps its bit",
+        "difference.c",
+        "|| range_set_overlaps(&e->unreadable, offset, length);",
+        ";",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[unreadable]",
+    ),
+    _m(
+        "doubt-replicated",
+        "rule 5: a write that has failed is not replicated",
+        "request_path.c",
+        "    if (r->entry)\n        log_abandon(&e->log, r->entry);\n    finish(r, VIRTIO_BLK_S_IOERR);",
+        "    if (r->entry && still_captured(r))\n"
+        "        log_append(&e->log, r->entry, counts_write_completed(&e->counts), engine_now(e));\n"
+        "    finish(r, VIRTIO_BLK_S_IOERR);",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[doubt]",
+    ),
+    _m(
+        "grown-and-not-flushed",
+        "what the guest has never written is durable on the destination before the disk has grown",
+        "grow.c",
+        "    disk_submit(e->mirror.disk, &g->flush);",
+        "    g->flush.result = 0;\n    flushed(&g->flush);",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[grow]",
+    ),
+    _m(
+        "repaired-in-words",
+        "what is called repaired is equal",
+        "verifier.c",
+        "    if (c->found > 0 && e->verifier.repair)\n        repair(c);",
+        "    if (c->found > 0 && e->verifier.repair) {\n        e->verifier.bytes_repaired += c->found;\n"
+        "        finish_compare(c);\n    }",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[verify]",
+    ),
     # -- the pause -----------------------------------------------------------------
+    _m(
+        "pause-forgotten-for-writes",
+        "on_destination_error=pause: no write-through write is confirmed by the source alone",
+        "guest_flush.c",
+        "        if (held_by_pause(e, w))\n            continue;\n",
+        "",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[pause-write-through]",
+    ),
     _m(
         "pause-forgotten",
         "on_destination_error=pause: no flush is confirmed by the source alone",

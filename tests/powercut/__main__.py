@@ -12,8 +12,8 @@ import sys
 import time
 
 from tests.powercut.checker import LossError, Tally
-from tests.powercut.loads import SCENES
 from tests.powercut.runs import check_scene, site
+from tests.powercut.scenes import SCENES
 
 
 def main() -> int:

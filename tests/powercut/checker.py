@@ -3,24 +3,26 @@
 
 At every prefix, for all that the caches may have dropped at once (sectors do not depend on each other):
   * the disk that the state record names holds only what the oracle allows, after a power cut or a kill;
-  * where the record calls the other disk up to date, so does that one alone.
+  * where the record calls the other disk up to date, so does that one alone;
+  * in a pause the other disk does so too, whatever the record says: no flush was confirmed without it.
 
 At some prefixes, for some samples of what is left: the backend's own code starts on it.
   * every region that differs has its bit, or everything is copied;
-  * now and then an engine is started and the peer attached: both disks are equal then.
+  * now and then an engine is started and the peer attached: both disks are equal then, but for what the
+    engine lists as unreadable and what is in doubt and the peer held better, which is as it was.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tests.engine_driver import EngineDriver, EngineOptions, MemoryDisk
+from tests.engine_driver import EngineDriver, EngineOptions
 from tests.powercut.machine import (
+    IN_REGION,
     REGION,
-    SECTORS,
     SHAPE,
     SIZE,
     RecordFiles,
@@ -28,20 +30,21 @@ from tests.powercut.machine import (
     Site,
     booted,
     current_disk,
+    decoded,
     open_machine,
 )
-from tests.powercut.media import SECTOR, DiskMedium, FileMedium, RecordMedium, image_bytes, tags_of
-from tests.powercut.oracle import Oracle
+from tests.powercut.media import SECTOR, tags_of
 from tests.powercut.recorder import Confirmed, Kind, Moment, Replaced, Settled, Submitted
+from tests.powercut.state import BrokenPromiseError, State, pieces_of, sectors_of
 from vhostsync import engine as engine_module
 from vhostsync._shim import lib
+from vhostsync.bad_ranges import within
 from vhostsync.bitmap import HEADER_BYTES
 from vhostsync.disks import Disk
 from vhostsync.peer import Peer
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import Worth, decode_record
 
-IN_REGION = REGION // SECTOR
 LOG_BYTES = (24 + 8 * SHAPE.extents + 4095) // 4096 * 4096
 BITS_AT = HEADER_BYTES + 2 * LOG_BYTES
 
@@ -58,12 +61,15 @@ class LossError(AssertionError):
 def tell(moment: Moment, sector: int) -> str | None:
     """A line on a moment, if it has to do with the sector."""
     note = moment.note
-    if moment.kind in (Kind.WRITE, Kind.ZERO):
+    if moment.kind in (Kind.WRITE, Kind.ZERO, Kind.LOADED, Kind.SPOILT):
         at = sector * SECTOR - moment.offset
         if not 0 <= at < moment.length:
             return None
+        if moment.kind is Kind.SPOILT:
+            return f"disk {moment.disk}: unreadable from here on"
         what = f"{int.from_bytes(moment.data[at : at + 8], 'little')}" if moment.data else "zeroes"
-        return f"disk {moment.disk}: {what} at stamp {moment.stamp} ({moment.offset}+{moment.length})"
+        how = "forgets all, and holds" if moment.kind is Kind.LOADED else f"at stamp {moment.stamp}"
+        return f"disk {moment.disk}: {what} {how} ({moment.offset}+{moment.length})"
     if moment.kind is Kind.FLUSHED:
         return f"disk {moment.disk}: flushed up to stamp {moment.stamp}"
     if isinstance(note, Submitted | Confirmed):
@@ -75,7 +81,9 @@ def tell(moment: Moment, sector: int) -> str | None:
     if isinstance(note, Replaced):
         record = decode_record(note.text)
         return f"record: current {record.current.path}, worth {record.peer_worth}, bitmap {record.bitmap}"
-    return "record durable" if isinstance(note, Settled) else None
+    if isinstance(note, Settled):
+        return "record durable"
+    return None if note is None else f"{note}"
 
 
 @dataclass
@@ -94,70 +102,11 @@ class Tally:
         )
 
 
-@dataclass
-class State:
-    """All media and what was promised, at one prefix."""
-
-    disks: tuple[DiskMedium, DiskMedium]
-    file: FileMedium
-    record: RecordMedium
-    cut: Oracle
-    kill: Oracle
-    bad_after_cut: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
-    bad_after_kill: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
-
-    @classmethod
-    def at_start(cls, site: Site, remains: Remains) -> State:
-        initial = remains.images[current_disk(site, remains.record)]
-        return cls(
-            (DiskMedium(list(remains.images[0])), DiskMedium(list(remains.images[1]))),
-            FileMedium(),
-            RecordMedium(remains.record),
-            Oracle(initial, promise_at_once=False),
-            Oracle(initial, promise_at_once=True),
-        )
-
-    def judge_all(self) -> None:
-        for number in (0, 1):
-            self.judge(number, range(SECTORS))
-
-    def apply(self, moment: Moment, place: int) -> None:
-        if moment.note is None and moment.kind in (Kind.WRITE, Kind.ZERO, Kind.FLUSHED):
-            self.judge(moment.disk, self.disks[moment.disk].apply(moment))
-        elif moment.note is None:
-            self.file.apply(moment, place)
-        elif isinstance(moment.note, Replaced):
-            self.record.replaced(moment.note.text)
-        elif isinstance(moment.note, Settled):
-            self.record.settled()
-        else:
-            self._guest(moment.note, place)
-
-    def _guest(self, note: Submitted | Confirmed, place: int) -> None:
-        touched = set(self.cut.apply(note, place)) | set(self.kill.apply(note, place))
-        for number in (0, 1):
-            self.judge(number, touched)
-
-    def judge(self, number: int, sectors: Iterable[int]) -> None:
-        disk = self.disks[number]
-        after_cut, after_kill = self.bad_after_cut[number], self.bad_after_kill[number]
-        for sector in sectors:
-            _put(after_cut, sector, bad=not disk.survivors(sector) <= self.cut.allowed(sector))
-            _put(after_kill, sector, bad=disk.latest(sector) not in self.kill.allowed(sector))
-
-
 def _amid_pages(moments: Sequence[Moment], place: int) -> bool:
     """Pages that had changed when the record looked at them stand one after the other: the file was never as
     a part of them has it."""
     following = moments[place + 1 : place + 2]
     return moments[place].kind is Kind.PAGE and bool(following) and following[0].kind is Kind.PAGE
-
-
-def _put(into: set[int], sector: int, *, bad: bool) -> None:
-    if bad:
-        into.add(sector)
-    else:
-        into.discard(sector)
 
 
 @dataclass
@@ -168,6 +117,7 @@ class Checker:
     chance: random.Random
     restarts_per_record: int
     resync_one_in: int = 12
+    pauses: bool = False
     tally: Tally = field(default_factory=Tally)
     on_cut: Callable[[Remains], None] | None = None
     _moments: Sequence[Moment] = ()
@@ -175,7 +125,7 @@ class Checker:
 
     def walk(self, moments: Sequence[Moment], remains: Remains) -> None:
         """LossError."""
-        state = State.at_start(self.site, remains)
+        state = State.at_start(self.site, remains, pauses=self.pauses)
         settled = 0  # the pages as the run has found them
         while settled < len(moments) and moments[settled].kind is not Kind.SYNCED:
             settled += 1
@@ -183,19 +133,28 @@ class Checker:
         disks = (self.site.open_disk(0), self.site.open_disk(1))
         try:
             for place, moment in enumerate(moments):
-                state.apply(moment, place)
+                self._moments, self._place = moments, place
+                self._apply(state, moment)
                 if place == settled:
                     state.judge_all()
                 if place < settled or _amid_pages(moments, place):
                     continue
                 self.tally.prefixes += 1
-                self._moments, self._place = moments, place
                 self._check_prefix(state, place)
                 for _ in range(places.get(place, 0)):
                     self._restart(state, disks, remains.boot, place)
         finally:
             for disk in disks:
                 disk.close()
+
+    def _apply(self, state: State, moment: Moment) -> None:
+        try:
+            state.apply(moment, self._place)
+        except BrokenPromiseError as broken:
+            raise self._loss(f"entry {self._place}: {broken}", broken.sector) from broken
+
+    def _loss(self, what: str, sector: int) -> LossError:
+        return LossError(what, sector, self._moments[: self._place + 1])
 
     def _places(self, moments: Sequence[Moment], first: int) -> dict[int, int]:
         """Where to restart and how often: half at the rare moments, where what is durable changes."""
@@ -219,10 +178,14 @@ class Checker:
         for text in state.record.possible():
             named = current_disk(self.site, text)
             self._none(state, place, named, state.bad_after_cut[named], "named by the record, power cut")
-            if text is not None and decode_record(text).peer_worth is Worth.UP_TO_DATE:
+            record = decoded(text)
+            if record is not None and record.peer_worth is Worth.UP_TO_DATE:
                 bad = state.bad_after_cut[1 - named]
                 self._none(state, place, 1 - named, bad, "said to be up to date, the other one lost")
-        named = current_disk(self.site, state.record.latest())
+        if state.both_hold:
+            bad = state.bad_after_cut[state.other]
+            self._none(state, place, state.other, bad, "flushes wait for it, the other one lost")
+        named = state.named
         self._none(state, place, named, state.bad_after_kill[named], "named by the record, killed")
 
     def _none(self, state: State, place: int, number: int, bad: set[int], what: str) -> None:
@@ -230,12 +193,11 @@ class Checker:
             return
         sector = min(bad)
         disk, cut, kill = state.disks[number], state.cut.allowed(sector), state.kill.allowed(sector)
-        raise LossError(
+        raise self._loss(
             f"entry {place}: disk {number} ({what}): {len(bad)} sectors; {sector} may hold "
             f"{sorted(disk.survivors(sector))} (last {disk.latest(sector)}), allowed {sorted(cut)}, after a "
             f"kill {sorted(kill)}",
             sector,
-            self._moments[: self._place + 1],
         )
 
     # ---- restarts ------------------------------------------------------------------
@@ -243,12 +205,18 @@ class Checker:
     def _restart(self, state: State, disks: tuple[Disk, Disk], boot: str, place: int) -> None:
         killed = self.chance.random() < 0.25
         if killed:
-            images = (state.disks[0].as_cached(), state.disks[1].as_cached())
-            left = Remains(images, state.file.as_cached(), state.record.latest(), boot)
+            one, other = (disk.as_cached() for disk in state.disks)
+            bitmap, text = state.file.as_cached(), state.record.latest()
         else:
-            images = (state.disks[0].after_cut(self.chance), state.disks[1].after_cut(self.chance))
-            text = self.chance.choice(state.record.possible())
-            left = Remains(images, state.file.after_cut(self.chance), text, f"{boot}, cut off")
+            one, other = (disk.after_cut(self.chance) for disk in state.disks)
+            bitmap, text = state.file.after_cut(self.chance), self.chance.choice(state.record.possible())
+            boot = f"{boot}, cut off"
+        first, second = state.disks
+        left = Remains(
+            (one, other), bitmap, text, boot, state.capacity_bytes,
+            spoilt=(first.spoilt_in(one), second.spoilt_in(other)),
+            rotten=(first.rotten_in(one), second.rotten_in(other)),
+        )  # fmt: skip
         self.tally.restarts += 1
         with booted(left.boot):
             self._start(left, disks, f"entry {place}, {'killed' if killed else 'power cut'}")
@@ -286,35 +254,52 @@ class Checker:
 
     def _check_bits(self, left: Remains, when: str) -> None:
         file = self.site.bitmap.read_bytes()
-        bits = int.from_bytes(file[BITS_AT + 16 : BITS_AT + 16 + SECTORS // IN_REGION // 8], "little")
-        one, other = left.images
-        for region in range(SECTORS // IN_REGION):
-            part = slice(region * IN_REGION, (region + 1) * IN_REGION)
-            if one[part] != other[part] and not bits >> region & 1:
-                at = next(n for n in range(IN_REGION) if one[part][n] != other[part][n])
-                raise LossError(
-                    f"{when}: region {region} differs ({one[part][at]}, {other[part][at]}) and has no bit",
-                    region * IN_REGION + at,
-                    self._moments[: self._place + 1],
-                )
+        regions = -(-left.capacity_bytes // REGION)
+        bits = int.from_bytes(file[BITS_AT + 16 : BITS_AT + 16 + regions // 8 + 1], "little")
+        for sector in self._differing(left.images, left):
+            region = sector // IN_REGION
+            if not bits >> region & 1:
+                one, other = (image[sector] for image in left.images)
+                raise self._loss(f"{when}: region {region} differs ({one}, {other}) and has no bit", sector)
 
-    def _resync(
-        self, left: Remains, named: int, bitmap: Any, tracked: bool, resync: bool, when: str
-    ) -> None:
+    def _differing(self, images: Sequence[Sequence[int]], left: Remains) -> list[int]:
+        """But for what a disk has made different itself, and nobody has written since."""
+        one, other = images
+        rotten = (left.rotten[0].get, left.rotten[1].get)
+        return [
+            sector
+            for sector in range(left.capacity_bytes // SECTOR)
+            if one[sector] != other[sector]
+            and rotten[0](sector) != one[sector]
+            and rotten[1](sector) != other[sector]
+        ]
+
+    def _resync(self, left: Remains, named: int, bitmap: Any, tracked: bool, resync: bool, when: str) -> None:
         self.tally.resyncs += 1
-        held = (MemoryDisk(SIZE), MemoryDisk(SIZE))
-        for disk, tags in zip(held, left.images, strict=True):
-            disk.load(0, image_bytes(tags))
-        options = EngineOptions(capacity_bytes=SIZE, dirty_region_bytes=REGION, log_bytes=8 << 20)
-        with EngineDriver(options, held[named], bitmap=bitmap, peer_tracked=tracked) as driver:
-            driver.mirror(held[1 - named], resync=resync)
+        held = (left.disk(0), left.disk(1))
+        capacity, record = left.capacity_bytes, decoded(left.record)
+        assert record is not None
+        doubt, spared = within(record.doubt, capacity), within(record.spared, capacity)
+        options = EngineOptions(capacity_bytes=capacity, dirty_region_bytes=REGION, log_bytes=8 << 20)
+        driver = EngineDriver(
+            options, held[named], bitmap=bitmap, peer_tracked=tracked, doubt=doubt, spared=spared
+        )
+        with driver:
+            driver.mirror(held[1 - named], resync=resync, spare_doubt=True)
+            found = driver.snapshot()
             after = [tags_of(disk.read(0, SIZE), 0) for disk in held]
         for disk in held:
             disk.drop()
-        if after[0] != after[1]:
-            sector = next(n for n in range(SECTORS) if after[0][n] != after[1][n])
-            raise LossError(
-                f"{when}: after the {'resync' if resync else 'full copy'} sector {sector} differs",
-                sector,
-                self._moments[: self._place + 1],
-            )
+        what = f"{when}: after the {'resync' if resync else 'full copy'}"
+        unreadable = sectors_of(found.unreadable)
+        without_rot = left if resync else replace(left, rotten=({}, {}))
+        for sector in self._differing(after, without_rot):
+            if sector not in sectors_of(spared) | unreadable:
+                raise self._loss(f"{what} sector {sector} differs", sector)
+        for sector in unreadable - pieces_of(left.spoilt[named]):
+            raise self._loss(f"{what} sector {sector} is called unreadable", sector)
+        for sector in sectors_of(doubt) - sectors_of(found.doubt):
+            raise self._loss(f"{what} it is forgotten that sector {sector} is in doubt", sector)
+        for sector in sectors_of(spared):
+            if after[1 - named][sector] != left.images[1 - named][sector]:
+                raise self._loss(f"{what} sector {sector}, which the other disk held better, is lost", sector)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from vhostsync import bitmap as bitmap_module
 from vhostsync import disks, opening
 from vhostsync import engine as engine_module
 from vhostsync._shim import lib
+from vhostsync.bad_ranges import within
 from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
 from vhostsync.disks import Disk
@@ -37,17 +39,23 @@ from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
 from vhostsync.opening import Opened
+from vhostsync.resize import Resizer
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import StateFile
-from vhostsync.state_record import decode_record
+from vhostsync.state_record import StateRecord, decode_record
+from vhostsync.verify import Verifier
+from vhostsync.vhost_user.server import FrontendServer
+from vhostsync.virtio_blk import BlkDevice, DeviceShape
 
 MIB = 1 << 20
 SIZE = 1 * MIB
 SECTORS = SIZE // 512
 REGION = 4096
+IN_REGION = REGION // 512
 EXTENT = 128 << 10
 SLOTS = 3  # of the 8 extents that the disk has
 SHAPE = Shape(SIZE, REGION, EXTENT, 4100)
+STOP_TIMEOUT_S = 0.05
 QUEUES = 3
 FAILOVER_DEADLINE_S = 5.0
 
@@ -87,12 +95,28 @@ class RecordFiles:
 @dataclass(frozen=True)
 class Remains:
     """What a machine starts from: the tags of both disks, the bitmap's file, the state record, and which
-    boot it is."""
+    boot it is. `capacity_bytes`: what the disks have; of each disk, `spoilt` sectors cannot be read until
+    they are written, and `rotten` ones are not what it was given."""
 
     images: tuple[list[int], list[int]]
     bitmap: bytes = b""
     record: bytes | None = None
     boot: str = "boot 1"
+    capacity_bytes: int = SIZE
+    spoilt: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+    rotten: tuple[dict[int, int], dict[int, int]] = field(default_factory=lambda: ({}, {}))
+
+    @property
+    def shape(self) -> Shape:
+        return replace(SHAPE, capacity_bytes=self.capacity_bytes)
+
+    def disk(self, number: int) -> MemoryDisk:
+        """As it was left; to be dropped."""
+        disk = MemoryDisk(SIZE)
+        disk.load(0, image_bytes(self.images[number]))
+        for sector in self.spoilt[number]:
+            disk.spoil(sector * 512, 512)
+        return disk
 
 
 @dataclass
@@ -126,18 +150,26 @@ class Site:
         )
 
 
-def current_disk(site: Site, record: bytes | None) -> int:
+@lru_cache(maxsize=256)
+def decoded(text: bytes | None) -> StateRecord | None:
+    return None if text is None else decode_record(text)
+
+
+def current_disk(site: Site, text: bytes | None) -> int:
     """Which disk an operator starts: the one that the record names, the first where there is none."""
-    return 0 if record is None else site.number_of(decode_record(record).current.path)
+    record = decoded(text)
+    return 0 if record is None else site.number_of(record.current.path)
 
 
 def open_machine(site: Site, remains: Remains, disk: Disk, state_file: StateFile) -> Opened:
     """opening.open_device for disks that are open already: the same decisions in the same order."""
     found, record = opening.check_record(state_file, disk)
-    bitmap = BitmapFile.open(site.bitmap, SHAPE, bitmap_file_bytes(SHAPE), record, remains.boot)
+    spared = record.spared if record is not None else ()
+    shape = remains.shape
+    bitmap = BitmapFile.open(site.bitmap, shape, bitmap_file_bytes(shape), record, remains.boot)
     record = opening.follow_record(state_file, found, record, disk, bitmap)
     left = found.peer if found is not None and found.clean else None
-    return Opened(disk, state_file, record, bitmap, left)
+    return Opened(disk, state_file, record, bitmap, left, spared)
 
 
 @contextmanager
@@ -148,14 +180,18 @@ def booted(boot: str) -> Iterator[None]:
 
 @dataclass
 class Running:
-    """The backend with a guest on it."""
+    """The backend with a guest on it, which knows of `sectors`."""
 
     site: Site
     engine: Engine
     mirror: Mirror
+    hub: EventHub
+    verifier: Verifier
+    resizer: Resizer
     guest: Frontend
     recorder: Recorder
     disks: tuple[MemoryDisk, MemoryDisk]
+    sectors: int
 
     @property
     def current(self) -> int:
@@ -164,6 +200,10 @@ class Running:
     @property
     def other(self) -> MemoryDisk:
         return self.disks[1 - self.current]
+
+    @property
+    def recorded_doubt(self) -> tuple[tuple[int, int], ...]:
+        return self.mirror._keeper.record.doubt
 
     async def attach(self, *, full: bool = False) -> None:
         path = self.site.paths[1 - self.current]
@@ -191,22 +231,9 @@ def _synced(recorder: Recorder, bitmap: BitmapFile) -> Any:
     return sync
 
 
-@asynccontextmanager
-async def machine(
-    site: Site,
-    remains: Remains,
-    recorder: Recorder,
-    *,
-    features: int = DEFAULT_FEATURES,
-    checkpoint_s: float = 0.02,
-    **engine_options: Any,
-) -> AsyncIterator[Running]:
-    """The backend started on `remains`, everything recorded until its end in order."""
-    held = (MemoryDisk(SIZE), MemoryDisk(SIZE))
-    for number, disk in enumerate(held):
-        disk.load(0, image_bytes(remains.images[number]))
-        recorder.watch_disk(disk, number)
-    site.bitmap.write_bytes(remains.bitmap)
+@contextmanager
+def _in_memory(site: Site, held: Sequence[MemoryDisk], recorder: Recorder) -> Iterator[None]:
+    """The engine gets test disks, and its bitmap is recorded."""
     engine_bitmap, opened_by_engine = engine_module._engine_bitmap, BitmapFile.opened_by_engine
 
     def test_disk(disk: Disk) -> Any:
@@ -223,62 +250,99 @@ async def machine(
         recorder.synced(recorder.sync_begun())  # vs_bitmap_open() has
         opened_by_engine(file)
 
-    config = EngineConfig(**{
-        "capacity_bytes": SIZE, "block_bytes": 512, "log_bytes": 8 * MIB, "destination_timeout_s": 30,
-        "stop_timeout_s": 10, "max_lag_ms": 30_000, "checkpoint_s": checkpoint_s, "num_queues": QUEUES,
-        "read_only": False, "dirty_region_bytes": REGION, "copy_depth": 4, "writeback": True, "serial": "",
-        **engine_options,
-    })  # fmt: skip
-    state_file = StateFile(site.record, files=RecordFiles(remains.record, recorder))
     with (
-        booted(remains.boot),
         mock.patch.object(engine_module, "_engine_disk", test_disk),
         mock.patch.object(engine_module, "_engine_bitmap", test_bitmap),
         mock.patch.object(BitmapFile, "opened_by_engine", synced_by_engine),
     ):
+        yield
+
+
+def _config(capacity: int, opened: Opened, **options: Any) -> EngineConfig:
+    doubt = opened.record.doubt if opened.record is not None else ()
+    return EngineConfig(**{
+        "capacity_bytes": capacity, "block_bytes": 512, "log_bytes": 8 * MIB, "destination_timeout_s": 30,
+        "stop_timeout_s": 10, "max_lag_ms": 30_000, "checkpoint_s": 0.02, "num_queues": QUEUES,
+        "read_only": False, "dirty_region_bytes": REGION, "copy_depth": 4, "writeback": True, "serial": "",
+        "doubt": within(doubt, capacity), "spared": within(opened.spared, capacity), **options,
+    })  # fmt: skip
+
+
+@asynccontextmanager
+async def _serving(
+    site: Site,
+    engine: Engine,
+    opened: Opened,
+    recorder: Recorder,
+    held: tuple[MemoryDisk, MemoryDisk],
+    features: int,
+) -> AsyncIterator[Running]:
+    """The control plane and a guest, until both have ended in order."""
+    capacity = engine.config.capacity_bytes
+    hub = EventHub()
+    mirror = Mirror(
+        engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
+    )
+    failover = SourceFailover(engine, mirror, hub, FAILOVER_DEADLINE_S)
+    verifier = Verifier(engine, hub)
+    device = BlkDevice(DeviceShape(capacity))
+    resizer = Resizer(engine, mirror, device, FrontendServer(device, engine.attach, hub.publish), hub)
+    async with anyio.create_task_group() as tasks:
+        for task in (engine.pump, mirror.run, failover.run, verifier.report):
+            tasks.start_soon(task)
+        transport = AsyncTransport(await engine.attach())
+        guest = Frontend(transport, queues=QUEUES, features=features, memory=GuestMemory((8 * MIB,)))
+        await anyio.to_thread.run_sync(guest.start)
+        try:
+            yield Running(
+                site, engine, mirror, hub, verifier, resizer, guest, recorder, held, capacity // 512
+            )  # fmt: skip
+            await anyio.to_thread.run_sync(guest.close)
+            await mirror.detach(force=False)
+        finally:
+            with anyio.CancelScope(shield=True):
+                for disk in held:
+                    disk.release_all()
+                await anyio.to_thread.run_sync(guest.close)
+                tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def machine(
+    site: Site, remains: Remains, recorder: Recorder, *, features: int = DEFAULT_FEATURES, **options: Any
+) -> AsyncIterator[Running]:
+    """The backend started on `remains`, everything recorded until its end in order. `options`: of the
+    engine."""
+    held = (remains.disk(0), remains.disk(1))
+    for number, disk in enumerate(held):
+        recorder.watch_disk(disk, number)
+    site.bitmap.write_bytes(remains.bitmap)
+    state_file = StateFile(site.record, files=RecordFiles(remains.record, recorder))
+    with booted(remains.boot), _in_memory(site, held, recorder):
         source = site.open_disk(current_disk(site, remains.record))
         opened = open_machine(site, remains, source, state_file)
         assert opened.bitmap is not None
         recorder.watch_file(opened.bitmap.fd)
         recorder.synced(recorder.sync_begun())  # its header is durable
         with mock.patch.object(os, "fdatasync", _synced(recorder, opened.bitmap)):
+            config = _config(remains.capacity_bytes, opened, **options)
             engine = await Engine.create(config, source, opened.bitmap, peer_known=opened.peer_known)
-            hub = EventHub()
-            mirror = Mirror(engine, source, hub, state_file, opened.record, opened.bitmap, opened.peer_left)
-            failover = SourceFailover(engine, mirror, hub, FAILOVER_DEADLINE_S)
             try:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(engine.pump)
-                    tasks.start_soon(mirror.run)
-                    tasks.start_soon(failover.run)
-                    memory = GuestMemory((8 * MIB,))
-                    guest = Frontend(
-                        AsyncTransport(await engine.attach()), queues=QUEUES, features=features, memory=memory
-                    )
-                    await anyio.to_thread.run_sync(guest.start)
-                    try:
-                        yield Running(site, engine, mirror, guest, recorder, held)
-                        await anyio.to_thread.run_sync(guest.close)
-                        await mirror.detach(force=False)
-                    finally:
-                        with anyio.CancelScope(shield=True):
-                            for disk in held:
-                                disk.release_all()
-                            await anyio.to_thread.run_sync(guest.close)
-                            tasks.cancel_scope.cancel()
+                async with _serving(site, engine, opened, recorder, held, features) as running:
+                    yield running
             except BaseException:
                 opened.close()
                 raise
             finally:
                 with anyio.CancelScope(shield=True):
                     await engine.close()
-            mirror.record_clean()
+            running.mirror.record_clean()
             opened.close()
     for disk in held:
         recorder.forget_disk(disk)
         disk.drop()
 
 
-def blank(initial: Sequence[int]) -> Remains:
-    """A machine that never ran: the guest's disk, and an empty one."""
-    return Remains((list(initial), [0] * SECTORS))
+def blank(initial: Sequence[int], other: Sequence[int] = (0,) * SECTORS) -> Remains:
+    """A machine that never ran: the guest's disk, and another one."""
+    return Remains((list(initial), list(other)))

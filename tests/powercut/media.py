@@ -4,7 +4,8 @@
 A sector is known by its tag, which every 64-bit word of it repeats: whose write it is and where it belongs.
 Zeroes are tag 0.
 
-* A disk keeps of each sector its durable content or any version since the last flush that covers it.
+* A disk keeps of each sector its durable content or any version since the last flush that covers it. It may
+  forget what it was given (other content is loaded), and sectors may become unreadable, until the next write.
 * The bitmap's file keeps of each page the version that the last sync covered or any later one, or, torn, a
   part of one and the rest of another.
 * The state record is what was durable, or what was renamed over it since.
@@ -51,20 +52,39 @@ def image_bytes(tags: Sequence[int]) -> bytes:
 
 @dataclass
 class DiskMedium:
-    """A disk with a volatile cache: per sector the durable tag, and (stamp, tag) of what came since."""
+    """A disk with a volatile cache: per sector the durable tag, and (stamp, tag) of what came since.
+    `spoilt`: the tags of sectors that cannot be read; `rotten`: of those that were loaded."""
 
     durable: list[int]
     volatile: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    spoilt: dict[int, int] = field(default_factory=dict)
+    rotten: dict[int, int] = field(default_factory=dict)
+    foreign: set[int] = field(init=False)  # all tags that were ever loaded
 
-    def apply(self, moment: Moment) -> range | list[int]:
+    def __post_init__(self) -> None:
+        self.foreign = set(self.rotten.values())
+
+    def apply(self, moment: Moment) -> Sequence[int]:
         """The sectors of which something else may be left now."""
         first, count = moment.offset // SECTOR, moment.length // SECTOR
+        sectors = range(first, first + count)
         if moment.kind is Kind.FLUSHED:
             return self._flushed(moment.stamp)
+        if moment.kind is Kind.SPOILT:
+            self.spoilt |= {sector: self.latest(sector) for sector in sectors}
+            return ()
         tags = [0] * count if moment.kind is Kind.ZERO else tags_of(moment.data, first)
-        for sector, tag in enumerate(tags, first):
-            self.volatile.setdefault(sector, []).append((moment.stamp, tag))
-        return range(first, first + count)
+        for sector, tag in zip(sectors, tags, strict=True):
+            if moment.kind is Kind.LOADED:
+                self._load(sector, tag)
+            else:
+                self.volatile.setdefault(sector, []).append((moment.stamp, tag))
+        return sectors
+
+    def _load(self, sector: int, tag: int) -> None:
+        self.volatile.pop(sector, None)
+        self.durable[sector] = self.rotten[sector] = tag
+        self.foreign.add(tag)
 
     def _flushed(self, stamp: int) -> list[int]:
         touched = []
@@ -97,6 +117,13 @@ class DiskMedium:
             if chance.random() < keep:
                 image[sector] = chance.choice(versions)[1] if chance.random() < 0.5 else versions[-1][1]
         return image
+
+    def spoilt_in(self, image: Sequence[int]) -> frozenset[int]:
+        """What of an image that was left cannot be read: no write has come to it since."""
+        return frozenset(sector for sector, tag in self.spoilt.items() if image[sector] == tag)
+
+    def rotten_in(self, image: Sequence[int]) -> dict[int, int]:
+        return {sector: tag for sector, tag in self.rotten.items() if image[sector] == tag}
 
     def as_cached(self) -> list[int]:
         """What a process that is killed leaves behind."""

@@ -24,12 +24,33 @@ class Oracle:
         self._initial_gone: set[int] = set()
         self._completed: list[GuestRequest] = []  # and not promised yet
         self._covered: dict[GuestRequest, tuple[GuestRequest, ...]] = {}  # by flush
+        self._promised: set[GuestRequest] = set()
+        self._promised_at: dict[int, int] = {}  # by sector: where the latest promised write was submitted
 
     def allowed(self, sector: int) -> set[int]:
         tags = {request.tag_at(sector) for request in self._issued.get(sector, ())}
         if sector not in self._initial_gone:
             tags.add(self._initial[sector])
         return tags
+
+    def is_promised(self, sector: int, tag: int) -> bool:
+        """No write that leaves this tag there may still be lost."""
+        return all(
+            request in self._promised
+            for request in self._issued.get(sector, ())
+            if request.tag_at(sector) == tag
+        )
+
+    def promised_since(self, sector: int, place: int) -> bool:
+        """A write that was submitted after `place`."""
+        return self._promised_at.get(sector, -1) > place
+
+    def alone(self, request: GuestRequest, sector: int) -> bool:
+        """No other write to the sector was in flight beside this one."""
+        return all(
+            other is request or 0 <= other.confirmed_at < request.submitted_at
+            for other in self._issued.get(sector, ())
+        )
 
     def apply(self, note: Submitted | Confirmed, place: int) -> Iterable[int]:
         """The sectors of which less is allowed from here on."""
@@ -56,10 +77,12 @@ class Oracle:
         less = set()
         promised = set(requests)
         self._completed = [request for request in self._completed if request not in promised]
+        self._promised |= promised
         for request in promised:
             for sector in range(request.first, request.first + request.count):
                 less.add(sector)
                 self._initial_gone.add(sector)
+                self._promised_at[sector] = max(self._promised_at.get(sector, -1), request.submitted_at)
                 self._issued[sector] = [
                     other
                     for other in self._issued[sector]

@@ -27,6 +27,8 @@ class Kind(IntEnum):
     WRITE = lib.VS_MOMENT_WRITE
     ZERO = lib.VS_MOMENT_ZERO
     FLUSHED = lib.VS_MOMENT_FLUSHED
+    LOADED = lib.VS_MOMENT_LOADED
+    SPOILT = lib.VS_MOMENT_SPOILT
     PAGE = lib.VS_MOMENT_PAGE
     SYNC_BEGUN = lib.VS_MOMENT_SYNC_BEGUN
     SYNCED = lib.VS_MOMENT_SYNCED
@@ -59,7 +61,69 @@ class Settled:
     """Its directory was synced."""
 
 
-Note = Submitted | Confirmed | Replaced | Settled
+@dataclass(frozen=True)
+class Switched:
+    """The operator was told that the guest is on the other disk now, and where that one may lack what the
+    guest had written (`accepted`: sectors)."""
+
+    accepted: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PauseReleased:
+    """Flushes that a pause holds may be let go from here on without a mirror."""
+
+
+@dataclass(frozen=True)
+class DoubtAsked:
+    """The engine is asked what is in doubt: what the guest saw fail before this."""
+
+
+@dataclass(frozen=True)
+class DoubtRecorded:
+    """The state record has what was asked for last."""
+
+
+@dataclass(frozen=True)
+class VerifyBegun:
+    """What is different from here on is to be found."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`clean`: both disks were found equal, or were made so."""
+
+    clean: bool
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """The owner of both disks has made them larger: a start shows all of it."""
+
+    capacity_bytes: int
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The guest is told that its disk has grown."""
+
+    capacity_bytes: int
+
+
+Note = (
+    Submitted
+    | Confirmed
+    | Replaced
+    | Settled
+    | Switched
+    | PauseReleased
+    | DoubtAsked
+    | DoubtRecorded
+    | VerifyBegun
+    | Verified
+    | Enlarged
+    | Grown
+)
 
 
 @dataclass(eq=False)

@@ -9,15 +9,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import structlog
 
 from tests.powercut.checker import Checker, Tally
-from tests.powercut.loads import Scene, attach, idle, initial_content, play
-from tests.powercut.machine import Remains, Site, blank, machine
+from tests.powercut.loads import initial_content, rubbish
+from tests.powercut.machine import STOP_TIMEOUT_S, Remains, Site, blank, decoded, machine
+from tests.powercut.media import SECTOR
 from tests.powercut.recorder import Moment, Recorder
+from tests.powercut.scenes import Scene, play
 
 
 @contextmanager
@@ -57,6 +60,8 @@ def record(where: Site, scene: Scene, remains: Remains, chance: random.Random) -
             checkpoint_s=checkpoint_s,
             pull_ahead=scene.pull_ahead,
             switch_on_source_error=scene.failover,
+            pause_on_destination_error=scene.pause,
+            stop_timeout_s=STOP_TIMEOUT_S if scene.pause else 10,
             congestion_fill_bytes=128 << 10,
             ahead_backoff_s=0.01,
         ) as running:
@@ -69,19 +74,26 @@ def record(where: Site, scene: Scene, remains: Remains, chance: random.Random) -
         recorder.close()
 
 
-# On what a power cut has left: the peer comes back.
-AFTERWARDS = Scene("afterwards", (idle, attach, idle))
-
-
 def check_scene(where: Site, scene: Scene, seed: int, restarts: int, tally: Tally) -> int:
     """How many records were checked. LossError."""
     chance = random.Random(f"{scene.name} {seed}")
-    remains = blank(initial_content(chance))
+    first = scene.capacity_bytes // SECTOR
+    remains = replace(blank(initial_content(chance), rubbish(first)), capacity_bytes=scene.capacity_bytes)
     cuts: list[Remains] = []
-    checker = Checker(where, chance, restarts, tally=tally, on_cut=cuts.append)
+    checker = Checker(where, chance, restarts, pauses=scene.pause, tally=tally, on_cut=cuts.append)
     checker.walk(record(where, scene, remains, chance), remains)
     if not cuts:
         return 1
-    left = chance.choice(cuts)
-    Checker(where, chance, restarts // 4, tally=tally).walk(record(where, AFTERWARDS, left, chance), left)
+    left = _chosen(cuts, scene, chance)
+    afterwards = replace(scene, phases=scene.afterwards)
+    checker = Checker(where, chance, restarts // 4, pauses=scene.pause, tally=tally)
+    checker.walk(record(where, afterwards, left, chance), left)
     return 2
+
+
+def _chosen(cuts: list[Remains], scene: Scene, chance: random.Random) -> Remains:
+    def is_telling(left: Remains) -> bool:
+        found = decoded(left.record)
+        return found is not None and scene.telling(found)
+
+    return chance.choice([left for left in cuts if is_telling(left)] or cuts)

@@ -12,9 +12,9 @@ import anyio.to_thread
 import pytest
 
 from tests.powercut.checker import LossError, Tally
-from tests.powercut.loads import SCENES, Scene
 from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
+from tests.powercut.scenes import SCENES, Scene
 from vhostsync.bad_ranges import BadRanges
 from vhostsync.mirror_status import Switched, SwitchPlan
 from vhostsync.state_file import Prepared
@@ -72,10 +72,8 @@ def test_a_destination_that_is_called_up_to_date_too_early_is_noticed(
     """The record says so before the first byte is copied."""
     with_peer = StateRecord.with_peer
 
-    def early(
-        record: StateRecord, peer: DiskIdentity, bitmap: str | None = None, *, was_steady: bool = False
-    ) -> StateRecord:
-        return with_peer(record, peer, bitmap, was_steady=was_steady).with_worth(Worth.UP_TO_DATE)
+    def early(record: StateRecord, peer: DiskIdentity, bitmap: str | None = None) -> StateRecord:
+        return with_peer(record, peer, bitmap).with_worth(Worth.UP_TO_DATE)
 
     monkeypatch.setattr(StateRecord, "with_peer", early)
     assert _one_of_the_seeds_finds_it(where, "copy")
