@@ -358,9 +358,7 @@ static void free_engine(struct vs_engine *e)
 static int init_engine(struct vs_engine *e, const char **step)
 {
     uint32_t region = e->config.dirty_region_bytes;
-    int rc = mailbox_init(&e->mailbox, step);
-    if (rc < 0)
-        return rc;
+    int rc;
     disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
     attachments_init(e);
     poller_init(e);
@@ -419,6 +417,11 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     e->limits = (struct blk_limits){config->capacity_bytes, config->block_bytes, config->read_only};
     e->write_cache = config->writeback;
     guest_memory_catch_sigbus();
+    rc = mailbox_init(&e->mailbox, step);
+    if (rc < 0) {
+        free(e);
+        return rc;
+    }
     rc = init_engine(e, step);
     if (rc < 0) {
         e->config.bitmap = NULL; /* still the caller's */

@@ -10,6 +10,7 @@
  */
 #include <fcntl.h>
 #include <pthread.h>
+#include <sys/resource.h>
 
 #include "held.h"
 #include "rig.h"
@@ -436,6 +437,41 @@ static void begun_and_ended(void)
     held_check(&before);
 }
 
+/* A descriptor is lacking, each one that the start takes: nothing of it is left, and the source is still the caller's. */
+static void begun_in_part(void)
+{
+    struct vs_engine_config config = rig_config();
+    struct rlimit old, limit;
+    unsigned failed = 0;
+    vs_engine *engine;
+    const char *step;
+    int rc;
+    config.threads = 3;
+    int fd = memfd_create("a", MFD_CLOEXEC), lowest_fd;
+    vs_disk *source = file_disk(fd, 0);
+    close(fd);
+    lowest_fd = dup(0);
+    CHECK(lowest_fd >= 0);
+    close(lowest_fd);
+    CHECK_EQUAL(getrlimit(RLIMIT_NOFILE, &old), 0);
+    struct held before = held_now();
+    for (;; failed++) {
+        step = "";
+        limit = old;
+        limit.rlim_cur = (rlim_t)lowest_fd + failed;
+        CHECK_EQUAL(setrlimit(RLIMIT_NOFILE, &limit), 0);
+        rc = vs_engine_create(&config, source, &engine, &step);
+        CHECK_EQUAL(setrlimit(RLIMIT_NOFILE, &old), 0);
+        if (rc == 0)
+            break;
+        CHECK_EQUAL(rc, -EMFILE);
+        CHECK(step[0] && failed < 32);
+        held_check(&before);
+    }
+    CHECK(failed >= 7); /* the mailbox's, three rings, a descriptor each to wake the two */
+    vs_engine_destroy(engine);
+}
+
 int main(void)
 {
     test("pass-through", passthrough);
@@ -448,5 +484,6 @@ int main(void)
     test("files on disk", files_on_disk);
     test("looking before sleeping", looking_before_sleeping);
     test("begun and ended", begun_and_ended);
+    test("begun in part", begun_in_part);
     return tests_end();
 }
