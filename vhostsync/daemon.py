@@ -16,8 +16,10 @@ there is an event loop, in the only thread.
         └─ signals
 """
 
+import os
 import signal
 import sys
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +60,8 @@ from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.virtio_blk import BlkDevice, DeviceShape
 
 log = structlog.get_logger(__name__)
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 CHECKPOINT_S = 3.0  # of the difference map: two flushes in this time, if the guest writes and does not flush
 
@@ -404,12 +408,30 @@ async def _serve_frontends(frontends: FrontendServer, endpoint: listener.Endpoin
 async def _watch_signals(
     backend: Backend, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
-    """The first SIGTERM or SIGINT ends in order, a second one without waiting for the destination."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """The first SIGTERM or SIGINT ends in order, a second one without waiting for the destination; more are
+    ignored, also while the last words are written. The handler is not anyio's: where that one ends, there is
+    a moment in which a signal kills."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    came: deque[int] = deque()
+
+    def note(number: int, _frame: object) -> None:
+        came.append(number)
+        os.eventfd_write(fd, 1)
+
+    for each in ENDING:
+        signal.signal(each, note)
+    try:
         task_status.started()
-        async for number in signals:
-            log.info("stopping", signal=signal.Signals(number).name)
-            backend.stop(force=backend.stopping)
+        while True:
+            await anyio.wait_readable(fd)
+            os.eventfd_read(fd)
+            while came:
+                log.info("stopping", signal=signal.Signals(came.popleft()).name)
+                backend.stop(force=backend.stopping)
+    finally:
+        for each in ENDING:
+            signal.signal(each, signal.SIG_IGN)
+        os.close(fd)
 
 
 def _on_event(event: EngineEvent, engine: Engine, frontends: FrontendServer, hub: EventHub) -> None:

@@ -130,6 +130,17 @@ def test_a_signal_ends_it_quickly_and_cleanly(work: Path, number: signal.Signals
         assert disk.read_bytes()[3 * BLOCK : 4 * BLOCK] == block_of(3, 1)
 
 
+def test_impatience_does_not_kill_it(work: Path) -> None:
+    """Not even while it writes its last words."""
+    with Served(work, image(work / "a.img")) as served, served.guest() as guest:
+        write_block(guest, 3, 1)
+        while served.process.running:
+            served.process.signal(signal.SIGTERM)
+        assert served.process.wait(1) == 0
+        record = served.record()
+        assert record is not None and record.clean
+
+
 def test_quit_ends_it(work: Path) -> None:
     with Served(work, image(work / "a.img")) as served:
         served.qmp.execute("quit")

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control plane's policy at random: the real Mirror, record, retry, failover and pause over the real
+engine, on three test disks that fail, hang and lose what was not flushed; a guest that writes and flushes; an
+operator who starts, cancels and switches; a state file that cannot be written at times; and restarts.
+
+After every step the power is taken: what the guest was told is flushed has to be on the disk that the record
+names, and on its peer if the record calls that up to date. At the end, with all faults over, everything has
+to come to rest: each command and request is answered, and a new mirror makes two equal disks.
+
+VHOSTSYNC_POLICY_SEEDS=1000 plays longer; a failure names its seed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import pytest
+
+from tests.engine_driver import Cut, DiskOp, MemoryDisk
+from tests.frontend import Frontend, Request
+from tests.guest_ring import GuestMemory
+from tests.model.rig import BLOCK, MIB, pattern
+from tests.model.test_review_record import AsyncTransport
+from vhostsync import disks
+from vhostsync import engine as engine_module
+from vhostsync.bitmap import BitmapFile, Shape
+from vhostsync.config import MirrorTarget
+from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
+from vhostsync.errors import StateRecordError, VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
+from vhostsync.opening import Opened, check_record, follow_record
+from vhostsync.pause import DestinationPause
+from vhostsync.retry import DestinationRetry
+from vhostsync.source_failover import SourceFailover
+from vhostsync.state_file import Prepared, StateFile
+from vhostsync.state_record import StateRecord, Worth, decode_record
+
+SIZE = 4 * MIB
+BLOCKS = 24
+SPREAD = SIZE // BLOCK // BLOCKS
+STEPS = 60
+RUNS = 3
+PATIENCE_S = 20.0
+SEEDS = int(os.environ.get("VHOSTSYNC_POLICY_SEEDS", "2"))
+FIRST = int(os.environ.get("VHOSTSYNC_POLICY_FIRST", "0"))
+
+WRITE, FLUSH = DiskOp.WRITE, DiskOp.FLUSH
+
+
+class UnrulyStateFile(StateFile):
+    fails = False
+
+    def prepare(self, record: StateRecord) -> Prepared:
+        if self.fails:
+            raise StateRecordError("the state record cannot be written: No space left on device")
+        return super().prepare(record)
+
+
+@dataclass
+class Guest:
+    """What it has been told: `allowed` has, by block, what the block may hold after a power cut."""
+
+    frontend: Frontend
+    allowed: dict[int, list[int]]
+    seeds: list[int]
+    writes: dict[Request, tuple[int, int]] = field(default_factory=dict, hash=False)
+    flushes: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
+    done: dict[int, int] = field(default_factory=dict)  # the last write of a block that was completed
+
+    def write(self, block: int) -> None:
+        if any(block == at for at, _ in self.writes.values()):
+            return  # in flight: which of the two would be the last is nobody's promise
+        self.seeds[0] += 1
+        self.allowed[block].append(self.seeds[0])
+        request = self.frontend.write(block * SPREAD * BLOCK, pattern(self.seeds[0]))
+        self.writes[request] = (block, self.seeds[0])
+
+    def flush(self) -> None:
+        if len(self.flushes) < 8:
+            self.flushes.append((self.frontend.flush(), dict(self.done)))
+
+    def listen(self) -> None:
+        self.frontend.poll()
+        for request in [each for each in self.writes if each.done]:
+            block, seed = self.writes.pop(request)
+            if request.ok:
+                self.done[block] = seed
+            self.frontend.recycle(request)
+        for flush, covers in [each for each in self.flushes if each[0].done]:
+            self.flushes.remove((flush, covers))
+            for block, seed in covers.items() if flush.ok else ():
+                kept = self.allowed[block]
+                if seed in kept:
+                    self.allowed[block] = kept[kept.index(seed):]
+
+    def is_idle(self) -> bool:
+        return not self.writes and not self.flushes
+
+
+@dataclass
+class World:
+    folder: Path
+    chance: random.Random
+    held: dict[Path, MemoryDisk]
+    options: dict[str, Any]
+    retry_s: float | None
+    bitmap: bool
+    killed: bool = False  # this run ends without a word
+    allowed: dict[int, list[int]] = field(default_factory=lambda: {block: [0] for block in range(BLOCKS)})
+    seeds: list[int] = field(default_factory=lambda: [0])
+    story: list[str] = field(default_factory=list)
+
+    @property
+    def record_path(self) -> Path:
+        return self.folder / "record.json"
+
+    def record(self) -> StateRecord:
+        return decode_record(self.record_path.read_bytes())
+
+    def check(self) -> None:
+        """A power cut now."""
+        if not self.record_path.exists():
+            return
+        record = self.record()
+        self.check_disk(Path(record.current.path), "the current disk")
+        if record.peer_worth is Worth.UP_TO_DATE:
+            assert record.peer is not None
+            self.check_disk(Path(record.peer.path), "the peer that is up to date")
+
+    def check_disk(self, path: Path, what: str) -> None:
+        for block, seeds in self.allowed.items():
+            found = self.held[path].read(block * SPREAD * BLOCK, BLOCK, Cut.EVERYTHING)
+            sectors = {found[at : at + 512] for at in range(0, BLOCK, 512)}  # a write that failed may be torn
+            strange = sectors - {(pattern(seed) if seed else bytes(BLOCK))[:512] for seed in seeds}
+            assert not strange, (
+                f"{what}, {path.name}, lacks block {block}: {[each[:8] for each in strange]}, not of {seeds}"
+            )
+
+
+@dataclass
+class Run:
+    world: World
+    engine: Engine
+    mirror: Mirror
+    state_file: UnrulyStateFile
+    guest: Guest
+    commands: list[anyio.Event] = field(default_factory=list)
+
+    @property
+    def source(self) -> MemoryDisk:
+        return self.world.held[self.mirror.source_path]
+
+    def others(self) -> list[Path]:
+        return [path for path in self.world.held if path != self.mirror.source_path]
+
+
+@asynccontextmanager
+async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tuple[Run, anyio.abc.TaskGroup]]:
+    config = EngineConfig(
+        capacity_bytes=SIZE, block_bytes=512, log_bytes=8 * MIB, stop_timeout_s=0.2, max_lag_ms=500,
+        checkpoint_s=0.05, num_queues=1, read_only=False, dirty_region_bytes=65536, copy_depth=4,
+        writeback=True, serial="", ahead_backoff_s=0.05, **world.options,
+    )  # fmt: skip
+    source = disks.open_disk(path, read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
+    state_file = UnrulyStateFile(world.record_path)
+    found, record = check_record(state_file, source)
+    bitmap = None
+    if world.bitmap:
+        shape = Shape(SIZE, 65536, 4 * MIB, 256)
+        bitmap = BitmapFile.open(world.folder / "bits", shape, bitmap_file_bytes(shape), record)
+    spared = record.spared if record is not None else ()
+    record = follow_record(state_file, found, record, source, bitmap)
+    left = found.peer if found is not None and found.clean else None
+    opened = Opened(source, state_file, record, bitmap, left)
+    doubt = record.doubt if record is not None else ()
+    config = replace(config, doubt=doubt, spared=spared)
+    engine = await Engine.create(config, source, bitmap, peer_known=opened.peer_known)
+    hub = EventHub()
+    mirror = Mirror(engine, source, hub, state_file, record, bitmap, opened.peer_left)
+    failover = SourceFailover(engine, mirror, hub, 5.0)
+    DestinationPause(engine, mirror, hub)
+    retry = DestinationRetry(mirror, hub, world.retry_s, resume=resume)
+    try:
+        async with anyio.create_task_group() as lasting:
+            for task in (engine.pump, mirror.run, failover.run):
+                lasting.start_soon(task)
+            frontend = Frontend(AsyncTransport(await engine.attach()), memory=GuestMemory((8 * MIB,)))
+            await anyio.to_thread.run_sync(frontend.start)
+            guest = Guest(frontend, world.allowed, world.seeds)
+            async with anyio.create_task_group() as serving:
+                serving.start_soon(retry.run)
+                try:
+                    yield Run(world, engine, mirror, state_file, guest), serving
+                finally:
+                    serving.cancel_scope.cancel()
+                    with anyio.CancelScope(shield=True):
+                        state_file.fails = False
+                        for disk in world.held.values():
+                            disk.release_all()
+                        if not world.killed:
+                            with anyio.fail_after(PATIENCE_S):
+                                await anyio.to_thread.run_sync(frontend.stop)
+                                guest.listen()
+                                await anyio.to_thread.run_sync(frontend.close)
+            if not world.killed:
+                await mirror.detach(force=False)
+            lasting.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await engine.close()
+            if world.killed:
+                guest.listen()
+                frontend.transport = Gone()
+                frontend.close()
+            else:
+                await anyio.to_thread.run_sync(mirror.record_clean)
+            if bitmap is not None:
+                bitmap.close(clean=not world.killed)
+    world.check()
+
+
+class Gone(AsyncTransport):
+    """The backend was killed."""
+
+    def __init__(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+async def command(run: Run, name: str, do: Callable[[], Any], over: anyio.Event) -> None:
+    try:
+        await do()
+    except VhostsyncError as error:
+        run.world.story.append(f"  {name}: {error}")
+    else:
+        run.world.story.append(f"  {name}: done")
+    finally:
+        over.set()
+
+
+def step(run: Run, tasks: anyio.abc.TaskGroup) -> str:
+    chance, mirror = run.world.chance, run.mirror
+    disk = run.world.held[chance.choice(list(run.world.held))]
+    name = next(path.name for path, each in run.world.held.items() if each is disk)
+
+    def commanded(what: str, do: Callable[[], Any]) -> str:
+        run.commands.append(anyio.Event())
+        tasks.start_soon(command, run, what, do, run.commands[-1])
+        return what
+
+    def start() -> str:
+        path = chance.choice(run.others())
+        target = MirrorTarget(path, cache="writeback", full=chance.random() < 0.2)
+        return commanded(f"start {path.name}", partial(mirror.start, target))
+
+    def switch() -> str:
+        keep = chance.random() < 0.5
+        switch = partial(mirror.switch, deadline_s=1.0, max_pause_ms=200, keep_mirror=keep)
+        return commanded(f"switch keep={keep}", switch)
+
+    def cancel() -> str:
+        force = chance.random() < 0.5
+        return commanded(f"cancel force={force}", partial(mirror.cancel, force=force))
+
+    def write() -> str:
+        for block in chance.sample(range(BLOCKS), chance.randint(1, 6)):
+            run.guest.write(block)
+        return "write"
+
+    def flush() -> str:
+        run.guest.flush()
+        return "flush"
+
+    def fault() -> str:
+        op = chance.choice((WRITE, FLUSH))
+        disk.fault(op, errno.EIO, count=chance.choice((1, 1, 3)))
+        return f"{name} fails {op.name}"
+
+    def hold() -> str:
+        op = chance.choice((WRITE, FLUSH))
+        if disk is run.source:
+            return "-"
+        disk.hold(op)
+        return f"{name} holds {op.name}"
+
+    def let_go() -> str:
+        for each in run.world.held.values():
+            each.release_all()
+        return "all is let go"
+
+    def record() -> str:
+        run.state_file.fails = not run.state_file.fails
+        return f"the record {'cannot' if run.state_file.fails else 'can'} be written"
+
+    weights = {
+        write: 12, flush: 10, start: 6, switch: 3, cancel: 2, fault: 2, hold: 1, let_go: 3,
+        record: 3 if run.state_file.fails else 1,
+    }  # fmt: skip
+    return chance.choices(list(weights), list(weights.values()))[0]()
+
+
+async def settle(run: Run, tasks: anyio.abc.TaskGroup) -> None:
+    """All that fails is over: everything is answered, and a mirror can be made."""
+    run.world.story.append("the end of all faults")
+    run.state_file.fails = False
+    for disk in run.world.held.values():
+        disk.release_all()
+        for op in (WRITE, FLUSH):
+            disk.fault(op, 0, count=0)
+    with anyio.fail_after(PATIENCE_S):
+        for over in run.commands:
+            await over.wait()
+        while not run.guest.is_idle():  # a pause may hold it: that is ended by whoever may
+            run.guest.listen()
+            if run.mirror.state in (MirrorState.DEGRADED, MirrorState.PASSTHROUGH):
+                with suppress(VhostsyncError):
+                    await run.mirror.cancel(force=True)
+            await anyio.sleep(0.01)
+        for path in (run.mirror.destination_path or run.others()[0],):
+            while run.mirror.state is not MirrorState.STEADY:
+                if run.mirror.state in (MirrorState.DEGRADED, MirrorState.PASSTHROUGH):
+                    with suppress(VhostsyncError):
+                        await run.mirror.start(MirrorTarget(path, cache="writeback"))
+                await anyio.sleep(0.01)
+        run.guest.flush()
+        while not run.guest.is_idle() or run.world.record().peer_worth is not Worth.UP_TO_DATE:
+            run.guest.listen()
+            await anyio.sleep(0.005)
+    run.world.check()
+    destination = run.mirror.destination_path
+    assert destination is not None
+    status = await run.mirror.status()
+    one, other = bytearray(run.source.read(0, SIZE)), bytearray(run.world.held[destination].read(0, SIZE))
+    for row in status.doubt:
+        at, length = row["offset"], row["length"]
+        one[at : at + length] = other[at : at + length] = bytes(length)
+    differ = [at // BLOCK for at in range(0, SIZE, BLOCK) if one[at : at + BLOCK] != other[at : at + BLOCK]]
+    assert not differ, f"{destination.name} differs in blocks {differ}; {status.full_copy_reason=}"
+
+
+async def play(world: World) -> None:
+    path = next(iter(world.held))
+    for number in range(RUNS):
+        world.killed = world.chance.random() < 0.4 and number < RUNS - 1
+        world.story.append(f"run {number} on {path.name}, {'killed' if world.killed else 'ended'}")
+        async with run_of(world, path, resume=world.chance.random() < 0.7) as (run, tasks):
+            for _ in range(STEPS):
+                world.story.append(step(run, tasks))
+                await anyio.sleep(world.chance.choice((0, 0, 0.001, 0.005, 0.03)))
+                run.guest.listen()
+                world.check()
+            if world.chance.random() < 0.6 or number == RUNS - 1:
+                await settle(run, tasks)
+            for over in run.commands:
+                over.set()
+        path = Path(world.record().current.path)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(seed)
+    held = {}
+    for name in "abc":
+        (tmp_path / f"{name}.img").write_bytes(bytes(SIZE))
+        held[tmp_path / f"{name}.img"] = MemoryDisk(SIZE)
+
+    def test_disk(disk: disks.Disk) -> Any:
+        disk.fd.close()
+        return held[disk.path].hand_over()
+
+    monkeypatch.setattr(engine_module, "_engine_disk", test_disk)
+    options: dict[str, Any] = {
+        "destination_timeout_s": chance.choice((0.1, 10.0)),
+        "pause_on_destination_error": chance.random() < 0.5,
+        "switch_on_source_error": chance.random() < 0.5,
+    }
+    if chance.random() < 0.4:
+        options |= {"pull_ahead": True, "congestion_fill_bytes": MIB}
+    world = World(tmp_path, chance, held, options, chance.choice((None, 0.02)), chance.random() < 0.5)
+    try:
+        anyio.run(play, world)
+    except BaseException:
+        how = f"seed {seed}, {options}, retry {world.retry_s}, bitmap {world.bitmap}:"
+        print(how, *world.story, sep="\n  ")
+        raise
+    for disk in held.values():
+        disk.drop()
