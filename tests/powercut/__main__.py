@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m tests.powercut [--minutes M] [--seeds N] [--first SEED] [--scene NAME]
+"""python -m tests.powercut [--minutes M] [--seeds N] [--first SEED] [--scene NAME]...
 
 Runs scenes under the power-cut checker and prints how many states were checked. Each seed plays every scene,
 and now and then another one on what a power cut has left of it.
@@ -24,14 +24,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds at least")
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--restarts", type=int, default=300, help="in each record")
-    parser.add_argument("--scene", choices=[scene.name for scene in SCENES], help="only this one")
+    names = [scene.name for scene in SCENES]
+    parser.add_argument("--scene", action="append", choices=names, help="only this one, or these")
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
     tally, records, seed = Tally(), 0, arguments.first
     with site() as where:
         while seed < arguments.first + arguments.seeds or time.monotonic() < until:
             for scene in SCENES:
-                if arguments.scene in (None, scene.name):
+                if arguments.scene is None or scene.name in arguments.scene:
                     try:
                         records += check_scene(where, scene, seed, arguments.restarts, tally)
                     except LossError as error:

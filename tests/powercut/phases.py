@@ -221,7 +221,7 @@ async def fail_writes(running: Running, chance: random.Random) -> None:
     """Some of the guest's writes fail on its disk: they are in doubt, also for a next run."""
     source = running.disks[running.current]
     op = chance.choice((DiskOp.WRITE, DiskOp.WRITE, DiskOp.ZERO))
-    source.fault(op, errno.EIO, skip=chance.randint(0, 3), count=chance.randint(1, 3))
+    source.fault(op, errno.EIO, skip=chance.randint(0, 3), count=chance.randint(1, 6))
     with anyio.move_on_after(0.05):
         while not (await running.engine.snapshot()).doubt:
             await anyio.sleep(0.001)

@@ -128,7 +128,17 @@ SCENES = (
     ),
     Scene(
         "doubt",
-        (attach, fail_writes, idle, lose_destination, fail_writes, attach, fail_writes, leave_what_is_bad),
+        (
+            attach,
+            fail_writes,
+            lose_destination,
+            idle,
+            fail_writes,
+            attach,
+            idle,
+            fail_writes,
+            leave_what_is_bad,
+        ),
         afterwards=(resume, fail_writes, lose_destination, attach, leave_what_is_bad),
         telling=lambda record: bool(record.doubt),
     ),
