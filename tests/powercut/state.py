@@ -74,7 +74,8 @@ class Doubt:
     _failing: set[GuestRequest] = field(default_factory=set)  # in flight
     _asked: frozenset[int] = frozenset()
     _recorded: frozenset[int] = frozenset()
-    _switched_at: int = -1
+    _leaving: set[int] = field(default_factory=set)  # `sectors` of the disk that is being left
+    _exchanged_at: int = -1
 
     @classmethod
     def at_start(cls, record: StateRecord | None, current: Sequence[int], other: Sequence[int]) -> Doubt:
@@ -96,7 +97,7 @@ class Doubt:
     def failed(self, request: GuestRequest, oracle: Oracle, other: DiskMedium, *, steady: bool) -> None:
         """The guest has seen its error. `steady`: it was so when this was submitted, and is."""
         self._failing.discard(request)
-        if request.submitted_at < self._switched_at:
+        if request.submitted_at < self._exchanged_at:
             return
         for sector in range(request.first, request.first + request.count):
             if not oracle.alone(request, sector):
@@ -142,18 +143,20 @@ class Doubt:
         if lacking:
             raise BrokenPromiseError("the record does not have what is in doubt", min(lacking))
 
-    def exchanging(self) -> None:
-        """The record names the other disk, of which all that is not true."""
+    def exchanging(self, place: int) -> None:
+        """The record names the other disk, of which all that is not true (or, if that came to nothing, the
+        first one again)."""
+        self.sectors, self._leaving = self._leaving, self.sectors
         self._recorded = frozenset()
-
-    def switched(self, accepted: frozenset[int], place: int) -> None:
-        lacking = self.sectors - accepted
-        if lacking:
-            raise BrokenPromiseError("the guest was moved, and not told what is in doubt", min(lacking))
-        self.sectors.clear()
+        self._exchanged_at = place
         self.spared.clear()
         self._soon.clear()
-        self._switched_at = place
+
+    def switched(self, accepted: frozenset[int]) -> None:
+        lacking = self._leaving - accepted
+        if lacking:
+            raise BrokenPromiseError("the guest was moved, and not told what is in doubt", min(lacking))
+        self._leaving.clear()
 
 
 @dataclass
@@ -238,7 +241,7 @@ class State:
             case Settled():
                 self.record.settled()
             case Switched():
-                self.doubt.switched(note.accepted, place)
+                self.doubt.switched(note.accepted)
                 self._excused = {s: since for s, since in self._excused.items() if s in note.accepted}
                 self.judge_all()
             case PauseReleased():
@@ -282,7 +285,7 @@ class State:
         named = self.site.number_of(record.current.path)
         if named != self.named:
             self.named = named
-            self.doubt.exchanging()
+            self.doubt.exchanging(place)
             self.disks[named].foreign.clear()
             self.judge_all()
         self.doubt.replaced(record)
