@@ -218,6 +218,9 @@ class Confinement:
         version = landlock.abi(self._kernel)
         if version == 0:
             raise OSError(0, "the kernel does not have it, or not switched on")
+        for place in self._config.allow_paths:
+            if not os.access(place, os.F_OK):
+                log.warning("--allow-path is missing: nothing may be opened there", path=str(place))
         metrics = self._config.metrics
         port = metrics.port if isinstance(metrics, TcpAddress) else None
         landlock.restrict(self._kernel, version, landlock.Grants(_read_places(), self._places, port))

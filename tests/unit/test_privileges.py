@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import structlog
 
 from vhostsync import landlock
 from vhostsync.config import ServeConfig
@@ -104,6 +105,12 @@ def test_landlock_withholds_what_the_kernel_knows_and_no_more(tmp_path: Path, ab
     granted = [struct.unpack("=Qi", rule)[0] for kind, rule in kernel.rules if kind == landlock.RULE_PATH]
     assert not any(rights & ~handled for rights in granted), "the kernel refuses what is not handled"
     assert sum(bool(rights & landlock.MAKE_SOCK) for rights in granted) == 1, "one place is written to"
+
+
+def test_a_missing_place_is_told(tmp_path: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        Confinement(make(allow_paths=(tmp_path, tmp_path / "typo")), (tmp_path,), FakeKernel(6)).confine()
+    assert [entry["path"] for entry in logs if entry["log_level"] == "warning"] == [str(tmp_path / "typo")]
 
 
 def test_the_reach(tmp_path: Path) -> None:
