@@ -53,16 +53,16 @@ class Oracle:
         )
 
     def apply(self, note: Submitted | Confirmed, place: int) -> Iterable[int]:
-        """The sectors of which less is allowed from here on."""
+        """The sectors of which more or less is allowed from here on."""
         request = note.request
         if isinstance(note, Submitted):
             request.submitted_at = place
-            if request.count:
-                for sector in range(request.first, request.first + request.count):
-                    self._issued.setdefault(sector, []).append(request)
-            else:
+            sectors = range(request.first, request.first + request.count)
+            for sector in sectors:
+                self._issued.setdefault(sector, []).append(request)
+            if not request.count:
                 self._covered[request] = tuple(self._completed)
-            return ()
+            return sectors
         request.confirmed_at = place
         if not request.ok:
             return ()
