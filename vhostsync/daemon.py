@@ -422,12 +422,14 @@ async def _watch_signals(
         signal.signal(each, note)
     try:
         task_status.started()
-        while True:
-            await anyio.wait_readable(fd)
-            os.eventfd_read(fd)
-            while came:
-                log.info("stopping", signal=signal.Signals(came.popleft()).name)
-                backend.stop(force=backend.stopping)
+        forced = False
+        while not forced:  # no longer: a flood of signals would keep everybody else from ending
+            while not came:
+                await anyio.wait_readable(fd)
+                os.eventfd_read(fd)
+            forced = backend.stopping
+            log.info("stopping", signal=signal.Signals(came.popleft()).name)
+            backend.stop(force=forced)
     finally:
         for each in ENDING:
             signal.signal(each, signal.SIG_IGN)

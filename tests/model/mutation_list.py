@@ -743,14 +743,6 @@ MUTATIONS = [
         "verify.py::test_a_destination_that_is_lost_ends_it",
     ),
     _m(
-        "repair-in-the-counts",
-        "rule 4: no count says that a repair is durable, so both disks are flushed",
-        "difference.c",
-        "if (!d->repaired_before && counts_cover(e))",
-        "if (counts_cover(e))",
-        "verify.py::test_no_count_says_that_a_repair_is_durable",
-    ),
-    _m(
         "repair-in-flight",
         "rule 4: a checkpoint does not cover a repair that is in flight when it begins",
         "difference.c",
