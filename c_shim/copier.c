@@ -139,8 +139,6 @@ static void finish_copy(struct region_copy *c)
     range_release(&e->mirror.slots, &c->slot);
     e->copier.bytes_done += c->length;
     e->copier.bytes_sparse += c->sparse;
-    if (e->mirror.state == VS_STEADY) /* the disk grows: no count covers this */
-        difference_repaired(e);
     copier_end(c);
 }
 

@@ -15,8 +15,9 @@
  *      generation is at most G.
  *   2. When the destination holds all up to that G, both disks are flushed,
  *      unless guests' flushes have brought source_flushed and writes_flushed
- *      that far already. What the verifier has repaired is in no count: then
- *      they are always flushed.
+ *      that far already. What is copied while the disk grows is in no count:
+ *      until grow.c has flushed it, they are always flushed. (What the verifier
+ *      repairs is in none either; it stays in flight until it is flushed.)
  *   3. Both flushed: a settling region is clean unless it is recent too, is
  *      still to be copied (a write that was left to the copy is not on the
  *      destination), or holds a range in doubt or unreadable. In slices: the guest does not
@@ -101,11 +102,6 @@ void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length)
     dirty_map_set(&d->recent, offset, length);
 }
 
-void difference_repaired(struct vs_engine *e)
-{
-    e->difference.repaired = true;
-}
-
 static void end_checkpoint(struct difference *d)
 {
     dirty_map_clear_all(&d->settling);
@@ -148,8 +144,6 @@ void difference_pull_ahead(struct vs_engine *e)
     dirty_map_add(&d->settling, &d->recent); /* a checkpoint that has begun becomes part of this one */
     dirty_map_clear_all(&d->recent);
     request_path_mark_in_flight(e);
-    d->repaired_before |= d->repaired;
-    d->repaired = false;
     d->generation = e->counts.source_generation;
     d->step = CHECKPOINT_MIRRORING;
     d->word = 0;
@@ -179,8 +173,6 @@ static void rotate(struct vs_engine *e)
     request_path_mark_in_flight(e);
     copier_mark_in_flight(e);
     verifier_mark_in_flight(e);
-    d->repaired_before = d->repaired;
-    d->repaired = false;
     d->generation = e->counts.source_generation;
     d->step = CHECKPOINT_MIRRORING;
     d->word = 0;
@@ -210,7 +202,6 @@ static void flushed(struct vs_engine *e, bool failed)
         return;
     if (d->flush_failed) {
         dirty_map_add(&d->recent, &d->settling);
-        d->repaired |= d->repaired_before;
         end_checkpoint(d);
         d->next_ns = engine_now(e) + interval_ns(e);
         return;
@@ -288,7 +279,7 @@ static bool held_up(const struct vs_engine *e)
 
 static bool counts_cover(const struct vs_engine *e)
 {
-    return e->mirror.state == VS_STEADY && e->counts.writes_flushed >= e->difference.generation &&
+    return e->mirror.state == VS_STEADY && !e->grow.running && e->counts.writes_flushed >= e->difference.generation &&
            counts_source_holds(&e->counts, e->difference.generation);
 }
 
@@ -301,7 +292,7 @@ void difference_pump(struct vs_engine *e)
     if (begins(e) && engine_now(e) >= d->next_ns)
         rotate(e);
     if (d->step == CHECKPOINT_MIRRORING && !held_up(e)) {
-        if (!d->repaired_before && counts_cover(e))
+        if (counts_cover(e))
             d->step = CHECKPOINT_SETTLING;
         else if (engine_takes_up(e) && engine_now(e) >= d->next_ns &&
                  log_mirrored_prefix(&e->log, e->counts.source_generation) >= d->generation)

@@ -34,8 +34,6 @@ struct difference {
     uint64_t epoch;            /* of the mirror, when the flushes began */
     unsigned flushes;          /* of its own, in flight */
     bool flush_failed;
-    bool repaired;             /* the destination was written to outside of the log since the checkpoint began */
-    bool repaired_before;      /* or before it: the counts do not say what is durable of that */
     uint64_t source_generation, destination_prefix; /* G and M when they began */
     struct disk_io source_io, destination_io;
 };
@@ -45,8 +43,6 @@ void difference_free(struct vs_engine *e);
 
 /* Before a write of this range is submitted to the source, or a region copy to the destination. */
 void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length);
-/* The destination was written to outside of the log, in a range that is marked. */
-void difference_repaired(struct vs_engine *e);
 /* A destination is attached: of a new one everything may differ; of the peer that is tracked, what does. */
 void difference_attach(struct vs_engine *e, bool resync);
 /* No write is captured from here on: a last checkpoint settles what the destination still gets. */

@@ -13,7 +13,7 @@
  *      are read again. What differs now is a mismatch, block by block.
  *   3. With repair: the bit, the destination's slot, and the source's bytes are
  *      written there (rules 3 and 4), flushed, and read back. What follows from the guest comes after it
- *      in the order. The next checkpoint that flushes clears the bit.
+ *      in the order. The next checkpoint clears the bit.
  *      The flush is its own: no count tells a switch, which may be the next thing, that one is needed.
  *
  * Nobody waits for the verifier longer than for the disks: a destination that
@@ -215,7 +215,6 @@ static void repaired(struct disk_io *io)
     struct vs_engine *e = c->engine;
     if (!repair_succeeded(c, VS_REASON_DESTINATION_WRITE))
         return;
-    difference_repaired(e);
     io->kind = VS_DISK_FLUSH;
     io->done = repair_flushed;
     disk_submit(e->mirror.disk, io);

@@ -616,8 +616,8 @@ MUTATIONS = [
         "ahead-forgets-the-source",
         "ahead: a write at the source is not covered by the last checkpoint",
         "difference.c",
-        "    request_path_mark_in_flight(e);\n    d->repaired_before",
-        "    d->repaired_before",
+        "    request_path_mark_in_flight(e);\n    d->generation",
+        "    d->generation",
         "ahead.py::test_a_write_at_the_source_is_not_in_that_moment",
     ),
     _m(
@@ -743,6 +743,14 @@ MUTATIONS = [
         "verify.py::test_a_destination_that_is_lost_ends_it",
     ),
     _m(
+        "repair-in-the-counts",
+        "rule 4: no count says that a repair is durable, so it is flushed before it is over",
+        "verifier.c",
+        "    io->kind = VS_DISK_FLUSH;\n    io->done = repair_flushed;\n    disk_submit(e->mirror.disk, io);",
+        "    repair_flushed(io);",
+        "verify.py::test_no_count_says_that_a_repair_is_durable",
+    ),
+    _m(
         "repair-in-flight",
         "rule 4: a checkpoint does not cover a repair that is in flight when it begins",
         "difference.c",
@@ -794,9 +802,9 @@ MUTATIONS = [
     _m(
         "grown-and-settled-by-the-counts",
         "rule 4: no count covers what was copied in steady",
-        "copier.c",
-        "if (e->mirror.state == VS_STEADY) /* the disk grows: no count covers this */",
-        "if (false)",
+        "difference.c",
+        "e->mirror.state == VS_STEADY && !e->grow.running && e->counts",
+        "e->mirror.state == VS_STEADY && e->counts",
         "grow.py::test_the_bits_stay_until_the_new_range_is_durable_there",
     ),
     # -- power cuts (tests/powercut) ---------------------------------------------------------

@@ -91,7 +91,7 @@ def settled(r: Rig) -> None:
 
 
 def test_no_count_says_that_a_repair_is_durable() -> None:
-    """The guest has flushed all that it wrote before: F = G, and the checkpoint must flush nevertheless."""
+    """The guest has flushed all that it wrote before: F = G, and the repair must be flushed nevertheless."""
     with checked() as r:
         r.write_now(0, 1, blocks=8)
         r.flush_now()
