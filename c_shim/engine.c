@@ -13,7 +13,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <semaphore.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -291,12 +290,7 @@ static void *run(void *arg)
     struct start *start = arg;
     struct vs_engine *e = start->engine;
     struct mailbox_watch watch = {.op.complete = mailbox_signalled, .engine = e};
-    sigset_t all;
-    /* Signals are the control plane's; a fault of ours is ours. */
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS);
-    sigdelset(&all, SIGSEGV);
-    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    io_thread_begin("vhostsync-data");
     start->result = uring_init(&e->uring, URING_ENTRIES, URING_CQ_ENTRIES, &start->step);
     if (start->result < 0) {
         sem_post(&start->ready);
@@ -439,7 +433,6 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     sem_init(&e->ended, 0, 0);
     rc = -pthread_create(&e->thread, NULL, run, &start);
     if (rc == 0) {
-        pthread_setname_np(e->thread, "vhostsync-data");
         while (sem_wait(&start.ready) < 0)
             ;
         rc = start.result;

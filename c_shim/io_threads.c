@@ -208,16 +208,21 @@ static void work(struct io_thread *t)
     }
 }
 
-static void *run(void *arg)
+void io_thread_begin(const char *name)
 {
-    struct io_thread *t = arg;
     sigset_t all;
-    pthread_setname_np(pthread_self(), "vhostsync-io"); /* from outside it would take a descriptor */
-    /* As on the data thread: signals are the control plane's, a fault of ours is ours. */
+    pthread_setname_np(pthread_self(), name); /* from outside it would take a descriptor */
+    /* Signals are the control plane's; a fault of ours is ours. */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);
     sigdelset(&all, SIGSEGV);
     pthread_sigmask(SIG_SETMASK, &all, NULL);
+}
+
+static void *run(void *arg)
+{
+    struct io_thread *t = arg;
+    io_thread_begin("vhostsync-io");
     t->start_result = uring_init(&t->uring, IO_THREAD_ENTRIES, IO_THREAD_CQ_ENTRIES, &t->start_step);
     if (t->start_result < 0) {
         sem_post(&t->started);

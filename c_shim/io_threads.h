@@ -40,6 +40,8 @@ struct io_threads {
     atomic_bool asleep;         /* the data thread is, or is about to be */
 };
 
+/* First thing on every thread of the data plane, the data thread too. */
+void io_thread_begin(const char *name);
 /* Starts count-1 threads; 0 or a negative errno, *step names what failed. wake_fd is signalled for the data thread. */
 int io_threads_start(struct io_threads *t, unsigned count, int wake_fd, const char **step);
 /* Nothing is lent. Waits for their ends. */

@@ -238,6 +238,10 @@ class EngineOptions:
     ahead_backoff_us: int = 0
 
 
+def _ranges(raw: Any, count: int) -> tuple[tuple[int, int], ...]:
+    return tuple((int(each.offset), int(each.length)) for each in raw[0:count])
+
+
 class EngineDriver:
     """An engine on a test disk. A context manager; `close` lets everything go that a disk still holds."""
 
@@ -400,11 +404,9 @@ class EngineDriver:
             differing_bytes=int(raw.differing_bytes) if raw.tracked else None,
             wakeups=int(raw.wakeups),
             requests_waiting=int(raw.requests_waiting),
-            doubt=tuple((int(d.offset), int(d.length)) for d in raw.doubt[0 : raw.doubt_count]),
-            spared=tuple((int(d.offset), int(d.length)) for d in raw.spared[0 : raw.spared_count]),
-            unreadable=tuple(
-                (int(d.offset), int(d.length)) for d in raw.unreadable[0 : raw.unreadable_count]
-            ),
+            doubt=_ranges(raw.doubt, raw.doubt_count),
+            spared=_ranges(raw.spared, raw.spared_count),
+            unreadable=_ranges(raw.unreadable, raw.unreadable_count),
             reads_from_destination=int(raw.reads_from_destination),
             source_failovers=int(raw.source_failovers),
             failover_pending=bool(raw.failover_pending),

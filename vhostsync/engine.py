@@ -8,6 +8,7 @@ loop, and no Python object is ever touched by the C threads.
 """
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -268,12 +269,10 @@ class Engine:
         c_config.read_fallback = config.read_fallback
         c_config.switch_on_source_error = config.switch_on_source_error
         c_config.pause_on_destination_error = config.pause_on_destination_error
-        c_config.doubt_count = len(config.doubt)
-        for i, (offset, length) in enumerate(config.doubt):
-            c_config.doubt[i].offset, c_config.doubt[i].length = offset, length
-        c_config.spared_count = len(config.spared)
-        for i, (offset, length) in enumerate(config.spared):
-            c_config.spared[i].offset, c_config.spared[i].length = offset, length
+        c_config.doubt_count, c_config.spared_count = len(config.doubt), len(config.spared)
+        for c_ranges, ranges in ((c_config.doubt, config.doubt), (c_config.spared, config.spared)):
+            for i, (offset, length) in enumerate(ranges):
+                c_ranges[i].offset, c_ranges[i].length = offset, length
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
@@ -450,7 +449,9 @@ class Engine:
         index = next((i for i in range(ATTACHMENTS_MAX) if i not in self._attachments), None)
         if index is None:
             raise EngineError.from_errno("attaching a frontend: too many are attached", errno.EBUSY)
-        attachment = self._attachments[index] = EngineAttachment(self, index, self.config.num_queues)
+        command = functools.partial(self.command, attachment=index)
+        attachment = EngineAttachment(index, self.config.num_queues, command, self.detach)
+        self._attachments[index] = attachment
         try:
             with anyio.CancelScope(shield=True):
                 await self.command(lib.VS_CMD_ATTACH, "attaching a frontend", attachment=index)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One frontend's side of the engine: its memory, its rings, its features, each set by an awaited command."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from vhostsync._shim import lib
 from vhostsync.vhost_user.attachment import MemoryRegion
@@ -13,30 +12,21 @@ NO_LOG: Final = (1 << 64) - 1
 """In the place of a guest address: writes to the used ring are not in the dirty log."""
 
 
-class Engine(Protocol):
-    """What an attachment needs of vhostsync.engine.Engine."""
-
-    async def command(
-        self,
-        kind: int,
-        doing: str,
-        *,
-        fds: Sequence[OwnedFd] = (),
-        regions: Sequence[tuple[MemoryRegion, int]] = (),
-        **fields: Any,
-    ) -> int: ...
-
-    async def detach(self, index: int) -> None: ...
-
-
 class EngineAttachment:
     """One frontend's memory and rings in the engine: vhost_user.attachment.Attachment."""
 
-    def __init__(self, engine: Engine, index: int, num_queues: int) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        index: int,
+        num_queues: int,
+        command: Callable[..., Awaitable[int]],
+        detach: Callable[[int], Awaitable[None]],
+    ) -> None:
+        """`command` is Engine.command of this attachment, `detach` Engine.detach."""
         self._num_queues = num_queues
         self.index = index
-        self._command = functools.partial(engine.command, attachment=index)
+        self._command = command
+        self._detach = detach
 
     async def reset(self) -> None:
         for queue in range(self._num_queues):
@@ -139,4 +129,4 @@ class EngineAttachment:
         await self._command(lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback))
 
     async def close(self) -> None:
-        await self._engine.detach(self.index)
+        await self._detach(self.index)

@@ -127,6 +127,10 @@ class Snapshot:
     pause_released: int
 
 
+def _ranges(c_ranges: Any, count: int) -> tuple[tuple[int, int], ...]:
+    return tuple((each.offset, each.length) for each in c_ranges[0:count])
+
+
 def _op_stats(s: Any) -> OpStats:
     return OpStats(s.operations, s.bytes, s.errors, s.latency_ns_total, tuple(s.latency_ns_log2))
 
@@ -181,21 +185,21 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
             bytes_skipped=s.verify_bytes_skipped,
             bytes_differing=s.verify_bytes_differing,
             bytes_repaired=s.verify_bytes_repaired,
-            differing=tuple((r.offset, r.length) for r in s.verify_ranges[0 : s.verify_range_count]),
+            differing=_ranges(s.verify_ranges, s.verify_range_count),
         ),
         wakeups=s.wakeups,
         lent_operations=s.lent,
         syscalls=s.syscalls,
         requests_waiting=s.requests_waiting,
         events_lost=s.events_lost,
-        doubt=tuple((s.doubt[i].offset, s.doubt[i].length) for i in range(s.doubt_count)),
-        spared=tuple((s.spared[i].offset, s.spared[i].length) for i in range(s.spared_count)),
+        doubt=_ranges(s.doubt, s.doubt_count),
+        spared=_ranges(s.spared, s.spared_count),
         disks={
             role: {name: _op_stats(s.disk[r].op[i]) for i, name in enumerate(DISK_OPS)}
             for r, role in enumerate(ROLES)
         },
         disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
-        unreadable=tuple((s.unreadable[i].offset, s.unreadable[i].length) for i in range(s.unreadable_count)),
+        unreadable=_ranges(s.unreadable, s.unreadable_count),
         ahead_drained=bool(s.ahead_drained),
         reads_from_destination=s.reads_from_destination,
         source_failovers=s.source_failovers,
