@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The things that are measured: the bare file (fio), qemu-storage-daemon, vhostsync. Each is started once, on
-files of its own that were made in the same way, and then measured in turn with the others; one that is not
-being measured is idle. Both backends are driven by the same load generator.
+"""The things that are measured: the bare file (fio), qemu-storage-daemon, vhostsync. Each is started once
+and then measured in turn with the others, on the same files; one that is not being measured is idle. Both
+backends are driven by the same load generator.
 """
 
 import json
@@ -178,7 +178,10 @@ class Rival(Backend):
 
     def _node(self, name: str, file: Path) -> dict[str, Any]:
         cache = {"direct": self._direct, "no-flush": False}
-        return {"driver": "file", "node-name": name, "filename": str(file), "aio": "io_uring", "cache": cache}
+        return {
+            "driver": "file", "node-name": name, "filename": str(file), "aio": "io_uring", "cache": cache,
+            "locking": "off",  # the files are vhostsync's as well
+        }
 
     def _mirror(self, source: str, destination: str, sync: str) -> None:
         assert self.qmp is not None

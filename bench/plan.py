@@ -28,7 +28,8 @@ class Plan:
         return place == "disk"
 
     def check_room(self, place: str, contenders: Iterable[str]) -> None:
-        files = sum(2 if name in WITH_DESTINATION else 1 for name in set(contenders) - self.without)
+        mirrored = [name in WITH_DESTINATION for name in set(contenders) - self.without]
+        files = 2 * any(mirrored) + (not all(mirrored))
         need, directory = files * self.bytes_of[place], self.directory_of[place]
         free = shutil.disk_usage(directory).free
         if need > free * 0.9:

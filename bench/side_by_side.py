@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from bench.contenders import Contender, Ours, Raw, Rival
 from bench.files import make_file
@@ -20,19 +21,24 @@ from bench.sample import BenchError, Round
 
 @contextlib.contextmanager
 def contenders(plan: Plan, place: str, names: set[str]) -> Iterator[dict[str, Contender]]:
-    """Those of one place, started: each on files that were made the same way."""
+    """Those of one place, started: who mirrors on one pair of files, all others on one file. A disk remembers
+    what was written where, so files made in the same way are not equally fast; the same file is. Whoever is
+    not measured does not touch it."""
     direct = plan.direct(place)
     working = plan.directory_of[place] / f"vhostsync-bench-{os.getpid()}"
     working.mkdir()
+    made: dict[str, Path] = {}
+
+    def file(name: str) -> Path:
+        if name not in made:
+            made[name] = make_file(working / f"{name}.img", plan.bytes_of[place], direct=direct)
+        return made[name]
 
     def start(name: str) -> Contender:
-        source = make_file(working / f"{name.replace(' ', '-')}.img", plan.bytes_of[place], direct=direct)
+        mirrored = name in WITH_DESTINATION
+        source, to = file("source" if mirrored else "alone"), file("destination") if mirrored else None
         if name == "raw":
             return Raw(source, direct=direct)
-        to = None
-        if name in WITH_DESTINATION:
-            path = working / f"{name.replace(' ', '-')}-destination.img"
-            to = make_file(path, plan.bytes_of[place], direct=direct)
         if name.startswith("ours"):
             return Ours(name, working, source, direct=direct, destination=to)
         mode = "background" if name.endswith("background") else "write-blocking"
