@@ -43,10 +43,11 @@ void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t gene
     e->flush.dirty = true;
 }
 
-static void let_go(struct guest_flush *f, struct flush_waiter *w, int result)
+static void let_go(struct vs_engine *e, struct flush_waiter *w, int result)
 {
     list_remove(&w->link);
-    f->waiting--;
+    e->flush.waiting--;
+    e->flush.answered_ns = engine_now(e);
     w->done(w, result);
 }
 
@@ -88,7 +89,7 @@ void guest_flush_source_failed(struct vs_engine *e, uint64_t number, int error)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         if (w->source_flush == number && !w->destination_only && !counts_source_holds(&e->counts, w->generation))
-            let_go(f, w, error);
+            let_go(e, w, error);
     }
 }
 
@@ -193,7 +194,7 @@ static void decide(struct vs_engine *e, bool *want_source, bool *want_destinatio
             continue;
         if (held_by_pause(e, w))
             continue;
-        let_go(f, w, e->mirror.record == RECORD_FAILED ? -EIO : 0);
+        let_go(e, w, e->mirror.record == RECORD_FAILED ? -EIO : 0);
     }
 }
 

@@ -37,6 +37,7 @@ struct guest_flush {
     uint64_t source_generation;  /* G when it began */
     uint64_t destination_prefix; /* M when it began */
     uint64_t destination_epoch;
+    uint64_t answered_ns; /* when somebody was let go last */
 };
 
 void guest_flush_init(struct vs_engine *e);

@@ -11,26 +11,36 @@
  * and asks.
  *
  * Adaptive, polling has to pay:
- *   - it waits for the guest only, not for a disk;
- *   - the time from "nothing to do" to the guest's next request is smoothed; only
+ *   - it waits for the guest, and for a disk only around a flush: that is several
+ *     short waits in a row, of worker threads that need a core each, and asleep
+ *     every one of them would begin with somebody's wake-up;
+ *   - the time from "nothing to do" to the next thing to do is smoothed; only
  *     where it lies within the window is it waited for awake, and no longer than
- *     a few times as long: so an idle guest costs nothing;
+ *     a few times as long: so an idle guest or a slow disk costs nothing;
+ *   - the core is offered to whoever is queued for it at every look: without that
+ *     the kernel lets those whom we have just woken wait for us to fall asleep;
  *   - time that is missing between two looks was taken by somebody who wanted the
- *     core (or by the hypervisor). Then it is left to them for a while that
- *     doubles each time.
+ *     core for long (or by the hypervisor). Then it is left to them for a while
+ *     that doubles each time.
  *
  * Completions: with DEFER_TASKRUN they are posted only when the thread enters
  * the kernel; IORING_SQ_TASKRUN says that there are some to be posted.
  */
 #include "poller.h"
 
+#include <sched.h>
+
 #include "attachment.h"
 #include "clock.h"
 #include "engine.h"
 
-#define AUTO_WINDOW_NS 80000u
+#define GUEST_WINDOW_NS 80000u
+/* For disks. A flush of a virtual disk takes about half of it. */
+#define DISK_WINDOW_NS 200000u
+/* Who has just flushed is likely to do so again. */
+#define FLUSHED_LATELY_NS 1000000u
 /* An expected gap is waited for up to so many times over. */
-#define PATIENCE 2u
+#define PATIENCE 4u
 /* Gaps count in eighths: a handful of them change the mind. */
 #define SMOOTHING 8u
 /* Two looks lie well under a microsecond apart. An interrupt takes some more; another thread, a time slice. */
@@ -54,28 +64,41 @@ void poller_init(struct vs_engine *e)
     struct poller *p = &e->poller;
     list_init(&p->rings);
     p->adaptive = e->config.poll_us == VS_POLL_AUTO;
-    p->window_ns = p->adaptive ? AUTO_WINDOW_NS : (uint64_t)e->config.poll_us * 1000;
-    p->gap_ns = p->window_ns * 2;
+    p->fixed_ns = p->adaptive ? 0 : (uint64_t)e->config.poll_us * 1000;
+    p->guest = (struct expectation){.window_ns = GUEST_WINDOW_NS, .gap_ns = GUEST_WINDOW_NS * 2};
+    p->disk = (struct expectation){.window_ns = DISK_WINDOW_NS, .gap_ns = DISK_WINDOW_NS * 2};
     p->back_off_ns = BACK_OFF_NS_MIN;
 }
 
-/* A disk takes longer than a wake-up, so nothing is won by waiting for it awake (measured: a 20 us window
- * before a 40 us disk is worse than none). The guest's next request is another matter. */
 static bool waits_for_disk(const struct vs_engine *e)
 {
     return e->source->stats.in_flight > 0 || (e->mirror.disk && e->mirror.disk->stats.in_flight > 0);
 }
 
-/* How long the next gap is worth to be waited for awake; 0: not at all. */
-static uint64_t worth_ns(const struct vs_engine *e, uint64_t now_ns)
+static bool flushes(const struct vs_engine *e, uint64_t now_ns)
 {
-    const struct poller *p = &e->poller;
-    uint64_t patient_ns = p->gap_ns * PATIENCE;
+    return e->flush.waiting > 0 || now_ns < e->flush.answered_ns + FLUSHED_LATELY_NS;
+}
+
+/* What is waited for, if that may pay. Not for a disk in general: it takes longer than a wake-up, so that wins
+ * nothing (measured: a 20 us window before a 40 us disk is worse than none). */
+static struct expectation *expected(struct vs_engine *e, uint64_t now_ns)
+{
+    if (!waits_for_disk(e))
+        return &e->poller.guest;
+    return flushes(e, now_ns) ? &e->poller.disk : NULL;
+}
+
+/* How long the next gap is worth to be waited for awake; 0: not at all. */
+static uint64_t worth_ns(struct vs_engine *e, uint64_t now_ns)
+{
+    struct poller *p = &e->poller;
+    const struct expectation *x = expected(e, now_ns);
     if (!p->adaptive)
-        return p->window_ns;
-    if (p->gap_ns > p->window_ns || now_ns < p->not_before_ns || waits_for_disk(e))
+        return p->fixed_ns;
+    if (!x || now_ns < p->not_before_ns || x->gap_ns > x->window_ns)
         return 0;
-    return patient_ns < p->window_ns ? patient_ns : p->window_ns;
+    return x->gap_ns * PATIENCE < x->window_ns ? x->gap_ns * PATIENCE : x->window_ns;
 }
 
 bool poller_keeps(struct vs_engine *e, struct queue *q)
@@ -141,6 +164,8 @@ static bool spin(struct vs_engine *e, uint64_t from_ns, uint64_t until_ns)
             relax();
             found = uring_has_work(&e->uring) || io_threads_returned(&e->host.threads) || look_at_rings(e);
         }
+        if (!found)
+            sched_yield();
         now_ns = clock_ns();
         if (p->adaptive && now_ns - last_ns > STOLEN_NS) {
             leave_core(p, now_ns);
@@ -156,21 +181,23 @@ static bool spin(struct vs_engine *e, uint64_t from_ns, uint64_t until_ns)
     return found;
 }
 
-static void learn(struct poller *p, uint64_t gap_ns)
+static void learn(struct expectation *x, uint64_t gap_ns)
 {
-    uint64_t most_ns = p->window_ns * 4; /* one long silence is one, however long */
+    uint64_t most_ns = x->window_ns * 4; /* one long silence is one, however long */
     gap_ns = gap_ns < most_ns ? gap_ns : most_ns;
-    p->gap_ns = (p->gap_ns * (SMOOTHING - 1) + gap_ns) / SMOOTHING;
+    x->gap_ns = (x->gap_ns * (SMOOTHING - 1) + gap_ns) / SMOOTHING;
 }
 
 bool poller_look(struct vs_engine *e, uint64_t wait_ns)
 {
     struct poller *p = &e->poller;
+    struct expectation *x;
     uint64_t from_ns, worth = 0;
     bool found = false;
-    if (!p->window_ns)
+    if (!p->adaptive && !p->fixed_ns)
         return false;
     from_ns = clock_ns();
+    x = expected(e, from_ns);
     if (p->willing)
         worth = worth_ns(e, from_ns);
     if (worth > wait_ns)
@@ -181,19 +208,24 @@ bool poller_look(struct vs_engine *e, uint64_t wait_ns)
     }
     if (!found)
         found = ask_for_kicks(e);
-    if (waits_for_disk(e))
+    if (!x)
         return found;
     if (found)
-        learn(p, clock_ns() - from_ns);
+        learn(x, clock_ns() - from_ns);
     else
-        p->asleep_since_ns = from_ns;
+        x->asleep_since_ns = from_ns;
     return found;
+}
+
+static void woken(struct expectation *x)
+{
+    if (x->asleep_since_ns)
+        learn(x, clock_ns() - x->asleep_since_ns);
+    x->asleep_since_ns = 0;
 }
 
 void poller_woken(struct vs_engine *e)
 {
-    struct poller *p = &e->poller;
-    if (p->asleep_since_ns)
-        learn(p, clock_ns() - p->asleep_since_ns);
-    p->asleep_since_ns = 0;
+    woken(&e->poller.guest);
+    woken(&e->poller.disk);
 }

@@ -13,13 +13,19 @@
 struct vs_engine;
 struct queue;
 
+/* How long something has lately been waited for. */
+struct expectation {
+    uint64_t window_ns;       /* awake at most so long at once */
+    uint64_t gap_ns;          /* smoothed: from nothing to do to the next thing to do */
+    uint64_t asleep_since_ns; /* nothing to do since then, and asleep; 0: awake, or it does not count */
+};
+
 struct poller {
-    uint64_t window_ns;  /* at most so long at once; 0: never */
+    uint64_t fixed_ns;   /* where it is not adaptive: so long each time; 0: never */
     bool adaptive;       /* only where it has paid lately */
     bool willing;        /* rings that are found empty are looked at again, and not asked for a kick */
     struct list rings;   /* these, by queue.ready_link */
-    uint64_t gap_ns;     /* smoothed: from nothing to do to the next thing to do */
-    uint64_t asleep_since_ns; /* nothing to do since then, and asleep; 0: awake */
+    struct expectation guest, disk;
     uint64_t not_before_ns; /* the core was wanted by somebody else: not again until then */
     uint64_t back_off_ns;
     uint64_t polled_ns;  /* spent looking, in all */

@@ -134,6 +134,7 @@ class Snapshot:
     copy_bytes_sparse: int
     differing_bytes: int | None
     wakeups: int
+    polls: int
     requests_waiting: int
     doubt: tuple[tuple[int, int], ...]
     spared: tuple[tuple[int, int], ...]
@@ -403,6 +404,7 @@ class EngineDriver:
             copy_bytes_sparse=int(raw.copy_bytes_sparse),
             differing_bytes=int(raw.differing_bytes) if raw.tracked else None,
             wakeups=int(raw.wakeups),
+            polls=int(raw.polls),
             requests_waiting=int(raw.requests_waiting),
             doubt=_ranges(raw.doubt, raw.doubt_count),
             spared=_ranges(raw.spared, raw.spared_count),

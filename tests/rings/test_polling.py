@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from tests.engine_driver import DiskOp
 from tests.frontend import DEFAULT_FEATURES, Feature
-from tests.model.rig import BLOCK, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
 from vhostsync._shim import lib
 
 WINDOW_US = 10_000_000  # longer than the test
@@ -55,3 +56,31 @@ def test_an_idle_guest_is_not_looked_for_for_ever() -> None:
         first = r.snapshot().wakeups
         threading.Event().wait(0.3)  # nothing is to happen, so there is nothing to await
         assert r.snapshot().wakeups <= first + 2  # the snapshots' own
+
+
+def _write_and_flush(r: Rig, seed: int, disk_takes_s: float) -> None:
+    """The source takes so long for the flush."""
+    r.write_now(seed % 8, seed)
+    flush = r.guest.flush()
+    until = time.perf_counter() + disk_takes_s
+    while not r.source.held(DiskOp.FLUSH) or time.perf_counter() < until:
+        pass  # a sleep would take longer
+    r.source.release(DiskOp.FLUSH)
+    r.guest.wait(flush)
+
+
+def test_around_flushes_a_quick_disk_is_waited_for_awake_and_a_slow_one_is_not() -> None:
+    with rig(poll_us=lib.VS_POLL_AUTO) as r:
+        r.source.hold(DiskOp.FLUSH)
+        for n in range(2000):
+            _write_and_flush(r, n, 30e-6)
+            if r.snapshot().polls >= 20:
+                break
+        else:
+            pytest.skip("others want the cores, so they are left to them")
+        for n in range(40):  # the guest is slow, too: nothing is worth to be waited for awake any more
+            if n == 30:
+                before = r.snapshot().polls
+            _write_and_flush(r, n, 2e-3)
+            time.sleep(2e-3)
+        assert r.snapshot().polls <= before + 2
