@@ -52,6 +52,8 @@
 #define QUEUE_BUDGET 128
 /* In pass-through, requests that have completed at once are shown to the guest in groups of this size. */
 #define EARLY_NOTIFY 16
+/* A disk that has nothing to do gets so many of a batch at once, and works while the others are made ready. */
+#define EARLY_SUBMIT 8
 #define EVENTS_MAX 2048
 /* Worker threads of the kernel that the ring may have. */
 #define URING_WORKERS 512

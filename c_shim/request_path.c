@@ -501,6 +501,8 @@ enum service request_path_service(struct queue *q)
             queue_break(q, (uint32_t)-rc);
             return SERVICE_EMPTY;
         }
+        if (n + 1 == EARLY_SUBMIT && e->source->stats.in_flight == uring_queued(&e->uring))
+            uring_submit(&e->uring);
         if ((n + 1) % EARLY_NOTIFY == 0 && !list_empty(&e->host.done) && !e->mirror.capturing) {
             /* I/O that completes at once: let the guest's core refill the ring while we go on.
              * Not while mirroring, where this thread is the narrow place already. */

@@ -103,6 +103,11 @@ void uring_submit(struct uring *u)
     io_uring_submit(&u->ring);
 }
 
+unsigned uring_queued(const struct uring *u)
+{
+    return io_uring_sq_ready(&u->ring);
+}
+
 unsigned uring_reap(struct uring *u)
 {
     struct io_uring_cqe *cqe;

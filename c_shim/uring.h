@@ -40,6 +40,8 @@ void uring_enter(struct uring *u, uint64_t wait_ns);
 
 /* Hands over what is queued; waits for nothing. */
 void uring_submit(struct uring *u);
+/* Prepared, and not handed over yet. */
+unsigned uring_queued(const struct uring *u);
 
 /* There are completions, or some that the next uring_enter() will post. A look at shared memory, no system call. */
 static inline bool uring_has_work(const struct uring *u)

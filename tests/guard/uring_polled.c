@@ -119,6 +119,12 @@ void uring_submit(struct uring *u)
     sqe_count = 0;
 }
 
+unsigned uring_queued(const struct uring *u)
+{
+    (void)u;
+    return sqe_count;
+}
+
 void uring_enter(struct uring *u, uint64_t wait_ns)
 {
     uring_submit(u);
