@@ -22,7 +22,6 @@
 #include "clock.h"
 #include "request_path.h"
 #include "snapshot.h"
-#include "switching.h"
 
 /* How long the end waits for a destination (or source) that does not answer. */
 #define QUIT_PATIENCE_NS 2000000000u
@@ -91,7 +90,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         source_failover_give_up(e);
         break;
     case VS_CMD_EXCHANGE:
-        switch_exchange(e, token, (uint32_t)c->value);
+        switch_exchange(e, &(struct exchange){token, (uint32_t)c->value, (uint64_t *)(uintptr_t)c->desc, c->used});
         return;
     case VS_CMD_CATCH_UP:
         rc = pull_ahead_catch_up(e);

@@ -40,6 +40,7 @@
 #include "replicator.h"
 #include "source_failover.h"
 #include "spared.h"
+#include "switching.h"
 #include "throttle.h"
 #include "uring.h"
 #include "verifier.h"
@@ -151,6 +152,7 @@ struct vs_engine {
     struct source_failover failover;
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
+    struct exchange exchange; /* waits for the gate to close; token 0: none does */
     unsigned requests_in_flight;
     uint64_t last_taken_ns; /* when a request was last taken up */
     /* Its attachments. */

@@ -168,7 +168,9 @@ enum vs_command_kind {
     VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else gate reopened, and
                                * -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
     VS_CMD_UNGATE,
-    VS_CMD_EXCHANGE,          /* value: VS_EXCHANGE_ flags; opens the gate; event value: pause in ns */
+    VS_CMD_EXCHANGE,          /* value: VS_EXCHANGE_ flags; desc: where to store used with it (0: nowhere). Waits for the
+                               * gate to close (-ECANCELED: it does not), opens it; event value: pause in ns. After an
+                               * error the gate stays closed until VS_CMD_UNGATE */
     VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */
     VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
     VS_CMD_GROW,              /* value: the new capacity; desc, used: what source and destination have (0: none). Done

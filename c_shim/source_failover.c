@@ -39,7 +39,7 @@ void source_failover_init(struct vs_engine *e)
 static bool may_begin(const struct vs_engine *e)
 {
     return e->config.switch_on_source_error && e->mirror.state == VS_STEADY && !e->doubt.count &&
-           !e->unreadable.count;
+           !e->unreadable.count && healed_for_good(e);
 }
 
 static bool begin(struct vs_engine *e, const struct disk_io *io)

@@ -7,8 +7,11 @@
  *              or opened again when that takes longer than allowed, or another drain is needed
  *   exchange   the roles change; the gate opens: the guest goes on on the other disk
  *
- * Invariant: between a gate that has closed and its opening no request is in flight, so whatever is exchanged
- * meanwhile, no request sees half of it.
+ * Invariants:
+ *   - between a gate that has closed and its opening no request is in flight, so whatever is exchanged meanwhile, no
+ *     request sees half of it;
+ *   - the mark, in memory that outlives the process (state_file.py), is stored with the exchange: before the first
+ *     request goes to the new disk, and never without it.
  */
 #include "switching.h"
 
@@ -83,6 +86,30 @@ static void gate_open(struct vs_engine *e)
     list_splice(&e->ready, &e->stalled);
 }
 
+static void exchange_now(struct vs_engine *e, const struct exchange *x)
+{
+    int rc = mirror_exchange(e, x->flags);
+    uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
+    if (rc == 0) {
+        if (x->mark)
+            __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
+        source_failover_over(e);
+        gate_open(e);
+    }
+    mailbox_done(&e->mailbox, x->token, rc, pause_ns);
+}
+
+/* It was submitted while the gate closed; rc: how that has ended. */
+static void exchange_waited(struct vs_engine *e, int rc)
+{
+    struct exchange x = e->exchange;
+    e->exchange.token = 0;
+    if (x.token && rc == 0)
+        exchange_now(e, &x);
+    else if (x.token)
+        mailbox_done(&e->mailbox, x.token, -ECANCELED, 0);
+}
+
 static bool drained(const struct vs_engine *e)
 {
     /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
@@ -90,9 +117,7 @@ static bool drained(const struct vs_engine *e)
            e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
 }
 
-/* Where the source was unreadable, the destination may lack what the guest has flushed. The write that healed it has
- * to be durable there, or a power cut would bring back what it had before. */
-static bool healed_for_good(const struct vs_engine *e)
+bool healed_for_good(const struct vs_engine *e)
 {
     return e->healed_generation <= e->counts.writes_flushed;
 }
@@ -115,23 +140,22 @@ void gate_pump(struct vs_engine *e)
     else
         gate_open(e);
     mailbox_done(&e->mailbox, e->gate_token, rc, clock_ns() - e->gate_closed_ns);
+    exchange_waited(e, rc);
 }
 
 void gate_cancel(struct vs_engine *e)
 {
     if (e->gate == GATE_CLOSING)
         mailbox_done(&e->mailbox, e->gate_token, -ECANCELED, 0);
+    exchange_waited(e, -ECANCELED);
     if (e->gate != GATE_OPEN)
         gate_open(e);
 }
 
-void switch_exchange(struct vs_engine *e, uint64_t token, uint32_t flags)
+void switch_exchange(struct vs_engine *e, const struct exchange *exchange)
 {
-    int rc = mirror_exchange(e, flags);
-    uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
-    if (rc == 0)
-        source_failover_over(e);
-    if (e->gate == GATE_CLOSED)
-        gate_open(e);
-    mailbox_done(&e->mailbox, token, rc, pause_ns);
+    if (e->gate == GATE_CLOSING && !e->exchange.token)
+        e->exchange = *exchange;
+    else
+        exchange_now(e, exchange);
 }

@@ -20,8 +20,18 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us);
 void gate_pump(struct vs_engine *e);
 /* Opens it; also while it closes: whoever asked for it has changed his mind. */
 void gate_cancel(struct vs_engine *e);
+/* Where the source was unreadable, the destination may lack what the guest has flushed. The write that healed it is
+ * durable there: else a power cut would bring back what it had before. */
+bool healed_for_good(const struct vs_engine *e);
 
-/* flags: enum vs_exchange_flags. Opens the gate; the answer's value is the pause in ns. */
-void switch_exchange(struct vs_engine *e, uint64_t token, uint32_t flags);
+/* The exchange, as soon as the gate is closed. */
+struct exchange {
+    uint64_t token;
+    uint32_t flags;      /* enum vs_exchange_flags */
+    uint64_t *mark;      /* what is stored here tells whoever comes after this process that it took place; or NULL */
+    uint64_t mark_value;
+};
+/* Opens the gate, unless it fails; the answer's value is the pause in ns. */
+void switch_exchange(struct vs_engine *e, const struct exchange *exchange);
 
 #endif

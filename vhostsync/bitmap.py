@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import structlog
 
+from vhostsync import kernel
 from vhostsync.errors import BitmapError
 from vhostsync.state_record import (
     DiskIdentity,
@@ -31,7 +32,6 @@ log = structlog.get_logger(__name__)
 
 HEADER_BYTES: Final = 4096
 KIND: Final = "dirty-bitmap"
-BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Trust(IntEnum):
@@ -86,11 +86,6 @@ class Header:
         return header
 
 
-def this_boot() -> str:
-    """Changes whenever the machine starts; what was in the page cache is gone then."""
-    return BOOT_ID.read_text().strip()
-
-
 class BitmapFile:
     """The open and locked file. Every method blocks."""
 
@@ -111,7 +106,7 @@ class BitmapFile:
         cls, path: Path, shape: Shape, file_bytes: int, record: StateRecord | None, boot_id: str | None = None
     ) -> "BitmapFile":
         """Open it, or make it anew where it is of no use; the reason is logged. BitmapError."""
-        boot_id = this_boot() if boot_id is None else boot_id
+        boot_id = kernel.this_boot() if boot_id is None else boot_id
         fd = _open_locked(path)
         try:
             found = _read_header(fd)
@@ -144,7 +139,7 @@ class BitmapFile:
 
     def opened_by_engine(self) -> None:
         """Its bits are durable, and are read as of this boot from here on."""
-        self._write_header(replace(self.header, boot_id=this_boot()))
+        self._write_header(replace(self.header, boot_id=kernel.this_boot()))
         self._log_pending = False
 
     def new_peer(self, disks: tuple[DiskIdentity, DiskIdentity]) -> None:

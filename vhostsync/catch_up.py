@@ -16,7 +16,8 @@ from typing import Final
 import anyio
 import structlog
 
-from vhostsync.engine import Engine, EngineEvent, EventKind
+from vhostsync.engine import Engine
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import EngineError, StateRecordError
 from vhostsync.snapshot import State
 

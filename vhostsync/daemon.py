@@ -35,13 +35,8 @@ from vhostsync import log as logging
 from vhostsync.bad_ranges import within
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
-from vhostsync.engine import (
-    LOSSES,
-    Engine,
-    EngineConfig,
-    EngineEvent,
-    EventKind,
-)
+from vhostsync.engine import LOSSES, Engine, EngineConfig
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics

@@ -2,9 +2,9 @@
 """The data plane as Python sees it: commands that are awaited, events, snapshots.
 
 The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h), with
-engine_attachment.py. A command is handed to the engine's thread and returns a token at once; its
-completion arrives through the event descriptor, which `pump` watches. So nothing here blocks the event
-loop, and no Python object is ever touched by the C threads.
+engine_attachment.py and engine_event.py. A command is handed to the engine's thread and returns a token at
+once; its completion arrives through the event descriptor, which `pump` watches. So nothing here blocks the
+event loop, and no Python object is ever touched by the C threads.
 """
 
 import errno
@@ -12,7 +12,6 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import IntEnum
 from typing import Any, Final
 
 import anyio
@@ -24,8 +23,10 @@ from vhostsync._source_hash import expected_source_hash
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.disks import Disk, DiskProbe
 from vhostsync.engine_attachment import EngineAttachment
+from vhostsync.engine_event import EngineEvent, event_of
 from vhostsync.errors import ConfigError, EngineError
-from vhostsync.snapshot import DISK_OPS, ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
+from vhostsync.snapshot import QueueStats, Snapshot, State, queue_stats_of, snapshot_of
+from vhostsync.state_file import Mark
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -50,38 +51,6 @@ LOSSES: Final = {
 # snapshot.py does without the binding, and so with numbers of its own.
 assert list(State) == [lib.VS_PASSTHROUGH, lib.VS_SYNCING, lib.VS_STEADY, lib.VS_AHEAD, lib.VS_DEGRADED]
 assert lib.VS_BREACH_NO_STATUS == 6
-
-
-class Reason(IntEnum):
-    """enum vs_reason: why the mirror changed its state."""
-
-    COMMAND = lib.VS_REASON_COMMAND
-    COPY_DONE = lib.VS_REASON_COPY_DONE
-    DESTINATION_WRITE = lib.VS_REASON_DESTINATION_WRITE
-    DESTINATION_FLUSH = lib.VS_REASON_DESTINATION_FLUSH
-    DESTINATION_TIMEOUT = lib.VS_REASON_DESTINATION_TIMEOUT
-    STOP_TIMEOUT = lib.VS_REASON_STOP_TIMEOUT
-    SWITCH = lib.VS_REASON_SWITCH
-    CONGESTION = lib.VS_REASON_CONGESTION
-    CATCH_UP = lib.VS_REASON_CATCH_UP
-
-
-class EventKind(IntEnum):
-    """enum vs_event_kind, but for the completions, which `pump` deals with."""
-
-    STATE = lib.VS_EV_STATE
-    DEGRADED = lib.VS_EV_DEGRADED
-    QUEUE_BROKEN = lib.VS_EV_QUEUE_BROKEN
-    ATTACHMENT_LOST = lib.VS_EV_ATTACHMENT_LOST
-    IO_ERROR = lib.VS_EV_IO_ERROR
-    BITMAP_FAILED = lib.VS_EV_BITMAP_FAILED
-    FENCE_CLEAR = lib.VS_EV_FENCE_CLEAR
-    AHEAD_DRAINED = lib.VS_EV_AHEAD_DRAINED
-    VERIFIED = lib.VS_EV_VERIFIED
-    READ_FALLBACK = lib.VS_EV_READ_FALLBACK
-    SOURCE_FAILED = lib.VS_EV_SOURCE_FAILED
-    PAUSED = lib.VS_EV_PAUSED
-    PAUSE_RELEASED = lib.VS_EV_PAUSE_RELEASED
 
 
 @dataclass(frozen=True)
@@ -111,22 +80,6 @@ class EngineConfig:
     pause_on_destination_error: bool = False
     doubt: tuple[tuple[int, int], ...] = ()  # offset, length: what an earlier run has left in doubt
     spared: tuple[tuple[int, int], ...] = ()  # of these: what the peer held better
-
-
-@dataclass(frozen=True)
-class EngineEvent:
-    """struct vs_event, of any kind but a completion. `error` is a positive errno or 0."""
-
-    kind: EventKind
-    error: int
-    value: int
-    offset: int
-    length: int
-    attachment: int
-    queue: int
-    reason: int
-    role: str
-    op: str
 
 
 def probe(fd: int, direct: bool) -> DiskProbe:
@@ -217,10 +170,17 @@ _SETUP_ADVICE: Final = {
 class _Waiter:
     """Somebody who awaits a command."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str) -> None:
         self.done = anyio.Event()
         self.result = 0
         self.value = 0
+        self._doing = doing
+
+    def outcome(self) -> int:
+        """Once it is done. EngineError, beginning with what it was about."""
+        if self.result < 0:
+            raise EngineError.from_errno(self._doing, self.result)
+        return self.value
 
 
 class Engine:
@@ -309,18 +269,7 @@ class Engine:
         waiter.done.set()
 
     def _tell(self, c_event: Any) -> None:
-        event = EngineEvent(
-            kind=EventKind(c_event.kind),
-            error=-c_event.result,
-            value=c_event.value,
-            offset=c_event.offset,
-            length=c_event.length,
-            attachment=c_event.attachment,
-            queue=c_event.queue,
-            reason=c_event.reason,
-            role=ROLES[c_event.disk_role],
-            op=DISK_OPS[c_event.op],
-        )
+        event = event_of(c_event)
         for listener in self._listeners:
             listener(event)
 
@@ -342,6 +291,18 @@ class Engine:
     ) -> int:
         """Submit a command and await it; returns the completion's value. EngineError, beginning with `doing`.
         `fds` are those named by the fields and regions: the engine owns them once it has the command."""
+        waiter = self._submit(kind, doing, fds, regions, **fields)
+        await waiter.done.wait()
+        return waiter.outcome()
+
+    def _submit(
+        self,
+        kind: int,
+        doing: str,
+        fds: Sequence[OwnedFd] = (),
+        regions: Sequence[tuple[MemoryRegion, int]] = (),
+        **fields: Any,
+    ) -> "_Waiter":
         c_command = ffi.new("struct vs_command *", {"kind": kind, "fd": -1, **fields})
         c_command.region_count = len(regions)
         for each, (region, fd) in zip(c_command.regions, regions, strict=False):
@@ -355,11 +316,8 @@ class Engine:
             raise EngineError.from_errno(f"{doing}: too many commands at once", errno.EAGAIN)
         for fd_owner in fds:
             fd_owner.take()
-        waiter = self._waiters[token] = _Waiter()
-        await waiter.done.wait()
-        if waiter.result < 0:
-            raise EngineError.from_errno(doing, waiter.result)
-        return waiter.value
+        waiter = self._waiters[token] = _Waiter(doing)
+        return waiter
 
     async def mirror_start(self, destination: Disk, *, resync: bool, spare_doubt: bool) -> None:
         """Attach `destination` and copy everything to it, or (`resync`) what differs from the peer that is
@@ -434,11 +392,35 @@ class Engine:
         await self.command(lib.VS_CMD_UNGATE, "letting the guest's requests go on")
 
     async def exchange(self, *, keep_mirror: bool, accept_unreadable: bool = False) -> int:
-        """Change the disks' roles and open the gate; returns the guest's pause in nanoseconds."""
-        flags = (lib.VS_EXCHANGE_KEEP if keep_mirror else 0) | (
-            lib.VS_EXCHANGE_ACCEPT if accept_unreadable else 0
-        )
+        """Change the disks' roles and open the gate; returns the guest's pause in nanoseconds. EngineError:
+        the gate stays closed."""
+        flags = lib.VS_EXCHANGE_KEEP * keep_mirror | lib.VS_EXCHANGE_ACCEPT * accept_unreadable
         return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags)
+
+    async def gate_and_exchange(self, allowed_us: int, mark: Mark | None, *, keep_mirror: bool) -> int:
+        """Both, with nothing of ours between them, for the guest waits; the mark is stored with the exchange.
+        EngineError of the one that failed: as there. Cancelled: the gate is open."""
+        at, value = ffi.NULL, 0
+        if mark is not None:
+            at, value = ffi.from_buffer("uint64_t *", mark.memory, require_writable=True), mark.value
+        gate = self._submit(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
+        exchange = self._submit(
+            lib.VS_CMD_EXCHANGE, "exchanging the disks", value=lib.VS_EXCHANGE_KEEP * keep_mirror,
+            desc=int(ffi.cast("uintptr_t", at)), used=value,
+        )  # fmt: skip
+        try:
+            await gate.done.wait()
+        except anyio.get_cancelled_exc_class():
+            # No longer than the gate may take; what has been exchanged by then stays so, and is said.
+            with anyio.CancelScope(shield=True):
+                await self.ungate()
+                await exchange.done.wait()
+            if exchange.result < 0:
+                raise
+        with anyio.CancelScope(shield=True):  # at once; and the mark's memory is lent meanwhile
+            await exchange.done.wait()
+        gate.outcome()
+        return exchange.outcome()
 
     async def failover_give_up(self) -> None:
         """What the source has failed, and was kept back for a switch, is answered with its error."""

@@ -8,6 +8,7 @@ kernel in its place. Every call raises OSError.
 
 import ctypes
 import os
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,14 @@ CAPABILITY_VERSION_3: Final = 0x20080522  # <linux/capability.h>
 SYS_LANDLOCK_CREATE_RULESET: Final = 444
 SYS_LANDLOCK_ADD_RULE: Final = 445
 SYS_LANDLOCK_RESTRICT_SELF: Final = 446
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+@cache  # the sandbox may keep the file away later
+def this_boot() -> str:
+    """Changes whenever the machine starts; what was in the page cache is gone then. OSError."""
+    return BOOT_ID.read_text().strip()
 
 
 class Kernel:

@@ -36,7 +36,8 @@ from vhostsync.destination import (
     open_destination,
 )
 from vhostsync.disks import Disk, remove_image
-from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
+from vhostsync.engine import Engine
+from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState

@@ -4,7 +4,7 @@
 from enum import StrEnum
 from typing import Final
 
-from vhostsync.engine import Reason
+from vhostsync.engine_event import Reason
 
 
 class MirrorState(StrEnum):

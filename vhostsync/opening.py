@@ -139,7 +139,7 @@ def follow_record(
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
-    if record != found:
+    if record != found or state_file.announced:
         state_file.write(record)
     return record
 

@@ -8,7 +8,8 @@ mirror-cancel gives up the promise; and lets those go that a frontend cannot wai
 import structlog
 
 from vhostsync import events
-from vhostsync.engine import Engine, EngineEvent, EventKind
+from vhostsync.engine import Engine
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.state_record import StateRecord

@@ -26,7 +26,8 @@ import structlog
 from vhostsync import events
 from vhostsync.bitmap import BitmapFile
 from vhostsync.destination import Place, look_again
-from vhostsync.engine import Engine, EngineEvent, EventKind, Reason
+from vhostsync.engine import Engine
+from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.roles import Roles
@@ -62,6 +63,7 @@ class RecordKeeper:
         self._hub = hub
         self._state_file = state_file
         self._failed = failed
+        self._announced = False  # the file has an announcement, or what it announces
         self._after_exchange: StateRecord | None = None
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
@@ -81,12 +83,49 @@ class RecordKeeper:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._state_file.write, record)
         self.record = record
+        self._announced = False
 
-    async def prepare(self, record: StateRecord) -> Prepared | None:
-        """All but the commit. None: there is no file. StateRecordError."""
+    async def prepare_switch(self, switched: StateRecord) -> Prepared | None:
+        """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
+        error, too, `take_back`. StateRecordError."""
+        assert self.lock.locked()
         if self._state_file is None:
             return None
-        return await anyio.to_thread.run_sync(self._state_file.prepare, record)
+        announced = switched
+        if switched.peer is not None:
+            # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
+            announced = outdated(switched)
+        announcement = await anyio.to_thread.run_sync(
+            self._state_file.prepare_announcement, self.record, announced
+        )
+        self._announced = True
+        await anyio.to_thread.run_sync(announcement.commit)
+        prepared = await anyio.to_thread.run_sync(self._state_file.prepare, switched)
+        prepared.mark = announcement.mark
+        return prepared
+
+    async def take_back(self, prepared: Prepared | None) -> None:
+        """The exchange did not take place. Should this fail too, nothing that was flushed is at stake: the
+        mirror is steady, and the engine confirms no flush without the destination before another record is
+        durable."""
+        with anyio.CancelScope(shield=True):
+            if prepared is not None:
+                await anyio.to_thread.run_sync(prepared.discard)
+            try:
+                if self._announced:
+                    await self.write(self.record)
+            except StateRecordError as error:
+                log.error("the state record may name the destination as the current disk", error=str(error))
+
+    async def settle_switch(self, prepared: Prepared) -> None:
+        """The exchange has taken place. The guest runs, and waits for none of this."""
+        try:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(prepared.commit)
+        except StateRecordError as error:
+            # What was announced is durable, and names the same disk.
+            self._failed(str(error))
+            log.error("the state record may call the mirror outdated after a power cut", error=str(error))
 
     async def check_unclaimed(self, disk: DiskIdentity) -> None:
         """MirrorError where another lineage has taken the disk meanwhile. StateRecordError."""
@@ -145,6 +184,7 @@ class RecordKeeper:
                 # new destination, say) is to be recorded of the new roles.
                 assert self._after_exchange is not None
                 self.record, self._after_exchange = self._after_exchange, None
+                self._announced = False
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
         elif event.kind is EventKind.IO_ERROR and event.role == "source":
             self._source_failed.set()

@@ -14,7 +14,8 @@ import anyio.to_thread
 import structlog
 
 from vhostsync import events
-from vhostsync.engine import Engine, EngineEvent, EventKind
+from vhostsync.engine import Engine
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import EngineError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror_status import SwitchResult

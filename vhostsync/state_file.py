@@ -2,8 +2,17 @@
 """The file of a state record: replaced atomically, and locked.
 
 The new text goes to a temporary file beside it, which is fsynced (`StateFile.prepare`); then it is renamed
-over the old one and the directory is fsynced (`Prepared.commit`). Only the commit lies in the guest's pause
-at a switch. After a crash at any instant the file holds the old record or the new one, whole.
+over the old one (`Prepared.rename`) and the directory is fsynced (`Prepared.settle`). After a crash at any
+instant the file holds the old record or the new one, whole.
+
+A switch waits for no disk while the guest is held. So it is *announced* before: a durable record that holds
+both the former one and the one after the switch, and the boot in which it was written.
+  * Whoever finds it after the machine has gone down takes the new one: the mirror was steady, so the
+    destination holds all that the guest has flushed, whether it was there already or not.
+  * Whoever finds it in the same boot takes the former one, unless it bears the *mark* of this announcement:
+    only this process has ended. The engine stores the mark with the exchange, in memory that is shared with
+    the lock's file, and what is in the page cache outlives a process. (Where there is no such memory, the new
+    record is renamed over this one before the exchange; that outlives it, too.)
 
 Two records never mix: a lock beside the record is held as long as the StateFile is open, and a Prepared that
 something else was written after refuses to be committed.
@@ -13,18 +22,31 @@ sentence, never guessed at).
 """
 
 import fcntl
+import mmap
 import os
+import secrets
+import struct
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import structlog
 
+from vhostsync import kernel
 from vhostsync.errors import StateRecordError
-from vhostsync.state_record import DiskIdentity, StateRecord, decode_record, encode_record, named
+from vhostsync.state_record import (
+    DiskIdentity,
+    StateRecord,
+    decode_record,
+    encode_announcement,
+    encode_record,
+    is_announcement,
+    named,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +93,17 @@ class RealFileSystem:
         return sorted(entry.name for entry in path.iterdir())
 
 
+@dataclass(frozen=True)
+class Mark:
+    """To be stored in the first 8 bytes when an announced exchange takes place."""
+
+    memory: mmap.mmap
+    value: int
+
+
+MARK_BYTES = 4096  # the file's; a page, so that none is missing behind its end
+
+
 class StateFile:
     """The record's file. Every method blocks; all are safe from any thread. `before_write` is called with
     each record before it is prepared (state_index makes both disks find it); `other_record` tells which other
@@ -82,6 +115,7 @@ class StateFile:
         other_record: Callable[[DiskIdentity], Path | None] | None = None,
     ) -> None:
         self.path = path
+        self.announced = False  # what was loaded is more than a record, and depends on the mark
         self._files: FileSystem = files if files is not None else RealFileSystem()
         self._before_write = before_write
         self._other_record = other_record
@@ -89,6 +123,7 @@ class StateFile:
         self._commits = 0
         self._serial = 0
         self._lock_fd: int | None = None
+        self._mark_memory: mmap.mmap | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +136,7 @@ class StateFile:
     def lock(self, timeout_s: float) -> None:
         """Nobody else uses this record from here to `close`; waits `timeout_s` for a process that is ending.
         What a process that died left of its temporary files is removed."""
-        path = Path(f"{self.path}.lock")
+        path = self._lock_path
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -123,7 +158,30 @@ class StateFile:
             else:
                 self._lock_fd = fd
                 self._remove_leftovers()
+                self._map_mark(fd)
                 return
+
+    @property
+    def _lock_path(self) -> Path:
+        return Path(f"{self.path}.lock")
+
+    def _map_mark(self, fd: int) -> None:
+        """What is marked stays: the announcement may be there still. Without memory for it, a switch takes a
+        little longer."""
+        try:
+            if os.fstat(fd).st_size < MARK_BYTES:
+                os.pwrite(fd, bytes(MARK_BYTES), 0)
+                os.fsync(fd)  # no block is missing when it is written again
+            self._mark_memory = mmap.mmap(fd, MARK_BYTES)
+        except OSError as error:
+            log.warning("the record's lock cannot bear marks", path=str(self.path), reason=error.strerror)
+
+    def _marked(self) -> int:
+        try:
+            with self._lock_path.open("rb") as file:
+                return int(struct.unpack("=Q", file.read(8))[0])
+        except (OSError, struct.error):
+            return 0  # no lock: no process that could have exchanged anything
 
     def _remove_leftovers(self) -> None:
         try:
@@ -134,6 +192,9 @@ class StateFile:
             log.debug("the state directory cannot be listed", path=str(self.path.parent))
 
     def close(self) -> None:
+        if self._mark_memory is not None:
+            self._mark_memory.close()
+            self._mark_memory = None
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -141,13 +202,15 @@ class StateFile:
     def load(self) -> StateRecord | None:
         """The record, None when there is none yet, StateRecordError when it is damaged or unreadable."""
         try:
+            boot_id = kernel.this_boot()
             text = self._files.read(self.path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise StateRecordError(f"{named(self.path)} cannot be read: {error.strerror}") from error
         try:
-            return decode_record(text)
+            self.announced = is_announcement(text)
+            return decode_record(text, boot_id, self._marked())
         except ValueError as error:
             raise StateRecordError(
                 f"{named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
@@ -160,14 +223,17 @@ class StateFile:
         return self._other_record(disk) if self._other_record is not None else None
 
     def prepare(self, record: StateRecord) -> "Prepared":
-        """Everything but the rename: the long part, done before the guest is paused."""
+        """Everything but the rename and its fsync."""
+        return self._prepare(record, encode_record(record))
+
+    def _prepare(self, record: StateRecord, text: bytes) -> "Prepared":
         with self._mutex:
             self._serial += 1
             temporary = self.path.with_name(f"{self.path.name}.new{os.getpid()}-{self._serial}")
             try:
                 if self._before_write is not None:
                     self._before_write(record)
-                self._files.write_durable(temporary, encode_record(record))
+                self._files.write_durable(temporary, text)
             except OSError as error:
                 self._forget(temporary)
                 raise StateRecordError(f"{named(self.path)} cannot be written: {error.strerror}") from error
@@ -176,7 +242,20 @@ class StateFile:
     def write(self, record: StateRecord) -> None:
         self.prepare(record).commit()
 
-    def _commit(self, temporary: Path, commits_seen: int) -> None:
+    def prepare_announcement(self, former: StateRecord, switched: StateRecord) -> "Prepared":
+        """Committed, it means `switched` after a power cut, and `former` in this boot unless it is marked.
+        StateRecordError."""
+        try:
+            boot_id = kernel.this_boot()
+        except OSError as error:
+            raise StateRecordError(f"it cannot be told which boot this is: {error.strerror}") from error
+        value = secrets.randbits(64) | 1
+        prepared = self._prepare(switched, encode_announcement(former, switched, boot_id, value))
+        if self._mark_memory is not None:
+            prepared.mark = Mark(self._mark_memory, value)
+        return prepared
+
+    def _rename(self, temporary: Path, commits_seen: int) -> None:
         with self._mutex:
             if commits_seen != self._commits:
                 self._forget(temporary)
@@ -187,13 +266,15 @@ class StateFile:
                 self._forget(temporary)
                 raise StateRecordError(f"{named(self.path)} cannot be replaced: {error.strerror}") from error
             self._commits += 1
-            try:
-                self._files.sync_directory(self.path.parent)
-            except OSError as error:
-                raise StateRecordError(
-                    f"{named(self.path)} was replaced, but whether that would outlive a power cut is "
-                    f"unknown: {error.strerror}"
-                ) from error
+
+    def _settle(self) -> None:
+        try:
+            self._files.sync_directory(self.path.parent)
+        except OSError as error:
+            raise StateRecordError(
+                f"{named(self.path)} was replaced, but whether that would outlive a power cut is "
+                f"unknown: {error.strerror}"
+            ) from error
 
     def _forget(self, temporary: Path) -> None:
         try:
@@ -210,16 +291,25 @@ class Prepared:
 
     def __init__(self, file: StateFile, temporary: Path, record: StateRecord, commits_seen: int) -> None:
         self.record = record
+        self.mark: Mark | None = None  # of an announcement
         self._file = file
         self._temporary = temporary
         self._commits_seen = commits_seen
         self._used = False
+        self._renamed = False
 
     def commit(self) -> None:
-        """One rename and one fsync of the directory: all that lies in the guest's pause."""
+        """Durable on return. StateRecordError."""
+        if not self._renamed:
+            self.rename()
+        self._file._settle()
+
+    def rename(self) -> None:
+        """From here on it is found, and outlives this process, but not yet a power cut. StateRecordError."""
         assert not self._used, "committed or discarded twice"
         self._used = True
-        self._file._commit(self._temporary, self._commits_seen)
+        self._file._rename(self._temporary, self._commits_seen)
+        self._renamed = True
 
     def discard(self) -> None:
         """Does nothing after a commit, so it may stand in a finally."""

@@ -324,14 +324,30 @@ def encode_record(record: StateRecord) -> bytes:
     return encode_checked("state-record", asdict(record))
 
 
+def encode_announcement(former: StateRecord, switched: StateRecord, boot_id: str, mark: int) -> bytes:
+    """A switch is about to take place: see state_file."""
+    announced = {"former": asdict(former), "boot_id": boot_id, "mark": mark}
+    return encode_checked("state-record", {**asdict(switched), "announced": announced})
+
+
 def _ranges(rows: Any) -> tuple[tuple[int, int], ...]:
     return tuple((int(offset), int(length)) for offset, length in rows)
 
 
-def decode_record(text: bytes) -> StateRecord:
+def is_announcement(text: bytes) -> bool:
     """ValueError with a phrase when the text is no whole record."""
+    return "announced" in decode_checked("state-record", text)
+
+
+def decode_record(text: bytes, boot_id: str | None = None, marked: int = 0) -> StateRecord:
+    """As it is to be understood in this boot of the machine (None: a later one): a switch that was announced
+    in the same one has taken place only if it is marked. ValueError with a phrase when the text is no whole
+    record."""
     body = decode_checked("state-record", text)
     try:
+        announced = body.get("announced")
+        if announced is not None and announced["boot_id"] == boot_id and announced["mark"] != marked:
+            body = announced["former"]
         peer, worth, wanted = body["peer"], body["peer_worth"], body.get("wanted")
         return StateRecord(
             epoch=body["epoch"],

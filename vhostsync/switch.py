@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switch: prepare, close the gate, commit the record, exchange the disks; or leave all as it was.
+"""The switch: prepare, announce, close the gate, rename the record, exchange the disks; or all as it was.
 
-The record names the new disk before the first request goes there. From the closed gate to the open one the
-guest is held, and nothing may be cut off.
+The record names the new disk before the first request goes there (state_file.py says how, without a wait for
+the record's disk). From the closed gate to the open one the guest is held, and nothing may be cut off.
 """
 
 import errno
@@ -16,18 +16,18 @@ import structlog
 from vhostsync import events
 from vhostsync.bad_ranges import BadRanges
 from vhostsync.engine import Engine
-from vhostsync.errors import EngineError, StateRecordError, SwitchError, VhostsyncError
+from vhostsync.errors import EngineError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror_state import MirrorState
 from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.roles import Roles
-from vhostsync.state_file import Prepared
-from vhostsync.state_record import StateRecord
+from vhostsync.state_file import Mark, Prepared
 
 log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 0.05
+GATE_NOT_CLOSED: Final = (errno.ETIMEDOUT, errno.EAGAIN)  # it took too long, or another drain is needed
 
 
 class Switch:
@@ -108,19 +108,52 @@ class Switch:
         )
 
     async def _try(self, plan: SwitchPlan) -> Switched | None:
-        """Under the record's lock. None: the gate could not be closed in time."""
-        prepared = await self._keeper.prepare(self._keeper.record.switched(keep_mirror=plan.keep_mirror))
+        """Under the record's lock. The record is as it was unless this returns what it did. None: the gate
+        could not be closed in time."""
+        prepared: Prepared | None = None
+        switched: Switched | None = None
         try:
-            if not await self._close_gate(plan.max_pause_ms):
-                return None
-            # From here to the end nothing may be cut off: the guest is held.
-            with anyio.CancelScope(shield=True):
-                return await self._exchange(prepared, plan)
-            raise AssertionError("nobody cancels that scope")
+            prepared = await self._keeper.prepare_switch(
+                self._keeper.record.switched(keep_mirror=plan.keep_mirror)
+            )
+            if plan.accept_unreadable or (prepared is not None and prepared.mark is None):
+                switched = await self._step_by_step(prepared, plan)
+            else:
+                switched = await self._at_once(prepared.mark if prepared is not None else None, plan)
         finally:
-            if prepared is not None:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(prepared.discard)
+            if switched is None:
+                await self._keeper.take_back(prepared)
+        if prepared is not None and switched is not None:
+            await self._keeper.settle_switch(prepared)
+        return switched
+
+    async def _at_once(self, mark: Mark | None, plan: SwitchPlan) -> Switched | None:
+        """While the guest is held, nothing is done here, and no disk waited for."""
+        self._keeper.expect_exchange(self._keeper.record.switched(keep_mirror=plan.keep_mirror))
+        try:
+            pause_ns = await self._engine.gate_and_exchange(
+                int(plan.max_pause_ms * 1000), mark, keep_mirror=plan.keep_mirror
+            )
+            return Switched(pause_ns, BadRanges())
+        except EngineError as error:
+            self._keeper.expect_exchange(None)
+            with anyio.CancelScope(shield=True):
+                await self._engine.ungate()
+            if error.errno not in GATE_NOT_CLOSED:
+                raise
+            return None
+        except BaseException:
+            self._keeper.expect_exchange(None)
+            raise
+
+    async def _step_by_step(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched | None:
+        """Where it has to be known what is accepted, or the record has no memory for a mark."""
+        if not await self._close_gate(plan.max_pause_ms):
+            return None
+        # From here to the end nothing may be cut off: the guest is held.
+        with anyio.CancelScope(shield=True):
+            return await self._exchange(prepared, plan)
+        raise AssertionError("nobody cancels that scope")
 
     async def _close_gate(self, max_pause_ms: float) -> bool:
         """False: it could not be closed in time, and is open again. So it is when this raises or is
@@ -128,7 +161,7 @@ class Switch:
         try:
             await self._engine.gate(int(max_pause_ms * 1000))
         except EngineError as error:
-            if error.errno not in (errno.ETIMEDOUT, errno.EAGAIN):
+            if error.errno not in GATE_NOT_CLOSED:
                 raise
             return False
         except BaseException:
@@ -139,14 +172,13 @@ class Switch:
 
     async def _exchange(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
         """With the gate closed: the record, then the disks."""
-        former = self._keeper.record
-        self._keeper.expect_exchange(former.switched(keep_mirror=plan.keep_mirror))
+        self._keeper.expect_exchange(self._keeper.record.switched(keep_mirror=plan.keep_mirror))
         accepted = BadRanges()
         try:
             if plan.accept_unreadable:
                 accepted = BadRanges.of(await self._engine.snapshot())
             if prepared is not None:
-                await anyio.to_thread.run_sync(prepared.commit)
+                await anyio.to_thread.run_sync(prepared.rename)
             pause_ns = await self._engine.exchange(
                 keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable
             )
@@ -154,18 +186,9 @@ class Switch:
         except VhostsyncError:
             self._keeper.expect_exchange(None)
             # First the record: what the guest writes from here on goes to the disk that it is to name again.
-            await self._restore_record(former)
+            await self._keeper.take_back(prepared)
             await self._engine.ungate()
             raise
-
-    async def _restore_record(self, record: StateRecord) -> None:
-        """The exchange did not take place, and the record may say that it did. Should this fail too, nothing
-        that was flushed is at stake: the mirror is steady, and the engine confirms no flush without the
-        destination before another record is durable."""
-        try:
-            await self._keeper.write(record)
-        except StateRecordError as error:
-            log.error("the state record may name the destination as the current disk", error=str(error))
 
 
 def _why(error: VhostsyncError) -> str:

@@ -11,7 +11,8 @@ import anyio
 import structlog
 
 from vhostsync import events
-from vhostsync.engine import Engine, EngineEvent, EventKind
+from vhostsync.engine import Engine
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import EngineError, MirrorError
 from vhostsync.events import EventHub
 

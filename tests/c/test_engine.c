@@ -148,6 +148,7 @@ static void source_faults(void)
     CHECK(disk_holds(r.destination, 0, 8192, 2, CUT_ALL));
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), -EBUSY);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     CHECK_EQUAL(lane_fill(l, 0, 4096, 4), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(rig_snapshot(&r).doubt_count, 0);
     CHECK(r.seen[VS_EV_IO_ERROR] >= 3); /* more where a checkpoint's flush has failed too */

@@ -250,7 +250,6 @@ static void leaving_a_bad_source(void)
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 1), -EBUSY); /* not as a mirror */
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), 0);
     CHECK(disk_holds(r.destination, 0, 4096, 1, CUT_ALL));
     CHECK_EQUAL(lane_fill(l, 8, 4096, 2), VIRTIO_BLK_S_OK);
@@ -293,6 +292,7 @@ static void a_drain_behind_the_gate(void)
         rig_snapshot(&r);
     int result = rig_simple(&r, VS_CMD_EXCHANGE, 1);
     CHECK(result == 0 || result == -EBUSY);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     vs_test_disk_hold(r.source, VS_DISK_FLUSH, 0);
     vs_test_disk_release(r.source, VS_DISK_FLUSH, 100);
     CHECK_EQUAL(lane_flush(&r.lane[0]), VIRTIO_BLK_S_OK);

@@ -293,11 +293,18 @@ static vs_disk *new_disk(void)
 
 static void exchange(bool keep)
 {
-    uint64_t token = simple(VS_CMD_EXCHANGE, keep);
-    if (token && wait_for(token) == 0) {
+    static uint64_t mark;
+    uint64_t value = mark + 1;
+    uint64_t token = submit(&(struct vs_command){
+        .kind = VS_CMD_EXCHANGE, .fd = -1, .value = keep, .desc = (uint64_t)(uintptr_t)&mark, .used = value});
+    int rc = token ? wait_for(token) : -EAGAIN;
+    ENSURE((__atomic_load_n(&mark, __ATOMIC_ACQUIRE) == value) == (rc == 0));
+    if (rc == 0) {
         int old = w.source;
         w.source = w.destination;
         w.destination = old;
+    } else if (choose(&w.c, 8) != 7) {
+        simple(VS_CMD_UNGATE, 0);
     }
 }
 
@@ -358,7 +365,8 @@ static void operate(void)
     default: /* a switch, as it should be done */
         simple(VS_CMD_MIRROR_DRAIN, choose(&w.c, 4) != 3);
         uint64_t token = simple(VS_CMD_GATE, 1000 * (1 + choose(&w.c, 20)));
-        if (token && wait_for(token) == 0 && choose(&w.c, 8) == 7)
+        /* Mostly it waits for the gate by itself. */
+        if (choose(&w.c, 3) == 2 && token && wait_for(token) == 0 && choose(&w.c, 8) == 7)
             return; /* and left like that */
         exchange(choose(&w.c, 2));
     }

@@ -27,7 +27,8 @@ import anyio.lowlevel
 
 from tests.fuzz.odd_descriptors import ODD, memory
 from vhostsync import disks
-from vhostsync.engine import Engine, EngineConfig, EngineEvent, EventKind, probe
+from vhostsync.engine import Engine, EngineConfig, probe
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.events import FRONTEND_DISCONNECTED
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.listener import Endpoint

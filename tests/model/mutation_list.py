@@ -530,6 +530,43 @@ MUTATIONS = [
         "switch.py::test_a_gate_that_takes_too_long_is_opened_again",
     ),
     _m(
+        "marked-without-an-exchange",
+        "switch: the mark is never stored without the exchange",
+        "switching.c",
+        """    if (rc == 0) {
+        if (x->mark)
+            __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
+""",
+        """    if (x->mark)
+        __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
+    if (rc == 0) {
+""",
+        "switch.py::test_an_exchange_that_is_refused_leaves_no_mark_and_the_gate_closed",
+    ),
+    _m(
+        "exchanged-without-a-mark",
+        "switch: the mark is stored with the exchange",
+        "switching.c",
+        """        if (x->mark)
+            __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
+""",
+        "",
+        "switch.py::test_an_exchange_waits_for_the_gate_and_leaves_its_mark",
+    ),
+    _m(
+        "refused-exchange-opens-the-gate",
+        "switch: the guest goes on only when the record names its disk again",
+        "switching.c",
+        """        gate_open(e);
+    }
+    mailbox_done(&e->mailbox, x->token""",
+        """    }
+    if (e->gate == GATE_CLOSED)
+        gate_open(e);
+    mailbox_done(&e->mailbox, x->token""",
+        "switch.py::test_an_exchange_that_is_refused_leaves_no_mark_and_the_gate_closed",
+    ),
+    _m(
         "exchange-ungated",
         "switch: nothing is exchanged before the gate is closed",
         "mirror.c",

@@ -347,10 +347,12 @@ class Contract(RuleBasedStateMachine):
         peer, ceiling = self.model.peer, self.gated_at
         driver = self._driver()
         event = driver.wait(driver.submit(lib.VS_CMD_EXCHANGE, value=int(keep)))
-        self.gated_at = 0
         if event.result != 0:
             assert -event.result in (errno.EBUSY, errno.ENOTCONN), f"exchange: {event.result}"
+            assert bool(self.gated_at) == driver.snapshot().gated
+            self.ungate()
             return
+        self.gated_at = 0
         assert before.gated and before.state == State.STEADY and peer is not None
         assert not before.doubt and not before.unreadable
         self.model.exchanged(self.source, keep=keep, ceiling=ceiling)

@@ -224,7 +224,7 @@ class Checker:
             self.on_cut(left)
 
     def _start(self, left: Remains, disks: tuple[Disk, Disk], when: str) -> None:
-        named = current_disk(self.site, left.record)
+        named = current_disk(self.site, left.record, left.boot)
         self.site.bitmap.write_bytes(left.bitmap)
         state_file = StateFile(self.site.record, files=RecordFiles(left.record))
         opened = open_machine(self.site, left, disks[named], state_file)
@@ -277,7 +277,7 @@ class Checker:
     def _resync(self, left: Remains, named: int, bitmap: Any, tracked: bool, resync: bool, when: str) -> None:
         self.tally.resyncs += 1
         held = (left.disk(0), left.disk(1))
-        capacity, record = left.capacity_bytes, decoded(left.record)
+        capacity, record = left.capacity_bytes, decoded(left.record, left.boot)
         assert record is not None
         doubt, spared = within(record.doubt, capacity), within(record.spared, capacity)
         options = EngineOptions(capacity_bytes=capacity, dirty_region_bytes=REGION, log_bytes=8 << 20)

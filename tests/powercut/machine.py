@@ -26,8 +26,7 @@ from tests.guest_ring import GuestMemory
 from tests.model.test_review_record import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
-from vhostsync import bitmap as bitmap_module
-from vhostsync import disks, opening
+from vhostsync import disks, kernel, opening
 from vhostsync import engine as engine_module
 from vhostsync._shim import lib
 from vhostsync.bad_ranges import within
@@ -151,13 +150,14 @@ class Site:
 
 
 @lru_cache(maxsize=256)
-def decoded(text: bytes | None) -> StateRecord | None:
-    return None if text is None else decode_record(text)
+def decoded(text: bytes | None, boot: str | None = None) -> StateRecord | None:
+    """As it is understood in this boot; None: in a later one."""
+    return None if text is None else decode_record(text, boot)
 
 
-def current_disk(site: Site, text: bytes | None) -> int:
+def current_disk(site: Site, text: bytes | None, boot: str | None = None) -> int:
     """Which disk an operator starts: the one that the record names, the first where there is none."""
-    record = decoded(text)
+    record = decoded(text, boot)
     return 0 if record is None else site.number_of(record.current.path)
 
 
@@ -174,7 +174,7 @@ def open_machine(site: Site, remains: Remains, disk: Disk, state_file: StateFile
 
 @contextmanager
 def booted(boot: str) -> Iterator[None]:
-    with mock.patch.object(bitmap_module, "this_boot", lambda: boot):
+    with mock.patch.object(kernel, "this_boot", lambda: boot):
         yield
 
 
@@ -319,7 +319,7 @@ async def machine(
     site.bitmap.write_bytes(remains.bitmap)
     state_file = StateFile(site.record, files=RecordFiles(remains.record, recorder))
     with booted(remains.boot), _in_memory(site, held, recorder):
-        source = site.open_disk(current_disk(site, remains.record))
+        source = site.open_disk(current_disk(site, remains.record, remains.boot))
         opened = open_machine(site, remains, source, state_file)
         assert opened.bitmap is not None
         recorder.watch_file(opened.bitmap.fd)

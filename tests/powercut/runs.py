@@ -93,7 +93,7 @@ def check_scene(where: Site, scene: Scene, seed: int, restarts: int, tally: Tall
 
 def _chosen(cuts: list[Remains], scene: Scene, chance: random.Random) -> Remains:
     def is_telling(left: Remains) -> bool:
-        found = decoded(left.record)
+        found = decoded(left.record, left.boot)
         return found is not None and scene.telling(found)
 
     return chance.choice([left for left in cuts if is_telling(left)] or cuts)

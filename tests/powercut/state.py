@@ -168,6 +168,7 @@ class State:
     disks: tuple[DiskMedium, DiskMedium]
     file: FileMedium
     record: RecordMedium
+    boot: str
     cut: Oracle
     kill: Oracle
     doubt: Doubt
@@ -185,8 +186,8 @@ class State:
 
     @classmethod
     def at_start(cls, site: Site, remains: Remains, *, pauses: bool) -> State:
-        record = decoded(remains.record)
-        named = current_disk(site, remains.record)
+        record = decoded(remains.record, remains.boot)
+        named = current_disk(site, remains.record, remains.boot)
         initial = remains.images[named]
         doubt = Doubt.at_start(record, initial, remains.images[1 - named])
         media = [
@@ -198,6 +199,7 @@ class State:
             (media[0], media[1]),
             FileMedium(),
             RecordMedium(remains.record),
+            remains.boot,
             Oracle(initial, promise_at_once=False),
             Oracle(initial, promise_at_once=True),
             doubt,
@@ -280,7 +282,7 @@ class State:
 
     def _replaced(self, text: bytes, place: int) -> None:
         self.record.replaced(text)
-        record = decoded(text)
+        record = decoded(text, self.boot)
         assert record is not None
         named = self.site.number_of(record.current.path)
         if named != self.named:

@@ -17,6 +17,7 @@ from tests.powercut.runs import check_scene, site
 from tests.powercut.scenes import SCENES, Scene
 from vhostsync.bad_ranges import BadRanges
 from vhostsync.mirror_status import Switched, SwitchPlan
+from vhostsync.record_keeper import RecordKeeper
 from vhostsync.state_file import Prepared
 from vhostsync.state_record import DiskIdentity, StateRecord, Worth
 from vhostsync.switch import Switch
@@ -63,6 +64,21 @@ def test_a_record_that_is_written_after_the_exchange_is_noticed(
         return Switched(pause_ns, BadRanges())
 
     monkeypatch.setattr(Switch, "_exchange", exchange_first)
+    assert _one_of_the_seeds_finds_it(where, "leave")
+
+
+def test_a_switch_that_is_not_announced_is_noticed(where: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record names the new disk, but for a power cut not durably."""
+
+    async def silently(keeper: RecordKeeper, switched: StateRecord) -> Prepared | None:
+        assert keeper._state_file is not None
+        return await anyio.to_thread.run_sync(keeper._state_file.prepare, switched)
+
+    async def never(keeper: RecordKeeper, prepared: Prepared) -> None:
+        pass
+
+    monkeypatch.setattr(RecordKeeper, "prepare_switch", silently)
+    monkeypatch.setattr(RecordKeeper, "settle_switch", never)
     assert _one_of_the_seeds_finds_it(where, "leave")
 
 

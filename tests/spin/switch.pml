@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The switch: gate, drain, record, exchange, with and without --keep-mirror, and the destination lost at any
- * moment of it. Whatever disk the state record names has everything that was flushed, at every moment; and so
- * has the other one as long as the record calls it up to date. What a guest reads is the same after it.
+ * The switch: announcement, gate, drain, exchange, record, with and without --keep-mirror, and the destination lost
+ * at any moment of it. Whatever disk the state record names has everything that was flushed, at every moment; and so
+ * has the other one as long as the record calls it up to date. To a process that is started after a kill it names the
+ * disk that the guest was on. What a guest reads is the same after the switch.
  *
  * Two queues, writes to two blocks, flushes; one write may fail on the source.
  */
@@ -17,7 +18,9 @@
 mtype = { STEADY, DEGRADED, ALONE, OPEN, CLOSING, CLOSED, WRITTEN, PENDING };
 mtype state = STEADY, gate = OPEN, record = WRITTEN;
 bit current; /* e->source */
-bit recorded; /* the disk that the state record names */
+bit recorded; /* the disk that the state record names after a power cut */
+bit named; /* and to whoever starts in the same boot, after a kill */
+bool locked; /* RecordKeeper.lock */
 bool trusted = true; /* it calls the other one up to date */
 bool keep_mirror, switched;
 
@@ -171,41 +174,47 @@ end:
 #define NOTHING_IN_FLIGHT (requests_in_flight == 0 && flushes_in_flight == 0)
 #endif
 
-inline commit() { /* Prepared.commit: atomic by its rename */
-    recorded = 1 - current_then;
-    trusted = keep_mirror
+inline take_back() { /* RecordKeeper.take_back: the former record */
+    atomic {
+        recorded = current;
+        named = current;
+        trusted = true
+    }
 }
 
 active proctype switcher() {
-    bit current_then;
     byte generation;
+    bool marks;
 end:
-    atomic { /* Mirror.switch, gate_close */
+    atomic { /* Switch.check; RecordKeeper.prepare_switch: announced, under the lock */
         state == STEADY && CERTAIN ->
         if :: keep_mirror = true :: keep_mirror = false fi;
-        current_then = current;
+        if :: marks = true :: marks = false fi;
+        locked = true;
+#ifndef BUG_SWITCH_ANNOUNCE
+        recorded = 1 - current;
+        trusted = false;
+#endif
         gate = CLOSING
     }
     atomic { /* gate_pump, drained; or too late, or the mirror is lost: gate_open */
         if
         :: gate == CLOSING && state == STEADY && NOTHING_IN_FLIGHT && DRAINED -> gate = CLOSED
-        :: gate = OPEN; goto opened
+        :: gate = OPEN; goto failed
         fi
     }
-#ifndef BUG_SWITCH_RECORD
-    atomic {
-        if
-        :: state == STEADY && record == WRITTEN && CERTAIN -> commit()
-        :: state != STEADY || !CERTAIN -> gate = OPEN; goto opened
-        fi
+    atomic { /* Prepared.rename, where there is no mark */
+        if :: !marks -> named = 1 - current :: else fi
     }
-#endif
-    atomic { /* exchange, mirror_exchange, counts_exchange */
+    atomic { /* exchange_now, mirror_exchange, counts_exchange */
         if
-        :: state == STEADY ->
+        :: state == STEADY && CERTAIN ->
             assert(EQUAL(0) && EQUAL(1)); /* what the guest reads stays what it was */
             current = 1 - current;
             switched = true;
+#ifndef BUG_SWITCH_MARK
+            named = current;
+#endif
             if
 #ifdef BUG_SWITCH_COUNTS
             :: keep_mirror -> source_flushed = F
@@ -213,16 +222,30 @@ end:
             :: keep_mirror -> generation = source_flushed; source_flushed = F; F = generation; generation = 0
 #endif
             :: else -> source_flushed = F; state = ALONE; epoch++; M = 0; F = 0
-            fi
-        :: else -> skip /* _restore_record: the recorder's, before any flush is answered */
-        fi;
-        gate = OPEN
-    }
-#ifdef BUG_SWITCH_RECORD
-    atomic { commit() }
+            fi;
+            gate = OPEN
+        :: else ->
+#ifdef BUG_SWITCH_BACK
+            gate = OPEN;
 #endif
-opened:
-    current_then = 0
+            if :: marks -> gate = OPEN :: else fi; /* nothing names the other disk in this boot */
+            goto failed
+        fi
+    }
+    atomic { /* RecordKeeper.settle_switch */
+        recorded = current;
+        named = current;
+        trusted = keep_mirror;
+        locked = false
+    }
+    if
+    :: false ->
+failed:
+        take_back(); /* first; then the guest goes on */
+        atomic { gate = OPEN; locked = false }
+    :: else -> skip
+    fi;
+    atomic { marks = false; keep_mirror = false }
 }
 
 active proctype degrade() { /* mirror_degrade, at any moment but between the halves of the exchange */
@@ -238,7 +261,7 @@ end:
 
 active proctype recorder() { /* RecordKeeper._record_outdated: names the disk that the guest is on */
 end:
-    atomic { record == PENDING && gate == OPEN -> recorded = current; trusted = false }
+    atomic { record == PENDING && !locked -> recorded = current; named = current; trusted = false }
     atomic { record = WRITTEN }
 }
 
@@ -249,5 +272,8 @@ init { atomic { run replica(1); run replica(2);
 } }
 
 ALWAYS(counts_in_order, state != STEADY || (F <= M && M <= G && source_flushed <= G))
+/* Or on one that holds the same, but for a write that has failed. */
+ALWAYS(a_kill_leaves_the_guest_on_its_disk,
+    named == current || (gate != OPEN && (EQUAL(0) || doubt[0]) && (EQUAL(1) || doubt[1])))
 ALWAYS(the_recorded_disk_has_what_was_flushed, SUFFICIENT(recorded))
 ALWAYS(the_other_one_too_if_it_is_trusted, !trusted || SUFFICIENT(1 - recorded))

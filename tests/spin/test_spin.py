@@ -61,7 +61,15 @@ MODELS = (
     Model(
         "switch",
         "switch.pml",
-        bugs=("RULE_5_SWITCH", "SWITCH_GATE", "SWITCH_DRAIN", "SWITCH_RECORD", "SWITCH_COUNTS"),
+        bugs=(
+            "RULE_5_SWITCH",
+            "SWITCH_GATE",
+            "SWITCH_DRAIN",
+            "SWITCH_ANNOUNCE",
+            "SWITCH_MARK",
+            "SWITCH_BACK",
+            "SWITCH_COUNTS",
+        ),
     ),
     Model(
         "threads",
