@@ -101,7 +101,7 @@ def spread(shown: Json | None) -> str:
 def verdict(target: Json) -> str:
     if "values" not in target:
         return f"{target['target']}: not measured"
-    word = "met" if target["met"] else "**missed**"
+    word = {True: "met", False: "**missed**", None: "no target"}[target["met"]]
     least, greatest = min(target["values"]), max(target["values"])
     return f"{target['value']:.3g} ({least:.3g} to {greatest:.3g}); {target['target']}: {word}"
 

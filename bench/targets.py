@@ -21,11 +21,13 @@ def percentile_99(values: Sequence[float]) -> float:
 class Target:
     label: str
     figure: Figure
-    bound: float
+    bound: float | None  # None: there is no target, it is to be seen
     at_most: bool = False
     over_rounds: Callable[[Sequence[float]], float] = statistics.median
 
-    def met(self, value: float) -> bool:
+    def met(self, value: float) -> bool | None:
+        if self.bound is None:
+            return None
         return value <= self.bound if self.at_most else value >= self.bound
 
     def values(self, rounds: Sequence[Round]) -> list[float]:
@@ -37,6 +39,8 @@ class Target:
         return found
 
     def __str__(self) -> str:
+        if self.bound is None:
+            return self.label
         return f"{self.label} {'≤' if self.at_most else '≥'} {self.bound:g}"
 
 
