@@ -160,7 +160,8 @@ static void serve_queues(struct vs_engine *e)
     }
     list_init(&turn);
     list_splice(&turn, &e->ready);
-    while ((node = list_pop(&turn))) {
+    e->taken_in_pass = 0;
+    while (e->taken_in_pass < PASS_BUDGET && (node = list_pop(&turn))) {
         struct queue *q = container_of(node, struct queue, ready_link);
         switch (request_path_service(q)) {
         case SERVICE_MORE:
@@ -173,6 +174,8 @@ static void serve_queues(struct vs_engine *e)
             break;
         }
     }
+    list_splice(&turn, &e->ready); /* those that had no turn are the first of the next pass */
+    list_splice(&e->ready, &turn);
 }
 
 static uint64_t min_ns(uint64_t a, uint64_t b)

@@ -150,6 +150,7 @@ struct vs_engine {
     struct pull_ahead ahead;
     struct read_fallback read_fallback;
     struct source_failover failover;
+    unsigned taken_in_pass; /* requests */
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
     struct exchange exchange; /* waits for the gate to close; token 0: none does */

@@ -48,8 +48,9 @@
 /* Verification: bytes of one comparison, and how many at most at once. */
 #define VERIFY_BYTES (1u << 20)
 #define VERIFY_DEPTH 4
-/* Queue passes: requests taken from one queue before the next one has its turn. */
-#define QUEUE_BUDGET 128
+/* Requests taken up in one pass: from one queue before the next one has its turn, and from all. With more, what was
+ * captured has left the processor's cache before it is replicated. */
+#define PASS_BUDGET 64
 /* In pass-through, requests that have completed at once are shown to the guest in groups of this size. */
 #define EARLY_NOTIFY 16
 /* A disk that has nothing to do gets so many of a batch at once, and works while the others are made ready. */

@@ -475,6 +475,7 @@ static int take_up(struct queue *q, uint16_t head)
     q->in_flight++;
     q->attachment->in_flight++;
     e->requests_in_flight++;
+    e->taken_in_pass++;
     e->last_taken_ns = r->taken_ns;
     start(r, verdict);
     return 1;
@@ -486,7 +487,7 @@ enum service request_path_service(struct queue *q)
     uint16_t head;
     int rc;
     virtqueue_no_kicks(&q->vq);
-    for (unsigned n = 0; n < QUEUE_BUDGET; n++) {
+    for (unsigned n = 0; n < PASS_BUDGET; n++) {
         rc = virtqueue_peek(&q->vq, &head);
         if (rc == 0) {
             if (poller_keeps(e, q) || !virtqueue_ask_for_kick(&q->vq))

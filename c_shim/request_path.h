@@ -9,7 +9,7 @@ enum service { SERVICE_EMPTY, SERVICE_MORE, SERVICE_STALLED };
 int request_path_init(struct vs_engine *e);
 void request_path_free(struct vs_engine *e);
 
-/* Takes up what waits in a running ring, up to QUEUE_BUDGET. Empty: the guest
+/* Takes up what waits in a running ring, up to PASS_BUDGET. Empty: the guest
  * was asked to kick. Stalled: the head waits for room (or time) and stays in
  * the ring, to be looked at again when something has completed. */
 enum service request_path_service(struct queue *q);
