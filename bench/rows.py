@@ -94,6 +94,10 @@ _SIDE_BY_SIDE = (
     _pass_through("2w", "write", "memory", 0.95, 4),
     _latency("3", "disk", 1.4),
     _latency("3m", "memory", 0.3),
+    replace(
+        _latency("3p", "memory", 0.3), work=replace(WRITE_1, poll=True),
+        title="the same, where the guest does not sleep, either: without its wake-up",
+    ),
     _R4,
     _R5,
     Row(
