@@ -216,6 +216,7 @@ def test_what_an_earlier_run_left_in_doubt_stands_in_the_way() -> None:
     with rig(mirrored=True, doubt=((BLOCK, 2 * BLOCK), (9 * BLOCK, BLOCK))) as r:
         r.gate()
         r.exchange(keep=False, expect=errno.EBUSY)
+        r.driver.call(lib.VS_CMD_UNGATE)
         r.write_now(1, 1, blocks=2)
         assert r.snapshot().doubt == ((9 * BLOCK, BLOCK),)
         r.write_now(9, 1)
@@ -233,9 +234,7 @@ def test_what_is_unreadable_stands_in_the_way_of_a_switch_unless_accepted() -> N
         r.mirror()
         r.gate()
         r.exchange(keep=False, expect=errno.EBUSY)
-        r.gate()
         r.exchange(keep=True, accept=True, expect=errno.EBUSY)  # it would be no mirror
-        r.gate()
         r.exchange(keep=False, accept=True)
         assert r.snapshot().unreadable == ()
         assert r.guest.read_now(0, 6 * BLOCK) == (
