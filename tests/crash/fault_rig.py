@@ -27,7 +27,8 @@ from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import Qmp, QmpError
 from tests.holding import holding
 from tests.vhost_client import ConnectionLostError, Message, VhostUserClient
-from vhostsync.state_record import StateRecord, Worth, decode_record
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import StateRecord, Worth
 
 LOG_MIB = 16
 LOAD_BLOCKS = 6144
@@ -162,8 +163,7 @@ class Rig:
         return self.backend.qmp
 
     def record(self) -> StateRecord | None:
-        path = self.work / "disk.state"
-        return decode_record(path.read_bytes()) if path.exists() else None
+        return StateFile(self.work / "disk.state").load()
 
     def serve_again(self, *, resume: bool) -> None:
         """On the disk that the record names, as an operator would; returns when the guest goes on, and with

@@ -25,7 +25,8 @@ from tests.guest.processes import Process, ProcessError, wait_listening
 from tests.guest.qmp_client import Qmp
 from tests.guest_ring import GuestMemory
 from tests.vhost_client import VhostUserTransport
-from vhostsync.state_record import StateRecord, decode_record
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import StateRecord
 
 BLOCK = 4096
 WAIT_S = 30.0
@@ -193,7 +194,7 @@ class Served:
     def record(self) -> StateRecord | None:
         records = list(self.state_directory.glob("*.record.json"))
         assert len(records) <= 1, records
-        return decode_record(records[0].read_bytes()) if records else None
+        return StateFile(records[0]).load() if records else None
 
     def await_worth(self, worth: str) -> None:
         def says_so() -> bool:
