@@ -9,6 +9,7 @@ the results named with --from.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,20 +136,24 @@ def measure_table(plan: Plan, rows: tuple[Row, ...], tell: Tell) -> list[Outcome
     return sorted(outcomes, key=lambda outcome: ROWS.index(outcome.row))
 
 
-def measure(task: Task, tell: Tell) -> dict[str, Any]:
-    """The sections of the results, those of --from included."""
+def measure(task: Task, tell: Tell, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The sections of the results, those of --from included; kept after each, for the next one may fail."""
     plan = task.plan
     results: dict[str, Any] = json.loads(task.earlier.read_text()) if task.earlier else {}
     if task.rows:
         machine = describe_machine()
         results["table"] = as_json(plan, measure_table(plan, task.rows, tell), machine)
+        keep(results)
     if task.timeline:
         tell("timeline: copy, steady, switch")
         results["timeline"] = measure_timeline(plan)
+        keep(results)
     if task.growth:
         results["growth"] = measure_growth(plan, task.growth, results.get("growth"), tell)
+        keep(results)
     if task.calibrate:
         results["calibration"] = calibrate(plan, tell)
+    keep(results)
     return results
 
 
@@ -158,12 +163,13 @@ def main(arguments: list[str] | None = None) -> int:
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    def keep(results: dict[str, Any]) -> None:
+        task.output.with_suffix(".json").write_text(json.dumps(results, indent=1))
+
     try:
         require("fio", "qemu-storage-daemon", "qemu-img", "fallocate")
-        results = measure(task, tell)
+        results = measure(task, tell, keep)
         text = text_of(results)
-        # First of all: a picture that fails must not cost the figures.
-        task.output.with_suffix(".json").write_text(json.dumps(results, indent=1))
         task.output.with_suffix(".md").write_text(text)
         if task.pictures:
             for path in draw(results, task.pictures):

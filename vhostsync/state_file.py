@@ -252,6 +252,7 @@ class StateFile:
         value = secrets.randbits(64) | 1
         prepared = self._prepare(switched, encode_announcement(former, switched, boot_id, value))
         if self._mark_memory is not None:
+            self._mark_memory[8] = 0  # the page is there and may be written when the engine does
             prepared.mark = Mark(self._mark_memory, value)
         return prepared
 
