@@ -7,6 +7,7 @@ an idea of the size.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,12 +28,10 @@ def contenders(plan: Plan, place: str, names: set[str]) -> Iterator[dict[str, Co
     direct = plan.direct(place)
     working = plan.directory_of[place] / f"vhostsync-bench-{os.getpid()}"
     working.mkdir()
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def file(name: str) -> Path:
-        if name not in made:
-            made[name] = make_file(working / f"{name}.img", plan.bytes_of[place], direct=direct)
-        return made[name]
+        return make_file(working / f"{name}.img", plan.bytes_of[place], direct=direct)
 
     def start(name: str) -> Contender:
         mirrored = name in WITH_DESTINATION

@@ -89,11 +89,9 @@ static struct expectation *expected(struct vs_engine *e, uint64_t now_ns)
     return flushes(e, now_ns) ? &e->poller.disk : NULL;
 }
 
-/* How long the next gap is worth to be waited for awake; 0: not at all. */
-static uint64_t worth_ns(struct vs_engine *e, uint64_t now_ns)
+/* How long x is worth to be waited for awake; 0: not at all. */
+static uint64_t worth_ns(const struct poller *p, const struct expectation *x, uint64_t now_ns)
 {
-    struct poller *p = &e->poller;
-    const struct expectation *x = expected(e, now_ns);
     if (!p->adaptive)
         return p->fixed_ns;
     if (!x || now_ns < p->not_before_ns || x->gap_ns > x->window_ns)
@@ -126,7 +124,8 @@ static bool look_at_rings(struct vs_engine *e)
 
 void poller_begin(struct vs_engine *e)
 {
-    e->poller.willing = engine_takes_up(e) && worth_ns(e, engine_now(e)) > 0;
+    uint64_t now_ns = engine_now(e);
+    e->poller.willing = engine_takes_up(e) && worth_ns(&e->poller, expected(e, now_ns), now_ns) > 0;
     look_at_rings(e); /* also while there is no time to look longer */
 }
 
@@ -199,7 +198,7 @@ bool poller_look(struct vs_engine *e, uint64_t wait_ns)
     from_ns = clock_ns();
     x = expected(e, from_ns);
     if (p->willing)
-        worth = worth_ns(e, from_ns);
+        worth = worth_ns(p, x, from_ns);
     if (worth > wait_ns)
         worth = wait_ns;
     if (worth) {

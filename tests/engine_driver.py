@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.guest_ring import TIMEOUT_S, Region, RingAddresses
 from vhostsync._shim import ffi, lib
+from vhostsync.snapshot import ranges_of
 
 NO_LOG = (1 << 64) - 1
 
@@ -239,10 +240,6 @@ class EngineOptions:
     ahead_backoff_us: int = 0
 
 
-def _ranges(raw: Any, count: int) -> tuple[tuple[int, int], ...]:
-    return tuple((int(each.offset), int(each.length)) for each in raw[0:count])
-
-
 class EngineDriver:
     """An engine on a test disk. A context manager; `close` lets everything go that a disk still holds."""
 
@@ -406,9 +403,9 @@ class EngineDriver:
             wakeups=int(raw.wakeups),
             polls=int(raw.polls),
             requests_waiting=int(raw.requests_waiting),
-            doubt=_ranges(raw.doubt, raw.doubt_count),
-            spared=_ranges(raw.spared, raw.spared_count),
-            unreadable=_ranges(raw.unreadable, raw.unreadable_count),
+            doubt=ranges_of(raw.doubt, raw.doubt_count),
+            spared=ranges_of(raw.spared, raw.spared_count),
+            unreadable=ranges_of(raw.unreadable, raw.unreadable_count),
             reads_from_destination=int(raw.reads_from_destination),
             source_failovers=int(raw.source_failovers),
             failover_pending=bool(raw.failover_pending),

@@ -63,8 +63,7 @@ class RecordKeeper:
         self._hub = hub
         self._state_file = state_file
         self._failed = failed
-        self._announced = False  # the file has an announcement, or what it announces
-        self._after_exchange: StateRecord | None = None
+        self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
         self._to_record: deque[EngineEvent] = deque()
@@ -83,22 +82,20 @@ class RecordKeeper:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._state_file.write, record)
         self.record = record
-        self._announced = False
 
     async def prepare_switch(self, switched: StateRecord) -> Prepared | None:
         """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
         error, too, `take_back`. StateRecordError."""
         assert self.lock.locked()
         if self._state_file is None:
+            self._announced = switched
             return None
-        announced = switched
-        if switched.peer is not None:
-            # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
-            announced = outdated(switched)
+        # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
+        modest = outdated(switched) if switched.peer is not None else switched
         announcement = await anyio.to_thread.run_sync(
-            self._state_file.prepare_announcement, self.record, announced
+            self._state_file.prepare_announcement, self.record, modest
         )
-        self._announced = True
+        self._announced = switched
         await anyio.to_thread.run_sync(announcement.commit)
         prepared = await anyio.to_thread.run_sync(self._state_file.prepare, switched)
         prepared.mark = announcement.mark
@@ -111,14 +108,18 @@ class RecordKeeper:
         with anyio.CancelScope(shield=True):
             if prepared is not None:
                 await anyio.to_thread.run_sync(prepared.discard)
+            if self._announced is None:
+                return
             try:
-                if self._announced:
-                    await self.write(self.record)
+                await self.write(self.record)
+                self._announced = None
             except StateRecordError as error:
                 log.error("the state record may name the destination as the current disk", error=str(error))
 
-    async def settle_switch(self, prepared: Prepared) -> None:
+    async def settle_switch(self, prepared: Prepared | None) -> None:
         """The exchange has taken place. The guest runs, and waits for none of this."""
+        if prepared is None:
+            return
         try:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(prepared.commit)
@@ -137,10 +138,6 @@ class RecordKeeper:
                 f"{disk.path} belongs to another state record by now, {other}, and what is on it would be "
                 f"lost; if it may be, start the mirror to it yourself: vhostsync mirror start {disk.path}"
             )
-
-    def expect_exchange(self, record: StateRecord | None) -> None:
-        """`record` is what holds once the engine reports the exchange of the disks; None: it will not."""
-        self._after_exchange = record
 
     async def begin_bitmap(self, destination: Place) -> None:
         """The engine has marked that everything differs; once that is durable, the record may name it."""
@@ -182,9 +179,8 @@ class RecordKeeper:
             if event.reason == Reason.SWITCH:
                 # Here and not where the exchange is awaited: what the engine reports next (the loss of the
                 # new destination, say) is to be recorded of the new roles.
-                assert self._after_exchange is not None
-                self.record, self._after_exchange = self._after_exchange, None
-                self._announced = False
+                assert self._announced is not None
+                self.record, self._announced = self._announced, None
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
         elif event.kind is EventKind.IO_ERROR and event.role == "source":
             self._source_failed.set()

@@ -127,7 +127,8 @@ class Snapshot:
     pause_released: int
 
 
-def _ranges(c_ranges: Any, count: int) -> tuple[tuple[int, int], ...]:
+def ranges_of(c_ranges: Any, count: int) -> tuple[tuple[int, int], ...]:
+    """Offset and length of the first `count` of an array of struct vs_range."""
     return tuple((each.offset, each.length) for each in c_ranges[0:count])
 
 
@@ -185,21 +186,21 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
             bytes_skipped=s.verify_bytes_skipped,
             bytes_differing=s.verify_bytes_differing,
             bytes_repaired=s.verify_bytes_repaired,
-            differing=_ranges(s.verify_ranges, s.verify_range_count),
+            differing=ranges_of(s.verify_ranges, s.verify_range_count),
         ),
         wakeups=s.wakeups,
         lent_operations=s.lent,
         syscalls=s.syscalls,
         requests_waiting=s.requests_waiting,
         events_lost=s.events_lost,
-        doubt=_ranges(s.doubt, s.doubt_count),
-        spared=_ranges(s.spared, s.spared_count),
+        doubt=ranges_of(s.doubt, s.doubt_count),
+        spared=ranges_of(s.spared, s.spared_count),
         disks={
             role: {name: _op_stats(s.disk[r].op[i]) for i, name in enumerate(DISK_OPS)}
             for r, role in enumerate(ROLES)
         },
         disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
-        unreadable=_ranges(s.unreadable, s.unreadable_count),
+        unreadable=ranges_of(s.unreadable, s.unreadable_count),
         ahead_drained=bool(s.ahead_drained),
         reads_from_destination=s.reads_from_destination,
         source_failovers=s.source_failovers,

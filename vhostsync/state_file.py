@@ -2,8 +2,8 @@
 """The file of a state record: replaced atomically, and locked.
 
 The new text goes to a temporary file beside it, which is fsynced (`StateFile.prepare`); then it is renamed
-over the old one (`Prepared.rename`) and the directory is fsynced (`Prepared.settle`). After a crash at any
-instant the file holds the old record or the new one, whole.
+over the old one (`Prepared.rename`) and the directory is fsynced (`Prepared.commit` does both). After a crash
+at any instant the file holds the old record or the new one, whole.
 
 A switch waits for no disk while the guest is held. So it is *announced* before: a durable record that holds
 both the former one and the one after the switch, and the boot in which it was written.
@@ -285,7 +285,8 @@ class StateFile:
 
 
 class Prepared:
-    """A record that is written and durable under a temporary name. Commit or discard it, once.
+    """A record that is written and durable under a temporary name. Commit or discard it, once; it may be
+    renamed first and committed later.
 
     A `commit` that raises has either not changed the record (nothing happened), or, when the directory could
     not be synced, left the new one in place without a guarantee: write the record that holds then."""

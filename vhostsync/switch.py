@@ -123,28 +123,23 @@ class Switch:
         finally:
             if switched is None:
                 await self._keeper.take_back(prepared)
-        if prepared is not None and switched is not None:
+        if switched is not None:
             await self._keeper.settle_switch(prepared)
         return switched
 
     async def _at_once(self, mark: Mark | None, plan: SwitchPlan) -> Switched | None:
         """While the guest is held, nothing is done here, and no disk waited for."""
-        self._keeper.expect_exchange(self._keeper.record.switched(keep_mirror=plan.keep_mirror))
         try:
             pause_ns = await self._engine.gate_and_exchange(
                 int(plan.max_pause_ms * 1000), mark, keep_mirror=plan.keep_mirror
             )
             return Switched(pause_ns, BadRanges())
         except EngineError as error:
-            self._keeper.expect_exchange(None)
             with anyio.CancelScope(shield=True):
                 await self._engine.ungate()
             if error.errno not in GATE_NOT_CLOSED:
                 raise
             return None
-        except BaseException:
-            self._keeper.expect_exchange(None)
-            raise
 
     async def _step_by_step(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched | None:
         """Where it has to be known what is accepted, or the record has no memory for a mark."""
@@ -172,7 +167,6 @@ class Switch:
 
     async def _exchange(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
         """With the gate closed: the record, then the disks."""
-        self._keeper.expect_exchange(self._keeper.record.switched(keep_mirror=plan.keep_mirror))
         accepted = BadRanges()
         try:
             if plan.accept_unreadable:
@@ -184,7 +178,6 @@ class Switch:
             )
             return Switched(pause_ns, accepted)
         except VhostsyncError:
-            self._keeper.expect_exchange(None)
             # First the record: what the guest writes from here on goes to the disk that it is to name again.
             await self._keeper.take_back(prepared)
             await self._engine.ungate()

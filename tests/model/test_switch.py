@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -257,15 +255,15 @@ def test_an_exchange_without_a_closed_gate_is_refused() -> None:
         r.assert_same_content()
 
 
-@contextmanager
-def mark() -> Iterator[tuple[Any, dict[str, int]]]:
-    """Where the engine is to leave its mark, and the fields of the command for that."""
+def mark() -> tuple[Any, dict[str, int]]:
+    """Where the engine is to leave its mark (to be kept as long), and the fields of the command for that."""
     memory = ffi.new("uint64_t *")
-    yield memory, {"desc": int(ffi.cast("uintptr_t", memory)), "used": 77}
+    return memory, {"desc": int(ffi.cast("uintptr_t", memory)), "used": 77}
 
 
 def test_an_exchange_waits_for_the_gate_and_leaves_its_mark() -> None:
-    with rig(mirrored=True) as r, mark() as (memory, fields):
+    memory, fields = mark()
+    with rig(mirrored=True) as r:
         r.write_now(0, 1)
         r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=1)
         r.destination.hold(WRITE)
@@ -288,7 +286,8 @@ def test_an_exchange_waits_for_the_gate_and_leaves_its_mark() -> None:
 
 @pytest.mark.parametrize("how", ["too late", "opened"])
 def test_an_exchange_ends_with_a_gate_that_does_not_close(how: str) -> None:
-    with rig(mirrored=True) as r, mark() as (memory, fields):
+    memory, fields = mark()
+    with rig(mirrored=True) as r:
         r.destination.hold(WRITE)
         r.write_now(0, 1)
         r.driver.await_held(r.destination, WRITE)
@@ -308,7 +307,8 @@ def test_an_exchange_ends_with_a_gate_that_does_not_close(how: str) -> None:
 
 
 def test_an_exchange_that_is_refused_leaves_no_mark_and_the_gate_closed() -> None:
-    with rig(mirrored=True) as r, mark() as (memory, fields):
+    memory, fields = mark()
+    with rig(mirrored=True) as r:
         r.source.fault(WRITE, errno.EIO)
         r.guest.wait(r.write(0, 1))
         r.driver.call(lib.VS_CMD_MIRROR_DRAIN)
