@@ -2,6 +2,7 @@
 """The wire format: every request's form, and everything that is not of that form."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -60,8 +61,8 @@ SAMPLES: dict[Request, tuple[Payload, int]] = {
     Request.GET_QUEUE_NUM: (Empty(), 0),
     Request.SET_VRING_ENABLE: (VringState(0, 1), 0),
     Request.SET_BACKEND_REQ_FD: (Empty(), 1),
-    Request.GET_CONFIG: (ConfigAccess(0, 0, bytes(60)), 0),
-    Request.SET_CONFIG: (ConfigAccess(32, 1, b"\1"), 0),
+    Request.GET_CONFIG: (ConfigAccess(0x100, 0, bytes(60)), 0),
+    Request.SET_CONFIG: (ConfigAccess(32, 1, b"\1", padding_bytes=255), 0),
     Request.GET_INFLIGHT_FD: (InflightArea(0, 0, 4, 128, 24), 0),
     Request.SET_INFLIGHT_FD: (InflightArea(8192, 0, 4, 128, 20), 1),
     Request.RESET_DEVICE: (Empty(), 0),
@@ -127,6 +128,9 @@ def test_every_other_size_is_refused(request_: Request) -> None:
                 data = encode_payload(payload)[:size].ljust(size, b"\0")
                 if request_ is Request.SET_MEM_TABLE and size > right and (size - right) % 32 == 0:
                     assert payload_of(request_, data, fds) == payload  # room for more, unused (virtio_uml)
+                elif isinstance(payload, ConfigAccess) and size >= 12 + len(payload.data):
+                    spare = size - 12 - len(payload.data)  # room for more, unused (SPDK)
+                    assert payload_of(request_, data, fds) == replace(payload, padding_bytes=spare)
                 else:
                     with pytest.raises(FrontendError, match=request_.name):
                         payload_of(request_, data, fds)
@@ -224,12 +228,16 @@ def test_the_log_address_counts_only_with_its_flag() -> None:
     ("offset", "size", "flags", "content"),
     [
         (0, 60, 0, bytes(59)),
-        (0, 59, 0, bytes(60)),
+        (0, 257, 0, bytes(256)),
+        (0, U64_MAX >> 32, 0, bytes(256)),
         (0, 0, 0, b"\0"),
         (1, 256, 0, bytes(256)),
-        (256, 1, 0, b"\0"),
+        (255, 2, 0, bytes(2)),  # the end and the old start are no neighbours
+        (0x100, 256 + 1, 0, bytes(256)),
+        (0x101, 256, 0, bytes(256)),
+        (0x200, 1, 0, b"\0"),
         (U64_MAX >> 32, 2, 0, bytes(2)),
-        (0, 1, 2, b"\0"),
+        (0, 1, 4, b"\0"),
     ],
 )
 @pytest.mark.parametrize("request_", [Request.GET_CONFIG, Request.SET_CONFIG])

@@ -7,11 +7,12 @@ import os
 import pytest
 
 from tests.protocol.desk import Desk
-from tests.protocol.fakes import FD, WANTED, RecordingChannel, region, some_fds
+from tests.protocol.fakes import FD, SHAPE, WANTED, RecordingChannel, region, some_fds
 from tests.protocol.traces import QEMU_PROTOCOL, RAM, RINGS_REGION, TRACES, Sent
 from vhostsync.errors import FrontendError
 from vhostsync.vhost_user.messages import FORMATS, Message, Request
 from vhostsync.vhost_user.payloads import (
+    CONFIG_OLD_START,
     FEATURE_PROTOCOL_FEATURES,
     U64,
     ConfigAccess,
@@ -51,8 +52,13 @@ async def test_what_real_frontends_send_is_obeyed(desk: Desk, name: str) -> None
         reply = await desk.say(sent.request, sent.payload, sent.fds, need_reply=sent.need_reply)
         assert (reply is not None) == sent.replied, sent
         if sent.need_reply and not sent.request.name.startswith("GET_"):
-            refused = isinstance(sent.payload, ConfigAccess) and sent.payload.offset != 32
+            refused = isinstance(sent.payload, ConfigAccess) and sent.payload.start != 32
             assert reply == encode_u64(int(refused)), sent
+        if sent.request is R.GET_CONFIG:
+            assert reply is not None
+            asked = encode_payload(sent.payload)
+            assert (reply[:12], len(reply)) == (asked[:12], len(asked))  # rust-vmm takes no other answer
+            assert reply[12:20] == (SHAPE.capacity_bytes // 512).to_bytes(8, "little")
 
 
 @pytest.mark.parametrize("name", TRACES)
@@ -384,6 +390,39 @@ async def test_config_space_is_read(desk: Desk, size: int) -> None:
     assert reply == encode_config(256 - size, 1, last)
 
 
+@pytest.mark.parametrize(
+    ("access", "start"),
+    [
+        (ConfigAccess(CONFIG_OLD_START, 1, bytes(60)), 0),
+        (ConfigAccess(CONFIG_OLD_START + 20, 1, bytes(4)), 20),
+        (ConfigAccess(0, 0, bytes(8), padding_bytes=248), 0),
+        (ConfigAccess(CONFIG_OLD_START + 255, 3, b"\0"), 255),
+    ],
+)
+async def test_config_space_from_an_old_start_or_with_room_to_spare(
+    desk: Desk, access: ConfigAccess, start: int
+) -> None:
+    """What is answered has the question's own offset and length."""
+    await desk.negotiate()
+    content = desk.blk.read_config(start, len(access.data))
+    expected = encode_config(access.offset, access.flags, content, access.padding_bytes)
+    assert await desk.say(R.GET_CONFIG, access) == expected
+    assert len(expected) == 12 + len(access.data) + access.padding_bytes
+
+
+@pytest.mark.parametrize("offset", [32, CONFIG_OLD_START + 32])
+async def test_the_write_cache_is_written_wherever_the_frontend_begins_to_count(
+    desk: Desk, offset: int
+) -> None:
+    await desk.negotiate()
+    for padding in (0, 255):
+        for value in (0, 1):
+            access = ConfigAccess(offset, 0, bytes([value]), padding)
+            assert await desk.say(R.SET_CONFIG, access, need_reply=True) == encode_u64(0)
+            assert desk.blk.writeback == bool(value)
+    assert desk.refusals == []
+
+
 async def test_the_write_cache_is_written(desk: Desk) -> None:
     await desk.negotiate()
     for value in (0, 1, 0):
@@ -410,6 +449,8 @@ async def test_the_write_cache_mode_outlives_the_connection(desk: Desk) -> None:
         ConfigAccess(32, 0, b"\0\0"),
         ConfigAccess(31, 0, b"\0"),
         ConfigAccess(0, 1, b"\0"),
+        ConfigAccess(CONFIG_OLD_START, 1, b"\0"),
+        ConfigAccess(32, 0, b"\2", padding_bytes=255),
     ],
 )
 async def test_nothing_else_is_written(desk: Desk, access: ConfigAccess) -> None:

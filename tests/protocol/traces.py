@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What real frontends send, in their order.
 
-QEMU 7.2's were recorded from qemu-system-x86_64 with SeaBIOS (boot, stop, cont, guest reset). The others
-follow the order and the oddities seen of QEMU 10, cloud-hypervisor, libblkio and Linux's virtio_uml.
+QEMU 7.2's were recorded from qemu-system-x86_64 with SeaBIOS (boot, stop, cont, guest reset). QEMU 10's,
+libblkio's and virtio_uml's follow the order and the oddities seen of them when they ran. cloud-hypervisor's
+(with rust-vmm's vhost crate) and SPDK's were taken from the source of the releases that are named, message by
+message; they did not run here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.messages import ProtocolFeature, Request
 from vhostsync.vhost_user.payloads import (
+    CONFIG_OLD_START,
     U64,
     ConfigAccess,
     Empty,
+    InflightArea,
     LogArea,
     MemoryTable,
     Payload,
@@ -21,6 +25,7 @@ from vhostsync.vhost_user.payloads import (
     VringFile,
     VringState,
 )
+from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES
 from vhostsync.virtio_blk import Feature
 
 R = Request
@@ -72,8 +77,13 @@ def stop(queue: int) -> Sent:
     return Sent(R.GET_VRING_BASE, VringState(queue, 0))
 
 
-def config(size: int, offset: int = 0, *, need_reply: bool = False) -> Sent:
-    return Sent(R.GET_CONFIG, ConfigAccess(offset, 0, bytes(size)), need_reply=need_reply)
+def config(size: int, offset: int = 0, flags: int = 0, *, need_reply: bool = False) -> Sent:
+    return Sent(R.GET_CONFIG, ConfigAccess(offset, flags, bytes(size)), need_reply=need_reply)
+
+
+def acked(*messages: Sent) -> tuple[Sent, ...]:
+    """The same, each with NEED_REPLY."""
+    return tuple(replace(sent, need_reply=True) for sent in messages)
 
 
 SEABIOS = (
@@ -164,52 +174,114 @@ QEMU_10 = (
     stop(0),
 )
 
-# ---- cloud-hypervisor -------------------------------------------------------------------------------------
+# ---- cloud-hypervisor, through rust-vmm's vhost crate ------------------------------------------------------
 
-CLOUD_PROTOCOL = P.CONFIG | P.MQ | P.CONFIGURE_MEM_SLOTS | P.REPLY_ACK
+CLOUD_PROTOCOL = P.CONFIG | P.MQ | P.CONFIGURE_MEM_SLOTS | P.REPLY_ACK | P.INFLIGHT_SHMFD | P.LOG_SHMFD
+CLOUD_INFLIGHT = InflightArea(0, 0, 2, 128, 24)
+WRITABLE = 1
 
 
-def _cloud_start(base: int) -> tuple[Sent, ...]:
-    rings = [layout(queue, 128, base) for queue in (0, 1)]
+def _cloud_realize(config_offset: int) -> tuple[Sent, ...]:
     return (
-        Sent(R.SET_FEATURES, U64(LINUX), need_reply=True),
-        Sent(R.SET_MEM_TABLE, MemoryTable((RAM,)), 1, need_reply=True),
-        *(Sent(num.request, num.payload, need_reply=True) for num, _, _ in rings),
-        *(
-            Sent(one.request, one.payload, one.fds, need_reply=True)
-            for queue, (_, set_base, addr) in enumerate(rings)
-            for one in (addr, set_base, call(queue), kick(queue))
-        ),
-        enable(0, 1, need_reply=True),
-        enable(1, 1, need_reply=True),
+        Sent(R.SET_OWNER),
+        Sent(R.GET_FEATURES),
+        Sent(R.GET_PROTOCOL_FEATURES),
+        Sent(R.SET_PROTOCOL_FEATURES, U64(CLOUD_PROTOCOL)),
+        *acked(Sent(R.GET_QUEUE_NUM), config(60, config_offset, WRITABLE)),
     )
 
 
-CLOUD_HYPERVISOR = (
-    Sent(R.SET_OWNER),
-    Sent(R.GET_FEATURES),
-    Sent(R.GET_PROTOCOL_FEATURES),
-    Sent(R.SET_PROTOCOL_FEATURES, U64(CLOUD_PROTOCOL)),
-    Sent(R.GET_QUEUE_NUM, need_reply=True),
-    config(60, need_reply=True),
+def _cloud_start(base: int, *, inflight_is_new: bool = True) -> tuple[Sent, ...]:
+    """`base` is the available index at that moment, also after a reconnect."""
+    rings = [layout(queue, 128, base) for queue in (0, 1)]
+    given = InflightArea(2 * INFLIGHT_RING_BYTES, 0, 2, 128, 24)
+    return acked(
+        Sent(R.SET_FEATURES, U64(LINUX)),
+        Sent(R.SET_MEM_TABLE, MemoryTable((RAM,)), 1),
+        *(num for num, _, _ in rings),
+        *((Sent(R.GET_INFLIGHT_FD, CLOUD_INFLIGHT),) if inflight_is_new else ()),
+        Sent(R.SET_INFLIGHT_FD, given, 1),
+        *(
+            one
+            for queue, (_, set_base, addr) in enumerate(rings)
+            for one in (addr, set_base, call(queue), kick(queue))
+        ),
+        enable(0, 1),
+        enable(1, 1),
+    )
+
+
+CLOUD_PAUSE_AND_RESUME = acked(enable(0, 0), enable(1, 0), enable(0, 1), enable(1, 1))
+CLOUD_RESET = acked(enable(0, 0), stop(0), enable(1, 0), stop(1))  # since 28.0
+CLOUD_WRITEBACK = acked(Sent(R.SET_CONFIG, ConfigAccess(32, WRITABLE, b"\0")))
+CLOUD_HYPERVISOR = (  # 51.0 to 53.0
+    *_cloud_realize(0),
     *_cloud_start(0),
-    # Pause, resume, and a reset, by ENABLE alone.
-    enable(0, 0, need_reply=True),
-    enable(1, 0, need_reply=True),
-    enable(0, 1, need_reply=True),
-    enable(1, 1, need_reply=True),
-    enable(0, 0, need_reply=True),
-    enable(1, 0, need_reply=True),
-    Sent(R.RESET_OWNER, need_reply=True),
+    *CLOUD_WRITEBACK,
+    *CLOUD_PAUSE_AND_RESUME,
+    *CLOUD_RESET,
+    *_cloud_start(0, inflight_is_new=False),
+)
+CLOUD_HYPERVISOR_50 = (  # 28.0 to 50.1, with vhost 0.4 to 0.14
+    *_cloud_realize(CONFIG_OLD_START),
     *_cloud_start(0),
-    # A guest may write wherever it likes.
-    Sent(R.SET_CONFIG, ConfigAccess(0, 0, b"\1\2\3\4"), need_reply=True),
+    *CLOUD_WRITEBACK,
+    *CLOUD_PAUSE_AND_RESUME,
+    *CLOUD_RESET,
+    *_cloud_start(0),
+)
+CLOUD_HYPERVISOR_20 = (  # resets by ENABLE 0 and RESET_OWNER
+    *_cloud_realize(CONFIG_OLD_START),
+    *_cloud_start(0),
+    *acked(enable(0, 0), enable(1, 0), Sent(R.RESET_OWNER)),
+    *_cloud_start(0),
 )
 CLOUD_HYPERVISOR_RECONNECT = (
     Sent(R.SET_OWNER),
     Sent(R.GET_FEATURES),
     Sent(R.SET_PROTOCOL_FEATURES, U64(CLOUD_PROTOCOL)),  # without asking first
-    *_cloud_start(0x1234),
+    *_cloud_start(0x1234, inflight_is_new=False),
+)
+
+# Other users of the crate may write as it demanded before its release 0.1.0, and whatever their guest writes.
+VHOST_CRATE_WRITES = (
+    *_cloud_realize(CONFIG_OLD_START),
+    *_cloud_start(0),
+    *acked(
+        Sent(R.SET_CONFIG, ConfigAccess(CONFIG_OLD_START + 32, WRITABLE, b"\1")),
+        Sent(R.SET_CONFIG, ConfigAccess(0, WRITABLE, b"\1\2\3\4")),
+        Sent(R.SET_CONFIG, ConfigAccess(CONFIG_OLD_START, 2, b"\1\2\3\4")),  # LIVE_MIGRATION
+    ),
+)
+
+# ---- SPDK's initiator: protocol features after SET_FEATURES, ENABLE before all else of a ring -------------
+
+HUGE_PAGES = tuple(MemoryRegion(at, 2 << 20, at, 0) for at in (0x2000_0020_0000, 0x2000_0060_0000))
+
+
+def _spdk_memory() -> tuple[Sent, Sent]:
+    return Sent(R.SET_MEM_TABLE, MemoryTable(HUGE_PAGES), len(HUGE_PAGES)), Sent(R.GET_FEATURES)
+
+
+SPDK = (
+    Sent(R.SET_OWNER),
+    Sent(R.GET_FEATURES),
+    Sent(R.SET_FEATURES, U64(LINUX)),
+    Sent(R.GET_PROTOCOL_FEATURES),
+    Sent(R.SET_PROTOCOL_FEATURES, U64(P.MQ | P.CONFIG)),
+    *(config(256) for _ in ("blk_size", "capacity", "num_queues", "size_max", "seg_max")),
+    enable(0, 1),
+    enable(1, 1),
+    Sent(R.GET_QUEUE_NUM),
+    call(0),
+    call(1),
+    *_spdk_memory(),
+    *(one for queue in (0, 1) for one in (*layout(queue, 512), kick(queue))),
+    # What writes to the config space has room for 256 bytes, whatever the size.
+    Sent(R.SET_CONFIG, ConfigAccess(32, 0, b"\1", padding_bytes=255)),
+    stop(0),
+    stop(1),
+    *_spdk_memory(),
 )
 
 # ---- libblkio ---------------------------------------------------------------------------------------------
@@ -274,8 +346,12 @@ TRACES = {
     "qemu 7.2": QEMU_7_2,
     "qemu 7.2, logging toggled": QEMU_7_2_LOGGING,
     "qemu 10": QEMU_10,
-    "cloud-hypervisor": CLOUD_HYPERVISOR,
+    "cloud-hypervisor 20": CLOUD_HYPERVISOR_20,
+    "cloud-hypervisor 28 to 50": CLOUD_HYPERVISOR_50,
+    "cloud-hypervisor 51 to 53": CLOUD_HYPERVISOR,
     "cloud-hypervisor, reconnect": CLOUD_HYPERVISOR_RECONNECT,
+    "rust-vmm's vhost, writes": VHOST_CRATE_WRITES,
+    "spdk 26.05": SPDK,
     "libblkio, probe": LIBBLKIO_PROBE,
     "libblkio": LIBBLKIO,
     "virtio_uml": VIRTIO_UML,

@@ -20,6 +20,8 @@ MEM_TABLE_REGIONS_MAX: Final = 8
 MESSAGE_FDS_MAX: Final = MEM_TABLE_REGIONS_MAX
 CONFIG_BYTES_MAX: Final = 256
 """Size of the config space that any frontend asks for (QEMU: VHOST_USER_MAX_CONFIG_SIZE)."""
+CONFIG_OLD_START: Final = 0x100
+"""Where frontends that follow an older reading of the specification (cloud-hypervisor before 51.0) begin."""
 
 VRING_INDEX_MASK: Final = 0xFF
 VRING_NOFD_MASK: Final = 0x100
@@ -86,11 +88,20 @@ class SingleRegion:
 @dataclass(frozen=True)
 class ConfigAccess:
     """A part of the device's config space: `data` is what to write (SET_CONFIG) or a place holder of the size
-    to read (GET_CONFIG). `flags` 0: a guest's access, 1: live migration."""
+    to read (GET_CONFIG). `offset` is as the frontend has it, for the answer. `flags` says what it is for (a
+    guest's access or live migration: 0 and 1 of QEMU, 1 and 2 of rust-vmm). `padding_bytes` follow the data
+    and mean nothing: SPDK sends room for 256 bytes whatever the size."""
 
     offset: int
     flags: int
     data: bytes
+    padding_bytes: int = 0
+
+    @property
+    def start(self) -> int:
+        """Where it begins, in bytes of the config space. Nothing of that lies beyond CONFIG_OLD_START, so who
+        counts from there is understood."""
+        return self.offset - CONFIG_OLD_START if self.offset >= CONFIG_OLD_START else self.offset
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,7 @@ _REGION: Final = struct.Struct("=QQQQ")
 _TABLE_HEAD: Final = struct.Struct("=II")
 _SINGLE_HEAD: Final = struct.Struct("=Q")
 _CONFIG_HEAD: Final = struct.Struct("=III")
+_CONFIG_FLAGS: Final = 3
 _LOG_AREA: Final = struct.Struct("=QQ")
 _INFLIGHT: Final = struct.Struct("=QQHH")
 INFLIGHT_PADDED_BYTES: Final = 24
@@ -218,13 +230,14 @@ def parse_removed_region(data: bytes) -> SingleRegion:
 def parse_config_access(data: bytes) -> ConfigAccess:
     offset, size, flags = _CONFIG_HEAD.unpack_from(data)
     content = data[_CONFIG_HEAD.size :]
-    if size != len(content):
+    if not 1 <= size <= len(content):
         raise FrontendError(f"a config space access of {size} bytes carries {len(content)}")
-    if size == 0 or offset + size > CONFIG_BYTES_MAX:
-        raise FrontendError(f"a config space access of {size} bytes at {offset} (of {CONFIG_BYTES_MAX})")
-    if flags > 1:
+    if flags & ~_CONFIG_FLAGS:
         raise FrontendError(f"a config space access with unknown flags {flags:#x}")
-    return ConfigAccess(offset, flags, content)
+    access = ConfigAccess(offset, flags, content[:size], len(content) - size)
+    if access.start + size > CONFIG_BYTES_MAX:
+        raise FrontendError(f"a config space access of {size} bytes at {offset:#x} (of {CONFIG_BYTES_MAX})")
+    return access
 
 
 def parse_log_area(data: bytes) -> LogArea:
@@ -259,9 +272,9 @@ def encode_vring_state(queue: int, num: int) -> bytes:
     return _VRING_STATE.pack(queue, num)
 
 
-def encode_config(offset: int, flags: int, content: bytes) -> bytes:
-    """Payload with a part of the config space."""
-    return _CONFIG_HEAD.pack(offset, len(content), flags) + content
+def encode_config(offset: int, flags: int, content: bytes, padding_bytes: int = 0) -> bytes:
+    """Payload with a part of the config space, as long as the request's ("payload size MUST match")."""
+    return _CONFIG_HEAD.pack(offset, len(content), flags) + content + bytes(padding_bytes)
 
 
 def _encode_region(region: MemoryRegion) -> bytes:
@@ -286,8 +299,8 @@ def encode_payload(payload: Payload) -> bytes:
             return _TABLE_HEAD.pack(len(regions), 0) + b"".join(map(_encode_region, regions))
         case SingleRegion(region):
             return _SINGLE_HEAD.pack(0) + _encode_region(region)
-        case ConfigAccess(offset, flags, data):
-            return encode_config(offset, flags, data)
+        case ConfigAccess(offset, flags, data, padding_bytes):
+            return encode_config(offset, flags, data, padding_bytes)
         case LogArea(log_bytes, offset):
             return _LOG_AREA.pack(log_bytes, offset)
         case InflightArea(mmap_bytes, mmap_offset, queues, queue_entries, wire_bytes):

@@ -48,7 +48,6 @@ from .payloads import (
     VringFile,
     VringState,
     describe_region,
-    encode_config,
     encode_payload,
     encode_u64,
     encode_vring_state,
@@ -416,9 +415,9 @@ def _set_log_fd(state: State, device: BlkDevice, message: Message, fds: Sequence
 
 def _get_config(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     assert isinstance(message.payload, ConfigAccess)
-    offset, flags = message.payload.offset, message.payload.flags
-    content = device.read_config(offset, len(message.payload.data))
-    return Step(state, answer=lambda _: encode_config(offset, flags, content))
+    access = message.payload
+    content = device.read_config(access.start, len(access.data))
+    return Step(state, answer=lambda _: encode_payload(replace(access, data=content)))
 
 
 def _set_config(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
@@ -426,7 +425,7 @@ def _set_config(state: State, device: BlkDevice, message: Message, fds: Sequence
     # may not be obeyed is refused and does not end the connection.
     assert isinstance(message.payload, ConfigAccess)
     access = message.payload
-    if access.offset != WRITEBACK_OFFSET or len(access.data) != 1:
+    if access.start != WRITEBACK_OFFSET or len(access.data) != 1:
         where = f"{len(access.data)} bytes at {access.offset}"
         return Step(state, refusal=f"{where} (only the write cache mode can be written)")
     if not (state.features or 0) & Feature.CONFIG_WCE:
