@@ -5,11 +5,14 @@ The engine keeps the bits (c_shim/bitmap_file.c) and the activity log; this file
 says what they belong to. A bitmap is believed only if the state record names its token, which changes with
 every run and every new peer, and if both disks are those that it was made for. So one that was left out of a
 run, copied back from yesterday or made for other disks leads to a full copy.
+
+Whatever is no bitmap is refused, and stays as it is (own_file.py): --bitmap may name a disk by a slip. The
+file has QEMU's image locks as long as it is used, so that it is nobody's disk meanwhile.
 """
 
-import fcntl
 import os
 import secrets
+import time
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -18,7 +21,9 @@ from typing import Any, Final
 import structlog
 
 from vhostsync import kernel
+from vhostsync.disks import WRITER_SHARES, WRITER_USES, try_lock
 from vhostsync.errors import BitmapError
+from vhostsync.own_file import ForeignFileError, beginning, open_regular, seems_to_be
 from vhostsync.state_record import (
     DiskIdentity,
     Likeness,
@@ -103,11 +108,13 @@ class BitmapFile:
 
     @classmethod
     def open(
-        cls, path: Path, shape: Shape, file_bytes: int, record: StateRecord | None, boot_id: str | None = None
+        cls, path: Path, shape: Shape, file_bytes: int, record: StateRecord | None,
+        boot_id: str | None = None, lock_timeout_s: float = 0.0,
     ) -> "BitmapFile":
-        """Open it, or make it anew where it is of no use; the reason is logged. BitmapError."""
+        """Open it, or make it anew where it is of no use; the reason is logged. Waits `lock_timeout_s` for a
+        process that is ending. BitmapError."""
         boot_id = kernel.this_boot() if boot_id is None else boot_id
-        fd = _open_locked(path)
+        fd = _open_locked(path, lock_timeout_s)
         try:
             found = _read_header(fd)
             why = _why_not(found, shape, file_bytes, fd, record)
@@ -127,9 +134,10 @@ class BitmapFile:
                 log.info("the dirty bitmap begins anew", path=str(path), reason=why)
                 header = Header(shape, secrets.token_hex(16), None, boot_id, False, None)
                 os.ftruncate(fd, 0)
-                os.posix_fallocate(fd, 0, file_bytes)
             file = cls(path, fd, header, trust)
-            file._write_header(header)
+            file._write_header(header)  # and the room after it: cut off between, it is known for a bitmap
+            if why is not None:
+                os.posix_fallocate(fd, 0, file_bytes)
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):
@@ -187,20 +195,41 @@ class BitmapFile:
         self.header = header
 
 
-def _open_locked(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+def _open_locked(path: Path, timeout_s: float) -> int:
     try:
-        fd = os.open(path, flags, 0o600)
+        fd = open_regular(Path(os.path.realpath(path)), os.O_RDWR | os.O_CREAT)
+        try:
+            _lock(fd, path, timeout_s)
+            if not _is_ours(fd):
+                raise ForeignFileError(seems_to_be(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+    except ForeignFileError as error:
+        raise BitmapError(
+            f"{path} is no dirty bitmap: {error.strerror}; name another --bitmap, or remove that file if "
+            f"nobody needs it"
+        ) from error
     except OSError as error:
         raise BitmapError(f"the bitmap {path} cannot be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise BitmapError(
-            f"the bitmap {path} is in use by another process; name another --bitmap"
-        ) from error
     return fd
+
+
+def _lock(fd: int, path: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not try_lock(fd, uses=WRITER_USES, shares=WRITER_SHARES):
+        if time.monotonic() >= deadline:
+            raise BitmapError(
+                f"the bitmap {path} is in use, as a bitmap or as a disk (QEMU's image lock); name another "
+                f"--bitmap"
+            )
+        time.sleep(0.02)
+
+
+def _is_ours(fd: int) -> bool:
+    """A bitmap's file, or one in which nothing is lost: empty, or one that was just being made."""
+    block = os.pread(fd, HEADER_BYTES + 1, 0)
+    return block.startswith(beginning(KIND)) or (len(block) <= HEADER_BYTES and not block.strip(b"\0"))
 
 
 def _read_header(fd: int) -> Header | str:

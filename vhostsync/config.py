@@ -203,17 +203,22 @@ class ServeConfig:
         sockets = [("--socket-path", self.socket_path), ("--control", self.control_socket)]
         if isinstance(self.metrics, Path):
             sockets.append(("--metrics", self.metrics))
-        seen: dict[Path, str] = {}
         for option, path in sockets:
-            if path is None:
-                continue
-            if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            if path is not None and len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
                 raise ConfigError(
                     f"{option}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
                 )
+        files = [("--blk-file", self.blk_file), ("--bitmap", self.bitmap), ("--state-file", self.state_file)]
+        if self.state_file is not None:  # state_file.py makes these beside it
+            for end in (".lock", ".new"):
+                files.append((f"the file {end} of --state-file", Path(f"{self.state_file}{end}")))
+        seen: dict[Path, str] = {}
+        for option, path in sockets + files:
+            if path is None:
+                continue
             if path in seen:
                 raise ConfigError(
-                    f"{option} and {seen[path]} both name {path}; each needs a socket of its own."
+                    f"{option} and {seen[path]} both name {path}; each needs a path of its own."
                 )
             seen[path] = option
 

@@ -29,6 +29,7 @@ import structlog
 
 from vhostsync.disk_layers import block_identifiers, overlap
 from vhostsync.errors import DiskError, EngineError
+from vhostsync.own_file import kind_of
 from vhostsync.state_record import DiskIdentity
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -240,7 +241,7 @@ def _open_waiting(path: Path, *, read_only: bool, cache: CacheMode, deadline: fl
             # Looked at before it is opened: opening a FIFO would wait for its other end, a tape would rewind.
             mode = path.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise DiskError(f"{path} is {_kind(mode)}, and a disk is an image file or a block device")
+                raise DiskError(f"{path} is {kind_of(mode)}, and a disk is an image file or a block device")
             flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
             if stat.S_ISBLK(mode):
                 flags |= os.O_EXCL
@@ -291,16 +292,6 @@ def _check_not_replaced(fd: int, path: Path) -> None:
         raise DiskError(f"{path} went away while it was being opened: {error.strerror}") from error
     if (opened.st_dev, opened.st_ino) != (named.st_dev, named.st_ino):
         raise DiskError(f"{path} was replaced by another file while it was being opened; try again")
-
-
-def _kind(mode: int) -> str:
-    for test, name in (
-        (stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISSOCK, "a socket"),
-    ):
-        if test(mode):
-            return name
-    return "neither"
 
 
 def _reason(error: Exception) -> str:

@@ -121,7 +121,9 @@ def _open_bitmap(config: ServeConfig, disk: Disk, record: StateRecord | None) ->
     capacity = device_shape(config, disk).capacity_bytes
     region_bytes = config.region_bytes(capacity)
     shape = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
-    return BitmapFile.open(config.bitmap, shape, bitmap_file_bytes(shape), record)
+    return BitmapFile.open(
+        config.bitmap, shape, bitmap_file_bytes(shape), record, lock_timeout_s=SOURCE_LOCK_S
+    )
 
 
 def follow_record(

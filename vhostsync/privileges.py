@@ -127,6 +127,8 @@ def places_of(config: ServeConfig, disks: Iterable[Path], state_directory: Path 
     for file in (config.state_file, config.bitmap, config.socket_path, config.control_socket, metrics):
         if file is not None:
             found.append(file.parent)
+    if config.state_file is not None:
+        found.append(real_path(config.state_file).parent)  # it may be a link
     if state_directory is not None:
         found.append(state_directory)
     return tuple(dict.fromkeys(real_path(place) for place in found))

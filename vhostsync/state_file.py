@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of a state record: replaced atomically, and locked.
 
-The new text goes to a temporary file beside it, which is fsynced (`StateFile.prepare`); then it is renamed
-over the old one (`Prepared.rename`) and the directory is fsynced (`Prepared.commit` does both). After a crash
-at any instant the file holds the old record or the new one, whole.
+The new text goes to a temporary file beside it (RECORD.new, always the same, so that they do not pile up),
+which is fsynced (`StateFile.prepare`); then it is renamed over the old one (`Prepared.rename`) and the
+directory is fsynced (`Prepared.commit` does both). After a crash at any instant the file holds the old record
+or the new one, whole.
 
 A switch waits for no disk while the guest is held. So it is *announced* before: a durable record that holds
 both the former one and the one after the switch, and the boot in which it was written.
@@ -14,8 +15,10 @@ both the former one and the one after the switch, and the boot in which it was w
     the lock's file, and what is in the page cache outlives a process. (Where there is no such memory, the new
     record is renamed over this one before the exchange; that outlives it, too.)
 
-Two records never mix: a lock beside the record is held as long as the StateFile is open, and a Prepared that
-something else was written after refuses to be committed.
+Two records never mix: a lock beside the record is held as long as the StateFile is open, and a Prepared is
+void as soon as another one is prepared.
+
+Nothing that is not of this program is removed or written to, whatever the names are: own_file.py.
 
 What this leaves out: a second copy for a medium that loses sectors (a damaged record is refused with a
 sentence, never guessed at).
@@ -38,6 +41,7 @@ import structlog
 
 from vhostsync import kernel
 from vhostsync.errors import StateRecordError
+from vhostsync.own_file import ForeignFileError, open_regular, remove_leftover, seems_to_be
 from vhostsync.state_record import (
     DiskIdentity,
     StateRecord,
@@ -52,7 +56,8 @@ log = structlog.get_logger(__name__)
 
 
 class FileSystem(Protocol):
-    """What the record needs of the operating system; tests put one with crashes in its place. OSError."""
+    """What the record needs of the operating system; tests put one with crashes in its place. OSError.
+    `write_durable` makes a new file, in the place of what a crash has left of an earlier one."""
 
     def read(self, path: Path) -> bytes: ...
     def write_durable(self, path: Path, text: bytes) -> None: ...
@@ -64,15 +69,24 @@ class FileSystem(Protocol):
 
 class RealFileSystem:
     def read(self, path: Path) -> bytes:
-        return path.read_bytes()
+        fd = open_regular(Path(os.path.realpath(path)), os.O_RDONLY)
+        with os.fdopen(fd, "rb") as file:
+            text = file.read(TEXT_BYTES_MAX + 1)
+            if len(text) > TEXT_BYTES_MAX:
+                raise ForeignFileError(seems_to_be(fd))
+            return text
 
     def write_durable(self, path: Path, text: bytes) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        remove_leftover(path, "state-")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             view = memoryview(text)
             while view:
                 view = view[os.write(fd, view):]
             os.fsync(fd)
+        except BaseException:
+            path.unlink()
+            raise
         finally:
             os.close(fd)
 
@@ -102,6 +116,7 @@ class Mark:
 
 
 MARK_BYTES = 4096  # the file's; a page, so that none is missing behind its end
+TEXT_BYTES_MAX = 4 * 1024 * 1024  # of a record; a disk of that name is not read into memory
 
 
 class StateFile:
@@ -120,8 +135,7 @@ class StateFile:
         self._before_write = before_write
         self._other_record = other_record
         self._mutex = threading.Lock()
-        self._commits = 0
-        self._serial = 0
+        self._serial = 0  # of the last Prepared
         self._lock_fd: int | None = None
         self._mark_memory: mmap.mmap | None = None
 
@@ -135,14 +149,8 @@ class StateFile:
 
     def lock(self, timeout_s: float) -> None:
         """Nobody else uses this record from here to `close`; waits `timeout_s` for a process that is ending.
-        What a process that died left of its temporary files is removed."""
-        path = self._lock_path
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise StateRecordError(
-                f"the lock of the state record, {path}, cannot be opened: {error.strerror}"
-            ) from error
+        What a process that died has left of a temporary file is removed."""
+        fd = self._open_lock()
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -157,13 +165,49 @@ class StateFile:
                 time.sleep(0.02)
             else:
                 self._lock_fd = fd
-                self._remove_leftovers()
+                self._clear_temporary()
                 self._map_mark(fd)
                 return
+
+    def _open_lock(self) -> int:
+        path = self._lock_path
+        try:
+            fd = open_regular(path, os.O_RDWR | os.O_CREAT)
+            try:
+                # Before it is locked: a process that has it for a lock of its own is not to be disturbed.
+                content = os.pread(fd, MARK_BYTES + 1, 0)
+                rest = content[8:] if len(content) == MARK_BYTES else content
+                if rest.strip(b"\0") or len(content) > MARK_BYTES:
+                    raise ForeignFileError(seems_to_be(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise StateRecordError(
+                f"the lock of the state record, {path}, cannot be used: {error.strerror}; {_elsewhere(error)}"
+            ) from error
+        return fd
 
     @property
     def _lock_path(self) -> Path:
         return Path(f"{self.path}.lock")
+
+    @property
+    def _temporary(self) -> Path:
+        return Path(f"{self.path}.new")
+
+    def _clear_temporary(self) -> None:
+        """Now, and not when the record is needed, it is to be known that the name is free."""
+        try:
+            remove_leftover(self._temporary, "state-")
+        except ForeignFileError as error:
+            self.close()
+            raise StateRecordError(
+                f"{self._temporary}, through which the state record is written, cannot be used: "
+                f"{error.strerror}; {_elsewhere(error)}"
+            ) from error
+        except OSError as error:
+            log.warning("a temporary state record stays", path=str(self._temporary), error=error.strerror)
 
     def _map_mark(self, fd: int) -> None:
         """What is marked stays: the announcement may be there still. Without memory for it, a switch takes a
@@ -182,14 +226,6 @@ class StateFile:
                 return int(struct.unpack("=Q", file.read(8))[0])
         except (OSError, struct.error):
             return 0  # no lock: no process that could have exchanged anything
-
-    def _remove_leftovers(self) -> None:
-        try:
-            for name in self._files.names(self.path.parent):
-                if name.startswith(f"{self.path.name}.new"):
-                    self._forget(self.path.with_name(name))
-        except OSError:
-            log.debug("the state directory cannot be listed", path=str(self.path.parent))
 
     def close(self) -> None:
         if self._mark_memory is not None:
@@ -229,15 +265,13 @@ class StateFile:
     def _prepare(self, record: StateRecord, text: bytes) -> "Prepared":
         with self._mutex:
             self._serial += 1
-            temporary = self.path.with_name(f"{self.path.name}.new{os.getpid()}-{self._serial}")
             try:
                 if self._before_write is not None:
                     self._before_write(record)
-                self._files.write_durable(temporary, text)
+                self._files.write_durable(self._temporary, text)
             except OSError as error:
-                self._forget(temporary)
                 raise StateRecordError(f"{named(self.path)} cannot be written: {error.strerror}") from error
-            return Prepared(self, temporary, record, self._commits)
+            return Prepared(self, record, self._serial)
 
     def write(self, record: StateRecord) -> None:
         self.prepare(record).commit()
@@ -256,17 +290,20 @@ class StateFile:
             prepared.mark = Mark(self._mark_memory, value)
         return prepared
 
-    def _rename(self, temporary: Path, commits_seen: int) -> None:
+    def _rename(self, serial: int) -> None:
         with self._mutex:
-            if commits_seen != self._commits:
-                self._forget(temporary)
+            if serial != self._serial:
                 raise StateRecordError("a later state record was written meanwhile; this one is void")
             try:
-                self._files.rename(temporary, self.path)
+                self._files.rename(self._temporary, self.path)
             except OSError as error:
-                self._forget(temporary)
+                self._forget()
                 raise StateRecordError(f"{named(self.path)} cannot be replaced: {error.strerror}") from error
-            self._commits += 1
+
+    def _discard(self, serial: int) -> None:
+        with self._mutex:
+            if serial == self._serial:
+                self._forget()
 
     def _settle(self) -> None:
         try:
@@ -277,26 +314,31 @@ class StateFile:
                 f"unknown: {error.strerror}"
             ) from error
 
-    def _forget(self, temporary: Path) -> None:
+    def _forget(self) -> None:
         try:
-            self._files.unlink(temporary)
+            self._files.unlink(self._temporary)
         except OSError:
-            log.debug("a temporary state record could not be removed", path=str(temporary))
+            log.debug("a temporary state record could not be removed", path=str(self._temporary))
+
+
+def _elsewhere(error: OSError) -> str:
+    """What to do."""
+    foreign = isinstance(error, ForeignFileError)
+    return "move it away, or name another --state-file" if foreign else "name another --state-file"
 
 
 class Prepared:
-    """A record that is written and durable under a temporary name. Commit or discard it, once; it may be
-    renamed first and committed later.
+    """A record that is written and durable under a temporary name. Commit or discard it, once, before another
+    is prepared; it may be renamed first and committed later.
 
     A `commit` that raises has either not changed the record (nothing happened), or, when the directory could
     not be synced, left the new one in place without a guarantee: write the record that holds then."""
 
-    def __init__(self, file: StateFile, temporary: Path, record: StateRecord, commits_seen: int) -> None:
+    def __init__(self, file: StateFile, record: StateRecord, serial: int) -> None:
         self.record = record
         self.mark: Mark | None = None  # of an announcement
         self._file = file
-        self._temporary = temporary
-        self._commits_seen = commits_seen
+        self._serial = serial
         self._used = False
         self._renamed = False
 
@@ -310,11 +352,11 @@ class Prepared:
         """From here on it is found, and outlives this process, but not yet a power cut. StateRecordError."""
         assert not self._used, "committed or discarded twice"
         self._used = True
-        self._file._rename(self._temporary, self._commits_seen)
+        self._file._rename(self._serial)
         self._renamed = True
 
     def discard(self) -> None:
         """Does nothing after a commit, so it may stand in a finally."""
         if not self._used:
             self._used = True
-            self._file._forget(self._temporary)
+            self._file._discard(self._serial)

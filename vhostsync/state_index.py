@@ -58,6 +58,8 @@ def open_state_file(
     after the disk. Blocks. Call it with the disk's own lock held. StateRecordError."""
     files = files if files is not None else RealFileSystem()
     if explicit is not None:
+        # What the link leads to is the record: a rename over the link itself would leave two.
+        explicit = Path(os.path.realpath(explicit))
         make_directory(explicit.parent)
         state_file = StateFile(explicit, files=files)
     else:
@@ -66,7 +68,7 @@ def open_state_file(
         index = Index(base, files)
         path = index.record_of(disk)
         state_file = StateFile(
-            path, files=files,
+            Path(os.path.realpath(path)), files=files,
             before_write=lambda record: index.point(record, path),
             other_record=lambda disk: index.other_record(disk, path),
         )  # fmt: skip
@@ -134,7 +136,8 @@ class Index:
                 continue
             own = self._pointer_path(disk)
             body = {"disk": asdict(disk), "record": path.name}
-            temporary = own.with_name(f"{own.name}.new{os.getpid()}")
+            # The record's: whoever holds its lock is alone with it, and it is free while a record is written.
+            temporary = self._directory / f"{path.name}.new"
             self._files.write_durable(temporary, encode_checked("state-pointer", body))
             self._files.rename(temporary, own)
             # Pointers of the same disk under other names to another lineage: void from here on.

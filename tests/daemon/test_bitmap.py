@@ -177,13 +177,12 @@ def test_a_disk_that_somebody_changed_meanwhile_gets_everything(disks: Disks) ->
         assert disks.equal()
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeroes", "rubbish"])
-def test_a_file_that_is_none(disks: Disks, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "cut to nothing", "damaged"])
+def test_a_file_that_is_of_no_use(disks: Disks, damage: str) -> None:
     disks.mirrored_once()
     whole = disks.bitmap.read_bytes()
-    disks.bitmap.write_bytes(
-        {"cut": whole[:9000], "zeroes": bytes(len(whole)), "rubbish": os.urandom(len(whole))}[damage]
-    )
+    damaged = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
+    disks.bitmap.write_bytes({"cut": whole[:9000], "cut to nothing": b"", "damaged": damaged}[damage])
     with disks.serve() as served:
         assert disks.attach(served)[0] == SIZE
         served.stop()
@@ -246,7 +245,7 @@ def test_what_is_refused(disks: Disks) -> None:
         code, said = refused_start(
             "serve", *places, "--blk-file", other, "--state-file", disks.work / "other-state",
         )  # fmt: skip
-        assert code != 0 and "in use by another process" in said
+        assert code != 0 and "in use, as a bitmap or as a disk" in said
         served.stop()
 
 

@@ -411,6 +411,18 @@ def failing(name: str, error: int) -> RealFileSystem:
     return files
 
 
+def test_nothing_accumulates(tmp_path: Path) -> None:
+    """A switch that is cut off may forget what it has prepared, any number of times."""
+    with start(tmp_path, A)[0] as state_file:
+        state_file.write(StateRecord.first(A).with_peer(B))
+        for _ in range(20):
+            state_file.prepare(StateRecord.first(C))
+            state_file.prepare_announcement(StateRecord.first(A), StateRecord.first(B))
+        assert len(list(tmp_path.glob("*.new*"))) == 1
+        state_file.write(StateRecord.first(A))
+        assert not list(tmp_path.glob("*.new*"))
+
+
 @pytest.mark.parametrize("step", ["write_durable", "rename"])
 def test_a_failed_write_leaves_the_old_record(tmp_path: Path, step: str) -> None:
     path = tmp_path / "record"
@@ -436,6 +448,15 @@ def test_prepared_is_not_seen_until_committed_and_may_be_discarded(tmp_path: Pat
     prepared.discard()
     assert state_file.load() == StateRecord.first(C)
     assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_what_is_void_takes_nothing_with_it(tmp_path: Path) -> None:
+    state_file = StateFile(tmp_path / "record")
+    first = state_file.prepare(StateRecord.first(A))
+    second = state_file.prepare(StateRecord.first(B))
+    first.discard()
+    second.commit()
+    assert state_file.load() == StateRecord.first(B)
 
 
 def test_what_was_prepared_before_a_later_record_is_void(tmp_path: Path) -> None:
@@ -472,12 +493,12 @@ def test_the_lock_of_a_killed_process_is_waited_for(tmp_path: Path) -> None:
     process = context.Process(target=_lock_and_tell, args=(tmp_path / "record", locked))
     process.start()
     assert locked.wait(30)
-    (tmp_path / "record.new1-1").write_text("left by it")
+    (tmp_path / "record.new").write_bytes(encode_record(StateRecord.first(A))[:40])  # left by it
     process.kill()
     with StateFile(tmp_path / "record") as state_file:
         state_file.lock(10)
     process.join()
-    assert not (tmp_path / "record.new1-1").exists()
+    assert not (tmp_path / "record.new").exists()
 
 
 # ---- found from either disk --------------------------------------------------------------
