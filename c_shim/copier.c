@@ -89,7 +89,8 @@ void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length)
 
 static bool copying(const struct vs_engine *e)
 {
-    return e->mirror.state == VS_SYNCING || (e->mirror.state == VS_STEADY && e->grow.running);
+    bool grows = e->mirror.state == VS_STEADY && e->grow.running;
+    return e->mirror.state == VS_SYNCING || (grows && !e->failover.pending); /* a source that is left is read no more */
 }
 
 bool copier_finished(const struct vs_engine *e)
@@ -267,11 +268,23 @@ void copier_was_read(struct region_copy *c)
         put_next(c);
 }
 
+/* In steady, of a range that is no part of the disk yet, and does not become one. */
+static void new_range_unreadable(struct region_copy *c)
+{
+    struct vs_engine *e = c->engine;
+    engine_report_io_error(e, VS_SOURCE, &c->io);
+    range_release(&e->mirror.slots, &c->slot);
+    copier_end(c);
+    grow_stop(e, c->io.result);
+}
+
 static void read_done(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io);
     if (!copier_current(c)) {
         copier_end(c);
+    } else if (io->result < 0 && c->engine->mirror.state == VS_STEADY) {
+        new_range_unreadable(c);
     } else if (io->result < 0) {
         rescue_start(c); /* it reports what is lost */
     } else {

@@ -165,6 +165,11 @@ uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
     return disk->ops->hole_end ? disk->ops->hole_end(disk, offset, end) : offset;
 }
 
+int disk_dup(const struct vs_disk *disk)
+{
+    return disk->ops->dup ? disk->ops->dup(disk) : -ENOTSUP;
+}
+
 uint64_t disk_oldest_ns(const struct vs_disk *disk)
 {
     /* In that order, so the head of the list is the oldest. */

@@ -63,6 +63,8 @@ struct disk_ops {
     void (*close)(struct vs_disk *disk);
     /* The end of the hole that begins at offset (offset itself: data; unknown: data). */
     uint64_t (*hole_end)(struct vs_disk *disk, uint64_t offset, uint64_t end);
+    /* A new descriptor of what is open, or a negative errno. */
+    int (*dup)(const struct vs_disk *disk);
 };
 
 struct vs_disk {
@@ -100,6 +102,8 @@ unsigned disk_run_done(struct disk_host *host);
 
 bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count);
 uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end);
+/* A descriptor of the open disk for somebody else to look at it with; a negative errno. */
+int disk_dup(const struct vs_disk *disk);
 /* When the operation that has gone longest without progress last made some; UINT64_MAX: none is in flight. */
 uint64_t disk_oldest_ns(const struct vs_disk *disk);
 

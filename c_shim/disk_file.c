@@ -226,10 +226,17 @@ static uint64_t file_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t en
     return (uint64_t)data < end ? (uint64_t)data : end;
 }
 
+static int file_dup(const struct vs_disk *disk)
+{
+    int fd = fcntl(container_of(disk, const struct file_disk, disk)->fd, F_DUPFD_CLOEXEC, 0);
+    return fd < 0 ? -errno : fd;
+}
+
 static const struct disk_ops file_ops = {
     .submit = file_submit,
     .close = file_close,
     .hole_end = file_hole_end,
+    .dup = file_dup,
 };
 
 int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out)

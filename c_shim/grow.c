@@ -11,6 +11,8 @@
  *   3. Only now is the capacity raised: a request beyond the old end was refused
  *      until then. The guest is told by the control plane.
  * A destination that is lost on the way ends 2; the bits say what it lacks.
+ * Until 3 it can be stopped, and a source that cannot be read there stops it: then
+ * the disk stays as large as it is, and what was copied beyond its end is nobody's.
  */
 #include "grow.h"
 
@@ -23,7 +25,7 @@
 static int check(const struct vs_engine *e, uint64_t capacity_bytes, uint64_t source_bytes, uint64_t destination_bytes)
 {
     enum vs_mirror_state state = e->mirror.state;
-    if (e->grow.running || e->gate != GATE_OPEN || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
+    if (e->grow.running || e->grow.flushing || e->gate != GATE_OPEN || e->failover.pending || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
         return -EBUSY;
     if (capacity_bytes <= e->config.capacity_bytes || capacity_bytes % e->config.block_bytes)
         return -EINVAL;
@@ -83,12 +85,22 @@ static void flushed(struct disk_io *io)
     e->grow.flushing = false;
     if (io->result < 0)
         engine_report_io_error(e, VS_DESTINATION, io);
-    if (e->grow.epoch != e->mirror.epoch)
-        return; /* grow_pump() finds that it is lost */
+    if (!e->grow.running || e->grow.epoch != e->mirror.epoch)
+        return; /* stopped; or grow_pump() finds that it is lost */
     if (io->result < 0)
         mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
     else
         finish(e);
+}
+
+void grow_stop(struct vs_engine *e, int error)
+{
+    if (!e->grow.running)
+        return;
+    e->grow.running = false;
+    if (e->mirror.state == VS_STEADY)
+        dirty_map_clear_all(&e->to_copy); /* nothing else is copied in steady */
+    mailbox_done(&e->mailbox, e->grow.token, error, 0);
 }
 
 void grow_pump(struct vs_engine *e)

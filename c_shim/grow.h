@@ -25,6 +25,8 @@ struct grow {
  * none. Refused: -EBUSY (copying, switching, growing), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
 void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
                 uint64_t destination_bytes);
+/* The disk stays as large as it is, and the token is answered with "error". Nothing, where none is under way. */
+void grow_stop(struct vs_engine *e, int error);
 void grow_pump(struct vs_engine *e);
 
 #endif

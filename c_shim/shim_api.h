@@ -177,7 +177,9 @@ enum vs_command_kind {
                                * when the guest may be told */
     VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
                                * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
-    VS_CMD_FAILOVER_GIVE_UP   /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
+    VS_CMD_FAILOVER_GIVE_UP,  /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
+    VS_CMD_DISK_FD,           /* value: role; the event's value is a descriptor of the open disk, which the caller closes */
+    VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after its end */
 };
 
 enum vs_start_flags {

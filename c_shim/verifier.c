@@ -18,8 +18,9 @@
  *
  * Nobody waits for the verifier longer than for the disks: a destination that
  * does not answer is given up by its timeout like any other time, and with it
- * the verification. While a switch has closed the gate no new part is begun;
- * after one that keeps the mirror it goes on, with the roles changed.
+ * the verification. While a switch has closed the gate, or the source is being
+ * left because it fails, no new part is begun; after a switch that keeps the
+ * mirror it goes on, with the roles changed.
  *
  * Left out (counted as skipped): ranges in doubt or unreadable, parts that the
  * source cannot read. A part that the destination cannot read is a mismatch.
@@ -400,7 +401,7 @@ void verifier_pump(struct vs_engine *e)
         step_on(&v->compares[i]);
     if (v->result == 0 && e->mirror.state != VS_STEADY) /* what was under way then was not compared */
         v->result = -ENOTCONN;
-    if (v->result == 0 && e->gate == GATE_OPEN)
+    if (v->result == 0 && engine_takes_up(e))
         begin_more(e);
     end_if_over(e);
 }

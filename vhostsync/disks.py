@@ -163,13 +163,15 @@ def remove_image(path: Path) -> None:
         log.warning("the image that was made could not be removed", path=str(path), error=error.strerror)
 
 
-def size_bytes(path: Path) -> int:
-    """What an image file or block device has now. Blocks. DiskError."""
+def is_named(path: Path, disk: DiskIdentity) -> bool:
+    """Whether the path still is a name of that disk. Blocks."""
     try:
-        with path.open("rb") as file:
-            return file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise DiskError(f"the size of {path} cannot be found out: {error.strerror}") from error
+        status = path.stat()
+    except OSError:
+        return False
+    if stat.S_ISBLK(status.st_mode):
+        return disk.kind == "block" and status.st_rdev == disk.device
+    return disk.kind == "file" and (status.st_dev, status.st_ino) == (disk.device, disk.inode)
 
 
 def check_distinct(source: Path, destination: Path) -> None:

@@ -25,7 +25,7 @@ from vhostsync.disks import Disk, DiskProbe
 from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.engine_event import EngineEvent, event_of
 from vhostsync.errors import ConfigError, EngineError
-from vhostsync.snapshot import QueueStats, Snapshot, State, queue_stats_of, snapshot_of
+from vhostsync.snapshot import ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
 from vhostsync.state_file import Mark
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
@@ -351,16 +351,31 @@ class Engine:
         began."""
         await self.command(lib.VS_CMD_MIRROR_DRAIN, "flushing the destination", value=int(both_disks))
 
+    async def disk_bytes(self, role: str) -> int:
+        """What the open disk ("source", "destination") has now, whatever has its name by now. EngineError;
+        ENOTCONN: there is none."""
+        doing = f"measuring the {role}"
+        with anyio.CancelScope(shield=True):  # or the descriptor would be lost
+            fd = OwnedFd(await self.command(lib.VS_CMD_DISK_FD, doing, value=ROLES.index(role)))
+        with fd:
+            return (await anyio.to_thread.run_sync(probe, fd.fileno(), False)).bytes
+
     async def grow(self, capacity_bytes: int, source_bytes: int, destination_bytes: int) -> None:
         """Returns when the guest may use the new capacity, and the destination (0 bytes: none) has it, too.
-        EngineError: nothing has changed for the guest."""
-        await self.command(
-            lib.VS_CMD_GROW,
-            "making the disk larger",
-            value=capacity_bytes,
-            desc=source_bytes,
+        EngineError, or cancelled: nothing has changed for the guest."""
+        growing = self._submit(
+            lib.VS_CMD_GROW, "making the disk larger", value=capacity_bytes, desc=source_bytes,
             used=destination_bytes,
-        )
+        )  # fmt: skip
+        try:
+            await growing.done.wait()
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self.command(lib.VS_CMD_GROW_STOP, "ending the growth of the disk")
+                await growing.done.wait()
+            if growing.result < 0:
+                raise
+        growing.outcome()
         self.config = replace(self.config, capacity_bytes=capacity_bytes)
 
     async def verify(self, *, repair: bool, speed_bytes_per_s: int) -> None:
@@ -400,13 +415,18 @@ class Engine:
     async def gate_and_exchange(self, allowed_us: int, mark: Mark | None, *, keep_mirror: bool) -> int:
         """Both, with nothing of ours between them, for the guest waits; the mark is stored with the exchange.
         EngineError of the one that failed: as there. Cancelled: the gate is open."""
-        at, value = ffi.NULL, 0
-        if mark is not None:
-            at, value = ffi.from_buffer("uint64_t *", mark.memory, require_writable=True), mark.value
+        if mark is None:
+            return await self._gate_and_exchange(allowed_us, 0, 0, keep_mirror=keep_mirror)
+        # Given back whatever happens: an exception would keep it, and the memory could not be closed.
+        with ffi.from_buffer("uint64_t *", mark.memory, require_writable=True) as memory:
+            at = int(ffi.cast("uintptr_t", memory))
+            return await self._gate_and_exchange(allowed_us, at, mark.value, keep_mirror=keep_mirror)
+
+    async def _gate_and_exchange(self, allowed_us: int, at: int, value: int, *, keep_mirror: bool) -> int:
         gate = self._submit(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
         exchange = self._submit(
             lib.VS_CMD_EXCHANGE, "exchanging the disks", value=lib.VS_EXCHANGE_KEEP * keep_mirror,
-            desc=int(ffi.cast("uintptr_t", at)), used=value,
+            desc=at, used=value,
         )  # fmt: skip
         try:
             await gate.done.wait()

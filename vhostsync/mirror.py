@@ -7,18 +7,17 @@ truth"). Its rooms: `roles` (which disk is what), `record_keeper` (the record fo
 `catch_up`, `mirror_status`. Before the first byte goes to a destination, the record says that it is
 inconsistent.
 
-One command at a time: a second one is refused, not queued.
+One command at a time (`turns`): a second one is refused, not queued.
 """
 
 import errno
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
@@ -35,7 +34,7 @@ from vhostsync.destination import (
     look,
     open_destination,
 )
-from vhostsync.disks import Disk, remove_image
+from vhostsync.disks import Disk, is_named, remove_image
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
@@ -49,6 +48,7 @@ from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import DiskIdentity, StateRecord, Wanted, Worth
 from vhostsync.switch import Switch
+from vhostsync.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class Mirror:
             self._roles.peer.known(record.peer, peer_left)
         self._read_only = source.read_only
         self.reach = Reach()  # where destinations may lie
-        self._busy: str | None = None
+        self.turns = Turns()
         self._speed_bytes_per_s = 0
         self._rate = CopyRate()
         self._reason: str | None = None
@@ -95,6 +95,10 @@ class Mirror:
     def source_path(self) -> Path:
         """The disk that the guest is on."""
         return self._roles.source.path
+
+    def source_is_named(self) -> bool:
+        """Whether its path still leads to it. Blocks."""
+        return is_named(self._roles.source.path, self._roles.source.identity)
 
     @property
     def destination_path(self) -> Path | None:
@@ -284,34 +288,21 @@ class Mirror:
 
     # ---- commands ------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def exclusive(self, name: str) -> AsyncIterator[None]:
-        """One command at a time. MirrorError while another is under way."""
-        if self._busy is not None:
-            raise MirrorError(f"{name} has to wait: {self._busy} is under way; try again when it is over")
-        self._busy = name
-        try:
-            yield
-        finally:
-            self._busy = None
-            self._wake()
-
     async def start(self, target: MirrorTarget) -> None:
         """Attach a destination and begin the copy: of what differs if it is the last one, as that was left;
         else of everything. MirrorError, DiskError, StateRecordError, EngineError:
         nothing was changed."""
-        async with self.exclusive("mirror-start"):
+        async with self.turns.take("mirror-start"):
             await self._start(target)
 
     async def resume(self) -> None:
         """Begin the mirror again that is wanted and not attached, but to no other disk than before: a name
         may mean another one by now. Errors as of `start`; query-mirror shows them."""
-        while self._busy is not None:
-            await self._changed.wait()
+        await self.turns.free()
         target = self.wanted
         if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
             return
-        async with self.exclusive("resuming the mirror"):
+        async with self.turns.take("resuming the mirror"):
             try:
                 await self._start(target, former=self._keeper.record.peer)
             except VhostsyncError as error:
@@ -387,7 +378,8 @@ class Mirror:
                 await self._keeper.write(former)
                 raise
             if not resync:
-                await self._keeper.begin_bitmap(place)
+                with anyio.CancelScope(shield=True):  # the mirror has begun, and may be steady by now
+                    await self._keeper.begin_bitmap(place)
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=str(place.path), everything_because=full_copy_reason)
@@ -396,7 +388,7 @@ class Mirror:
         """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first, and in
         ahead of the moment when the guest got ahead.
         MirrorError when there is none, or it could not be brought up to date."""
-        async with self.exclusive("mirror-cancel"):
+        async with self.turns.take("mirror-cancel"):
             if self.state is MirrorState.PASSTHROUGH and self.wanted is None:
                 raise MirrorError("there is no mirror to cancel")
             if self.state is MirrorState.STEADY and not force:
@@ -404,9 +396,11 @@ class Mirror:
             with self._catch_up.held():
                 if not force:
                     await self._catch_up.drained()
-                await self._let_go(for_good=True)
-            if not force:
-                await self._see_it_off()
+                await anyio.lowlevel.checkpoint()  # the last moment at which this can be given up
+                with anyio.CancelScope(shield=True):
+                    await self._let_go(for_good=True)
+                    if not force:
+                        await self._see_it_off()
 
     async def _see_it_off(self) -> None:
         """Whoever changes the destination after the command has returned is to be noticed."""
@@ -455,16 +449,14 @@ class Mirror:
         """Move the guest to the destination. SwitchError: it is still on the source, and the mirror is as it
         was (or what the error says became of it)."""
         plan = SwitchPlan(max_pause_ms, keep_mirror, accept_unreadable)
-        async with self.exclusive("switch"):
+        async with self.turns.take("switch"):
             await self._switch.check(self.state, plan)
             return await self._switch.run(plan, deadline_s)
 
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
         another switch has done so meanwhile. VhostsyncError."""
-        while self._busy is not None:
-            await self._changed.wait()
-        async with self.exclusive("a switch from a failed source"):
+        async with self.turns.take_first("a switch from a failed source"):
             return await self._switch.leave_source(deadline_s)
 
     # ---- the end -----------------------------------------------------------------------

@@ -14,12 +14,12 @@ The disks themselves are made larger by whoever owns them (truncate, lvextend, â
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import structlog
 
 from vhostsync import events
 from vhostsync.bitmap import BitmapFile
-from vhostsync.disks import size_bytes
 from vhostsync.engine import Engine, bitmap_file_bytes
 from vhostsync.errors import ConfigError, EngineError, MirrorError
 from vhostsync.events import EventHub
@@ -48,9 +48,9 @@ class Resizer:
     async def resize(self, wanted_bytes: int | None) -> int:
         """Grow to `wanted_bytes`, or to all that the disk has; returns the new capacity. MirrorError: nothing
         was changed."""
-        async with self._mirror.exclusive("resize"):
-            source_bytes = await anyio.to_thread.run_sync(size_bytes, self._mirror.source_path)
-            capacity = self._check(wanted_bytes, source_bytes)
+        async with self._mirror.turns.take("resize"):
+            source_bytes = await self._engine.disk_bytes("source")
+            capacity = await self._check(wanted_bytes, source_bytes)
             destination_bytes = await self._check_destination(capacity)
             bitmap = self._mirror.bitmap
             if bitmap is not None:
@@ -59,15 +59,19 @@ class Resizer:
                 await self._engine.grow(capacity, source_bytes, destination_bytes)
             except EngineError as error:
                 raise MirrorError(f"the disk stays as large as it is: {error}") from error
-            if bitmap is not None:
-                await anyio.to_thread.run_sync(bitmap.note_capacity, capacity)
-            self._device.shape = replace(self._device.shape, capacity_bytes=capacity)
-            self._frontends.config_changed()
-            log.info("the disk has grown", capacity_bytes=capacity)
-            self._hub.publish(events.CAPACITY_CHANGE, {"capacity": capacity})
+            with anyio.CancelScope(shield=True):  # the engine takes requests for it already
+                await self._tell(capacity, bitmap)
             return capacity
 
-    def _check(self, wanted_bytes: int | None, source_bytes: int) -> int:
+    async def _tell(self, capacity: int, bitmap: BitmapFile | None) -> None:
+        if bitmap is not None:
+            await anyio.to_thread.run_sync(bitmap.note_capacity, capacity)
+        self._device.shape = replace(self._device.shape, capacity_bytes=capacity)
+        self._frontends.config_changed()
+        log.info("the disk has grown", capacity_bytes=capacity)
+        self._hub.publish(events.CAPACITY_CHANGE, {"capacity": capacity})
+
+    async def _check(self, wanted_bytes: int | None, source_bytes: int) -> int:
         shape = self._device.shape
         if shape.read_only:
             raise MirrorError("a disk that is served read-only cannot grow")
@@ -76,21 +80,23 @@ class Resizer:
             raise MirrorError(f"the disk cannot grow while the mirror is {state}; wait for its end")
         capacity = source_bytes - source_bytes % shape.block_bytes if wanted_bytes is None else wanted_bytes
         path = self._mirror.source_path
+        named = await anyio.to_thread.run_sync(self._mirror.source_is_named)
+        disk = f"{path}" if named else f"the disk that was {path} when it was opened"
         if capacity % shape.block_bytes:
             raise MirrorError(f"{capacity} bytes are no whole number of blocks of {shape.block_bytes} bytes")
         if capacity > source_bytes:
-            raise MirrorError(f"{path} has {source_bytes} bytes, not {capacity}; enlarge it first")
+            raise MirrorError(f"{disk} has {source_bytes} bytes, not {capacity}; enlarge it first")
         if capacity < shape.capacity_bytes:
             raise MirrorError(f"the guest's disk has {shape.capacity_bytes} bytes and cannot shrink")
         if capacity == shape.capacity_bytes:
-            raise MirrorError(f"the guest's disk has {capacity} bytes already; enlarge {path} first")
+            raise MirrorError(f"the guest's disk has {capacity} bytes already; enlarge {disk} first")
         return capacity
 
     async def _check_destination(self, capacity: int) -> int:
         path: Path | None = self._mirror.destination_path
         if path is None:
             return 0
-        found = await anyio.to_thread.run_sync(size_bytes, path)
+        found = await self._engine.disk_bytes("destination")
         if found < capacity:
             raise MirrorError(
                 f"the destination {path} has {found} bytes, not {capacity}; enlarge it first, or cancel the "

@@ -31,7 +31,7 @@ GATE_NOT_CLOSED: Final = (errno.ETIMEDOUT, errno.EAGAIN)  # it took too long, or
 
 
 class Switch:
-    """Nothing else may command the mirror meanwhile (Mirror.exclusive)."""
+    """Nothing else may command the mirror meanwhile (turns.py)."""
 
     def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub) -> None:
         self._engine = engine
@@ -63,6 +63,9 @@ class Switch:
             ) from error
         except VhostsyncError as error:
             raise self._failed(_why(error)) from error
+        except anyio.get_cancelled_exc_class():
+            self._failed("the source has failed, and the switch from it goes first; or the backend ends")
+            raise
         log.info("switched", **asdict(result))
         self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
         return result

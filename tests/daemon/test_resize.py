@@ -71,3 +71,25 @@ def test_after_a_switch_the_new_disk_grows(work: Path) -> None:
     with other.open("rb") as file:
         file.seek(LAST * BLOCK)
         assert file.read(BLOCK) == block_of(LAST, 2)
+
+
+def test_the_open_disk_is_measured_and_not_what_has_its_name_by_now(work: Path) -> None:
+    source, destination = image(work / "a.img"), image(work / "b.img")
+    with Served(work, source) as served, served.guest() as guest:
+        served.start_mirror(destination)
+        for disk in (source, destination):
+            disk.rename(disk.with_suffix(".old"))
+            image(disk, 64, filled_mib=0)
+        with pytest.raises(QmpError, match=r"enlarge the disk that was .*a\.img when it was opened"):
+            served.qmp.execute("resize")
+        os.truncate(source.with_suffix(".old"), 24 * MIB)
+        with pytest.raises(QmpError, match=r"b\.img has 16777216 bytes, not 25165824"):
+            served.qmp.execute("resize")
+        os.truncate(destination.with_suffix(".old"), 24 * MIB)
+        assert served.qmp.execute("resize") == {"capacity": 24 * MIB}
+        write_block(guest, LAST, 3)
+        flush(guest)
+        guest.close()
+        served.stop()
+    for disk in (source, destination):
+        assert lacking(disk.with_suffix(".old"), {LAST: 3}) == []

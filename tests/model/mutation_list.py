@@ -995,4 +995,12 @@ MUTATIONS = [
         "    if (e->mirror.state != VS_PASSTHROUGH)",
         "pause.py::test_a_cancel_gives_up_the_promise",
     ),
+    _m(
+        "a-new-range-is-unreadable",
+        "a range that is no part of the disk yet stands in the way of no failover",
+        "copier.c",
+        "} else if (io->result < 0 && c->engine->mirror.state == VS_STEADY) {",
+        "} else if (io->result < 0 && c->engine->mirror.state == VS_DEGRADED) {",
+        "failover_first.py::test_a_new_range_that_cannot_be_read_is_not_taken",
+    ),
 ]

@@ -135,7 +135,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncIterator[Stage]:
     paths = folder / "a.img", folder / "b.img"
     held = {}
     for path in paths:
@@ -152,7 +152,7 @@ async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         capacity_bytes=SIZE, block_bytes=512, log_bytes=8 * MIB, destination_timeout_s=30, stop_timeout_s=1,
         max_lag_ms=30_000, checkpoint_s=3.0, num_queues=1, read_only=False, dirty_region_bytes=65536,
         copy_depth=4,
-        writeback=True, serial="",
+        writeback=True, serial="", **options,
     )  # fmt: skip
     source = disks.open_disk(paths[0], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
     state_file = HeldStateFile(folder / "record.json")
