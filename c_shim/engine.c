@@ -465,6 +465,11 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     return 0;
 }
 
+int vs_engine_rings_restricted(const vs_engine *e)
+{
+    return e->uring.unrestricted ? e->uring.unrestricted : io_threads_unrestricted(&e->host.threads);
+}
+
 void vs_engine_destroy(vs_engine *e)
 {
     uint64_t one = 1;

@@ -300,6 +300,14 @@ void io_threads_stop(struct io_threads *t)
     t->count = 1;
 }
 
+int io_threads_unrestricted(const struct io_threads *t)
+{
+    int found = 0;
+    for (unsigned i = 1; i < t->count && !found; i++)
+        found = t->thread[i].uring.unrestricted;
+    return found;
+}
+
 uint64_t io_threads_syscalls(const struct io_threads *t)
 {
     uint64_t sum = t->wakes;

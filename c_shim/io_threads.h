@@ -46,6 +46,8 @@ void io_thread_begin(const char *name);
 int io_threads_start(struct io_threads *t, unsigned count, int wake_fd, const char **step);
 /* Nothing is lent. Waits for their ends. */
 void io_threads_stop(struct io_threads *t);
+/* uring.unrestricted of their rings: the first that is not 0. */
+int io_threads_unrestricted(const struct io_threads *t);
 /* System calls of the I/O threads, and those that wake one of them or the data thread, so far. */
 uint64_t io_threads_syscalls(const struct io_threads *t);
 

@@ -134,6 +134,9 @@ void vs_engine_destroy(vs_engine *engine);
 
 int vs_engine_event_fd(vs_engine *engine);
 
+/* 0: its rings take only what the engine asks of them. Else why they take all, a negative errno. */
+int vs_engine_rings_restricted(const vs_engine *engine);
+
 enum vs_command_kind {
     VS_CMD_SNAPSHOT = 1,      /* refresh what vs_engine_snapshot returns */
     /* A frontend's attachment. "attachment" is 0 .. VS_MAX_ATTACHMENTS-1 and chosen by the caller. */

@@ -4,6 +4,8 @@
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "limits.h"
 
@@ -17,7 +19,38 @@ static void allow_workers(struct uring *u)
     (void)io_uring_register_iowq_max_workers(&u->ring, workers);
 }
 
-int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const char **step)
+/* All that the engine asks of a ring. A request of another kind, or with another flag, is answered EACCES by the
+ * kernel: seccomp sees none of them, so whoever got hold of this process could open, connect and rename here. */
+static const uint8_t operations[] = {
+    IORING_OP_READ,   IORING_OP_READV,     IORING_OP_WRITE,    IORING_OP_WRITEV,
+    IORING_OP_FSYNC,  IORING_OP_FALLOCATE, /* disk_file.c, activity_log.c */
+    IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, /* kick_watch.c, engine.c, io_threads.c */
+};
+static const uint8_t operation_flags = IOSQE_ASYNC;
+
+enum { OPERATIONS = sizeof operations };
+
+/* liburing 2.3 declares functions for these two, and its shared library lacks them. */
+static int register_in(struct uring *u, unsigned opcode, const void *arg, unsigned count)
+{
+    return syscall(SYS_io_uring_register, u->ring.ring_fd, opcode, arg, count) < 0 ? -errno : 0;
+}
+
+/* From here on, for good. Also enables the ring, which was made disabled: with SINGLE_ISSUER the thread that
+ * enables it is the one that may submit. 0 or a negative errno; the ring is of no use then. */
+static int restrict_ring(struct uring *u)
+{
+    struct io_uring_restriction allowed[OPERATIONS + 1] = {
+        {.opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED, .sqe_flags = operation_flags},
+    };
+    int rc;
+    for (unsigned i = 0; i < OPERATIONS; i++)
+        allowed[i + 1] = (struct io_uring_restriction){.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = operations[i]};
+    rc = register_in(u, IORING_REGISTER_RESTRICTIONS, allowed, OPERATIONS + 1);
+    return rc < 0 ? rc : register_in(u, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+}
+
+static int make_ring(struct uring *u, unsigned entries, unsigned cq_entries, unsigned more_flags, const char **step)
 {
     /* DEFER_TASKRUN and SINGLE_ISSUER came with Linux 6.1: completions are then
      * worked off when this thread enters, never by interrupting it. Older
@@ -30,7 +63,7 @@ int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const cha
     int rc = -EINVAL;
     memset(u, 0, sizeof *u);
     for (size_t i = 0; i < sizeof flags / sizeof flags[0] && rc == -EINVAL; i++) {
-        struct io_uring_params p = {.flags = flags[i], .cq_entries = cq_entries};
+        struct io_uring_params p = {.flags = flags[i] | more_flags, .cq_entries = cq_entries};
         rc = io_uring_queue_init_params(entries, &u->ring, &p);
         if (rc == 0 && !(p.features & (IORING_FEAT_EXT_ARG))) {
             io_uring_queue_exit(&u->ring);
@@ -42,6 +75,21 @@ int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const cha
         *step = "io_uring_setup";
     else
         allow_workers(u);
+    return rc;
+}
+
+int uring_init(struct uring *u, unsigned entries, unsigned cq_entries, const char **step)
+{
+    int unrestricted, rc = make_ring(u, entries, cq_entries, IORING_SETUP_R_DISABLED, step);
+    if (rc < 0)
+        return rc;
+    unrestricted = restrict_ring(u);
+    if (unrestricted == 0)
+        return 0;
+    /* A container may allow the other calls of io_uring and not io_uring_register. */
+    io_uring_queue_exit(&u->ring);
+    rc = make_ring(u, entries, cq_entries, 0, step);
+    u->unrestricted = unrestricted;
     return rc;
 }
 

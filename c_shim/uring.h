@@ -22,6 +22,7 @@ struct uring {
     struct io_uring ring;
     uint64_t in_flight; /* operations whose last completion is to come */
     uint64_t enters;    /* io_uring_enter calls so far */
+    int unrestricted;   /* 0, or why the kernel takes operations that uring.c does not list: a negative errno */
 };
 
 /* Must be called by the thread that will use the ring. 0 or a negative errno;

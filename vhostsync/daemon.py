@@ -30,7 +30,7 @@ import anyio.abc
 import anyio.to_thread
 import structlog
 
-from vhostsync import events, service_manager
+from vhostsync import events
 from vhostsync import log as logging
 from vhostsync.bad_ranges import within
 from vhostsync.config import ServeConfig
@@ -46,6 +46,7 @@ from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
 from vhostsync.privileges import Confinement, change_user, find_user, is_block_device, places_of
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
+from vhostsync.service_manager import ServiceManager
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_index import default_directory, make_directory
@@ -92,6 +93,7 @@ class Started:
     endpoint: listener.Endpoint
     engine: Engine
     confinement: Confinement
+    manager: ServiceManager
 
 
 def _load_modules() -> None:
@@ -110,6 +112,8 @@ def _start(config: ServeConfig) -> Started:
         state_directory = default_directory()  # of whoever started it, before the user is changed
         make_directory(state_directory, (user.uid, user.gid) if user is not None else None)
     with ExitStack() as undo:
+        manager = ServiceManager()
+        undo.callback(manager.close)
         opened = open_device(
             config, state_directory, lambda: change_user(user) if user is not None else None
         )
@@ -128,7 +132,7 @@ def _start(config: ServeConfig) -> Started:
             _with_doubt(engine_config(config, shape), opened), opened.disk, opened.bitmap, opened.peer_known
         )
         undo.pop_all()
-    return Started(opened, shape, endpoint, engine, confinement)
+    return Started(opened, shape, endpoint, engine, confinement, manager)
 
 
 def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
@@ -305,7 +309,7 @@ async def _serve(config: ServeConfig, started: Started) -> None:
     try:
         try:
             try:
-                started.confinement.seal()
+                started.confinement.seal(started.engine.check_rings_restricted)
                 mirror = await _serve_device(config, started)
             finally:
                 with anyio.CancelScope(shield=True):
@@ -315,6 +319,7 @@ async def _serve(config: ServeConfig, started: Started) -> None:
         await anyio.to_thread.run_sync(mirror.record_clean)
     finally:
         await anyio.to_thread.run_sync(opened.close)
+        started.manager.close()
     log.info("ended", disk=str(mirror.source_path))
 
 
@@ -361,10 +366,10 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
                 direct=opened.disk.direct,
                 socket=str(config.socket_path) if config.socket_path else f"fd {config.fd}",
             )
-            service_manager.tell(READY=1, STATUS=f"serving {opened.disk.path}")
+            await serving.start(started.manager.follow, mirror, hub)
             await backend.wait_stopped()
             hub.publish(events.SHUTDOWN, {"force": backend.forced})
-            service_manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")
+            started.manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")
             lasting.start_soon(_abandon_if_forced, backend)
             serving.cancel_scope.cancel()
         await mirror.detach(force=backend.forced)

@@ -247,6 +247,12 @@ class Engine:
             raise EngineError.from_errno(doing, rc)
         return cls(out[0], config)
 
+    def check_rings_restricted(self) -> None:
+        """OSError where the kernel takes any operation in its rings, not only those that the engine has."""
+        rc = lib.vs_engine_rings_restricted(self._handle)
+        if rc < 0:
+            raise OSError(-rc, os.strerror(-rc))
+
     def on_event(self, listener: Callable[[EngineEvent], None]) -> None:
         """Call `listener`, on the event loop, with every event. It must not block."""
         self._listeners.append(listener)

@@ -11,7 +11,7 @@ In this order, because most of it holds only for the thread that asks for it and
    the same user reads this memory (not dumpable, so no core files either). Where --allow-path says where
    destinations may lie (or with `require`), Landlock withholds all files but there and in the directories in
    use.
-4. The engine starts its thread and its io_uring.
+4. The engine starts its thread and its io_uring, which takes what the engine asks of it and nothing else.
 5. `seal`: the seccomp filter, on all threads. Last, because it forbids making another ring.
 
 `--sandbox auto` takes what the kernel has and logs it; `require` refuses to serve when a part is missing;
@@ -49,9 +49,15 @@ from vhostsync.seccomp import Filter
 log = structlog.get_logger(__name__)
 
 CAPABILITIES_MAX: Final = 64
-# To read: the interpreter and its modules, what a disk lies on, time zones and names of users.
+# To read: the interpreter and its modules, and what a disk lies on.
 SYSTEM_PLACES: Final = (
-    "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/run/udev/data", "/dev/urandom", "/dev/null",
+    "/usr", "/lib", "/lib64", "/proc", "/sys/dev", "/sys/devices", "/sys/block", "/sys/class/block",
+    "/run/udev/data", "/dev/urandom", "/dev/null",
+)  # fmt: skip
+# Of /etc by name, as secrets lie there as well: what loads libraries, tells the time zone and users' names.
+SYSTEM_FILES: Final = (
+    "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ld.so.preload", "localtime", "timezone", "nsswitch.conf",
+    "passwd", "group",
 )  # fmt: skip
 
 
@@ -172,18 +178,30 @@ class Confinement:
             self._part("landlock", self._landlock)
         self._complete()
 
-    def seal(self) -> None:
-        """Step 5. ConfigError as `confine`."""
+    def seal(self, check_rings_restricted: Callable[[], None]) -> None:
+        """Step 5. `check_rings_restricted`: the engine's, OSError if not. ConfigError as `confine`."""
         if self._config.sandbox == "off":
+            self._warn_of_root()
             log.info("privileges", sandbox="off", user=os.geteuid())
             return
+        self._part("io-uring", check_rings_restricted)
         tcp = isinstance(self._config.metrics, TcpAddress)
         self._part("seccomp", lambda: Filter(internet=tcp).load())
         self._complete()
+        self._warn_of_root()
         log.info(
             "privileges", sandbox=self._config.sandbox, user=os.geteuid(), held=self.held,
             not_available=self.lacking, may_write=[str(place) for place in self._places],
         )  # fmt: skip
+
+    def _warn_of_root(self) -> None:
+        """Without capabilities root still owns the files that the machine runs by."""
+        if os.geteuid() == 0 and not self.reach.enforced:
+            log.warning(
+                "this process is root and can open all of root's files, so a guest that took it over would "
+                "have the machine: give it a user of its own (--user), or say where destinations may lie "
+                "(--allow-path), which needs Landlock"
+            )
 
     def _part(self, name: str, do: Callable[[], object]) -> None:
         try:
@@ -232,6 +250,7 @@ class Confinement:
 def _read_places() -> tuple[Path, ...]:
     """Modules may be imported later: the interpreter's path, and where this package is."""
     interpreter = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path)
-    package = str(Path(__file__).parent)
-    found = [*SYSTEM_PLACES, *(entry for entry in interpreter if entry), package]
-    return tuple(dict.fromkeys(Path(place).resolve() for place in found))
+    found = {Path(place).resolve() for place in (*SYSTEM_PLACES, *interpreter) if place}
+    found |= {(Path("/etc") / name).resolve() for name in SYSTEM_FILES}
+    # `python -m` puts the current directory, perhaps /, where modules are looked for.
+    return tuple(sorted(found - {Path.cwd()} | {Path(__file__).parent.resolve()}))

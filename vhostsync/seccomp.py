@@ -9,14 +9,19 @@ Made by libseccomp, through ctypes: it is installed wherever systemd is, knows t
 architecture, and guards against a second table of calls (x32, 32 bit). Its Python binding is not on PyPI, and
 those that are there wrap the same calls.
 
-What a filter cannot do: requests in an io_uring that exists already pass it by. So no other ring can be made;
-which files may be opened is Landlock's matter, which binds a ring, too.
+A filter sees the words that a call is given, and no memory that they point to. So what is denied here is
+denied by number: of the terminal's requests, of modes, of processes. Requests in an io_uring that exists pass
+it by: no other ring can be made, and c_shim/uring.c restricts each to the operations that the engine has.
+Which files may be opened is Landlock's matter, which binds a ring, too.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
 import socket
+import stat
+import termios
 from typing import Any, Final
 
 LIBRARY: Final = "libseccomp.so.2"
@@ -27,28 +32,55 @@ ATTRIBUTE_TSYNC: Final = 4  # SCMP_FLTATR_CTL_TSYNC
 CMP_NE, CMP_EQ, CMP_GT, CMP_MASKED_EQ = 1, 4, 6, 7
 UNKNOWN_CALL: Final = -1  # __NR_SCMP_ERROR
 CLONE_THREAD: Final = 0x10000
+INT_BITS: Final = 0xFFFFFFFF
+"""Where the kernel looks at no more of a word, neither may a rule: else one bit above gets past it."""
 
 OTHER_PROGRAMS: Final = (
     "execve execveat fork vfork ptrace process_vm_readv process_vm_writev process_madvise kcmp "
-    "pidfd_getfd"
+    "pidfd_getfd pidfd_send_signal process_mrelease"
 )
 OTHER_USERS: Final = (
     "setuid setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid capset unshare setns "
     "personality"
 )
 FILE_SYSTEMS: Final = (
-    "mount umount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick "
-    "mount_setattr swapon swapoff quotactl quotactl_fd mknod mknodat name_to_handle_at open_by_handle_at "
-    "fanotify_init acct"
+    "mount umount umount2 pivot_root chroot move_mount open_tree open_tree_attr fsopen fsconfig "
+    "fsmount fspick mount_setattr swapon swapoff quotactl quotactl_fd mknod mknodat name_to_handle_at "
+    "open_by_handle_at fanotify_init acct"
+)
+# The owner, mode and attributes of files by name, and owners altogether. By descriptor there are fchmod
+# (without the set-ID bits, see below), fsetxattr and fremovexattr: an image may carry an attribute of ours.
+FILES: Final = (
+    "chmod fchmodat fchmodat2 chown lchown fchown fchownat chown32 lchown32 fchown32 setxattr lsetxattr "
+    "setxattrat removexattr lremovexattr removexattrat file_setattr"
 )
 THE_MACHINE: Final = (
     "init_module finit_module delete_module kexec_load kexec_file_load reboot bpf perf_event_open "
     "userfaultfd keyctl add_key request_key syslog sethostname setdomainname settimeofday clock_settime "
     "clock_adjtime adjtimex stime iopl ioperm modify_ldt vm86 vm86old uselib ustat sysfs lookup_dcookie "
     "nfsservctl _sysctl vhangup migrate_pages move_pages mbind set_mempolicy set_mempolicy_home_node "
-    "remap_file_pages memfd_secret io_uring_setup io_setup"
+    "remap_file_pages memfd_secret io_uring_setup io_uring_register io_setup"
 )
-DENIED: Final = tuple(f"{OTHER_PROGRAMS} {OTHER_USERS} {FILE_SYSTEMS} {THE_MACHINE}".split())
+DENIED: Final = tuple(f"{OTHER_PROGRAMS} {OTHER_USERS} {FILE_SYSTEMS} {FILES} {THE_MACHINE}".split())
+
+# What libseccomp 2.5 has no name for. The numbers are the same on every architecture: they came after the
+# tables were made one.
+NUMBERS: Final = {
+    "mount_setattr": 442, "quotactl_fd": 443, "memfd_secret": 447, "process_mrelease": 448,
+    "set_mempolicy_home_node": 450, "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466,
+    "open_tree_attr": 467, "file_setattr": 469,
+}  # fmt: skip
+
+# Typing into a terminal, the console's own requests, another line discipline, taking the foreground; and
+# (FIOSETOWN, SIOCSPGRP of <asm-generic/sockios.h>) naming the process that a descriptor sends signals to.
+IOCTLS: Final = (termios.TIOCSTI, termios.TIOCLINUX, termios.TIOCSETD, termios.TIOCSPGRP, 0x8901, 0x8902)
+# The same by fcntl: with F_SETSIG, SIGKILL to any process of this user.
+FCNTLS: Final = (fcntl.F_SETOWN, fcntl.F_SETSIG, 15)  # F_SETOWN_EX
+
+PRIO_PROCESS: Final = 0
+IOPRIO_WHO_PROCESS: Final = 1
+# O_TMPFILE is this bit and O_DIRECTORY.
+TMPFILE_BIT: Final = os.O_TMPFILE & ~os.O_DIRECTORY
 
 
 class _Comparison(ctypes.Structure):  # struct scmp_arg_cmp
@@ -77,10 +109,41 @@ class Filter:
         for name in DENIED:
             self._deny(name)
         self._deny_sockets(internet=internet)
+        self._deny_requests()
+        self._deny_set_id()
+        self._deny_other_processes(os.getpid())
         # A new process is refused, a new thread is not. The flags of clone3 lie in memory, which no filter
         # can read: told that there is no clone3, the C library uses clone.
         self._deny("clone", _Comparison(0, CMP_MASKED_EQ, CLONE_THREAD, 0))
         self._deny("clone3", number=errno.ENOSYS)
+
+    def _deny_requests(self) -> None:
+        for name, requests in (("ioctl", IOCTLS), ("fcntl", FCNTLS), ("fcntl64", FCNTLS)):
+            for request in requests:
+                self._deny(name, _Comparison(1, CMP_MASKED_EQ, INT_BITS, request))
+
+    def _deny_set_id(self) -> None:
+        """No file gets the bits that lend its owner's or group's rights. Those of openat2 lie in memory."""
+        for bit in (stat.S_ISUID, stat.S_ISGID):
+            for name, place in (("fchmod", 1), ("creat", 1)):
+                self._deny(name, _Comparison(place, CMP_MASKED_EQ, bit, bit))
+            for name, flags in (("open", 1), ("openat", 2)):
+                mode = _Comparison(flags + 1, CMP_MASKED_EQ, bit, bit)
+                for making in (os.O_CREAT, TMPFILE_BIT):
+                    self._deny(name, _Comparison(flags, CMP_MASKED_EQ, making, making), mode)
+        self._deny("openat2", number=errno.ENOSYS)
+
+    def _deny_other_processes(self, pid: int) -> None:
+        """Signals go to this process (0 is its group), limits and priorities to the thread that asks. tkill
+        names no process: this one's first thread is all that can be told."""
+        for name in ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
+            self._deny(name, _Comparison(0, CMP_NE, pid, 0))
+        self._deny("prlimit64", _Comparison(0, CMP_NE, 0, 0))
+        for what in ("affinity", "attr", "param", "scheduler"):
+            self._deny(f"sched_set{what}", _Comparison(0, CMP_NE, 0, 0))
+        for name, one in (("setpriority", PRIO_PROCESS), ("ioprio_set", IOPRIO_WHO_PROCESS)):
+            self._deny(name, _Comparison(0, CMP_NE, one, 0))
+            self._deny(name, _Comparison(1, CMP_NE, 0, 0))
 
     def _deny_sockets(self, *, internet: bool) -> None:
         if not internet:
@@ -95,6 +158,8 @@ class Filter:
 
     def _deny(self, name: str, *comparisons: _Comparison, number: int = errno.EPERM) -> None:
         call = self._library.seccomp_syscall_resolve_name(name.encode())
+        if call == UNKNOWN_CALL:
+            call = NUMBERS.get(name, UNKNOWN_CALL)
         if call == UNKNOWN_CALL:
             return  # newer than this libseccomp
         rule = (_Comparison * len(comparisons))(*comparisons)

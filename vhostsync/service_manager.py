@@ -7,22 +7,82 @@ The protocol is a datagram; a library for it would be longer than this.
 
 import os
 import socket
+from typing import Final
 
+import anyio
+import anyio.abc
 import structlog
+
+from vhostsync import events
+from vhostsync.events import EventHub
+from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
 
 log = structlog.get_logger(__name__)
 
+TELLING: Final = (events.MIRROR_STATE_CHANGE, events.SWITCH_COMPLETED, events.SOURCE_FAILOVER)
 
-def tell(**fields: str | int) -> None:
-    """`tell(READY=1, STATUS="serving")`. Never waits; a message that cannot be sent is logged and lost."""
-    place = os.environ.get("NOTIFY_SOCKET", "")
-    if not place:
-        return
-    address = "\0" + place[1:] if place.startswith("@") else place
-    message = "\n".join(f"{name}={value}" for name, value in fields.items())
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
-            sock.sendto(message.encode(), address)
-    except OSError as error:
-        log.warning("the service manager was not told", what=message, error=error.strerror)
+
+class ServiceManager:
+    """Connected as long as this process may do anything: later Landlock lets it send to no abstract socket
+    but one that it is connected to, and another user may not be let through to a path."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        place = os.environ.get("NOTIFY_SOCKET", "")
+        if not place:
+            return
+        self._address = "\0" + place[1:] if place.startswith("@") else place
+        self._socket = socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+        try:
+            self._socket.connect(self._address)
+        except OSError as error:
+            log.warning("the service manager cannot be reached", error=error.strerror)
+
+    def tell(self, **fields: str | int) -> None:
+        """`tell(READY=1, STATUS="serving")`. Never waits; what cannot be sent is logged and lost."""
+        if self._socket is None:
+            return
+        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        try:
+            try:
+                self._socket.send(message.encode())
+            except OSError:  # it was restarted: its socket is another one
+                self._socket.connect(self._address)
+                self._socket.send(message.encode())
+        except OSError as error:
+            log.warning("the service manager was not told", what=message, error=error.strerror)
+
+    async def follow(
+        self,
+        mirror: Mirror,
+        hub: EventHub,
+        *,
+        task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Tell that it serves, then which disk the guest is on and what becomes of the mirror, until
+        cancelled."""
+        async with hub.subscribe() as changes:
+            told = _status(mirror)
+            self.tell(READY=1, STATUS=told)
+            task_status.started()
+            async for event in changes:
+                if event.name in TELLING and (status := _status(mirror)) != told:
+                    told = status
+                    self.tell(STATUS=told)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _status(mirror: Mirror) -> str:
+    """What `systemctl status` shows. A path may hold a line break, which would begin another field."""
+    line = f"serving {mirror.source_path}"
+    if mirror.state is not MirrorState.PASSTHROUGH:
+        line += f", mirror {mirror.state}"
+    if mirror.destination_path is not None:
+        line += f" to {mirror.destination_path}"
+    return line.replace("\n", "\\n")

@@ -8,6 +8,8 @@ import os
 import pwd
 import shutil
 import socket
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tests.daemon.rig import (
     BLOCK,
     Load,
     Served,
+    await_true,
     block_of,
     flush,
     image,
@@ -27,7 +30,7 @@ from tests.daemon.rig import (
     write_block,
 )
 from tests.guest.images import MIB
-from tests.guest.processes import ProcessError
+from tests.guest.processes import Process, ProcessError, wait_listening
 from tests.guest.qmp_client import QmpError
 
 NOBODY = "nobody"
@@ -85,6 +88,7 @@ def test_every_thread_has_nothing_left(work: Path) -> None:
         write_block(guest, 0, 1)
         flush(guest)
         statuses = [status_of(served.process.pid, thread) for thread in threads_of(served)]
+        assert "io-uring" in logged(served)["held"]
         names = [status["Name"] for status in statuses]
         assert names.count("vhostsync-data") == 1 and names.count("vhostsync-io") == 2, names
         for status in statuses:
@@ -96,6 +100,63 @@ def test_every_thread_has_nothing_left(work: Path) -> None:
             assert status["Seccomp"] == "2", status["Name"]
         guest.close()
         served.stop()
+
+
+# Runs `serve`; when it is ready, tries as whoever had taken it over what would lead out of it.
+TAKEN_OVER = """
+import json, os, signal, sys
+from pathlib import Path
+from vhostsync.cli import main
+from vhostsync.service_manager import ServiceManager
+results, tell = Path(os.environ["RESULTS"]), ServiceManager.tell
+kept, neighbour = results.open("w"), int(os.environ["NEIGHBOUR"])
+def attempts():
+    yield "passwords", lambda: open("/etc/shadow").close()
+    yield "cron", lambda: open("/etc/cron.d/vhostsync-test", "w").close()
+    yield "core_pattern", lambda: open("/proc/sys/kernel/core_pattern", "w").close()
+    yield "mode", lambda: os.chmod("/etc/passwd", 0o644)
+    yield "set-user-ID", lambda: os.open(results.parent / "root", os.O_CREAT | os.O_WRONLY, 0o4755)
+    yield "memory", lambda: open(f"/proc/{neighbour}/mem", "r+b").close()
+    yield "signal", lambda: os.kill(neighbour, 0)
+    yield "affinity", lambda: os.sched_setaffinity(neighbour, {0})
+def told(self, **fields):
+    if "READY" in fields:
+        found = {}
+        for name, do in attempts():
+            try: do()
+            except OSError as error: found[name] = type(error).__name__
+            else: found[name] = "done"
+        json.dump(found, kept)
+        kept.close()
+    tell(self, **fields)
+ServiceManager.tell = told
+sys.argv[0] = "vhostsync"
+sys.exit(main())
+"""
+
+
+def test_what_root_could_do_from_inside(work: Path) -> None:
+    """Root without capabilities still owns what the machine runs by, and its neighbours are root's too."""
+    need_root()
+    with subprocess.Popen(["sleep", "60"]) as neighbour:
+        process = Process(
+            "vhostsync serve",
+            [sys.executable, "-c", TAKEN_OVER, "serve", "--blk-file", str(image(work / "a.img")),
+             "--allow-path", str(work), "--socket-path", str(work / "vm.sock")],
+            work / "log",
+            env={"STATE_DIRECTORY": str(work / "state"), "RESULTS": str(work / "results"),
+                 "NEIGHBOUR": str(neighbour.pid)},
+        )  # fmt: skip
+        try:
+            wait_listening(process, work / "vm.sock.control")
+            await_true(lambda: (work / "results").read_text().endswith("}"), "all is tried")
+            assert process.terminate() == 0
+        finally:
+            process.kill()
+            neighbour.kill()
+    if '"landlock"' not in process.log.read_text():
+        pytest.skip("THIS TEST IS LEFT OUT, as this kernel has no Landlock")
+    assert set(json.loads((work / "results").read_text()).values()) == {"PermissionError"}
 
 
 def test_off_leaves_all_as_it_was(work: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import WAIT_S, image
+from tests.daemon.rig import WAIT_S, Served, image
 from tests.guest.backends import vhostsync_command
 from tests.guest.processes import Process, wait_listening
-from vhostsync import service_manager
+from vhostsync.service_manager import ServiceManager
 
 UNITS = Path(__file__).parents[2] / "share" / "systemd"
 EXPOSURE_MAX = 3.0
@@ -51,19 +51,51 @@ def test_ready_stopping_and_a_socket_from_outside(work: Path) -> None:
             serve.kill()
 
 
+@pytest.mark.parametrize("kind", ["abstract", "path"])
+def test_the_status_names_the_disk_that_the_guest_is_on(
+    work: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With Landlock as well, which lets a process send to no abstract socket that was not there before."""
+    one, other = image(work / "a.img"), work / "b.img"
+    name = f"@vhostsync-test-{os.getpid()}" if kind == "abstract" else str(work / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name[1:] if kind == "abstract" else name)
+        manager.settimeout(WAIT_S)
+        with Served(work, one, "--allow-path", work) as served:
+            assert manager.recv(4096) == f"READY=1\nSTATUS=serving {one}".encode()
+            served.start_mirror(other, create=True)
+            assert manager.recv(4096) == f"STATUS=serving {one}, mirror syncing to {other}".encode()
+            assert manager.recv(4096) == f"STATUS=serving {one}, mirror steady to {other}".encode()
+            served.qmp.execute("switch")
+            assert manager.recv(4096) == f"STATUS=serving {other}".encode()
+            served.stop()
+            assert manager.recv(4096).startswith(b"STOPPING=1")
+
+
 def test_without_a_service_manager_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    service_manager.tell(READY=1)
+    ServiceManager().tell(READY=1)
 
 
-def test_an_abstract_socket_and_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"vhostsync-test-{os.getpid()}"
+def test_a_manager_that_was_restarted_and_one_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(place))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind("\0" + name)
-        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
-        service_manager.tell(READY=1, STATUS="x")
+        manager.bind(str(place))
+        notifier = ServiceManager()
+    place.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(place))
+        notifier.tell(READY=1, STATUS="x")
         assert manager.recv(64) == b"READY=1\nSTATUS=x"
-    service_manager.tell(READY=1)  # logged, and no more
+    notifier.tell(READY=1)  # logged, and no more
+    notifier.close()
+    stranger = ServiceManager()
+    stranger.tell(READY=1)
+    stranger.close()
 
 
 @pytest.fixture
