@@ -173,6 +173,9 @@ def _add_mirror(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="limit of the copy, per second",
     )
     start.add_argument("--full", action="store_true", help="copy everything, even where less would do")
+    start.add_argument(
+        "--force", action="store_true", help="overwrite the destination, although it seems to hold something"
+    )
     start.add_argument("--wait", action="store_true", help="return when the destination is up to date")
     start.add_argument(
         "--timeout", type=types.positive_seconds, metavar="TIME", help="with --wait: for how long"

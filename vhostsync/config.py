@@ -16,6 +16,7 @@ from typing import Final, Literal, get_args
 from .errors import ConfigError
 
 Cache = Literal["none", "writeback"]
+DiskFormat = Literal["raw"]
 LogFormat = Literal["auto", "text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnCongestion = Literal["block", "pull-ahead"]
@@ -138,6 +139,7 @@ class ServeConfig:
     socket_path: Path | None = None  # exactly one of socket_path and fd
     fd: int | None = None  # a listening or connected unix socket that was inherited
     read_only: bool = False
+    disk_format: DiskFormat | None = None  # None: as it seems; a disk that a record knows is raw
     cache: Cache = "none"  # none: direct I/O; writeback: through the page cache
     destination_cache: Cache = "none"  # for a mirror-start that names none
     num_queues: int = 4
@@ -224,6 +226,8 @@ class ServeConfig:
 
     def _check_device(self) -> None:
         _one_of("--cache", self.cache, get_args(Cache))
+        if self.disk_format is not None:
+            _one_of("--format", self.disk_format, get_args(DiskFormat))
         _one_of("--destination-cache", self.destination_cache, get_args(Cache))
         _within("--num-queues", self.num_queues, 1, QUEUES_MAX)
         if self.block_bytes is not None:
@@ -297,6 +301,7 @@ class MirrorTarget:
     cache: Cache = "none"
     speed_bytes_per_s: int = 0
     full: bool = False  # copy everything, even where less would do
+    force: bool = False  # overwrite what it seems to hold
 
     def __post_init__(self) -> None:
         if not self.path.is_absolute():

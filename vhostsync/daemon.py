@@ -35,6 +35,7 @@ from vhostsync import log as logging
 from vhostsync.bad_ranges import within
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
+from vhostsync.disk_signatures import load_library
 from vhostsync.engine import LOSSES, Engine, EngineConfig
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import VhostsyncError
@@ -97,10 +98,11 @@ class Started:
 
 
 def _load_modules() -> None:
-    """anyio loads its parts when they are first used: now, while every file can still be read."""
+    """What is loaded when it is first used: now, while every file can still be read."""
     for name in dir(anyio):
         getattr(anyio, name)
     anyio.run(anyio.sleep, 0)  # and its event loop
+    load_library()
 
 
 def _start(config: ServeConfig) -> Started:

@@ -13,7 +13,7 @@ from vhostsync.config import MirrorTarget
 from vhostsync.disks import Disk
 from vhostsync.engine import probe
 from vhostsync.errors import MirrorError
-from vhostsync.state_record import DiskIdentity, Likeness
+from vhostsync.state_record import DiskIdentity, Likeness, StateRecord
 
 log = structlog.get_logger(__name__)
 
@@ -64,13 +64,23 @@ def check_former(disk: Disk, former: DiskIdentity) -> None:
     """MirrorError unless this is the disk that was the destination before. Of an image file whose numbers do
     not tell (its file system may have others since a boot) the path is enough; of a device it is not, for
     devices change places."""
-    likeness = former.likeness(disk.identity)
-    if likeness is Likeness.SAME or (likeness is Likeness.UNSURE and former.changes_show):
+    if _is_certainly(former, disk.identity):
         return
     raise MirrorError(
         f"{disk.path} is not known to be the disk that was mirrored to before, and what is on it would be "
         f"lost; if it is the right one, start the mirror to it yourself: vhostsync mirror start {disk.path}"
     )
+
+
+def was_of_this_guest(record: StateRecord, disk: DiskIdentity) -> bool:
+    """The last destination, or one that was the source once: what it holds is the guest's."""
+    known = [*record.superseded] if record.peer is None else [record.peer, *record.superseded]
+    return any(_is_certainly(former, disk) for former in known)
+
+
+def _is_certainly(former: DiskIdentity, disk: DiskIdentity) -> bool:
+    likeness = former.likeness(disk)
+    return likeness is Likeness.SAME or (likeness is Likeness.UNSURE and former.changes_show)
 
 
 def look(disk: Disk) -> DiskIdentity:

@@ -19,6 +19,7 @@ import os
 import random
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from typing import Literal
 import structlog
 
 from vhostsync.disk_layers import block_identifiers, overlap
+from vhostsync.disk_signatures import signatures
+from vhostsync.disk_users import users_of_device, users_of_file
 from vhostsync.errors import DiskError, EngineError
 from vhostsync.own_file import kind_of
 from vhostsync.state_record import DiskIdentity
@@ -46,6 +49,7 @@ READER_USES = frozenset({READ})
 WRITER_SHARES: frozenset[int] = frozenset()
 READER_SHARES = frozenset({READ})
 
+BLKROGET = 0x125E  # <linux/fs.h>
 FS_IOC_GETVERSION = 0x80087601  # _IOR('v', 1, long), <linux/fs.h>
 FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
 # A random pause between two attempts: two that start at once must not refuse each other for ever.
@@ -100,6 +104,8 @@ def open_disk(
     try:
         _lock_waiting(fd.fileno(), absolute, read_only=read_only, deadline=deadline)
         _check_not_replaced(fd.fileno(), absolute)
+        _check_writable(fd.fileno(), absolute, read_only=read_only)
+        _await_unused(fd.fileno(), absolute, read_only=read_only, deadline=deadline)
         try:
             found = probe(fd.fileno(), direct)
         except (OSError, EngineError) as error:
@@ -206,6 +212,22 @@ def check_destination(destination: Disk, *, capacity_bytes: int, guest_block_byt
         )
 
 
+def check_holds_nothing(disk: Disk) -> None:
+    """DiskError when signatures tell that there is something on the disk."""
+    try:
+        found = signatures(disk.fd.fileno())
+    except OSError as error:
+        raise DiskError(
+            f"what {disk.path} holds cannot be found out ({error.strerror}), and it would be lost; if it may "
+            f"be, start the mirror with --force"
+        ) from error
+    if found:
+        raise DiskError(
+            f"{disk.path} holds something that would be lost: {', '.join(found)}; name another destination, "
+            f"or, if it may be overwritten, start the mirror with --force"
+        )
+
+
 def identify(fd: int, path: Path, *, with_ctime: bool = False) -> DiskIdentity:
     """How the open disk is recognised later. `with_ctime`: at a clean detach, after the last write."""
     status = os.fstat(fd)
@@ -277,12 +299,40 @@ def _open_error(path: Path, error: OSError, *, read_only: bool) -> DiskError:
                 f"read-only"
             )
         case errno.EBUSY:
-            return DiskError(
-                f"{path} is in use: mounted, part of another device, or open by {_holders(path)}; end that "
-                f"use first"
-            )
+            return DiskError(f"{path} is in use: {_device_users(path)}; end that use first")
         case _:
             return DiskError(f"{path} cannot be opened: {error.strerror}")
+
+
+def _device_users(path: Path) -> str:
+    """Of a block device that is claimed."""
+    try:
+        found = users_of_device(path.stat().st_rdev)
+    except OSError:
+        found = []
+    return ", ".join(found) or f"mounted, part of another device, or open by {_holders(path)}"
+
+
+def _check_writable(fd: int, path: Path, *, read_only: bool) -> None:
+    """The kernel opens a read-only block device for writing, and fails the writes."""
+    if read_only or not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return
+    if int.from_bytes(fcntl.ioctl(fd, BLKROGET, bytes(4)), sys.byteorder):
+        raise DiskError(
+            f"{path} is a read-only device, and no write would reach it; make it writable (blockdev --setrw, "
+            f"or attach it anew), or serve it read-only"
+        )
+
+
+def _await_unused(fd: int, path: Path, *, read_only: bool, deadline: float) -> None:
+    """Whoever uses an image file and asks for no lock. A loop device may be about to end."""
+    while stat.S_ISREG(os.fstat(fd).st_mode):
+        users = users_of_file(fd, writing=not read_only)
+        if not users:
+            return
+        if time.monotonic() >= deadline:
+            raise DiskError(f"{path} is in use: {'; '.join(users)}; end that use first")
+        time.sleep(random.uniform(*RETRY_S))  # noqa: S311 no secret
 
 
 def _check_not_replaced(fd: int, path: Path) -> None:

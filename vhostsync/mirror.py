@@ -33,8 +33,9 @@ from vhostsync.destination import (
     check_former,
     look,
     open_destination,
+    was_of_this_guest,
 )
-from vhostsync.disks import Disk, is_named, remove_image
+from vhostsync.disks import Disk, check_holds_nothing, is_named, remove_image
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
@@ -327,6 +328,8 @@ class Mirror:
             if former is not None:
                 check_former(disk, former)
                 await self._keeper.check_unclaimed(disk.identity)
+            elif not (target.create or target.force or was_of_this_guest(self._keeper.record, disk.identity)):
+                await anyio.to_thread.run_sync(check_holds_nothing, disk)
             await self._attach(disk, target)
         except VhostsyncError:
             disk.close()

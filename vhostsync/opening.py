@@ -11,12 +11,13 @@ import structlog
 from vhostsync import disks
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
+from vhostsync.disk_signatures import image_format
 from vhostsync.disks import Disk
 from vhostsync.engine import bitmap_file_bytes, probe
 from vhostsync.errors import DiskError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import open_state_file
-from vhostsync.state_record import DiskIdentity, StateRecord, Worth, check_start
+from vhostsync.state_record import DiskIdentity, Likeness, StateRecord, Worth, check_start
 from vhostsync.virtio_blk import DeviceShape
 
 log = structlog.get_logger(__name__)
@@ -66,11 +67,14 @@ def open_device(
     try:
         become_user()
         if config.no_state_file:
+            check_raw(config, disk)
             return Opened(disk, None, None)
         state_file = open_state_file(
             config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory
         )
         found, record = check_record(state_file, disk)
+        if found is None or found.current.likeness(disk.identity) is Likeness.OTHER:
+            check_raw(config, disk)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, record)
         spared = record.spared if record is not None else ()
@@ -84,6 +88,23 @@ def open_device(
         if state_file is not None:
             state_file.close()
         raise
+
+
+def check_raw(config: ServeConfig, disk: Disk) -> None:
+    """DiskError when a disk that no record knows is an image of another format: the guest would see the
+    container, and perhaps write into it. One that is known is raw: its guest may write such a header."""
+    if config.disk_format == "raw":
+        return
+    try:
+        found = image_format(disk.fd.fileno())
+    except OSError as error:
+        raise DiskError(f"{disk.path} cannot be read: {error.strerror}") from error
+    if found is not None:
+        raise DiskError(
+            f"{disk.path} is a {found} image, and only raw disks can be served; convert it (qemu-img convert "
+            f"-O raw), or attach it to a block device with qemu-nbd and serve that, or, if it is a raw disk "
+            f"on which the guest keeps such an image, use --format raw"
+        )
 
 
 def check_record(state_file: StateFile, disk: Disk) -> tuple[StateRecord | None, StateRecord | None]:
@@ -131,8 +152,10 @@ def follow_record(
     bitmap: BitmapFile | None,
 ) -> StateRecord | None:
     """Writes what has to be known durably before the guest is served."""
-    if record is None or disk.read_only:
+    if disk.read_only:
         return record
+    if record is None:
+        return _first_record(state_file, disk)
     assert found is not None
     # A bitmap that sees not every write of this run is worth nothing after it.
     trusted = bitmap is not None and bitmap.trust is not Trust.FRESH
@@ -143,6 +166,18 @@ def follow_record(
         record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
     if record != found or state_file.announced:
         state_file.write(record)
+    return record
+
+
+def _first_record(state_file: StateFile, disk: Disk) -> StateRecord | None:
+    """From here on the disk is known to be raw, whatever its guest writes to it. That can wait where the
+    record cannot be written: nothing else depends on it yet."""
+    record = StateRecord.first(disk.identity)
+    try:
+        state_file.write(record)
+    except StateRecordError as error:
+        log.warning("the next start will not know this disk", path=str(disk.path), reason=str(error))
+        return None
     return record
 
 

@@ -105,8 +105,9 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
         arguments["cache"] = options.cache
     if options.speed:
         arguments["speed"] = options.speed
-    if options.full:
-        arguments["full"] = True
+    for word in ("full", "force"):
+        if getattr(options, word):
+            arguments[word] = True
     started_s = time.monotonic()
     await client.execute("mirror-start", arguments)
     if not options.wait:

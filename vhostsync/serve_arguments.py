@@ -42,6 +42,12 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     disk.add_argument("--read-only", action="store_true", help="the guest may not write")
     disk.add_argument(
+        "--format",
+        choices=("raw",),
+        dest="disk_format",
+        help="raw: serve the disk as it is, although it looks like an image of another format",
+    )
+    disk.add_argument(
         "--cache", choices=("none", "writeback"), help="direct I/O (default), or through the page cache"
     )
     disk.add_argument(

@@ -451,10 +451,10 @@ def tmpfs(work: Path, kib: int) -> Iterator[Mounted]:
 
 
 @contextlib.contextmanager
-def loop_device(backing: Path, block_bytes: int) -> Iterator[Path]:
+def loop_device(backing: Path, block_bytes: int, *options: str) -> Iterator[Path]:
     need_root()
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
-    words = ["losetup", "--find", "--show", "-b", str(block_bytes), str(backing)]
+    words = ["losetup", "--find", "--show", *options, "-b", str(block_bytes), str(backing)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         pytest.skip(f"THIS TEST IS LEFT OUT, as there are no loop devices here: {done.stderr}")

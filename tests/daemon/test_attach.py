@@ -46,7 +46,10 @@ def test_destinations_that_are_refused(work: Path) -> None:
     # Who holds a disk is seen only by a backend that has kept its capabilities.
     off = ("--sandbox", "off")
     busy = image(work / "busy.img")
-    with Served(work, source, *off) as served, Served(work, busy, name="other") as other:
+    with (
+        Served(work, source, *off) as served,
+        Served(work, busy, "--no-state-file", name="other") as other,
+    ):
         other_disk = work / "busy.img"
         refused(served, work / "missing.img", "does not exist")
         refused(served, work / "nowhere" / "b.img", "no directory")
@@ -94,8 +97,9 @@ def test_a_guest_of_larger_blocks_may_have_either(work: Path) -> None:
 
 def test_a_loop_device_of_the_source_is_the_source(work: Path) -> None:
     source = image(work / "a.img")
-    with loop_device(source, 512) as device, Served(work, source) as served:
-        refused(served, device, "the same storage")
+    with Served(work, source) as served:
+        with loop_device(source, 512) as device:
+            refused(served, device, "the same storage")
         served.stop()
 
 
@@ -174,6 +178,7 @@ def test_a_mirror_that_cannot_be_recorded_is_not_begun(work: Path) -> None:
     (work / "record").mkdir()
     record = work / "record" / "r.json"
     with Served(work, source, "--state-file", record) as served:
+        record.unlink()
         record.mkdir()  # what a rename cannot replace
         (record / "full").touch()
         refused(served, copy, "cannot be replaced")

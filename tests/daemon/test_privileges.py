@@ -195,6 +195,9 @@ def test_all_that_an_operator_may_ask_for_under_require(work: Path) -> None:
             raise
         pytest.skip(f"THIS TEST IS LEFT OUT, as this kernel lacks a part of the sandbox: {error}")
     with served, served.guest() as guest:
+        (far / "held.img").write_bytes(b"LUKS\xba\xbe\x00\x01".ljust(16 * MIB, b"\0"))
+        with pytest.raises(QmpError, match="would be lost: crypto_LUKS"):
+            served.qmp.execute("mirror-start", destination=str(far / "held.img"))
         served.start_mirror(other, create=True)
         write_block(guest, 1, 1)
         flush(guest)

@@ -343,9 +343,9 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
 
 
 def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> None:
-    options = """--socket-path /run/s --blk-file /a.img --read-only --cache writeback --num-queues 8
-        --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback --log-size 128M
-        --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
+    options = """--socket-path /run/s --blk-file /a.img --read-only --format raw --cache writeback
+        --num-queues 8 --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback
+        --log-size 128M --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
         --poll-us 25 --threads 2
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
@@ -360,7 +360,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     [settings] = daemon
     assert settings.socket_path == Path("/run/s")
     assert settings.blk_file == Path("/a.img")
-    assert settings.read_only
+    assert settings.read_only and settings.disk_format == "raw"
     assert (settings.cache, settings.destination_cache) == ("writeback", "writeback")
     assert (settings.num_queues, settings.serial, settings.block_bytes) == (8, "vm1", 4096)
     assert not settings.write_cache and not settings.resume_mirror

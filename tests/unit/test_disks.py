@@ -415,3 +415,61 @@ def test_a_loop_device_is_recognised_by_its_file(image: Path, tmp_path: Path) ->
             os.close(fd)
         assert found[0].likeness(found[1]) is Likeness.SAME
         assert found[0].likeness(found[2]) is Likeness.OTHER
+
+
+# ---- who uses a disk and asks for no lock ------------------------------------------------
+
+
+@needs_root
+def test_an_image_that_a_loop_device_shows_is_in_use(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "hardlink").hardlink_to(image)
+    with loop_device(image) as device:
+        for name in ("image", "hardlink"):
+            with pytest.raises(DiskError, match=f"in use: {device} shows it.*losetup --detach {device}"):
+                opened(tmp_path / name)
+        with pytest.raises(DiskError, match="in use"):
+            opened(image, read_only=True)  # the loop device writes
+    with loop_device(image, "--read-only"):
+        opened(image, read_only=True).close()
+        with pytest.raises(DiskError, match="in use"):
+            opened(image)
+    opened(image).close()
+
+
+@needs_root
+def test_a_mount_is_named_as_the_user_of_the_image_and_of_the_device(image: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, env=environment)
+    folder = tmp_path / "mounted here"
+    folder.mkdir()
+    with loop_device(image) as device:
+        subprocess.run(["mount", device, folder], check=True)
+        try:
+            with pytest.raises(DiskError, match=f"{device} shows it, and .* is mounted at {folder}"):
+                opened(image)
+            with pytest.raises(DiskError, match=f"{device} is in use: it is mounted at {folder}"):
+                opened(device)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+@needs_root
+def test_a_read_only_device_is_no_disk_to_write_to(image: Path) -> None:
+    with loop_device(image) as device:
+        subprocess.run(["/sbin/blockdev", "--setro", device], check=True)
+        try:
+            with pytest.raises(DiskError, match=f"{device} is a read-only device"):
+                opened(device)
+            opened(device, read_only=True).close()
+        finally:  # it would stay so for whoever gets this loop device next
+            subprocess.run(["/sbin/blockdev", "--setrw", device], check=True)
+
+
+@needs_root
+def test_swap_space_is_in_use(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swaps = tmp_path / "swaps"
+    name = str(image).replace("/image", r"/im\141ge")
+    swaps.write_text(f"Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n{name} file\t1020\t0\t-2\n")
+    monkeypatch.setattr("vhostsync.disk_users.SWAPS", swaps)
+    with pytest.raises(DiskError, match="it is swap space"):
+        opened(image)

@@ -209,6 +209,7 @@ async def _mirror_start(to: Dispatcher, given: Arguments) -> Any:
         cache=given["cache"] or to.destination_cache,
         speed_bytes_per_s=given["speed"],
         full=given["full"],
+        force=given["force"],
     )
     await to.backend.mirror.start(target)
     return {}
@@ -315,6 +316,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
                     most=SPEED_BYTES_PER_S_MAX,
                 ),
                 Argument("full", "boolean", "Copy everything, even if less would do.", default=False),
+                Argument(
+                    "force",
+                    "boolean",
+                    "Overwrite the destination although it seems to hold something.",
+                    default=False,
+                ),
             ),
         ),
         Command(
