@@ -4,6 +4,8 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+import anyio
+
 from vhostsync._shim import lib
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
@@ -32,6 +34,12 @@ class EngineAttachment:
         for queue in range(self._num_queues):
             await self.stop_vring(queue)
             await self.set_vring_enable(queue, False)
+        await self._command(lib.VS_CMD_RESET, "resetting the device")
+
+    async def renew(self) -> None:
+        with anyio.CancelScope(shield=True):  # never half: `close` needs one that is attached
+            await self._command(lib.VS_CMD_DETACH, "ending the frontend's former session")
+            await self._command(lib.VS_CMD_ATTACH, "attaching the frontend anew")
         await self._command(lib.VS_CMD_RESET, "resetting the device")
 
     async def set_features(self, features: int) -> None:

@@ -60,6 +60,9 @@ class RecordingAttachment:
     async def reset(self) -> None:
         await self._done("reset")
 
+    async def renew(self) -> None:
+        await self._done("renew")
+
     async def set_features(self, features: int) -> None:
         await self._done("set_features", features)
 

@@ -3,6 +3,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -224,6 +225,53 @@ async def test_half_a_message_obeyed_ends_the_connection(desk: Desk) -> None:
     desk.attachment.refuse["set_vring_enable"] = errno.EIO
     with pytest.raises(FrontendError, match="SET_FEATURES failed"):
         await desk.say(R.SET_FEATURES, U64(VIRTIO), need_reply=True)
+
+
+# ---- another session on the same connection --------------------------------------------------------------
+
+
+async def test_set_owner_where_memory_is_and_no_ring_runs_begins_anew(desk: Desk) -> None:
+    """QEMU's device_del and device_add leave the connection as it is."""
+    await desk.negotiate()
+    await desk.say(R.SET_BACKEND_REQ_FD, fds=1)
+    await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
+    await desk.start()
+    await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
+    await desk.say(R.SET_VRING_ENABLE, VringState(0, 0))
+    await desk.say(R.GET_VRING_BASE, VringState(0, 0))
+    desk.calls.clear()
+    await desk.say(R.SET_PROTOCOL_FEATURES, U64(QEMU_PROTOCOL))
+    await desk.say(R.SET_BACKEND_REQ_FD, fds=1)
+    assert await desk.say(R.SET_OWNER) is None
+    assert desk.calls == [("renew",)]
+    assert desk.session.state == replace(Desk().session.state, protocol_features=QEMU_PROTOCOL)
+    assert desk.blk.writeback  # the next driver finds it as at the start
+    assert [channel.closed for channel in desk.channels] == [True, False]
+    await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
+    with pytest.raises(FrontendError, match="KICK for ring 0 before"):
+        await desk.say(R.SET_VRING_KICK, VringFile(0, True), 1)
+
+
+async def test_set_owner_at_the_start_changes_nothing(desk: Desk) -> None:
+    """libblkio sends it after the features; and no other connection's end or mode is its business."""
+    desk.blk.writeback = False
+    await desk.negotiate()
+    before = desk.session.state
+    for _ in range(2):
+        assert await desk.say(R.SET_OWNER) is None
+    assert (desk.calls, desk.session.state, desk.blk.writeback) == ([], before, False)
+
+
+@pytest.mark.parametrize("enabled", [0, 1])
+async def test_set_owner_with_a_started_ring_changes_nothing(desk: Desk, enabled: int) -> None:
+    await desk.negotiate()
+    await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
+    await desk.start()
+    await desk.say(R.SET_VRING_ENABLE, VringState(0, enabled))
+    before = desk.session.state
+    desk.calls.clear()
+    assert await desk.say(R.SET_OWNER, need_reply=True) == encode_u64(0)
+    assert (desk.calls, desk.session.state) == ([], before)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------

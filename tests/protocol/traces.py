@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What real frontends send, in their order.
 
-QEMU 7.2's were recorded from qemu-system-x86_64 with SeaBIOS (boot, stop, cont, guest reset). QEMU 10's,
+QEMU 7.2's were recorded from qemu-system-x86_64 with SeaBIOS. QEMU 10's,
 libblkio's and virtio_uml's follow the order and the oddities seen of them when they ran. cloud-hypervisor's
 (with rust-vmm's vhost crate) and SPDK's were taken from the source of the releases that are named, message by
 message; they did not run here.
@@ -129,6 +129,21 @@ QEMU_7_2 = (
     *QEMU_FEATURES,
     *QEMU_RING_0,
     *QEMU_STOP,  # quit
+)
+
+# The device is removed and another one is added on the chardev, which stays connected: no word of the first
+# one's end, and the memory comes again.
+QEMU_7_2_DEVICE_DEL_AND_ADD = (
+    *QEMU_REALIZE,
+    *QEMU_FEATURES,
+    Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True),
+    *QEMU_RING_0,
+    *QEMU_STOP,
+    *QEMU_REALIZE,
+    *QEMU_FEATURES,
+    Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True),
+    *QEMU_RING_0,
+    *QEMU_STOP,
 )
 
 # A live migration: the dirty log comes, and logging is switched on and off on running rings.
@@ -344,6 +359,7 @@ PLAIN = (
 
 TRACES = {
     "qemu 7.2": QEMU_7_2,
+    "qemu 7.2, device_del and device_add": QEMU_7_2_DEVICE_DEL_AND_ADD,
     "qemu 7.2, logging toggled": QEMU_7_2_LOGGING,
     "qemu 10": QEMU_10,
     "cloud-hypervisor 20": CLOUD_HYPERVISOR_20,

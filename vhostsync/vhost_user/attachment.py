@@ -32,6 +32,10 @@ class Attachment(Protocol):
     async def reset(self) -> None:
         """Device reset: rings stopped and disabled, features 0, write cache as at the start; memory stays."""
 
+    async def renew(self) -> None:
+        """As of a frontend that has just connected: memory, rings, features, records and logs are gone, the
+        write cache is as at the start."""
+
     async def set_features(self, features: int) -> None:
         """Virtio feature bits as negotiated (VHOST_USER_F_PROTOCOL_FEATURES, bit 30, removed). Bit 26,
         VHOST_F_LOG_ALL: data and status of all requests answered from now on go into the dirty log."""

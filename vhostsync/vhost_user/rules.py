@@ -16,6 +16,8 @@ The rings of one connection, and what may happen in each of their states:
     yes      yes      running: NUM, BASE and other virtio features are refused; ADDR, CALL, ERR, KICK and a
                       change of logging alone (SET_FEATURES) are fine, as is every change of the memory
 
+SET_OWNER where the rings are stopped and memory is there begins another session on the same connection.
+
 CALL, ERR and the dirty log come before SET_FEATURES, memory before and after ENABLE, SET_PROTOCOL_FEATURES
 without a GET before it, SET_FEATURES before the protocol features. KICK needs the ring's size and addresses.
 
@@ -209,8 +211,22 @@ def _set_protocol_features(state: State, device: BlkDevice, message: Message, fd
     return Step(replace(state, protocol_features=ProtocolFeature(value)))
 
 
+def _set_owner(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
+    """ "This can be used on the back-end as a 'session start' flag."
+
+    Another session may start on an old connection: QEMU keeps its chardev open between device_del, which
+    stops the rings and leaves all else as it is, and device_add. The new device knows nothing of the old one,
+    sends the memory again, and belongs to another driver. The protocol features and the channel came before
+    this message and stay. Where a ring is started it changes nothing, and no frontend is known to send it.
+    """
+    if not state.regions or any(ring.started for ring in state.rings):
+        return Step(state)
+    after = State(rings=(Ring(),) * len(state.rings), protocol_features=state.protocol_features)
+    return Step(after, calls=(lambda attachment: attachment.renew(),), effect=device.reset)
+
+
 def _nothing(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
-    """SET_OWNER marks a start. RESET_OWNER is deprecated; "back-ends either ignore this message, or …"."""
+    """RESET_OWNER is deprecated; "back-ends either ignore this message, or …"."""
     return Step(state)
 
 
@@ -445,7 +461,7 @@ RULES: Final[dict[Request, Rule]] = {
     Request.SET_FEATURES: Rule(_set_features),
     Request.GET_PROTOCOL_FEATURES: Rule(_get_protocol_features),
     Request.SET_PROTOCOL_FEATURES: Rule(_set_protocol_features),
-    Request.SET_OWNER: Rule(_nothing),
+    Request.SET_OWNER: Rule(_set_owner),
     Request.RESET_OWNER: Rule(_nothing),
     Request.RESET_DEVICE: Rule(_reset_device, ProtocolFeature.RESET_DEVICE),
     Request.GET_QUEUE_NUM: Rule(_get_queue_num),  # MQ need only be "set in queried protocol features"
