@@ -186,10 +186,14 @@ class Backend:
 
     async def query_status(self) -> dict[str, Any]:
         snapshot = await self.engine.snapshot()
+        index, frontends = snapshot.active_attachment, self.frontends
+        active = None if index is None else self.engine.attachment(index)
         return {
             "status": "running",
-            "frontends": self.frontends.frontends if self.frontends else 0,
-            "active": snapshot.active_attachment is not None,
+            "frontends": frontends.frontends if frontends else 0,
+            "active": index is not None,
+            "active-frontend": frontends.number_of(active) if frontends else None,
+            "waiting-frontends": frontends.waiting(active) if frontends else [],
             "disk": str(self.mirror.source_path),
             "capacity": self.engine.config.capacity_bytes,
             "block-size": self.engine.config.block_bytes,
@@ -341,7 +345,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
     mirror.reach = started.confinement.reach
     backend = Backend(config, engine, mirror, hub)
     device = BlkDevice(shape)
-    frontends = FrontendServer(device, engine.attach, hub.publish)
+    frontends = FrontendServer(device, engine.attach, hub.publish, engine.rings)
     backend.frontends = frontends
     backend.resizer = Resizer(engine, mirror, device, frontends, hub)
     engine.on_event(lambda event: _on_event(event, engine, frontends, hub))

@@ -29,6 +29,7 @@ from vhostsync.snapshot import ROLES, QueueStats, Snapshot, State, queue_stats_o
 from vhostsync.state_file import Mark
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
+from vhostsync.vhost_user.ring_watch import RingsSeen
 
 log = structlog.get_logger(__name__)
 
@@ -484,6 +485,20 @@ class Engine:
         c_snapshot = ffi.new("struct vs_snapshot *")
         lib.vs_engine_snapshot(self._handle, c_snapshot)
         return snapshot_of(c_snapshot, ATTACHMENTS_MAX)
+
+    async def rings(self) -> RingsSeen:
+        """What becomes of the rings that frontends have started."""
+        active = (await self.snapshot()).active_attachment
+        queues = await self.queue_stats()
+        return RingsSeen(
+            None if active is None else self.attachment(active),
+            any(queue.running or queue.broken is not None for queue in queues),
+            [queue.kicks for queue in queues],
+            [
+                queue.in_flight + queue.malformed + sum(op.operations for op in queue.operations.values())
+                for queue in queues
+            ],
+        )
 
     async def queue_stats(self) -> list[QueueStats]:
         """Of each queue that the device has."""

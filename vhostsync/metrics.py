@@ -102,7 +102,10 @@ def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[
     page.one("capacity_bytes", "gauge", "Size of the disk as the guest sees it.", status.get("capacity"))
     page.one("frontends", "gauge", "Frontends connected.", status.get("frontends"))
     page.one("active", "gauge", "1 while a frontend runs rings.", status.get("active"))
-    page.one("epoch", "counter", "The epoch of the state record.", status.get("epoch"))
+    waiting = status.get("waiting-frontends")
+    help_text = "Frontends that wait until the active one has stopped its rings."
+    page.one("frontends_waiting", "gauge", help_text, None if waiting is None else len(waiting))
+    page.one("epoch", "gauge", "The epoch of the state record.", status.get("epoch"))
     _mirror(page, mirror)
     _queues(page, stats.get("queues", ()))
     _disks(page, stats.get("disks", {}))

@@ -182,6 +182,19 @@ def fetch_busybox(cache: Path) -> Path:
     return program
 
 
+def fetch_promtool(cache: Path) -> Path:
+    """Prometheus' checker: the machine's own, else unpacked here. Its package is not installed: that would
+    start a server."""
+    if (installed := shutil.which("promtool")) is not None:
+        return Path(installed)
+    program = cache / "promtool"
+    if not program.exists():
+        with tempfile.TemporaryDirectory(prefix="vhostsync-promtool-", dir=cache) as folder:
+            unpack_package("prometheus", Path(folder))
+            (Path(folder) / "usr/bin/promtool").rename(program)
+    return program
+
+
 def fetch_kernel(cache: Path) -> Path:
     """Unpack the guest's kernel; returns a folder with `vmlinuz` and `modules/NN-name.ko` in load order."""
     packages = kernel_packages()

@@ -118,3 +118,15 @@ def wait_listening(process: Process, path: Path, timeout_s: float = 30.0) -> Non
         if time.monotonic() > deadline:
             raise ProcessError(f"{process.name} does not listen on {path}:\n{process.last_output()}")
         time.sleep(0.01)
+
+
+def wait_said(process: Process, words: str, timeout_s: float = 60.0) -> str:
+    """The first line of its output that has these words; looked at every 50 ms."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for line in process.log.read_text(errors="replace").splitlines():
+            if words in line:
+                return line
+        if not process.running or time.monotonic() > deadline:
+            raise ProcessError(f"{process.name} has not said “{words}”:\n{process.last_output()}")
+        time.sleep(0.05)

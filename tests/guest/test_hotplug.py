@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk is taken out of a running machine and put in again, on the connection that there is already.
 
-QEMU's chardev stays connected, and the second device negotiates anew on it, without a word about the end of the
-first."""
+QEMU's chardev stays connected, and the second device negotiates anew on it, without a word about the end of
+the first."""
 
 from __future__ import annotations
 
@@ -53,4 +53,5 @@ def test_device_del_and_device_add_on_one_connection(assets: GuestAssets, work: 
         backend.stop()
         log = (work / "disk.log").read_text()
     assert log.count("frontend connected") == 1
+    assert "does not get on" not in log
     assert digest(image) == digest(mirror)

@@ -2,12 +2,15 @@
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from subprocess import STDOUT
 from typing import Any
 
 import anyio
 import pytest
 
+from tests.guest.assets import AssetError, cache_folder, fetch_promtool
 from tests.unit.control_fakes import FakeBackend
 from vhostsync import metrics
 from vhostsync.config import TcpAddress
@@ -66,6 +69,22 @@ async def test_the_page_has_what_there_is_and_not_what_is_undefined() -> None:
     assert page['vhostsync_queue_broken{queue="1"}'] == 1
     assert page['vhostsync_disk_bytes_total{disk="source",operation="read"}'] == 5 * 4096
     assert not any('disk="destination"' in key for key in page)
+
+
+async def test_promtool_finds_no_fault() -> None:
+    """Prometheus' own check of names, types and help texts."""
+    backend = FakeBackend()
+    backend.mirror.now = replace(backend.mirror.now, state="steady", destination="/disks/b.img")
+    try:
+        promtool = fetch_promtool(cache_folder())
+    except AssetError as error:
+        pytest.skip(f"NOT TESTED: promtool cannot be had here: {error}")
+    page = (await page_of(backend)).encode()
+    checked = await anyio.run_process([promtool, "check", "metrics"], input=page, check=False, stderr=STDOUT)
+    assert (checked.returncode, checked.stdout) == (0, b"")
+    wrong = page.replace(b"epoch gauge", b"epoch counter")
+    checked = await anyio.run_process([promtool, "check", "metrics"], input=wrong, check=False, stderr=STDOUT)
+    assert b"_total" in checked.stdout
 
 
 async def test_histograms_are_cumulative_and_in_seconds() -> None:

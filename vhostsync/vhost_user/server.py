@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import anyio
@@ -22,7 +23,9 @@ from ..events import FRONTEND_CONNECTED, FRONTEND_DISCONNECTED
 from ..virtio_blk import BlkDevice
 from .attachment import Attachment
 from .listener import Endpoint
+from .messages import Request
 from .owned_fd import close_all
+from .ring_watch import Look, RingsSeen, watch_rings
 from .session import Session
 from .transport import BackendChannel, Connection
 
@@ -46,21 +49,31 @@ class _Frontend:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     attachment: Attachment | None = None
     reason: str | None = None
+    peer: Mapping[str, int] = field(default_factory=dict)
+    before: RingsSeen | None = None  # the rings before it has started any
+    rings_since: str | None = None  # when the first of its rings was started and enabled, ISO; None: none is
+    watch: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
 
 class FrontendServer:
     """Serves one device to its frontends.
 
     `make_attachment` gives a new connection its attachment or raises EngineError (when cancelled, it undoes
-    what it began); `publish` gets FRONTEND_CONNECTED and FRONTEND_DISCONNECTED (EventHub.publish fits).
+    what it began); `publish` gets FRONTEND_CONNECTED and FRONTEND_DISCONNECTED (EventHub.publish fits);
+    `look` tells of the rings (without it nobody watches them).
     """
 
     def __init__(
-        self, device: BlkDevice, make_attachment: Callable[[], Awaitable[Attachment]], publish: Publish
+        self,
+        device: BlkDevice,
+        make_attachment: Callable[[], Awaitable[Attachment]],
+        publish: Publish,
+        look: Look | None = None,
     ) -> None:
         self._device = device
         self._make_attachment = make_attachment
         self._publish = publish
+        self._look = look
         self._frontends: dict[int, _Frontend] = {}
         self._last_number = 0
 
@@ -73,6 +86,19 @@ class FrontendServer:
     def active(self) -> bool:
         """Whether any frontend has a started ring."""
         return any(one.started for each in self._frontends.values() for one in each.session.state.rings)
+
+    def number_of(self, attachment: Attachment | None) -> int | None:
+        """The frontend of this attachment."""
+        numbers = (each.number for each in self._frontends.values() if each.attachment is attachment)
+        return next(numbers, None) if attachment is not None else None
+
+    def waiting(self, active: Attachment | None) -> list[dict[str, Any]]:
+        """The frontends that have started rings and wait until `active` has stopped its own."""
+        return [
+            {"frontend": each.number, **each.peer, "since": each.rings_since}
+            for each in self._frontends.values()
+            if each.rings_since is not None and active is not None and each.attachment is not active
+        ]
 
     async def serve(self, endpoint: Endpoint) -> None:
         """Serve until cancelled; with a connection instead of a listening socket, until that frontend goes.
@@ -123,22 +149,22 @@ class FrontendServer:
             sock.close()
             return
         session = Session(self._device, BackendChannel)
-        frontend = _Frontend(self._last_number, Connection(sock), session)
+        frontend = _Frontend(self._last_number, Connection(sock), session, peer=_peer(sock))
         self._frontends[frontend.number] = frontend
-        tasks.start_soon(self._serve_one, frontend, _peer(sock))
+        tasks.start_soon(self._serve_one, frontend, tasks)
 
-    async def _serve_one(self, frontend: _Frontend, peer: dict[str, int]) -> None:
+    async def _serve_one(self, frontend: _Frontend, tasks: TaskGroup) -> None:
         """One connection from its first message to the end of its last request. Raises nothing: a fault in
         the handling of one frontend must not stop the others' disk."""
         number = frontend.number
-        log.info("frontend connected", frontend=number, **peer)
-        self._publish(FRONTEND_CONNECTED, {"frontend": number, **peer})
+        log.info("frontend connected", frontend=number, **frontend.peer)
+        self._publish(FRONTEND_CONNECTED, {"frontend": number, **frontend.peer})
         reason: str | None = "the backend stops"  # what it is when nothing below says otherwise
         try:
             with frontend.scope:
                 try:
                     frontend.attachment = await self._make_attachment()
-                    await self._converse(frontend, frontend.attachment)
+                    await self._converse(frontend, frontend.attachment, tasks)
                     reason = None
                 except (FrontendError, EngineError) as error:
                     reason = str(error)
@@ -154,6 +180,7 @@ class FrontendServer:
     async def _end(self, frontend: _Frontend, reason: str | None) -> None:
         # First the requests, then the connection: a frontend that sees it end takes up at the used index,
         # and what were answered after that would be answered twice.
+        frontend.watch.cancel()
         try:
             if frontend.attachment is not None:
                 await frontend.attachment.close()
@@ -170,20 +197,49 @@ class FrontendServer:
             log.warning("frontend's connection ended", frontend=frontend.number, reason=reason)
         self._publish(FRONTEND_DISCONNECTED, {"frontend": frontend.number, "reason": reason})
 
-    async def _converse(self, frontend: _Frontend, attachment: Attachment) -> None:
+    async def _converse(self, frontend: _Frontend, attachment: Attachment, tasks: TaskGroup) -> None:
         """Messages in order, the next one only when the one before is dealt with, until there are no more."""
         connection, session = frontend.connection, frontend.session
         while (received := await connection.receive()) is not None:
             message, fds = received
             log.debug("received", frontend=frontend.number, what=message, fds=len(fds))
             try:
+                if message.request is Request.SET_VRING_KICK and frontend.before is None and self._look:
+                    frontend.before = await self._look()
                 outcome = await session.handle(message, fds, attachment)
             finally:
                 close_all(fds)
+            self._note_rings(frontend, attachment, tasks)
             if outcome.refusal is not None:
                 log.warning("frontend refused", frontend=frontend.number, reason=outcome.refusal)
             if outcome.reply is not None:
                 await connection.send(outcome.reply, outcome.share)
+
+
+    def _note_rings(self, frontend: _Frontend, attachment: Attachment, tasks: TaskGroup) -> None:
+        """Watch the rings from when the first of them should run until none should."""
+        should_run = any(ring.running for ring in frontend.session.state.rings)
+        if should_run == (frontend.rings_since is not None):
+            return
+        if not should_run:
+            frontend.watch.cancel()
+            frontend.rings_since = frontend.before = None
+            return
+        frontend.rings_since = datetime.now(UTC).isoformat(timespec="seconds")
+        frontend.watch = anyio.CancelScope()
+        if self._look is not None and frontend.before is not None:
+            tasks.start_soon(self._watch, frontend, attachment, frontend.before, self._look, frontend.watch)
+
+    async def _watch(
+        self,
+        frontend: _Frontend,
+        attachment: Attachment,
+        before: RingsSeen,
+        look: Look,
+        scope: anyio.CancelScope,
+    ) -> None:
+        with scope:
+            await watch_rings(frontend.number, attachment, before, look, self.number_of)
 
 
 def _peer(sock: socket.socket) -> dict[str, int]:
