@@ -310,6 +310,9 @@ def _wire(request: Request, payload: Payload, need_reply: bool) -> bytes:
     return HEADER.pack(request, 1 | (8 if need_reply else 0), len(data)) + data
 
 
+LENGTHS = ("wire_bytes", "padding_bytes")
+
+
 def other_payload(payload: Payload, choices: Choices) -> Payload:
     """One number of it is another."""
     if isinstance(payload, MemoryTable):
@@ -320,8 +323,8 @@ def other_payload(payload: Payload, choices: Choices) -> Payload:
     if isinstance(payload, SingleRegion):
         return SingleRegion(_other_region(payload.region, choices))
     values: dict[str, Any] = {each.name: getattr(payload, each.name) for each in fields(payload)}
-    # Not the payload's own size: so much would have to be sent.
-    numbers = [name for name, value in values.items() if type(value) is int and name != "wire_bytes"]
+    # Not how long the payload is: so much would have to be sent.
+    numbers = [name for name, value in values.items() if type(value) is int and name not in LENGTHS]
     if not numbers:
         return payload
     name = choices.random.choice(numbers)
