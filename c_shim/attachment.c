@@ -147,14 +147,55 @@ void attachment_update(struct attachment *a)
     }
 }
 
-void attachment_map_rings(struct attachment *a)
+/* The ring has come to lie elsewhere, or nothing of it is in flight any more. */
+static void forget_old_ring(struct queue *q)
+{
+    struct mem_table *table = q->leaving;
+    q->leaving = NULL;
+    if (table)
+        mem_table_unpin(&q->attachment->memory, table);
+}
+
+/* A ring whose memory is taken away does not run. What was taken up from it before is still answered there, so the
+ * memory stays mapped until that is over: the guest may look at it again through another region. */
+void attachment_map_rings(struct attachment *a, struct mem_table *mapped_in)
 {
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
-        if (q->vq.num && !virtqueue_map(&q->vq, a->memory.current))
-            virtqueue_unmap(&q->vq);
+        struct vring_avail *avail = q->vq.avail;
+        struct vring_used *used = q->vq.used;
+        if (!q->vq.num)
+            continue;
+        if (virtqueue_map(&q->vq, a->memory.current)) {
+            forget_old_ring(q);
+        } else if (q->in_flight && used) {
+            q->vq.avail = avail; /* for the answers; without descriptors it does not run */
+            q->vq.used = used;
+            if (!q->leaving)
+                mapped_in->pins++;
+            q->leaving = q->leaving ? q->leaving : mapped_in;
+        }
     }
     attachment_update(a);
+}
+
+void attachment_show_done(struct attachment *a)
+{
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
+        list_remove(&a->queue[i].notify_link);
+        notify(&a->queue[i]);
+    }
+}
+
+/* Nothing of the ring is in flight: its old memory may go. */
+static void leave_old_ring(struct queue *q)
+{
+    if (q->in_flight || !q->leaving)
+        return;
+    list_remove(&q->notify_link);
+    notify(q);
+    virtqueue_unmap(&q->vq);
+    forget_old_ring(q);
 }
 
 /* ---- ends -------------------------------------------------------------- */
@@ -199,6 +240,7 @@ void queue_finished_one(struct queue *q)
     a->in_flight--;
     if (list_empty(&q->notify_link))
         list_append(&a->engine->notify, &q->notify_link);
+    leave_old_ring(q);
     queue_quiet(q);
     if (a->in_flight)
         return;
@@ -239,6 +281,7 @@ void attachments_free(struct vs_engine *e)
         for (unsigned k = 0; a->engine && k < VS_MAX_QUEUES; k++) {
             queue_set_fd(&a->queue[k].call_fd, -1);
             queue_set_fd(&a->queue[k].err_fd, -1);
+            forget_old_ring(&a->queue[k]);
         }
         inflight_unmap(&a->inflight);
         dirty_log_unmap(&a->dirty_log);

@@ -84,18 +84,19 @@ static int vring_num(struct queue *q, uint64_t num)
     if (q->running || q->in_flight)
         return -EBUSY;
     q->vq.num = (uint32_t)num;
-    attachment_map_rings(q->attachment);
+    attachment_map_rings(q->attachment, q->attachment->memory.current);
     return 0;
 }
 
 static int vring_addr(struct queue *q, const struct vs_command *c)
 {
+    attachment_show_done(q->attachment); /* in the ring of whose elements they are */
     q->vq.desc_user = c->desc;
     q->vq.avail_user = c->avail;
     q->vq.used_user = c->used;
     q->vq.log = c->log == UINT64_MAX ? NULL : &q->attachment->dirty_log;
     q->vq.used_log_addr = c->log;
-    attachment_map_rings(q->attachment);
+    attachment_map_rings(q->attachment, q->attachment->memory.current);
     return 0;
 }
 
@@ -204,7 +205,7 @@ static void set_features(struct attachment *a, uint64_t features)
             vq->signalled_known = false;
         vq->event_idx = event_idx;
     }
-    attachment_map_rings(a); /* the event fields belong to the rings now, or no more */
+    attachment_map_rings(a, a->memory.current); /* the event fields belong to the rings now, or no more */
 }
 
 static void reset_device(struct attachment *a)
@@ -245,7 +246,7 @@ static bool apply_vring(struct queue *q, uint64_t token, const struct vs_command
     }
 }
 
-static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_command *c, int *rc)
+static bool change_memory(struct attachment *a, uint64_t token, const struct vs_command *c, int *rc)
 {
     if (c->kind == VS_CMD_SET_MEM_TABLE) {
         *rc = guest_memory_set(&a->memory, c->regions, c->region_count);
@@ -254,15 +255,23 @@ static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_c
     } else {
         lose_patience(a);
         *rc = guest_memory_remove(&a->memory, &c->regions[0], token);
-        if (*rc == 0) {
-            attachment_map_rings(a);
+        if (*rc == 0)
             return false; /* memory_gone() answers */
-        }
         a->patience_ends_ns = 0;
     }
-    if (*rc == 0)
-        attachment_map_rings(a);
     return true;
+}
+
+static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_command *c, int *rc)
+{
+    struct mem_table *before = mem_table_pin(&a->memory);
+    bool done;
+    attachment_show_done(a);
+    done = change_memory(a, token, c, rc);
+    if (*rc == 0)
+        attachment_map_rings(a, before);
+    mem_table_unpin(&a->memory, before);
+    return done;
 }
 
 void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c)

@@ -59,6 +59,7 @@ struct queue {
     struct attachment *attachment;
     uint32_t index;
     struct virtqueue vq;
+    struct mem_table *leaving; /* pinned: its rings' memory was taken away while requests were in flight (attachment_map_rings) */
     bool started, enabled, running;
     bool base_set; /* base is to be taken at the next start */
     uint16_t base;

@@ -1003,4 +1003,13 @@ MUTATIONS = [
         "} else if (io->result < 0 && c->engine->mirror.state == VS_DEGRADED) {",
         "failover_first.py::test_a_new_range_that_cannot_be_read_is_not_taken",
     ),
+    # -- rings ---------------------------------------------------------------------
+    _m(
+        "answers-lost-with-the-ring",
+        "what was taken up from a ring is shown there before its memory is unmapped",
+        "attachment.c",
+        "        } else if (q->in_flight && used) {",
+        "        } else if (!q && used) {",
+        "rings/test_memory_exchange.py::test_a_write_in_flight_is_answered_before_the_rings_are_unmapped",
+    ),
 ]
