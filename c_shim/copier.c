@@ -16,7 +16,8 @@
  *
  * A hole is looked for before the slot is taken and verified after, so that a
  * write that filled it meanwhile is either seen or captured. On the destination
- * zeroes are only written where there is no hole already.
+ * zeroes are only written where there is no hole already. Looking may take as
+ * long as a read, so it is a request to the disk like one.
  *
  * What cannot be read (copy_rescue.c finds it out) is not put on the
  * destination, which may hold it better; neither is what is in doubt after a
@@ -37,10 +38,13 @@
 #include "own_memory.h"
 
 #define BUFFERS_BYTES ((uint64_t)COPY_DEPTH_MAX * COPY_BYTES)
+#define ZERO_AT_ONCE_BYTES ((uint64_t)VS_ZERO_SECTORS_MAX * 512)
 
 static void read_done(struct disk_io *io);
 static void piece_done(struct disk_io *io);
 static void put_next(struct region_copy *c);
+static void destination_looked(struct disk_io *io);
+static void scouted(struct disk_io *io);
 static void slot_granted(struct range_slot *slot);
 
 int copier_init(struct vs_engine *e)
@@ -57,6 +61,9 @@ int copier_init(struct vs_engine *e)
         k->copies[i].buffer = k->buffers + (size_t)i * COPY_BYTES;
         k->copies[i].slot.grant = slot_granted;
     }
+    k->scout.kind = VS_DISK_FIND_DATA;
+    k->scout.to_data_end = true;
+    k->scout.done = scouted;
     return 0;
 }
 
@@ -76,6 +83,7 @@ void copier_start(struct vs_engine *e)
     k->bytes_total = dirty_map_bytes(&e->to_copy);
     k->bytes_done = k->bytes_sparse = 0;
     k->not_before_ns = 0;
+    k->known_from = k->known_end = 0;
 }
 
 void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length)
@@ -195,37 +203,47 @@ static uint64_t next_good(struct region_copy *c)
     return end - c->offset;
 }
 
+/* Of the region, "piece" bytes from "put" on. */
+static void submit_piece(struct region_copy *c, uint32_t kind, void (*done)(struct disk_io *io))
+{
+    c->iov = (struct iovec){c->buffer + c->put, (size_t)c->piece};
+    c->io.kind = kind;
+    c->io.may_unmap = true;
+    c->io.to_data_end = false;
+    c->io.offset = c->offset + c->put;
+    c->io.length = c->piece;
+    c->io.iov = &c->iov;
+    c->io.iov_count = 1;
+    c->io.done = done;
+    submit(c, c->engine->mirror.disk);
+}
+
 static void put_next(struct region_copy *c)
 {
-    struct vs_engine *e = c->engine;
-    while (c->put < c->length) {
-        uint64_t end = next_good(c), at = c->offset + c->put;
-        bool zero;
-        if (c->put == c->length)
-            break;
-        zero = next_piece(c, end, &c->piece);
-        if (zero)
-            c->sparse += c->piece;
-        if (zero && disk_hole_end(e->mirror.disk, at, at + c->piece) == at + c->piece) {
-            c->put += c->piece;
-            continue;
-        }
-        if (zero && c->piece > (uint64_t)VS_ZERO_SECTORS_MAX * 512) {
-            c->sparse -= c->piece - (uint64_t)VS_ZERO_SECTORS_MAX * 512;
-            c->piece = (uint64_t)VS_ZERO_SECTORS_MAX * 512;
-        }
-        c->iov = (struct iovec){c->buffer + c->put, (size_t)c->piece};
-        c->io.kind = zero ? VS_DISK_ZERO : VS_DISK_WRITE;
-        c->io.may_unmap = true;
-        c->io.offset = at;
-        c->io.length = c->piece;
-        c->io.iov = &c->iov;
-        c->io.iov_count = 1;
-        c->io.done = piece_done;
-        submit(c, e->mirror.disk);
-        return;
+    uint64_t end = next_good(c);
+    if (c->put == c->length)
+        finish_copy(c);
+    else if (next_piece(c, end, &c->piece))
+        submit_piece(c, VS_DISK_FIND_DATA, destination_looked);
+    else
+        submit_piece(c, VS_DISK_WRITE, piece_done);
+}
+
+/* Zeroes are to come where it was looked for a hole. */
+static void destination_looked(struct disk_io *io)
+{
+    struct region_copy *c = container_of(io, struct region_copy, io);
+    if (!copier_current(c)) {
+        copier_end(c);
+    } else if (disk_found_hole(io)) {
+        c->sparse += c->piece;
+        c->put += c->piece;
+        put_next(c);
+    } else {
+        c->piece = c->piece < ZERO_AT_ONCE_BYTES ? c->piece : ZERO_AT_ONCE_BYTES;
+        c->sparse += c->piece;
+        submit_piece(c, VS_DISK_ZERO, piece_done);
     }
-    finish_copy(c);
 }
 
 static void piece_done(struct disk_io *io)
@@ -329,30 +347,77 @@ static void start_reading(struct region_copy *c)
     submit(c, e->source);
 }
 
+static void learn(struct copier *k, const struct disk_io *found)
+{
+    k->known_hole = found->data_at > found->offset;
+    k->known_from = found->offset;
+    k->known_end = k->known_hole ? found->data_at : found->data_end;
+}
+
+static void scouted(struct disk_io *io)
+{
+    struct copier *k = container_of(io, struct copier, scout);
+    k->scouting = false;
+    learn(k, io);
+}
+
+/* Whether it is known what the source has at offset; else it is asked. */
+static bool is_known(struct vs_engine *e, uint64_t offset)
+{
+    struct copier *k = &e->copier;
+    if (k->scouting)
+        return false;
+    if (offset >= k->known_from && offset < k->known_end)
+        return true;
+    k->scouting = true;
+    k->scout.offset = offset;
+    k->scout.length = e->to_copy.capacity_bytes - offset;
+    disk_submit(e->source, &k->scout);
+    return false;
+}
+
+/* Whether it still was a hole when it had its place. */
+static void hole_looked(struct disk_io *io)
+{
+    struct region_copy *c = container_of(io, struct region_copy, io);
+    struct vs_engine *e = c->engine;
+    if (!copier_current(c)) {
+        copier_end(c);
+    } else if (disk_found_hole(io)) {
+        c->hole = true;
+        copier_was_read(c);
+    } else { /* a write has filled it: as if it had never been placed */
+        learn(&e->copier, io);
+        range_release(&e->mirror.slots, &c->slot);
+        dirty_map_set(&e->to_copy, c->offset, c->length);
+        e->copier.cursor = c->offset;
+        copier_end(c);
+    }
+}
+
 /* A hole of at least a region at a run's beginning is passed over as a whole. */
 static bool start_hole(struct region_copy *c, uint64_t offset)
 {
     struct vs_engine *e = c->engine;
     uint64_t region = 1ull << e->to_copy.region_shift, run, length;
-    if (disk_hole_end(e->source, offset, offset + 1) == offset)
+    if (!e->copier.known_hole)
         return false;
     dirty_map_find(&e->to_copy, offset, COPY_HOLE_BYTES, &offset, &run);
-    length = disk_hole_end(e->source, offset, offset + run) - offset;
+    length = e->copier.known_end - offset;
     if (length < run)
         length -= length % region;
+    else
+        length = run;
     if (length == 0)
         return false;
     place(c, offset, length);
-    if (disk_hole_end(e->source, offset, offset + length) != offset + length) {
-        /* A write filled it meanwhile: as if it had never been placed. */
-        range_release(&e->mirror.slots, &c->slot);
-        dirty_map_set(&e->to_copy, offset, length);
-        e->copier.cursor = offset;
-        copier_end(c);
-        return false;
-    }
-    c->hole = true;
-    copier_was_read(c);
+    c->step = COPY_LOOKING;
+    c->io.kind = VS_DISK_FIND_DATA;
+    c->io.to_data_end = false;
+    c->io.offset = offset;
+    c->io.length = length;
+    c->io.done = hole_looked;
+    submit(c, e->source);
     return true;
 }
 
@@ -408,20 +473,14 @@ void copier_pump(struct vs_engine *e)
 {
     struct copier *k = &e->copier;
     uint64_t offset, run;
-    k->more = false;
     if (k->granted)
         put_granted(k);
     if (!copying(e) || e->mirror.uncaptured_writes)
         return;
-    while (may_begin(e)) {
+    while (may_begin(e) && next_run(e, &offset, &run) && is_known(e, offset)) {
         struct region_copy *c = free_copy(k);
-        if (!next_run(e, &offset, &run))
-            return;
-        if (start_hole(c, offset)) {
-            /* Holes complete at once: one a pass, or a large one would keep the guest waiting. */
-            k->more = true;
-            return;
-        }
+        if (start_hole(c, offset))
+            continue;
         place(c, offset, run);
         start_reading(c);
     }

@@ -17,8 +17,8 @@
 
 struct vs_engine;
 
-/* Read: waits for its turn on the destination; granted: has it. */
-enum copy_step { COPY_FREE, COPY_READING, COPY_READ, COPY_GRANTED, COPY_PUTTING };
+/* Looking: whether the hole is still one. Read: waits for its turn on the destination; granted: has it. */
+enum copy_step { COPY_FREE, COPY_LOOKING, COPY_READING, COPY_READ, COPY_GRANTED, COPY_PUTTING };
 
 struct region_copy {
     struct vs_engine *engine;
@@ -46,7 +46,11 @@ struct copier {
     bool granted;       /* a copy that was read has got its turn on the destination */
     struct copy_pace pace; /* while the guest works */
     unsigned in_use;
-    bool more;          /* it stopped for the others' sake: call again without waiting */
+    /* What the source has said last: a hole, or data, from here to there. It may be one no more: data is read as it
+     * is then, and a hole is looked at again when it has its place. */
+    struct disk_io scout;
+    bool scouting, known_hole;
+    uint64_t known_from, known_end;
     uint64_t cursor;
     uint64_t bytes_total, bytes_done, bytes_sparse;
     uint64_t speed_bytes_per_s; /* 0: no limit */

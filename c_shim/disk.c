@@ -59,6 +59,19 @@ void disk_close(struct vs_disk *disk)
     disk->ops->close(disk);
 }
 
+void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing))
+{
+    assert(disk->stats.in_flight == 0);
+    disk->closing = (struct disk_io){.kind = VS_DISK_CLOSE, .done = over};
+    disk_submit(disk, &disk->closing);
+}
+
+void disk_free(struct vs_disk *disk)
+{
+    assert(disk->stats.in_flight == 0);
+    disk->ops->close(disk);
+}
+
 void vs_disk_close(vs_disk *disk)
 {
     disk_close(disk);
@@ -66,8 +79,8 @@ void vs_disk_close(vs_disk *disk)
 
 void disk_submit(struct vs_disk *disk, struct disk_io *io)
 {
-    assert(io->kind < VS_DISK_OPS);
-    if (io->kind != VS_DISK_FLUSH) {
+    assert(io->kind < VS_DISK_KINDS);
+    if (io->kind != VS_DISK_FLUSH && io->kind != VS_DISK_CLOSE) {
         assert(io->length > 0 && io->offset <= disk->bytes && io->length <= disk->bytes - io->offset);
         assert(io->offset % disk->block_bytes == 0 && io->length % disk->block_bytes == 0);
     }
@@ -122,12 +135,13 @@ static void finish(struct disk_io *io)
     struct vs_disk *disk = io->disk;
     assert(disk->stats.in_flight > 0);
     disk->stats.in_flight--;
-    op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
-                 disk->host->now_ns - io->submitted_ns, io->result < 0);
+    if (io->kind < VS_DISK_OPS)
+        op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
+                     disk->host->now_ns - io->submitted_ns, io->result < 0);
     if (io->kind == VS_DISK_FLUSH && io->result < 0 && !disk->direct)
         disk->flush_failed = true;
     disk_io_restore(io);
-    io->done(io);
+    io->done(io); /* the last thing: the disk may be gone after that */
 }
 
 unsigned disk_run_done(struct disk_host *host)
@@ -160,9 +174,15 @@ bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int c
     return (addresses & (disk->memory_align_bytes - 1)) == 0 && (lengths & (disk->block_bytes - 1)) == 0;
 }
 
-uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
+void disk_all_data(struct disk_io *io)
 {
-    return disk->ops->hole_end ? disk->ops->hole_end(disk, offset, end) : offset;
+    io->data_at = io->offset;
+    io->data_end = io->offset + io->length;
+}
+
+bool disk_found_hole(const struct disk_io *io)
+{
+    return io->data_at == io->offset + io->length;
 }
 
 int disk_dup(const struct vs_disk *disk)

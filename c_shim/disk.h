@@ -22,7 +22,8 @@
 
 struct disk_io {
     /* Set by the caller. */
-    uint32_t kind; /* enum vs_disk_op */
+    uint32_t kind; /* enum vs_disk_op, or enum vs_disk_errand */
+    bool to_data_end; /* VS_DISK_FIND_DATA: how far the data goes is wanted, too */
     bool may_unmap; /* VS_DISK_ZERO: the range may become a hole */
     uint64_t offset;
     uint64_t length;
@@ -32,11 +33,14 @@ struct disk_io {
     void (*done)(struct disk_io *io);
     /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
     int result;
+    /* Of VS_DISK_FIND_DATA, which never fails: up to data_at there is a hole, from there to data_end there may be data.
+     * Both lie in the range that was asked about. */
+    uint64_t data_at, data_end;
     /* The disk's own. */
     struct vs_disk *disk;
     struct io_job job;
     struct list link;        /* in flight, then done: the engine's */
-    struct list remote_link; /* completed by another thread: guarded by disk_host.lock */
+    struct list remote_link; /* at the disk's worker, then completed by another thread: guarded by disk_host.lock */
     uint64_t submitted_ns;
     uint64_t progress_ns; /* the last time that a part of it completed */
     uint64_t transferred;
@@ -59,10 +63,8 @@ struct disk_host {
 struct disk_ops {
     /* Ends in disk_complete() or disk_complete_remote(), now or later. */
     void (*submit)(struct vs_disk *disk, struct disk_io *io);
-    /* Nothing is in flight any more. */
+    /* Nothing is in flight any more. Closes it, unless that is done, and frees it. */
     void (*close)(struct vs_disk *disk);
-    /* The end of the hole that begins at offset (offset itself: data; unknown: data). */
-    uint64_t (*hole_end)(struct vs_disk *disk, uint64_t offset, uint64_t end);
     /* A new descriptor of what is open, or a negative errno. */
     int (*dup)(const struct vs_disk *disk);
 };
@@ -76,6 +78,7 @@ struct vs_disk {
     bool flush_failed; /* buffered: a later fdatasync would succeed without the data, so it stays an error */
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by progress_ns */
+    struct disk_io closing;
     struct vs_disk_stats stats;
 };
 
@@ -86,7 +89,12 @@ void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes,
                uint32_t memory_align_bytes, bool direct);
 /* An engine takes the disk. */
 void disk_adopt(struct vs_disk *disk, struct disk_host *host);
+/* Not on the data thread: it may take as long as the disk likes. */
 void disk_close(struct vs_disk *disk);
+/* On the data thread: nothing is in flight any more. over(&disk->closing) is called when it is closed, and calls
+ * disk_free(). Until then it counts as one in flight. */
+void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing));
+void disk_free(struct vs_disk *disk);
 
 void disk_submit(struct vs_disk *disk, struct disk_io *io);
 /* By the disk, on the engine's thread: queues io for done(). */
@@ -101,7 +109,10 @@ void disk_complete_remote(struct disk_io *io, int result);
 unsigned disk_run_done(struct disk_host *host);
 
 bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count);
-uint64_t disk_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end);
+/* The answer of a disk that does not know of holes. */
+void disk_all_data(struct disk_io *io);
+/* The whole range is a hole. */
+bool disk_found_hole(const struct disk_io *io);
 /* A descriptor of the open disk for somebody else to look at it with; a negative errno. */
 int disk_dup(const struct vs_disk *disk);
 /* When the operation that has gone longest without progress last made some; UINT64_MAX: none is in flight. */

@@ -2,7 +2,9 @@
  *
  * A disk on a file or block device, through io_uring; on memory-backed files
  * (tmpfs) by plain calls, because there io_uring would only hand every request
- * to a worker thread.
+ * to a worker thread. What io_uring has no operation for, or would do on the
+ * thread that enters it, is done by a worker of the disk's own (disk_worker.h):
+ * a file system that hangs in it holds up nobody else.
  *
  * A short transfer is continued, EINTR and EAGAIN are tried again. Zeroing
  * goes down a ladder until a step is supported: punch a hole (if asked to),
@@ -22,6 +24,7 @@
 #include <unistd.h>
 
 #include "disk.h"
+#include "disk_worker.h"
 
 /* What zeroes are written from; a zero step writes at most ZERO_IOV of them at once. */
 #define ZERO_BYTES (64u << 10)
@@ -36,6 +39,8 @@ struct file_disk {
     bool inline_io;
     bool is_block_device;
     bool no_punch, no_zero_range; /* learnt from EOPNOTSUPP */
+    bool closed;                  /* or being closed, by the worker, which ends with that */
+    struct disk_worker worker;
 };
 
 static void stepped(struct disk_io *io, int result);
@@ -194,9 +199,57 @@ static void job_over(struct io_job *job)
     stepped(container_of(job, struct disk_io, job), job->result);
 }
 
+/* Unknown counts as data. */
+static void find_data(const struct file_disk *f, struct disk_io *io)
+{
+    uint64_t end = io->offset + io->length;
+    off_t at = lseek(f->fd, (off_t)io->offset, SEEK_DATA);
+    disk_all_data(io);
+    if (at < 0)
+        io->data_at = errno == ENXIO ? end : io->offset; /* ENXIO: a hole up to the file's end */
+    else
+        io->data_at = (uint64_t)at < end ? (uint64_t)at : end;
+    if (!io->to_data_end || io->data_at != io->offset)
+        return;
+    at = lseek(f->fd, (off_t)io->offset, SEEK_HOLE);
+    if (at > (off_t)io->offset && (uint64_t)at < end)
+        io->data_end = (uint64_t)at;
+}
+
+/* On the worker. */
+static int errand(struct disk_io *io)
+{
+    struct file_disk *f = container_of(io->disk, struct file_disk, disk);
+    if (io->kind == VS_DISK_FIND_DATA)
+        find_data(f, io);
+    else
+        close(f->fd);
+    return 0;
+}
+
+static void submit_errand(struct file_disk *f, struct disk_io *io)
+{
+    if (io->kind == VS_DISK_CLOSE) {
+        f->closed = true;
+        disk_worker_give_last(&f->worker, io);
+    } else if (f->is_block_device) { /* they do not say */
+        disk_all_data(io);
+        disk_complete(io, 0);
+    } else if (f->inline_io) {
+        find_data(f, io);
+        disk_complete(io, 0);
+    } else {
+        disk_worker_give(&f->worker, io);
+    }
+}
+
 static void file_submit(struct vs_disk *disk, struct disk_io *io)
 {
     struct file_disk *f = container_of(disk, struct file_disk, disk);
+    if (io->kind >= VS_DISK_OPS) {
+        submit_errand(f, io);
+        return;
+    }
     if (io->thread == 0) {
         io->job.op.complete = file_complete;
     } else {
@@ -211,19 +264,11 @@ static void file_submit(struct vs_disk *disk, struct disk_io *io)
 static void file_close(struct vs_disk *disk)
 {
     struct file_disk *f = container_of(disk, struct file_disk, disk);
-    close(f->fd);
+    if (!f->closed) {
+        disk_worker_end(&f->worker);
+        close(f->fd);
+    }
     free(f);
-}
-
-static uint64_t file_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
-{
-    struct file_disk *f = container_of(disk, struct file_disk, disk);
-    if (f->is_block_device)
-        return offset; /* block devices do not say */
-    off_t data = lseek(f->fd, (off_t)offset, SEEK_DATA);
-    if (data < 0)
-        return errno == ENXIO ? end : offset; /* ENXIO: a hole up to the file's end */
-    return (uint64_t)data < end ? (uint64_t)data : end;
 }
 
 static int file_dup(const struct vs_disk *disk)
@@ -235,7 +280,6 @@ static int file_dup(const struct vs_disk *disk)
 static const struct disk_ops file_ops = {
     .submit = file_submit,
     .close = file_close,
-    .hole_end = file_hole_end,
     .dup = file_dup,
 };
 
@@ -291,6 +335,10 @@ vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
     struct file_disk *f = calloc(1, sizeof *f);
     if (!f)
         return NULL;
+    if (disk_worker_start(&f->worker, errand) < 0) {
+        free(f);
+        return NULL;
+    }
     f->fd = fd;
     f->inline_io = probe->inline_io;
     f->is_block_device = probe->is_block_device;

@@ -69,9 +69,9 @@ struct test_disk {
     uint8_t *durable;
     struct block *blocks;
     struct list dirty;
-    struct held held[VS_DISK_OPS];
-    struct fault fault[VS_DISK_OPS];
-    uint64_t completed[VS_DISK_OPS];
+    struct held held[VS_DISK_KINDS];
+    struct fault fault[VS_DISK_KINDS];
+    uint64_t completed[VS_DISK_KINDS];
     vs_test_record *record; /* NULL: none */
     uint32_t record_number; /* what it is called there */
 };
@@ -257,12 +257,34 @@ static bool take_fault(struct test_disk *t, uint32_t kind, int *error)
     return true;
 }
 
+/* Where blocks hold zeroes (as if true) or not, from "at" on. */
+static uint64_t end_of(struct test_disk *t, uint64_t at, uint64_t end, bool zero)
+{
+    uint64_t bytes = t->disk.block_bytes;
+    while (at < end && block_is_zero(t, at / bytes) == zero)
+        at = (at / bytes + 1) * bytes;
+    return at < end ? at : end;
+}
+
+static void find_data(struct test_disk *t, struct disk_io *io)
+{
+    uint64_t end = io->offset + io->length;
+    disk_all_data(io);
+    io->data_at = end_of(t, io->offset, end, true);
+    if (io->to_data_end && io->data_at == io->offset)
+        io->data_end = end_of(t, io->offset, end, false);
+}
+
 /* The request takes effect; its result. A flush's "transferred" is the stamp at which it began. */
 static int take_effect(struct test_disk *t, struct disk_io *io)
 {
     int error = 0;
-    t->stamp++;
     t->completed[io->kind]++;
+    if (io->kind == VS_DISK_FIND_DATA)
+        find_data(t, io);
+    if (io->kind >= VS_DISK_OPS)
+        return 0;
+    t->stamp++;
     if (io->kind == VS_DISK_FLUSH) {
         if (take_fault(t, io->kind, &error) && error) {
             if (!t->disk.direct)
@@ -317,26 +339,14 @@ static void test_submit(struct vs_disk *disk, struct disk_io *io)
 
 static void test_close(struct vs_disk *disk)
 {
-    for (int kind = 0; kind < VS_DISK_OPS; kind++)
+    for (int kind = 0; kind < VS_DISK_KINDS; kind++)
         assert(of(disk)->held[kind].count == 0);
     vs_test_disk_drop(disk);
-}
-
-static uint64_t test_hole_end(struct vs_disk *disk, uint64_t offset, uint64_t end)
-{
-    struct test_disk *t = of(disk);
-    uint64_t bytes = disk->block_bytes;
-    pthread_mutex_lock(&t->lock);
-    while (offset < end && block_is_zero(t, offset / bytes))
-        offset = (offset / bytes + 1) * bytes;
-    pthread_mutex_unlock(&t->lock);
-    return offset < end ? offset : end;
 }
 
 static const struct disk_ops test_ops = {
     .submit = test_submit,
     .close = test_close,
-    .hole_end = test_hole_end,
 };
 
 /* ---- the test's side ---------------------------------------------------- */
@@ -391,7 +401,7 @@ void vs_test_disk_drop(vs_disk *disk)
         return;
     list_each(node, &t->dirty)
         free_chain(container_of(node, struct block, dirty_link)->latest);
-    for (int kind = 0; kind < VS_DISK_OPS; kind++)
+    for (int kind = 0; kind < VS_DISK_KINDS; kind++)
         free(t->held[kind].io);
     free(t->blocks);
     free(t->durable);
@@ -403,7 +413,7 @@ void vs_test_disk_drop(vs_disk *disk)
 void vs_test_disk_hold(vs_disk *disk, uint32_t op, int hold)
 {
     struct test_disk *t = of(disk);
-    assert(op < VS_DISK_OPS);
+    assert(op < VS_DISK_KINDS);
     pthread_mutex_lock(&t->lock);
     t->held[op].on = hold != 0;
     pthread_mutex_unlock(&t->lock);
@@ -416,7 +426,7 @@ int vs_test_disk_release(vs_disk *disk, uint32_t op, int count)
     struct held *h = &t->held[op];
     struct disk_io **io;
     int *result;
-    assert(op < VS_DISK_OPS);
+    assert(op < VS_DISK_KINDS);
     pthread_mutex_lock(&t->lock);
     if (count > h->count)
         count = h->count;
@@ -437,7 +447,7 @@ int vs_test_disk_release(vs_disk *disk, uint32_t op, int count)
 int vs_test_disk_held(vs_disk *disk, uint32_t op)
 {
     struct test_disk *t = of(disk);
-    assert(op < VS_DISK_OPS);
+    assert(op < VS_DISK_KINDS);
     pthread_mutex_lock(&t->lock);
     int count = t->held[op].count;
     pthread_mutex_unlock(&t->lock);
@@ -447,7 +457,7 @@ int vs_test_disk_held(vs_disk *disk, uint32_t op)
 void vs_test_disk_fault(vs_disk *disk, uint32_t op, int error, int skip, int count)
 {
     struct test_disk *t = of(disk);
-    assert(op < VS_DISK_OPS && error >= 0);
+    assert(op < VS_DISK_KINDS && error >= 0);
     pthread_mutex_lock(&t->lock);
     t->fault[op] = (struct fault){.error = error, .skip = skip, .count = count};
     pthread_mutex_unlock(&t->lock);
@@ -514,7 +524,7 @@ int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const voi
 uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op)
 {
     struct test_disk *t = of(disk);
-    assert(op < VS_DISK_OPS);
+    assert(op < VS_DISK_KINDS);
     pthread_mutex_lock(&t->lock);
     uint64_t count = t->completed[op];
     pthread_mutex_unlock(&t->lock);

@@ -201,7 +201,7 @@ static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, now;
     bool queues = engine_takes_up(e) && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
-    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->copier.more || e->difference.more || e->verifier.more || e->quit ||
+    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->difference.more || e->verifier.more || e->quit ||
         read_fallback_due(e) || source_failover_due(e) || e->flush.dirty)
         return 0;
     if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->stalled))
@@ -271,7 +271,7 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 static bool idle_for_good(const struct vs_engine *e)
 {
     return e->source->stats.in_flight == 0 && (!e->mirror.disk || e->mirror.disk->stats.in_flight == 0) &&
-           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->activity.in_flight && list_empty(&e->host.done);
+           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->activity.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the

@@ -70,15 +70,29 @@ static void set_paused(struct vs_engine *e, bool paused)
 
 /* ---- the end of a destination ------------------------------------------ */
 
+static void former_closed(struct disk_io *closing)
+{
+    struct vs_engine *e = container_of(closing->disk->host, struct vs_engine, host);
+    struct vs_event event = {.kind = VS_EV_FENCE_CLEAR};
+    disk_free(e->mirror.former);
+    e->mirror.former = NULL;
+    mailbox_post(&e->mailbox, &event);
+}
+
+/* Closing may wait for the disk, so it is no work for this thread; the fence holds until it is over, too. */
 static void close_former(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
-    struct vs_event event = {.kind = VS_EV_FENCE_CLEAR};
     if (!m->former || m->former->stats.in_flight || e->replicator.in_use || e->copier.in_use)
         return;
-    disk_close(m->former);
-    m->former = NULL;
-    mailbox_post(&e->mailbox, &event);
+    disk_close_later(m->former, former_closed);
+}
+
+static void left_source_closed(struct disk_io *closing)
+{
+    struct vs_engine *e = container_of(closing->disk->host, struct vs_engine, host);
+    disk_free(closing->disk);
+    e->mirror.left_sources--;
 }
 
 void mirror_stop_capture(struct vs_engine *e)
@@ -248,7 +262,8 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
     m->uncaptured_writes += m->captured_writes; /* of those that are parked */
     m->captured_writes = 0;
     difference_forget(e);
-    disk_close(old);
+    m->left_sources++;
+    disk_close_later(old, left_source_closed);
     mirror_set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);
     return 0;
 }

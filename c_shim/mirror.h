@@ -31,7 +31,8 @@ enum record { RECORD_WRITTEN, RECORD_PENDING, RECORD_FAILED };
 struct mirror {
     enum vs_mirror_state state;
     vs_disk *disk;      /* the destination; NULL: there is none */
-    vs_disk *former;    /* given up with requests in flight: fenced until they are over */
+    vs_disk *former;    /* given up with requests in flight: fenced until they are over, and it is closed */
+    unsigned left_sources; /* that are being closed, after a switch */
     uint64_t epoch, capture_epoch;
     bool capturing;     /* in syncing and steady */
     enum record record; /* pending: flushes are held until the state record says "outdated" */

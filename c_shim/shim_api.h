@@ -276,6 +276,8 @@ enum vs_loss {
 
 enum vs_disk_role { VS_SOURCE = 0, VS_DESTINATION = 1 };
 enum vs_disk_op { VS_DISK_READ = 0, VS_DISK_WRITE = 1, VS_DISK_FLUSH = 2, VS_DISK_ZERO = 3, VS_DISK_OPS = 4 };
+/* What a disk is asked beside these, and is not counted: where there is data, and to close. */
+enum vs_disk_errand { VS_DISK_FIND_DATA = 4, VS_DISK_CLOSE = 5, VS_DISK_KINDS = 6 };
 
 struct vs_event {
     uint32_t kind;

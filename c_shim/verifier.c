@@ -44,6 +44,7 @@ static void repaired(struct disk_io *io);
 static void repair_flushed(struct disk_io *io);
 static void read_back(struct disk_io *io);
 static void granted(struct range_slot *slot);
+static void scouted(struct disk_io *io);
 
 int verifier_init(struct vs_engine *e)
 {
@@ -59,6 +60,9 @@ int verifier_init(struct vs_engine *e)
         c->source_data = v->buffers + (size_t)(2 * i) * VERIFY_BYTES;
         c->destination_data = c->source_data + VERIFY_BYTES;
     }
+    v->scout.kind = VS_DISK_FIND_DATA;
+    v->scout.to_data_end = true;
+    v->scout.done = scouted;
     return 0;
 }
 
@@ -70,14 +74,14 @@ void verifier_free(struct vs_engine *e)
 int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s)
 {
     struct verifier *v = &e->verifier;
-    if (v->running)
+    if (v->running || v->scouting)
         return -EBUSY;
     if (e->mirror.state != VS_STEADY)
         return -ENOTCONN;
     v->running = true;
     v->repair = repair;
     v->result = 0;
-    v->cursor = 0;
+    v->cursor = v->known_end = 0;
     v->bytes_done = v->bytes_skipped = v->bytes_differing = v->bytes_repaired = 0;
     v->differing.count = 0;
     v->speed_bytes_per_s = speed_bytes_per_s;
@@ -324,15 +328,37 @@ static void step_on(struct compare *c)
         read_both(c, COMPARE_READ);
 }
 
-/* Holes of both disks are equal. How many bytes from the cursor on are. */
-static uint64_t holes_at_cursor(const struct vs_engine *e)
+/* Up to this, from the cursor on: holes of both disks, which are equal, or data of one of them. */
+static void know(struct verifier *v, uint64_t end, bool holes)
 {
-    uint64_t at = e->verifier.cursor, left = e->config.capacity_bytes - at;
-    uint64_t end = at + (left < COPY_HOLE_BYTES ? left : COPY_HOLE_BYTES);
-    end = disk_hole_end(e->source, at, end);
-    if (end > at)
-        end = disk_hole_end(e->mirror.disk, at, end);
-    return (end - at) / e->config.block_bytes * e->config.block_bytes;
+    v->known_end = end;
+    v->known_holes = holes;
+}
+
+/* First the source is asked, then the destination, whether there is data from the cursor on. */
+static void scout(struct vs_engine *e, struct vs_disk *disk, uint64_t end)
+{
+    struct verifier *v = &e->verifier;
+    v->scouting = true;
+    v->scout_epoch = e->mirror.epoch;
+    v->scout.offset = v->cursor;
+    v->scout.length = end - v->cursor;
+    disk_submit(disk, &v->scout);
+}
+
+static void scouted(struct disk_io *io)
+{
+    struct verifier *v = container_of(io, struct verifier, scout);
+    struct vs_engine *e = container_of(v, struct vs_engine, verifier);
+    v->scouting = false;
+    if (!v->running || v->scout_epoch != e->mirror.epoch || e->mirror.state != VS_STEADY)
+        return;
+    if (io->data_at == io->offset)
+        know(v, io->data_end, false);
+    else if (io->disk == e->source)
+        scout(e, e->mirror.disk, io->data_at);
+    else
+        know(v, io->data_at, true);
 }
 
 static void begin_compare(struct vs_engine *e, struct compare *c)
@@ -354,6 +380,29 @@ static void begin_compare(struct vs_engine *e, struct compare *c)
     read_both(c, COMPARE_GLANCE);
 }
 
+/* Passes over what both disks have as holes; whether it is known that there is something to compare at the cursor. */
+static bool pass_holes(struct vs_engine *e)
+{
+    struct verifier *v = &e->verifier;
+    uint64_t holes;
+    if (v->cursor >= v->known_end) {
+        scout(e, e->source, e->config.capacity_bytes);
+        return false;
+    }
+    if (!v->known_holes)
+        return true;
+    holes = (v->known_end - v->cursor) / e->config.block_bytes * e->config.block_bytes;
+    if (holes == 0) {
+        v->known_holes = false;
+        return true;
+    }
+    v->cursor += holes;
+    v->bytes_done += holes;
+    know(v, v->cursor, false);
+    v->more = true;
+    return false;
+}
+
 /* The guest goes first. */
 static unsigned depth_now(const struct vs_engine *e)
 {
@@ -364,18 +413,12 @@ static void begin_more(struct vs_engine *e)
 {
     struct verifier *v = &e->verifier;
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
-        uint64_t holes;
-        if (v->cursor == e->config.capacity_bytes || v->in_use >= depth_now(e) || v->not_before_ns > engine_now(e))
+        if (v->scouting || v->cursor == e->config.capacity_bytes || v->in_use >= depth_now(e) || v->not_before_ns > engine_now(e))
             return;
         if (v->compares[i].step != COMPARE_FREE)
             continue;
-        holes = holes_at_cursor(e);
-        if (holes > 0) { /* one stretch a pass: the guest waits meanwhile */
-            v->cursor += holes;
-            v->bytes_done += holes;
-            v->more = true;
+        if (!pass_holes(e))
             return;
-        }
         begin_compare(e, &v->compares[i]);
     }
 }

@@ -50,6 +50,10 @@ struct verifier {
     uint64_t speed_bytes_per_s; /* 0: no limit */
     uint64_t not_before_ns;
     bool more;
+    /* What the disks have said of what lies at the cursor; the question may outlive a verification. */
+    struct disk_io scout;
+    bool scouting, known_holes;
+    uint64_t scout_epoch, known_end;
     unsigned in_use;
     uint8_t *buffers;
     struct compare compares[VERIFY_DEPTH];

@@ -40,6 +40,13 @@ class DiskOp(IntEnum):
     ZERO = 3
 
 
+class Errand(IntEnum):
+    """What a disk is asked beside its operations."""
+
+    FIND_DATA = 4
+    CLOSE = 5
+
+
 class EventKind(IntEnum):
     DONE = 1
     STATE = 2
@@ -174,24 +181,25 @@ class MemoryDisk:
         """As a file behind the page cache: before an engine has it."""
         lib.vs_test_disk_buffered(self.handle)
 
-    def hold(self, op: DiskOp, on: bool = True) -> None:
+    def hold(self, op: DiskOp | Errand, on: bool = True) -> None:
         lib.vs_test_disk_hold(self.handle, op, int(on))
 
-    def release(self, op: DiskOp, count: int = 1 << 30) -> int:
+    def release(self, op: DiskOp | Errand, count: int = 1 << 30) -> int:
         return int(lib.vs_test_disk_release(self.handle, op, count))
 
-    def held(self, op: DiskOp) -> int:
+    def held(self, op: DiskOp | Errand) -> int:
         return int(lib.vs_test_disk_held(self.handle, op))
 
     def release_all(self) -> None:
         """Ends all holding and all faults and lets everything go."""
-        for op in DiskOp:
+        everything = (*DiskOp, *Errand)
+        for op in everything:
             self.hold(op, False)
             self.fault(op, 0, count=0)
-        while sum(self.release(op) for op in DiskOp):
+        while sum(self.release(op) for op in everything):
             pass
 
-    def fault(self, op: DiskOp, error: int, *, skip: int = 0, count: int = 1) -> None:
+    def fault(self, op: DiskOp | Errand, error: int, *, skip: int = 0, count: int = 1) -> None:
         """The next `count` requests after `skip` fail with `error`, or are short if it is 0; -1: for ever."""
         lib.vs_test_disk_fault(self.handle, op, error, skip, count)
 
@@ -442,7 +450,7 @@ class EngineDriver:
                 raise EngineTimeoutError(f"not in time: {what}")
             self.snapshot()
 
-    def await_held(self, disk: MemoryDisk, op: DiskOp, count: int = 1) -> None:
+    def await_held(self, disk: MemoryDisk, op: DiskOp | Errand, count: int = 1) -> None:
         """Until `disk` holds at least `count` requests of this kind."""
         self.until(lambda: disk.held(op) >= count, f"{count} held {op.name}")
 

@@ -84,6 +84,19 @@ static int call(vs_disk *disk, uint32_t kind, uint64_t offset, uint64_t length, 
     return finish(&c);
 }
 
+static uint64_t data_at(vs_disk *disk, uint64_t offset, uint64_t length)
+{
+    static struct call c;
+    unsigned usual = thread;
+    thread = 0;
+    c.io.to_data_end = true;
+    start(disk, &c, VS_DISK_FIND_DATA, offset, length, NULL);
+    thread = usual;
+    CHECK_EQUAL(finish(&c), 0);
+    CHECK(c.io.data_at >= offset && c.io.data_end >= c.io.data_at && c.io.data_end <= offset + length);
+    return c.io.data_at;
+}
+
 static int zero(vs_disk *disk, uint64_t offset, uint64_t length, bool may_unmap)
 {
     struct call c = {.io.may_unmap = may_unmap};
@@ -141,14 +154,14 @@ static void contents(const struct kind_of_file *k)
     }
     memset(mirror, 0, BYTES);
     compare(disk); /* a hole */
-    CHECK_EQUAL(disk_hole_end(disk, 0, BYTES), BYTES);
+    CHECK_EQUAL(data_at(disk, 0, BYTES), BYTES);
     for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
         for (int unmap = 0; unmap < 2; unmap++) {
             for (uint64_t b = 0; b < BYTES; b += 512)
                 memset(mirror + b, (int)(1 + (b / 512 + i) % 255), 512);
             memcpy(buffer, mirror, BYTES);
             CHECK_EQUAL(call(disk, VS_DISK_WRITE, 0, BYTES, buffer), 0);
-            CHECK_EQUAL(disk_hole_end(disk, 0, BYTES), 0);
+            CHECK_EQUAL(data_at(disk, 0, BYTES), 0);
             compare(disk);
             CHECK_EQUAL(zero(disk, cuts[i][0], cuts[i][1], unmap), 0);
             memset(mirror + cuts[i][0], 0, cuts[i][1]);
@@ -274,6 +287,27 @@ static void one_by_one(void)
     close(fd);
 }
 
+static unsigned closings;
+
+static void on_closed(struct disk_io *closing)
+{
+    closings++;
+    disk_free(closing->disk);
+}
+
+/* As the data thread does it: by the worker, which is gone with the disk. */
+static void closed_later(void)
+{
+    int fd;
+    vs_disk *disk = open_disk(&(struct kind_of_file){"memory", false, true}, &fd);
+    unsigned before = closings;
+    disk_close_later(disk, on_closed);
+    CHECK_EQUAL(closings, before); /* never from within */
+    while (closings == before)
+        turn();
+    close(fd);
+}
+
 /* ---- disk.c with a disk that does as it is told ----------------------------------- */
 
 static int told;
@@ -305,7 +339,6 @@ static void failed_flushes(void)
         told = 0;
         CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), is_direct ? 0 : -EIO);
         CHECK_EQUAL(call(&disk, VS_DISK_WRITE, 0, 512, buffer), 0);
-        CHECK_EQUAL(disk_hole_end(&disk, 512, 1024), 512); /* knows of no holes */
         disk_close(&disk);
     }
 }
@@ -373,6 +406,7 @@ int main(void)
     CHECK(io_threads_syscalls(&host.threads) > 0);
     io_threads_stop(&host.threads);
     thread = 0;
+    test("closed later", closed_later);
     test("failed flushes", failed_flushes);
     test("iovecs", iovecs);
     test("latencies", latencies);

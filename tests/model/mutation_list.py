@@ -267,8 +267,8 @@ MUTATIONS = [
         "zeroes-left-out",
         "the copy: zeroes are left out only where the destination has them",
         "copier.c",
-        "if (zero && disk_hole_end(e->mirror.disk, at, at + c->piece) == at + c->piece) {",
-        "if (zero) {",
+        "    } else if (disk_found_hole(io)) {\n        c->sparse += c->piece;",
+        "    } else if (true) {\n        c->sparse += c->piece;",
         "order.py::test_the_copy_overwrites_what_the_destination_held_before",
     ),
     # -- rule 5: doubt -------------------------------------------------------------
