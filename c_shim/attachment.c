@@ -13,31 +13,9 @@
  */
 #include "attachment_state.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <unistd.h>
-
 #include "kick_watch.h"
 
 /* ---- rings ------------------------------------------------------------- */
-
-void queue_set_fd(int *fd, int to)
-{
-    if (*fd >= 0)
-        close(*fd);
-    *fd = to;
-    if (to >= 0) /* a full call descriptor must not stop us: frontends hand over blocking ones */
-        (void)fcntl(to, F_SETFL, fcntl(to, F_GETFL) | O_NONBLOCK);
-}
-
-void queue_signal(int fd)
-{
-    uint64_t one = 1;
-    if (fd >= 0 && write(fd, &one, sizeof one) < 0) {
-        /* EAGAIN: enough notifications wait there already. EPIPE and the like:
-         * the frontend is gone, which its socket tells. */
-    }
-}
 
 void queue_ready(struct queue *q)
 {
@@ -62,7 +40,7 @@ void queue_break(struct queue *q, uint32_t breach)
     event.attachment = (uint32_t)(q->attachment - q->attachment->engine->attachment);
     q->broken = breach;
     queue_set_running(q, false);
-    queue_signal(q->err_fd);
+    bell_ring(q->err);
     mailbox_post(&q->attachment->engine->mailbox, &event);
 }
 
@@ -72,11 +50,11 @@ static void notify(struct queue *q)
     if (virtqueue_show_used(&q->vq)) {
         a->engine->notifications++;
         a->engine->queue_stats[q->index].notifications++;
-        queue_signal(q->call_fd);
+        bell_ring(q->call);
     }
     if (a->dirty_log.changed) {
         a->dirty_log.changed = false;
-        queue_signal(a->log_fd);
+        bell_ring(a->log_bell);
     }
 }
 
@@ -203,8 +181,8 @@ static void leave_old_ring(struct queue *q)
 static void queue_reset(struct queue *q)
 {
     kick_watch_stop(q);
-    queue_set_fd(&q->call_fd, -1);
-    queue_set_fd(&q->err_fd, -1);
+    bell_hang(q->attachment->engine, &q->call, -1);
+    bell_hang(q->attachment->engine, &q->err, -1);
     list_remove(&q->ready_link);
     list_remove(&q->notify_link);
     q->vq = (struct virtqueue){0};
@@ -225,7 +203,7 @@ void attachment_maybe_closed(struct attachment *a)
     guest_memory_free(&a->memory);
     inflight_unmap(&a->inflight);
     dirty_log_unmap(&a->dirty_log);
-    queue_set_fd(&a->log_fd, -1);
+    bell_hang(e, &a->log_bell, -1);
     a->open = a->closing = a->lost = false;
     a->patience_ends_ns = 0;
     a->features = 0;
@@ -261,12 +239,10 @@ void attachments_init(struct vs_engine *e)
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
         a->engine = e;
-        a->log_fd = -1;
         for (unsigned k = 0; k < VS_MAX_QUEUES; k++) {
             struct queue *q = &a->queue[k];
             q->attachment = a;
             q->index = k;
-            q->call_fd = q->err_fd = -1;
             list_init(&q->ready_link);
             list_init(&q->notify_link);
         }
@@ -279,14 +255,13 @@ void attachments_free(struct vs_engine *e)
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &e->attachment[i];
         for (unsigned k = 0; a->engine && k < VS_MAX_QUEUES; k++) {
-            queue_set_fd(&a->queue[k].call_fd, -1);
-            queue_set_fd(&a->queue[k].err_fd, -1);
+            bell_hang(e, &a->queue[k].call, -1);
+            bell_hang(e, &a->queue[k].err, -1);
             forget_old_ring(&a->queue[k]);
         }
         inflight_unmap(&a->inflight);
         dirty_log_unmap(&a->dirty_log);
-        if (a->engine)
-            queue_set_fd(&a->log_fd, -1);
+        bell_hang(e, &a->log_bell, -1);
         if (a->open)
             guest_memory_free(&a->memory);
     }

@@ -125,7 +125,7 @@ static int vring_kick(struct queue *q, int fd)
     if (!q->started) {
         q->started = true;
         q->broken = VS_BREACH_NONE;
-        queue_signal(q->call_fd); /* frontends set CALL first: what was answered before a reconnect was not told */
+        bell_ring(q->call); /* frontends set CALL first: what was answered before a reconnect was not told */
     }
     attachment_update(q->attachment);
     queue_ready(q);
@@ -134,9 +134,9 @@ static int vring_kick(struct queue *q, int fd)
 
 static void vring_call(struct queue *q, int fd)
 {
-    queue_set_fd(&q->call_fd, fd);
-    if (fd >= 0 && q->started) /* what was completed meanwhile could not be told */
-        queue_signal(fd);
+    bell_hang(q->attachment->engine, &q->call, fd);
+    if (q->started) /* what was completed meanwhile could not be told */
+        bell_ring(q->call);
 }
 
 static void vring_stop(struct queue *q, uint64_t token)
@@ -236,7 +236,7 @@ static bool apply_vring(struct queue *q, uint64_t token, const struct vs_command
         vring_call(q, c->fd);
         return true;
     case VS_CMD_VRING_ERR:
-        queue_set_fd(&q->err_fd, c->fd);
+        bell_hang(q->attachment->engine, &q->err, c->fd);
         return true;
     case VS_CMD_VRING_ENABLE:
         return vring_enable(q, c->value, token);
@@ -307,7 +307,7 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             rc = dirty_log_map(&a->dirty_log, c->fd, c->value, c->desc);
             break;
         case VS_CMD_SET_LOG_FD:
-            queue_set_fd(&a->log_fd, c->fd);
+            bell_hang(e, &a->log_bell, c->fd);
             break;
         case VS_CMD_SET_WRITE_CACHE:
             set_write_cache(a, c->value);

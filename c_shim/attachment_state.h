@@ -8,10 +8,6 @@
 
 #include "attachment.h"
 
-/* Puts "to" (-1: none) in the place of a notification descriptor, which is closed. */
-void queue_set_fd(int *fd, int to);
-/* -1 is fine. */
-void queue_signal(int fd);
 void queue_set_running(struct queue *q, bool running);
 /* If nothing of it is in flight, what waited for that is answered. */
 void queue_quiet(struct queue *q);

@@ -20,6 +20,7 @@
 #include "attachment.h"
 #include "bitmap_file.h"
 #include "clock.h"
+#include "kick_watch.h"
 #include "request_path.h"
 #include "snapshot.h"
 
@@ -271,7 +272,7 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 static bool idle_for_good(const struct vs_engine *e)
 {
     return e->source->stats.in_flight == 0 && (!e->mirror.disk || e->mirror.disk->stats.in_flight == 0) &&
-           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->activity.in_flight && list_empty(&e->host.done);
+           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->outside && !e->activity.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
@@ -281,6 +282,8 @@ static bool wind_up(struct vs_engine *e)
     uint64_t deadline = clock_ns() + QUIT_PATIENCE_NS;
     mirror_stop(e, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
+    bells_cancel(e);
+    kick_watches_stop_emptying(e);
     while (!idle_for_good(e)) {
         uint64_t now = clock_ns();
         if (now >= deadline)
@@ -317,6 +320,7 @@ static void *run(void *arg)
         sem_post(&start->ready);
         return NULL;
     }
+    e->ring_runs = true;
     watch_mailbox(&watch);
     sem_post(&start->ready); /* "start" is gone from here on */
     while (!e->quit) {
@@ -331,6 +335,7 @@ static void *run(void *arg)
         pass(e, &watch);
     }
     e->quit = wind_up(e);
+    e->ring_runs = false;
     if (e->quit) {
         io_threads_stop(&e->host.threads);
         uring_free(&e->uring);
@@ -349,6 +354,7 @@ static void free_engine(struct vs_engine *e)
     drains_free(e);
     request_path_free(e); /* before the memory that its requests pin */
     attachments_free(e);
+    bells_free(e);
     copier_free(e);
     verifier_free(e);
     read_fallback_free(e);
@@ -369,6 +375,7 @@ static int init_engine(struct vs_engine *e, const char **step)
     uint32_t region = e->config.dirty_region_bytes;
     int rc;
     disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
+    bells_init(e);
     attachments_init(e);
     poller_init(e);
     range_slots_init(&e->source_slots);

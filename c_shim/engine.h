@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "activity_log.h"
+#include "bell.h"
 #include "blk_request.h"
 #include "copier.h"
 #include "counts.h"
@@ -65,7 +66,7 @@ struct queue {
     uint16_t base;
     uint32_t broken; /* enum vs_breach */
     struct kick_watch *watch;
-    int call_fd, err_fd;
+    struct bell *call, *err;
     unsigned in_flight;      /* requests taken up, not answered */
     struct list ready_link;  /* in engine.ready or engine.stalled: to be looked at */
     struct list notify_link; /* in engine.notify: used elements to be shown */
@@ -85,7 +86,7 @@ struct attachment {
     struct guest_memory memory;
     struct inflight_area inflight;
     struct dirty_log dirty_log;
-    int log_fd; /* signalled when the dirty log has changed; -1: nobody asked */
+    struct bell *log_bell; /* rung when the dirty log has changed; NULL: nobody asked */
     struct queue queue[VS_MAX_QUEUES];
     unsigned in_flight;
 };
@@ -122,6 +123,10 @@ struct vs_engine {
     struct vs_engine_config config;
     struct blk_limits limits;
     struct uring uring;
+    bool ring_runs;    /* until the thread has wound up */
+    unsigned outside;  /* operations of the ring's workers on descriptors of frontends */
+    struct bells bells;
+    struct uring_op closed;
     struct disk_host host;
     struct mailbox mailbox;
     pthread_t thread;

@@ -1,4 +1,9 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Polling does not block whatever the descriptor is; reading might, for the
+ * same reasons as writing does (bell.c). An eventfd is read with RWF_NOWAIT,
+ * which no flag of the open file takes away; all else by a worker of the ring.
+ */
 #include "kick_watch.h"
 
 #include <errno.h>
@@ -6,16 +11,21 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "attachment.h"
 
 struct kick_watch {
-    struct uring_op op;
+    struct uring_op op, empty_op;
     struct list link;    /* engine.watches */
     struct queue *queue; /* NULL: nobody cares any more */
     struct vs_engine *engine;
     int fd;
+    bool event_fd;
+    bool emptying, again; /* by a worker; and there was a kick meanwhile */
+    bool poll_over;
+    uint64_t counter[8]; /* what was read; pipes may hold several kicks */
 };
 
 static void watch_arm(struct kick_watch *w)
@@ -28,26 +38,67 @@ static void watch_arm(struct kick_watch *w)
 static void watch_free(struct kick_watch *w)
 {
     list_remove(&w->link);
-    close(w->fd);
+    close_foreign_fd(w->engine, w->fd);
     free(w);
+}
+
+/* It was emptied, and is looked at afterwards: a later kick is a later event.
+ * EAGAIN is no work, and looking does no harm. */
+static void look(struct kick_watch *w, ssize_t result)
+{
+    if (result > 0 || result == -EAGAIN) {
+        w->engine->queue_stats[w->queue->index].kicks++;
+        queue_ready(w->queue);
+    } else {
+        kick_watch_stop(w->queue); /* the other end is gone */
+    }
+}
+
+static void empty(struct kick_watch *w)
+{
+    struct io_uring_sqe *sqe;
+    if (w->emptying) {
+        w->again = true;
+        return;
+    }
+    w->emptying = true;
+    w->again = false;
+    w->engine->outside++;
+    sqe = uring_sqe(&w->engine->uring, &w->empty_op);
+    io_uring_prep_read(sqe, w->fd, w->counter, sizeof w->counter, (uint64_t)-1);
+    io_uring_sqe_set_data(sqe, &w->empty_op);
+    io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
+}
+
+static void emptied(struct uring_op *op, int result, unsigned flags)
+{
+    struct kick_watch *w = container_of(op, struct kick_watch, empty_op);
+    (void)flags;
+    w->emptying = false;
+    w->engine->outside--;
+    if (w->queue)
+        look(w, result == -EINTR ? -EAGAIN : result);
+    if (w->queue && w->again)
+        empty(w);
+    if (w->poll_over && !w->emptying)
+        watch_free(w);
+}
+
+static void empty_event_fd(struct kick_watch *w)
+{
+    struct iovec iov = {w->counter, sizeof w->counter[0]};
+    ssize_t n = preadv2(w->fd, &iov, 1, -1, RWF_NOWAIT);
+    look(w, n < 0 ? -errno : n);
 }
 
 static void kicked(struct uring_op *op, int result, unsigned flags)
 {
     struct kick_watch *w = container_of(op, struct kick_watch, op);
-    uint64_t counter;
     bool over = !(flags & IORING_CQE_F_MORE);
-    if (w->queue && result >= 0) {
-        /* Emptied first, looked at afterwards: a later kick is a later event.
-         * EAGAIN is no work, and looking does no harm. */
-        ssize_t n = read(w->fd, &counter, sizeof counter);
-        if (n > 0 || (n < 0 && errno == EAGAIN)) {
-            w->engine->queue_stats[w->queue->index].kicks++;
-            queue_ready(w->queue);
-        } else {
-            kick_watch_stop(w->queue); /* the other end is gone */
-        }
-    }
+    if (w->queue && result >= 0 && w->event_fd)
+        empty_event_fd(w);
+    else if (w->queue && result >= 0)
+        empty(w);
     if (!over)
         return;
     if (w->queue && result != -ECANCELED && result != -EBADF) {
@@ -56,30 +107,49 @@ static void kicked(struct uring_op *op, int result, unsigned flags)
     }
     if (w->queue)
         w->queue->watch = NULL;
-    watch_free(w);
+    w->queue = NULL;
+    w->poll_over = true;
+    if (!w->emptying)
+        watch_free(w);
+}
+
+/* Files and devices are always readable: the ring would be looked at without end. Nobody is asked but this kernel. */
+static bool may_kick(int fd)
+{
+    struct statx st;
+    mode_t type;
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &st) < 0)
+        return false;
+    type = st.stx_mode & S_IFMT;
+    return type != S_IFCHR && type != S_IFBLK && type != S_IFREG && type != S_IFDIR;
 }
 
 int kick_watch_start(struct queue *q, int fd)
 {
-    struct kick_watch *w = NULL;
-    struct stat st;
-    /* Files and devices are always readable: the ring would be looked at without end. */
-    int rc = fstat(fd, &st) < 0 || S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode) || S_ISREG(st.st_mode) ? -EINVAL : 0;
-    if (rc == 0 && !(w = calloc(1, sizeof *w)))
-        rc = -ENOMEM;
-    if (rc < 0) {
-        close(fd);
+    struct vs_engine *e = q->attachment->engine;
+    struct kick_watch *w = may_kick(fd) ? calloc(1, sizeof *w) : NULL;
+    if (!w) {
+        int rc = may_kick(fd) ? -ENOMEM : -EINVAL;
+        close_foreign_fd(e, fd);
         return rc;
     }
     (void)fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     w->op.complete = kicked;
-    w->engine = q->attachment->engine;
+    w->empty_op.complete = emptied;
+    w->engine = e;
     w->queue = q;
     w->fd = fd;
+    w->event_fd = is_event_fd(fd);
     list_append(&w->engine->watches, &w->link);
     q->watch = w;
     watch_arm(w);
     return 0;
+}
+
+static void cancel(struct kick_watch *w, struct uring_op *op)
+{
+    /* Not poll_remove: that fails, and the poll stays, while a kick is on its way. */
+    io_uring_prep_cancel(uring_sqe_detached(&w->engine->uring), op, 0);
 }
 
 void kick_watch_stop(struct queue *q)
@@ -89,8 +159,19 @@ void kick_watch_stop(struct queue *q)
         return;
     q->watch = NULL;
     w->queue = NULL;
-    /* Not poll_remove: that fails, and the poll stays, while a kick is on its way. */
-    io_uring_prep_cancel(uring_sqe_detached(&w->engine->uring), &w->op, 0);
+    cancel(w, &w->op);
+    if (w->emptying)
+        cancel(w, &w->empty_op);
+}
+
+void kick_watches_stop_emptying(struct vs_engine *e)
+{
+    list_each(node, &e->watches)
+    {
+        struct kick_watch *w = container_of(node, struct kick_watch, link);
+        if (w->emptying)
+            cancel(w, &w->empty_op);
+    }
 }
 
 void kick_watches_free(struct vs_engine *e)

@@ -14,6 +14,8 @@ int kick_watch_start(struct queue *q, int fd);
 /* Nobody cares about its kicks any more; a queue without one is fine. */
 void kick_watch_stop(struct queue *q);
 /* The ring is gone, and with it the polls. */
+/* The end: a read by a worker is not waited for. */
+void kick_watches_stop_emptying(struct vs_engine *e);
 void kick_watches_free(struct vs_engine *e);
 
 #endif

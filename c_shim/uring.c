@@ -25,6 +25,7 @@ static const uint8_t operations[] = {
     IORING_OP_READ,   IORING_OP_READV,     IORING_OP_WRITE,    IORING_OP_WRITEV,
     IORING_OP_FSYNC,  IORING_OP_FALLOCATE, /* disk_file.c, activity_log.c */
     IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, /* kick_watch.c, engine.c, io_threads.c */
+    IORING_OP_CLOSE, /* bell.c */
 };
 static const uint8_t operation_flags = IOSQE_ASYNC;
 

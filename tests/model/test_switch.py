@@ -275,8 +275,8 @@ def test_an_exchange_waits_for_the_gate_and_leaves_its_mark() -> None:
         r.driver.settle_quickly()
         assert r.driver.done(exchange) is None
         assert memory[0] == 0
+        r.destination.hold(WRITE, False)  # first: the next write to it may be the one that waits
         r.destination.release(WRITE)
-        r.destination.hold(WRITE, False)
         assert r.driver.wait(gate).result == 0
         assert r.driver.wait(exchange).result == 0
         assert memory[0] == 77

@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A write to a descriptor of the frontend's may block although we have set
+ * O_NONBLOCK: the flag sits on the open file that the frontend shares, so it
+ * can take it away between our look and our write; and pipes and sockets have
+ * locks that whoever shares them may hold for as long as he likes (a write out
+ * of memory that never comes). So on the data thread
+ *
+ *   - an eventfd is never written: the kernel is let signal it, as it does for
+ *     its own (eventfd_signal), which cannot sleep and cannot fail. Its Linux
+ *     AIO offers that: an operation that is over at once, with IOCB_FLAG_RESFD.
+ *     One system call, as a write would be;
+ *   - all else (and eventfds where there is no AIO) is written by a worker of the
+ *     ring. One write of a bell is under way at most. Invariant: after each
+ *     ring of the bell a write begins. So a frontend that empties the
+ *     descriptor and then looks at its ring misses nothing.
+ *
+ * Errors are nobody's: EPIPE and the like say that the frontend is gone, which
+ * its socket tells.
+ */
+#include "bell.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+struct bell {
+    struct uring_op op;
+    struct list link; /* in bells.under_way */
+    struct vs_engine *engine;
+    int fd;
+    bool event_fd, again, taken_down;
+    uint64_t one;
+};
+
+/* What user space sees of the context (fs/aio.c): completions are taken off without a system call. */
+struct aio_ring {
+    unsigned id, nr, head, tail, magic;
+};
+
+#define AIO_RING_MAGIC 0xa10a10a1u
+
+static struct aio_ring *ring_of(const struct bells *b)
+{
+    return (struct aio_ring *)(uintptr_t)b->context;
+}
+
+void bells_init(struct vs_engine *e)
+{
+    struct bells *b = &e->bells;
+    list_init(&b->under_way);
+    b->null_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (b->null_fd < 0 || syscall(SYS_io_setup, 1, &b->context) < 0)
+        b->context = 0;
+    else if (ring_of(b)->magic != AIO_RING_MAGIC) {
+        syscall(SYS_io_destroy, b->context);
+        b->context = 0;
+    }
+}
+
+void bells_free(struct vs_engine *e)
+{
+    struct bells *b = &e->bells;
+    struct list *node;
+    if (!b->under_way.next)
+        return;
+    while ((node = list_pop(&b->under_way))) {
+        struct bell *bell = container_of(node, struct bell, link);
+        if (bell->taken_down) {
+            close(bell->fd);
+            free(bell);
+        }
+    }
+    if (b->context)
+        syscall(SYS_io_destroy, b->context);
+    if (b->null_fd >= 0)
+        close(b->null_fd);
+}
+
+bool is_event_fd(int fd)
+{
+    char path[32], target[32];
+    ssize_t length;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    length = readlink(path, target, sizeof target - 1);
+    if (length < 0)
+        return false; /* then it is treated with more care than it needs */
+    target[length] = 0;
+    return strcmp(target, "anon_inode:[eventfd]") == 0;
+}
+
+/* A read of nothing, which is over at once. */
+static bool signal_event_fd(struct bells *b, int fd)
+{
+    static uint8_t nothing;
+    struct aio_ring *ring = ring_of(b);
+    struct iocb read = {.aio_lio_opcode = IOCB_CMD_PREAD,
+                        .aio_fildes = (uint32_t)b->null_fd,
+                        .aio_buf = (uintptr_t)&nothing,
+                        .aio_nbytes = 1,
+                        .aio_flags = IOCB_FLAG_RESFD,
+                        .aio_resfd = (uint32_t)fd};
+    struct iocb *list = &read;
+    if (syscall(SYS_io_submit, b->context, 1, &list) != 1)
+        return false;
+    __atomic_store_n(&ring->head, __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    return true;
+}
+
+static void begin_write(struct bell *bell);
+
+static void written(struct uring_op *op, int result, unsigned flags)
+{
+    struct bell *bell = container_of(op, struct bell, op);
+    (void)result, (void)flags;
+    bell->engine->outside--;
+    list_remove(&bell->link);
+    if (bell->taken_down) {
+        close_foreign_fd(bell->engine, bell->fd);
+        free(bell);
+    } else if (bell->again) {
+        begin_write(bell);
+    }
+}
+
+static void begin_write(struct bell *bell)
+{
+    struct vs_engine *e = bell->engine;
+    struct io_uring_sqe *sqe = uring_sqe(&e->uring, &bell->op);
+    bell->again = false;
+    io_uring_prep_write(sqe, bell->fd, &bell->one, sizeof bell->one, (uint64_t)-1);
+    io_uring_sqe_set_data(sqe, &bell->op);
+    io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
+    list_append(&e->bells.under_way, &bell->link);
+    e->outside++;
+}
+
+void bell_ring(struct bell *bell)
+{
+    if (!bell || (bell->event_fd && bell->engine->bells.context && signal_event_fd(&bell->engine->bells, bell->fd)))
+        return;
+    if (list_empty(&bell->link))
+        begin_write(bell);
+    else
+        bell->again = true;
+}
+
+static void cancel(struct bell *bell)
+{
+    io_uring_prep_cancel(uring_sqe_detached(&bell->engine->uring), &bell->op, 0);
+}
+
+static void take_down(struct bell *bell)
+{
+    bell->taken_down = true;
+    if (!list_empty(&bell->link)) {
+        cancel(bell); /* written() does the rest */
+        return;
+    }
+    close_foreign_fd(bell->engine, bell->fd);
+    free(bell);
+}
+
+void bell_hang(struct vs_engine *e, struct bell **bell, int fd)
+{
+    if (*bell)
+        take_down(*bell);
+    *bell = fd >= 0 ? calloc(1, sizeof **bell) : NULL;
+    if (fd >= 0 && !*bell)
+        close_foreign_fd(e, fd);
+    if (!*bell)
+        return;
+    **bell = (struct bell){.op.complete = written, .engine = e, .fd = fd, .event_fd = is_event_fd(fd), .one = 1};
+    list_init(&(*bell)->link);
+    if (!(*bell)->event_fd) /* frontends hand over blocking ones; a worker that sleeps in it is no good to anybody */
+        (void)fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
+
+void bells_cancel(struct vs_engine *e)
+{
+    list_each(node, &e->bells.under_way)
+        cancel(container_of(node, struct bell, link));
+}
+
+static void closed(struct uring_op *op, int result, unsigned flags)
+{
+    struct vs_engine *e = container_of(op, struct vs_engine, closed);
+    (void)result, (void)flags;
+    e->outside--;
+}
+
+void close_foreign_fd(struct vs_engine *e, int fd)
+{
+    struct io_uring_sqe *sqe;
+    if (is_event_fd(fd) || !e->ring_runs) {
+        close(fd);
+        return;
+    }
+    e->closed.complete = closed;
+    sqe = uring_sqe(&e->uring, &e->closed);
+    io_uring_prep_close(sqe, fd);
+    io_uring_sqe_set_data(sqe, &e->closed);
+    io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
+    e->outside++;
+}
