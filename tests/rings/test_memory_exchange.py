@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frontend exchanges the region that holds the rings (REM_MEM_REG, ADD_MEM_REG) while requests are in flight:
+"""A frontend exchanges the region that holds the rings (REM_MEM_REG, ADD_MEM_REG), requests in flight:
 what was taken up is answered where the guest sees it, before the memory is unmapped."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors that the frontend shares with the engine, and makes blocking, full, empty or slow to close: nothing of
-that stops the engine, and the guest is told all the same."""
+"""Descriptors that the frontend shares with the engine, and makes blocking, full, empty or slow to close:
+nothing of that stops the engine, and the guest is told all the same."""
 
 from __future__ import annotations
 
