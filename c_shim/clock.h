@@ -8,12 +8,21 @@
 #include <stdint.h>
 #include <time.h>
 
-/* CLOCK_MONOTONIC. */
-static inline uint64_t clock_ns(void)
+/* Of this thread: time that has passed while it was kept from running (engine.c, "time that was not lived through"). */
+extern _Thread_local uint64_t clock_missed_ns;
+
+/* CLOCK_MONOTONIC: what others have seen pass. */
+static inline uint64_t clock_world_ns(void)
 {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+/* The same without what this thread has missed: what deadlines are measured with. */
+static inline uint64_t clock_ns(void)
+{
+    return clock_world_ns() - clock_missed_ns;
 }
 
 /* When the next part may begin, if one of so many bytes begins now (or at not_before_ns, where that is later).

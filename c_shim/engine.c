@@ -197,25 +197,53 @@ static uint64_t min_ns(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+/* ---- time that was not lived through ----------------------------------------
+ * A process that is stopped (SIGSTOP, a freezer, a debugger, a hypervisor) and goes on finds every deadline passed,
+ * though nobody has kept it waiting. So the clock of this thread stands still meanwhile: whatever is compared with it
+ * moves by the gap. A gap is what has passed between two looks beyond what was slept on purpose. */
+
+_Thread_local uint64_t clock_missed_ns;
+
+/* Less is the scheduler's. */
+#define GAP_NS 250000000u
+/* While somebody's patience runs, no sleep is longer, or a gap within it would look like sleep. */
+#define PATIENT_SLEEP_NS 250000000u
+
+/* slept_ns: for so long the thread may have slept since the last look; UINT64_MAX: as long as nothing came. */
+static void look_at_clock(struct vs_engine *e, uint64_t slept_ns)
+{
+    uint64_t now = clock_ns(), passed = now - e->host.now_ns;
+    if (passed > slept_ns && passed - slept_ns > GAP_NS) {
+        clock_missed_ns += passed - slept_ns;
+        now -= passed - slept_ns;
+    }
+    e->host.now_ns = now;
+}
+
+static uint64_t patience_ends_ns(const struct vs_engine *e)
+{
+    uint64_t deadline = e->gate == GATE_CLOSING ? e->gate_deadline_ns : UINT64_MAX;
+    deadline = min_ns(deadline, mirror_deadline_ns(e));
+    deadline = min_ns(deadline, attachments_deadline_ns(e));
+    return min_ns(deadline, read_fallback_deadline_ns(e));
+}
+
 /* How long the loop may sleep. */
 static uint64_t wait_ns(const struct vs_engine *e)
 {
-    uint64_t deadline = UINT64_MAX, now;
+    uint64_t deadline = UINT64_MAX, patience = patience_ends_ns(e), now;
     bool queues = engine_takes_up(e) && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
     if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->difference.more || e->verifier.more || e->quit ||
         read_fallback_due(e) || source_failover_due(e) || e->flush.dirty)
         return 0;
     if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->stalled))
         deadline = e->throttle_until_ns;
-    if (e->gate == GATE_CLOSING)
-        deadline = min_ns(deadline, e->gate_deadline_ns);
-    deadline = min_ns(deadline, mirror_deadline_ns(e));
     deadline = min_ns(deadline, copier_deadline_ns(e));
     deadline = min_ns(deadline, pull_ahead_deadline_ns(e));
     deadline = min_ns(deadline, difference_deadline_ns(e));
     deadline = min_ns(deadline, verifier_deadline_ns(e));
-    deadline = min_ns(deadline, attachments_deadline_ns(e));
-    deadline = min_ns(deadline, read_fallback_deadline_ns(e));
+    if (patience != UINT64_MAX)
+        deadline = min_ns(deadline, min_ns(patience, engine_now(e) + PATIENT_SLEEP_NS));
     if (deadline == UINT64_MAX)
         return UINT64_MAX;
     now = clock_ns();
@@ -223,9 +251,9 @@ static uint64_t wait_ns(const struct vs_engine *e)
 }
 
 /* What the disks have done. */
-static void reap(struct vs_engine *e)
+static void reap(struct vs_engine *e, uint64_t slept_ns)
 {
-    e->host.now_ns = clock_ns();
+    look_at_clock(e, slept_ns);
     uring_reap(&e->uring);
     io_threads_take_back(&e->host.threads);
     disk_run_done(&e->host);
@@ -233,14 +261,14 @@ static void reap(struct vs_engine *e)
 
 /* One pass. The guest is told what is done before the destination is looked
  * after, so that its next request and our replication overlap. */
-static void pass(struct vs_engine *e, struct mailbox_watch *w)
+static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns)
 {
-    reap(e);
+    reap(e, slept_ns);
     take_commands(e, w);
     poller_begin(e);
     serve_queues(e);
     io_threads_wake(&e->host.threads);
-    e->host.now_ns = clock_ns();
+    look_at_clock(e, 0);
     disk_run_done(&e->host); /* what completed at once */
     read_fallback_pump(e);
     source_failover_pump(e);
@@ -279,18 +307,18 @@ static bool idle_for_good(const struct vs_engine *e)
  * memory that they may still write to is left to them (false). */
 static bool wind_up(struct vs_engine *e)
 {
-    uint64_t deadline = clock_ns() + QUIT_PATIENCE_NS;
+    uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
     mirror_stop(e, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
     bells_cancel(e);
     kick_watches_stop_emptying(e);
     while (!idle_for_good(e)) {
-        uint64_t now = clock_ns();
-        if (now >= deadline)
+        uint64_t wait = list_empty(&e->host.done) ? min_ns(deadline - engine_now(e), PATIENT_SLEEP_NS) : 0;
+        if (engine_now(e) >= deadline)
             return false;
         io_threads_wake(&e->host.threads);
-        sleep_ns(e, list_empty(&e->host.done) ? deadline - now : 0);
-        reap(e);
+        sleep_ns(e, wait);
+        reap(e, wait);
         queues_notify(e);
     }
     return true;
@@ -322,6 +350,7 @@ static void *run(void *arg)
     }
     e->ring_runs = true;
     watch_mailbox(&watch);
+    e->host.now_ns = clock_ns();
     sem_post(&start->ready); /* "start" is gone from here on */
     while (!e->quit) {
         uint64_t wait = wait_ns(e);
@@ -332,7 +361,7 @@ static void *run(void *arg)
             e->wakeups++;
             poller_woken(e);
         }
-        pass(e, &watch);
+        pass(e, &watch, wait);
     }
     e->quit = wind_up(e);
     e->ring_runs = false;

@@ -76,8 +76,8 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
     }
     e->gate = GATE_CLOSING;
     e->gate_token = token;
-    e->gate_closed_ns = clock_ns();
-    e->gate_deadline_ns = e->gate_closed_ns + allowed_us * 1000;
+    e->gate_closed_ns = clock_world_ns(); /* the guest's pause is what it is, also while this process is stopped */
+    e->gate_deadline_ns = clock_ns() + allowed_us * 1000;
 }
 
 static void gate_open(struct vs_engine *e)
@@ -89,7 +89,7 @@ static void gate_open(struct vs_engine *e)
 static void exchange_now(struct vs_engine *e, const struct exchange *x)
 {
     int rc = mirror_exchange(e, x->flags);
-    uint64_t pause_ns = clock_ns() - e->gate_closed_ns;
+    uint64_t pause_ns = clock_world_ns() - e->gate_closed_ns;
     if (rc == 0) {
         if (x->mark)
             __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
@@ -139,7 +139,7 @@ void gate_pump(struct vs_engine *e)
         e->gate = GATE_CLOSED;
     else
         gate_open(e);
-    mailbox_done(&e->mailbox, e->gate_token, rc, clock_ns() - e->gate_closed_ns);
+    mailbox_done(&e->mailbox, e->gate_token, rc, clock_world_ns() - e->gate_closed_ns);
     exchange_waited(e, rc);
 }
 
