@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from vhostsync import events
+from vhostsync import events, patience
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import EngineError, VhostsyncError
@@ -66,7 +66,7 @@ class SourceFailover:
         log.warning("the source has failed: switching to the destination", error=error)
         result, reason = None, None
         try:
-            with anyio.fail_after(self._deadline_s):
+            with patience.fail_after(self._deadline_s):
                 result = await self._mirror.leave_source(self._deadline_s)
         except TimeoutError:
             reason = f"the destination was not up to date within {self._deadline_s:g} s"

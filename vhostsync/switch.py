@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from vhostsync import events
+from vhostsync import events, patience
 from vhostsync.bad_ranges import BadRanges
 from vhostsync.engine import Engine
 from vhostsync.errors import EngineError, SwitchError, VhostsyncError
@@ -53,7 +53,7 @@ class Switch:
         """SwitchError: the guest is still on the source."""
         self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._roles.destination_path)})
         try:
-            with anyio.fail_after(deadline_s):
+            with patience.fail_after(deadline_s):
                 result = await self._try_until_switched(plan)
         except TimeoutError as error:
             raise self._failed(
