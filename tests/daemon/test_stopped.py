@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that is stopped for longer than every timeout (SIGSTOP, a freezer, a debugger, a hypervisor), and goes on."""
+"""A backend that is stopped for longer than its timeout (SIGSTOP, a freezer, a debugger), and goes on."""
 
 from __future__ import annotations
 
