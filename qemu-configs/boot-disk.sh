@@ -8,6 +8,11 @@
 #   qemu-configs/boot-disk.sh /run/vm.sock -serial mon:stdio
 #
 # All words after the socket go to QEMU as they are. ACCEL=kvm, QEMU=… as in one-queue.sh.
+#
+# With ACCEL=tcg a boot loader may hang whose later part is read to where an earlier one has run (syslinux: its master
+# boot record, which is overwritten at 0x7c00). QEMU goes on with its translation of the old code, because it does not
+# see what another process writes into the guest's memory; so it is with every vhost-user backend. KVM has no such
+# translations. GRUB copies its parts itself and boots under both, and so do a UEFI firmware and -kernel.
 set -eu
 socket=${1:?usage: boot-disk.sh SOCKET [QEMU ARGUMENT…]}
 shift

@@ -57,6 +57,13 @@ def make_ext4(image: Path, contents: Path) -> None:
     _run("mke2fs", "-q", "-t", "ext4", "-F", "-E", "lazy_itable_init=0", "-d", contents, image)
 
 
+def make_ext2(image: Path, contents: Path, *, offset: int) -> None:
+    """An ext2 file system from `offset` (bytes) to the end of the image, holding what `contents` holds."""
+    blocks = (image.stat().st_size - offset) // 1024
+    extended = f"offset={offset}"
+    _run("mke2fs", "-q", "-t", "ext2", "-F", "-b", "1024", "-E", extended, "-d", contents, image, str(blocks))
+
+
 def check_clean(image: Path) -> str:
     """e2fsck must find an ext4 file system that was unmounted and has no fault; returns what it said."""
     return _run("e2fsck", "-f", "-n", image)
