@@ -112,8 +112,8 @@ static int check_zero(struct blk_request *r, const struct blk_limits *limits, ui
     struct virtio_blk_discard_write_zeroes seg;
     uint8_t *to = (uint8_t *)&seg;
     uint32_t allowed = discard ? 0 : VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-    if (readable != sizeof seg)
-        return BLK_IOERR;
+    if (readable != sizeof seg) /* several segments: as QEMU's devices answer them */
+        return readable > sizeof seg && readable % sizeof seg == 0 ? BLK_UNSUPP : BLK_IOERR;
     for (int i = 0; i < r->iov_count && to < (uint8_t *)(&seg + 1); i++) {
         size_t left = (size_t)((uint8_t *)(&seg + 1) - to);
         size_t part = r->iov[i].iov_len < left ? r->iov[i].iov_len : left;

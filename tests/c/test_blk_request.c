@@ -414,7 +414,11 @@ static void zeroing(void)
         CHECK_EQUAL(parse(), BLK_IOERR);
         ring.desc[1].len = 17;
         CHECK_EQUAL(parse(), BLK_IOERR);
-        ring.desc[1].len = 32;
+        for (uint32_t count = 2; count < 4; count++) { /* whole ones, but too many */
+            ring.desc[1].len = count * 16;
+            CHECK_EQUAL(parse(), BLK_UNSUPP);
+        }
+        ring.desc[1].len = 0;
         CHECK_EQUAL(parse(), BLK_IOERR);
         zero(both[i], 16, 8, 0);
         for (uint32_t cut = 1; cut < 16; cut++) {

@@ -92,6 +92,14 @@ ANSWERED: dict[str, tuple[Build, int]] = {
         lambda b: [b.head(Op.DISCARD), _ranges(b, (CAPACITY_SECTORS, 8, 0)), b.end],
         Status.IOERR,
     ),
+    "two ranges of a discard": (
+        lambda b: [b.head(Op.DISCARD), _ranges(b, (0, 8, 0), (8, 8, 0)), b.end],
+        Status.UNSUPP,
+    ),
+    "two ranges to zero": (
+        lambda b: [b.head(Op.WRITE_ZEROES), _ranges(b, (0, 8, 0), (8, 8, 0)), b.end],
+        Status.UNSUPP,
+    ),
     "half a range": (lambda b: [b.head(Op.WRITE_ZEROES), Segment(b.data, 8), b.end], Status.IOERR),
     "a reserved flag": (
         lambda b: [b.head(Op.WRITE_ZEROES), _ranges(b, (0, 8, 0x80)), b.end],
