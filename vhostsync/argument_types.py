@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from . import config
 from .errors import ConfigError
+from .printable import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One sentence, which the whole usage would hide."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def _checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:

@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from . import config
 from .arguments import make_parser
 from .errors import ConfigError, UnreachableError, VhostsyncError
+from .printable import printable
 from .serve_arguments import serve_config
 
 CAPABILITIES: Final = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -96,9 +97,9 @@ def _or_usage(parser: argparse.ArgumentParser, make: Callable[[], config.ServeCo
 
 
 def _usage(parser: argparse.ArgumentParser, text: str) -> NoReturn:
-    parser.exit(EXIT_USAGE, f"vhostsync: {text}\n")
+    parser.exit(EXIT_USAGE, f"vhostsync: {printable(text)}\n")
 
 
 def _failed(error: object, code: int) -> int:
-    print(f"vhostsync: {error}", file=sys.stderr)
+    print(f"vhostsync: {printable(str(error))}", file=sys.stderr)
     return code

@@ -44,6 +44,7 @@ from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
 from vhostsync.opening import Opened, device_shape, open_device
 from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
+from vhostsync.printable import printable
 from vhostsync.privileges import Confinement, change_user, find_user, is_block_device, places_of
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
@@ -74,7 +75,7 @@ def run(config: ServeConfig) -> int:
     except* VhostsyncError as group:
         failures = _leaves(group)
     for failure in failures:
-        sys.stderr.write(f"vhostsync: {failure}\n")
+        sys.stderr.write(f"vhostsync: {printable(str(failure))}\n")
     return 1 if failures else 0
 
 

@@ -8,14 +8,16 @@ carry their unit: `log.warning("destination failed", disk=path, lag_bytes=n)`. W
 A line is written where it is logged, so a stderr that blocks for ever blocks the control plane (never the
 data plane, which does not log)."""
 
+import io
 import logging
 import sys
 from typing import Any, TextIO, cast
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, ExcInfo, Processor
 
 from .config import LogFormat, LogLevel
+from .printable import printable, printable_lines
 
 _LEVELS: dict[LogLevel, int] = {
     "debug": logging.DEBUG,
@@ -37,12 +39,12 @@ def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if readable:
-        # A plain traceback: one with the values of locals would show a client's or a guest's data.
-        processors.append(
+        processors += [
+            _printable_values,
             structlog.dev.ConsoleRenderer(
-                colors=terminal, exception_formatter=structlog.dev.plain_traceback, pad_event_to=32
-            )
-        )
+                colors=terminal, exception_formatter=_plain_traceback, pad_event_to=32
+            ),
+        ]
     else:
         processors += [
             structlog.processors.format_exc_info,
@@ -62,6 +64,18 @@ def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: 
     root.addHandler(_ToStructlog())
     # Other people's libraries at debug would tell about each wake-up of the event loop.
     root.setLevel(max(_LEVELS[level], logging.INFO))
+
+
+def _printable_values(_: object, __: str, line: EventDict) -> EventDict:
+    """What others have named (paths, processes) is text and does nothing else."""
+    return {key: printable(value) if isinstance(value, str) else value for key, value in line.items()}
+
+
+def _plain_traceback(out: TextIO, exc_info: ExcInfo) -> None:
+    """Plain: one with the values of locals would show a client's or a guest's data."""
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    out.write(printable_lines(text.getvalue()))
 
 
 def _common_first(_: object, __: str, line: EventDict) -> EventDict:

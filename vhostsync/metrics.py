@@ -17,6 +17,7 @@ import anyio.abc
 import anyio.to_thread
 import structlog
 
+from . import unix_socket
 from .config import TcpAddress
 from .control import sockets
 from .control.commands import Backend, dashed
@@ -290,9 +291,9 @@ async def serve_metrics(
 ) -> None:
     """Serve until cancelled; `task_status` tells the place, with the port that the kernel chose.
     ConfigError."""
-    bound: sockets.BoundSocket | None = None
+    bound: unix_socket.BoundSocket | None = None
     if isinstance(where, Path):
-        bound = await anyio.to_thread.run_sync(sockets.bind_unix_socket, where, 0o660)
+        bound = await anyio.to_thread.run_sync(unix_socket.bind_unix_socket, where, 0o660)
         listener = bound.listener
     else:
         listener, where = _listen_tcp(where)
@@ -318,7 +319,7 @@ def _listen_tcp(where: TcpAddress) -> tuple[socket.socket, TcpAddress]:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((where.host, where.port))
-        listener.listen(sockets.BACKLOG)
+        listener.listen(unix_socket.BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(

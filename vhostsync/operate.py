@@ -17,6 +17,7 @@ import anyio
 from . import show
 from .control.client import ControlClient, RefusedError, connect
 from .errors import MirrorError, UnreachableError
+from .printable import printable
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -39,16 +40,21 @@ async def run(command: Command, options: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    _show(printable(text) + "\n")
+
+
+def _show(text: str) -> None:
+    """Lines that are fit for a terminal already."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"vhostsync: {text}\n")
+    sys.stderr.write(f"vhostsync: {printable(text)}\n")
 
 
 def _print_json(value: Any) -> None:
-    _say(json.dumps(value))
+    _show(json.dumps(value) + "\n")
 
 
 async def status(client: ControlClient, options: argparse.Namespace) -> int:
@@ -57,7 +63,7 @@ async def status(client: ControlClient, options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"status": device, "mirror": mirror})
     else:
-        _say(show.status_text(device, mirror).rstrip("\n"))
+        _show(show.status_text(device, mirror))
     return EXIT_OK
 
 
@@ -67,7 +73,7 @@ async def stats(client: ControlClient, options: argparse.Namespace) -> int:
     if options.json:
         _print_json(result)
     else:
-        _say(show.stats_text(result).rstrip("\n"))
+        _show(show.stats_text(result))
     return EXIT_OK
 
 

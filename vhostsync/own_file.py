@@ -47,14 +47,14 @@ def beginning(kind: str) -> bytes:
 
 
 def kind_of(mode: int) -> str:
-    """What it is, if it is neither a regular file nor a block device."""
     for test, name in (
         (stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (stat.S_ISFIFO, "a FIFO"),
         (stat.S_ISSOCK, "a socket"), (stat.S_ISBLK, "a block device"), (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISREG, "a file"),
     ):  # fmt: skip
         if test(mode):
             return name
-    return "neither"
+    return "something unknown"
 
 
 def open_regular(path: Path, flags: int) -> int:

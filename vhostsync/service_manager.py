@@ -17,6 +17,7 @@ from vhostsync import events
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
+from vhostsync.printable import printable
 
 log = structlog.get_logger(__name__)
 
@@ -42,10 +43,11 @@ class ServiceManager:
             log.warning("the service manager cannot be reached", error=error.strerror)
 
     def tell(self, **fields: str | int) -> None:
-        """`tell(READY=1, STATUS="serving")`. Never waits; what cannot be sent is logged and lost."""
+        """`tell(READY=1, STATUS="serving")`, each in one line, whatever a path has in it. Never waits; what
+        cannot be sent is logged and lost."""
         if self._socket is None:
             return
-        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        message = "\n".join(f"{name}={printable(str(value))}" for name, value in fields.items())
         try:
             try:
                 self._socket.send(message.encode())

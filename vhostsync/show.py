@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TextIO
 
+from .printable import printable
+
 PLAIN_EVERY_S: Final = 5.0
 """Without a terminal: at most one line of progress in this time."""
 
@@ -140,7 +142,7 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
         rows.append(("Fallback", f"{mirror['reads-from-destination']:,} reads answered by the destination"))
     for bad in mirror.get("unreadable") or ():
         rows.append(("Unreadable", f"{bad['length']} bytes of the source from {bad['offset']} on"))
-    return "".join(f"{name:<12} {text}\n" for name, text in rows)
+    return "".join(f"{name:<12} {printable(text)}\n" for name, text in rows)
 
 
 _COLUMNS: Final = ("", "operations", "bytes", "errors", "mean us", "p50", "p99", "p99.9")
@@ -159,7 +161,8 @@ def stats_text(stats: Mapping[str, Any]) -> str:
         parts.append(_table(queue["operations"]))
     for role, disk in stats["disks"].items():
         if disk is not None:
-            parts.append(f"{role.capitalize()} {disk['path']}: {disk['in-flight']} in flight\n")
+            path = printable(disk["path"])
+            parts.append(f"{role.capitalize()} {path}: {disk['in-flight']} in flight\n")
             parts.append(_table(disk["operations"]))
     engine = stats["engine"]
     parts.append(
@@ -229,6 +232,7 @@ class Live:
 
     def update(self, line: str) -> None:
         """Show `line` in the place of the one before."""
+        line = printable(line)
         if self._terminal:
             if line != self._shown:
                 self._stream.write("\r" + line[: (self.width or 80) - 1] + "\x1b[K")
@@ -243,6 +247,7 @@ class Live:
 
     def say(self, line: str) -> None:
         """Print `line` for good, above the line that is kept current."""
+        line = printable(line)
         if self._terminal:
             self._stream.write("\r" + line + "\x1b[K\n")
             if self._shown:
@@ -253,6 +258,7 @@ class Live:
 
     def finish(self, line: str | None = None) -> None:
         """End with `line`, or with what is shown."""
+        line = printable(line) if line else None
         if self._terminal and (line or self._shown):
             self._stream.write("\r" + (line or self._shown) + "\x1b[K\n")
         elif line and line != self._shown:

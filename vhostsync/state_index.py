@@ -84,15 +84,36 @@ def make_directory(path: Path, owner: tuple[int, int] | None = None) -> None:
         while missing and not missing[-1].parent.exists():
             missing.append(missing[-1].parent)
         for each in reversed(missing):
-            each.mkdir(mode=0o700, exist_ok=True)
-            if each == path and owner is not None:
-                os.chown(each, *owner)
-            RealFileSystem().sync_directory(each.parent)
+            _make_one(each, owner if each == path else None)
     except OSError as error:
         raise StateRecordError(
             f"the directory for the state record, {path}, cannot be made: {error.strerror}; name a "
             f"--state-file elsewhere, or use --no-state-file"
         ) from error
+
+
+def _make_one(path: Path, owner: tuple[int, int] | None) -> None:
+    """By descriptors: by its name, the owner would be given to what somebody has put in its place."""
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            os.mkdir(path.name, 0o700, dir_fd=parent)
+        except FileExistsError:
+            return  # somebody else was quicker, and keeps it
+        if owner is not None:
+            made = os.open(
+                path.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent
+            )
+            try:
+                ours = os.fstat(made).st_uid == os.geteuid()
+                if not ours or os.listdir(made):  # noqa: PTH208 a descriptor
+                    raise OSError(0, "somebody has put another directory in its place")
+                os.fchown(made, *owner)
+            finally:
+                os.close(made)
+        os.fsync(parent)
+    finally:
+        os.close(parent)
 
 
 class Index:

@@ -101,7 +101,7 @@ def test_a_socket_path_where_somebody_listens(work: Path) -> None:
             "serve", "--blk-file", image(work / "b.img"), "--socket-path", served.socket,
             "--control", work / "other.control", "--no-state-file",
         )
-        assert code == 1 and "another process listens there" in stderr
+        assert code == 1 and "another process listens on it" in stderr
         assert served.qmp.execute("query-status")["status"] == "running"
         served.stop()
 

@@ -44,7 +44,7 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 def test_a_live_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = listen_at(path)
-    with pytest.raises(ConfigError, match="another process listens there"):
+    with pytest.raises(ConfigError, match="another process listens on it"):
         listen_at(path)
     with unix() as client:
         client.connect(str(path))
@@ -58,7 +58,7 @@ def test_a_live_socket_whose_backlog_is_full_is_left_alone(tmp_path: Path) -> No
         busy.listen(0)
         with unix() as client:
             client.connect(str(path))
-            with pytest.raises(ConfigError, match="another process listens there"):
+            with pytest.raises(ConfigError, match="another process listens on it"):
                 listen_at(path)
     assert path.is_socket()
 
@@ -82,7 +82,7 @@ def test_a_dangling_link_is_left_alone(tmp_path: Path) -> None:
 
 def test_paths_that_cannot_be(tmp_path: Path) -> None:
     for path in (tmp_path / "missing" / "s", tmp_path / ("x" * 200)):
-        with pytest.raises(ConfigError, match="cannot listen"):
+        with pytest.raises(ConfigError, match="Cannot make the socket"):
             listen_at(path)
 
 

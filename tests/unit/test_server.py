@@ -4,7 +4,6 @@ import os
 import select
 import socket
 import stat
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -21,7 +20,6 @@ from vhostsync import events
 from vhostsync.control import client as control_client
 from vhostsync.control import server, sockets
 from vhostsync.control.commands import COMMANDS
-from vhostsync.errors import ConfigError
 
 pytestmark = pytest.mark.anyio
 
@@ -117,23 +115,6 @@ async def test_only_the_owner_may_open_the_socket(path: Path) -> None:
         os.umask(before)
 
 
-async def test_the_socket_never_had_another_mode(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    class Watched(socket.socket):
-        def listen(self, backlog: int = 0, /) -> None:
-            seen.append(stat.S_IMODE(path.lstat().st_mode))
-            super().listen(backlog)
-
-    monkeypatch.setattr(socket, "socket", Watched)
-    before = os.umask(0)
-    try:
-        sockets.bind_unix_socket(path).close()
-    finally:
-        os.umask(before)
-    assert seen == [0o600]
-
-
 @pytest.mark.parametrize(("uid", "welcome"), [(0, True), (None, True), (12345, False)])
 async def test_peers_of_other_users_are_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, uid: int | None, welcome: bool
@@ -153,75 +134,6 @@ async def test_the_peer_is_who_connected(path: Path) -> None:
     a, b = socket.socketpair(socket.AF_UNIX)
     with a, b:
         assert sockets.peer_uid(a) == os.geteuid()
-
-
-def test_a_leftover_socket_is_replaced(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as leftover:
-        leftover.bind(str(path))
-    bound = sockets.bind_unix_socket(path)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    bound.close()
-    assert not path.exists()
-
-
-def test_a_socket_in_use_is_not_taken(path: Path) -> None:
-    bound = sockets.bind_unix_socket(path)
-    with pytest.raises(ConfigError, match="another process listens on it"):
-        sockets.bind_unix_socket(path)
-    bound.close()
-
-
-def test_a_busy_socket_is_not_taken_for_a_leftover(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
-        busy.bind(str(path))
-        busy.listen(0)
-        waiting.connect(str(path))
-        with pytest.raises(ConfigError, match="another process listens on it"):
-            sockets.bind_unix_socket(path)
-
-
-def test_a_file_that_is_no_socket_is_left_alone(path: Path) -> None:
-    path.write_text("precious")
-    with pytest.raises(ConfigError, match="no socket"):
-        sockets.bind_unix_socket(path)
-    assert path.read_text() == "precious"
-
-
-def test_the_file_of_a_successor_is_left_alone(path: Path) -> None:
-    bound = sockets.bind_unix_socket(path)
-    path.unlink()
-    path.write_text("another's")
-    bound.close()
-    assert path.read_text() == "another's"
-
-
-def test_no_directory_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file or directory"):
-        sockets.bind_unix_socket(tmp_path / "no" / "control")
-
-
-def test_of_many_that_start_at_once_over_a_leftover_one_wins(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as leftover:
-        leftover.bind(str(path))
-    won: list[sockets.BoundSocket] = []
-    lost: list[ConfigError] = []
-    start = threading.Barrier(8)
-
-    def contend() -> None:
-        start.wait()
-        try:
-            won.append(sockets.bind_unix_socket(path))
-        except ConfigError as error:
-            lost.append(error)
-
-    threads = [threading.Thread(target=contend) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(won), len(lost)) == (1, 7)
-    won[0].close()
 
 
 async def test_a_command_under_way_holds_up_only_its_own_client(path: Path, connect: Connect) -> None:

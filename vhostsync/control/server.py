@@ -27,6 +27,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from ..config import Cache
 from ..events import Event, Subscription
+from ..unix_socket import bind_unix_socket
 from . import qmp, sockets
 from .commands import Backend, Dispatcher, dashed
 
@@ -49,7 +50,7 @@ async def serve_control(
 ) -> None:
     """Serve the control socket at `path` until cancelled; `task_status` tells when it can be connected to.
     ConfigError."""
-    bound = await anyio.to_thread.run_sync(sockets.bind_unix_socket, path)
+    bound = await anyio.to_thread.run_sync(bind_unix_socket, path)
     try:
         log.info("control socket ready", path=str(path))
         task_status.started()

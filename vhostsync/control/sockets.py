@@ -1,110 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unix sockets made without a race, and plain sockets awaited on the event loop.
+"""Plain sockets awaited on the event loop, and who is at their other end.
 
 anyio's own streams are not used: their receive, cancelled in the very iteration of the loop in which data
 arrives, leaves an InvalidStateError for the loop's exception handler (seen with anyio 4.16 on asyncio).
 wait_readable does not."""
 
-import errno
-import fcntl
-import os
 import socket
-import stat
 import struct
-import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import anyio
 import structlog
 
-from ..errors import ConfigError
-
 log = structlog.get_logger(__name__)
 
-BACKLOG: Final = 16
 READ_BYTES: Final = 16 * 1024
-DIRECTORY_LOCK_S: Final = 3.0
-
-
-@dataclass(frozen=True)
-class BoundSocket:
-    """A listening, non-blocking unix socket and the file that it made."""
-
-    listener: socket.socket
-    path: Path
-    device: int
-    inode: int
-
-    def close(self) -> None:
-        """Listen no more, and remove the file unless another took its place."""
-        self.listener.close()
-        with suppress(OSError):
-            now = self.path.lstat()
-            if (now.st_dev, now.st_ino) == (self.device, self.inode):
-                self.path.unlink()
-
-
-def bind_unix_socket(path: Path, mode: int = 0o600) -> BoundSocket:
-    """A listening unix socket at `path` with `mode` less the umask. May block for DIRECTORY_LOCK_S.
-
-    The mode is set on the socket before it is bound: Linux gives the file the mode of the socket
-    (unix_bind_bsd in net/unix/af_unix.c), so there is no instant at which others could connect. A file left
-    by a process that is gone is replaced; one that somebody listens on is not. A lock on the directory
-    keeps two processes that start at once from taking each other's for a leftover. Raises ConfigError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        os.fchmod(listener.fileno(), mode)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _lock(directory, path)
-            try:
-                listener.bind(str(path))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                _remove_leftover(path)
-                listener.bind(str(path))
-            made = path.lstat()
-            listener.listen(BACKLOG)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"Cannot make the socket {path}: {error.strerror}.") from error
-    except BaseException:
-        listener.close()
-        raise
-    return BoundSocket(listener, path, made.st_dev, made.st_ino)
-
-
-def _lock(directory: int, path: Path) -> None:
-    """Take the lock that closing `directory` gives back. ConfigError where another process keeps it."""
-    until = time.monotonic() + DIRECTORY_LOCK_S
-    while True:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise ConfigError(
-                    f"Cannot make the socket {path}: another process has locked {path.parent}; try again."
-                ) from None
-            time.sleep(0.02)  # this runs in a thread of its own
-        else:
-            return
-
-
-def _remove_leftover(path: Path) -> None:
-    """Remove the socket of a process that is gone. ConfigError where it is in use, or is no socket."""
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise ConfigError(f"Cannot make the socket {path}: there is a file of that name that is no socket.")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        # ECONNREFUSED is the one answer that says that nobody listens (EAGAIN: somebody who is busy).
-        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
-            raise ConfigError(f"Cannot make the socket {path}: another process listens on it.")
-    path.unlink()
 
 
 def peer_uid(connection: socket.socket) -> int:

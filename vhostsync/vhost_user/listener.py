@@ -13,45 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-
-BACKLOG = 16
+from ..unix_socket import BoundSocket, bind_unix_socket
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A socket to serve on: a listening one, or (`listening` False) the only frontend's connection. `path`
-    is the file that goes away with it (None: somebody else's), if it is still the one of this `inode`."""
+    """A socket to serve on: a listening one, or (`listening` False) the only frontend's connection. `bound`:
+    the same, with the file that goes away with it (None: somebody else's)."""
 
     sock: socket.socket
     listening: bool
-    path: Path | None = None
-    inode: int = 0
+    bound: BoundSocket | None = None
 
     def close(self) -> None:
         """Close the socket and remove its file, unless somebody has put another one there."""
+        if self.bound is not None:
+            self.bound.close()
         self.sock.close()
-        if self.path is not None:
-            try:
-                if os.lstat(self.path).st_ino == self.inode:
-                    self.path.unlink()
-            except (FileNotFoundError, PermissionError):
-                pass  # a socket that stays is replaced by the next start
 
 
 def listen_at(path: Path) -> Endpoint:
-    """Make a listening socket at `path`. One that a dead process left there is removed; one on which somebody
-    still listens, and anything that is no socket, is left alone: ConfigError."""
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.bind(os.fspath(path))
-        endpoint = Endpoint(sock, True, path, os.lstat(path).st_ino)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
-    sock.setblocking(False)
-    return endpoint
+    """Make a listening socket at `path`, whose mode follows the umask. One that a dead process left there is
+    removed; one on which somebody listens, and anything that is no socket, is left alone: ConfigError."""
+    bound = bind_unix_socket(path, 0o777)
+    return Endpoint(bound.listener, True, bound)
 
 
 def adopt(number: int) -> Endpoint:
@@ -81,23 +66,3 @@ def adopt(number: int) -> Endpoint:
         sock.detach()  # whoever gave it keeps it
         raise
     return Endpoint(sock, listening)
-
-
-def _remove_stale(path: Path) -> None:
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {path}: {error.strerror}") from error
-    if not stat.S_ISSOCK(status.st_mode):
-        raise ConfigError(f"cannot listen on {path}: something that is no socket is there")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        outcome = probe.connect_ex(os.fspath(path))
-    if outcome in (errno.ECONNREFUSED, errno.ENOENT):
-        path.unlink(missing_ok=True)
-    elif outcome in (0, errno.EAGAIN):
-        raise ConfigError(f"cannot listen on {path}: another process listens there")
-    else:
-        raise ConfigError(f"cannot listen on {path}: {os.strerror(outcome)}")
