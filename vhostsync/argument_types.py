@@ -58,7 +58,7 @@ def _number(text: str) -> int:
 def _absolute_path(text: str) -> Path:
     if not text:
         raise ConfigError("it is empty, and should name a file or a device")
-    path = Path(text).absolute()
+    path = config.absolute(Path(text))
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

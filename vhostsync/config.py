@@ -325,7 +325,18 @@ def _absolute(path: Path, option: str) -> Path:
     _no_zero_byte(path)
     if path == Path():  # also what an empty word makes
         raise ConfigError(f"{option} is empty or the current directory; write a path.")
-    return path.absolute()
+    return absolute(path)
+
+
+def absolute(path: Path) -> Path:
+    """ConfigError where the current directory, from which the path starts, has been removed."""
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} begins at the current directory, which cannot be told ({error.strerror}); "
+            f"write the whole path."
+        ) from error
 
 
 def _no_zero_byte(path: Path) -> None:

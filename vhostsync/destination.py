@@ -12,7 +12,7 @@ from vhostsync import disks
 from vhostsync.config import MirrorTarget
 from vhostsync.disks import Disk
 from vhostsync.engine import probe
-from vhostsync.errors import MirrorError
+from vhostsync.errors import DiskError, MirrorError
 from vhostsync.state_record import DiskIdentity, Likeness, StateRecord
 
 log = structlog.get_logger(__name__)
@@ -43,19 +43,20 @@ def open_destination(
     """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first
     if asked to. DiskError, and nothing was changed."""
     disks.check_distinct(source, target.path)
-    if target.create:
-        disks.create_image(target.path, capacity_bytes)
+    made = disks.create_image(target.path, capacity_bytes) if target.create else None
     disk = None
     try:
         disk = disks.open_disk(
             target.path, read_only=False, cache=target.cache, lock_timeout_s=lock_timeout_s, probe=probe
         )
+        if made is not None and not os.path.samestat(os.fstat(disk.fd.fileno()), made):
+            raise DiskError(f"another file has taken the place of {disk.path} while it was made; try again")
         disks.check_destination(disk, capacity_bytes=capacity_bytes, guest_block_bytes=block_bytes)
     except BaseException:
         if disk is not None:
             disk.close()
-        if target.create:
-            disks.remove_image(target.path)
+        if made is not None:
+            disks.remove_image(target.path, made)
         raise
     return disk
 

@@ -32,7 +32,7 @@ from vhostsync.disk_layers import block_identifiers, overlap
 from vhostsync.disk_signatures import signatures
 from vhostsync.disk_users import users_of_device, users_of_file
 from vhostsync.errors import DiskError, EngineError
-from vhostsync.own_file import kind_of
+from vhostsync.own_file import kind_of, open_regular
 from vhostsync.state_record import DiskIdentity
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -122,7 +122,7 @@ def open_disk(
         raise
 
 
-def create_image(path: Path, size_bytes: int) -> None:
+def create_image(path: Path, size_bytes: int) -> os.stat_result:
     """A new, empty (sparse) image file, durable under its name. DiskError, and no file left, when that
     fails."""
     if size_bytes <= 0:
@@ -140,6 +140,7 @@ def create_image(path: Path, size_bytes: int) -> None:
         try:
             os.ftruncate(fd, size_bytes)
             os.fsync(fd)
+            made = os.fstat(fd)
         finally:
             os.close(fd)
         directory = os.open(absolute.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -152,14 +153,18 @@ def create_image(path: Path, size_bytes: int) -> None:
         raise DiskError(
             f"{absolute} cannot be made {size_bytes} bytes long and durable: {error.strerror}"
         ) from error
+    return made
 
 
-def remove_image(path: Path) -> None:
-    """One that `create_image` has made and nobody needs; whoever has taken it meanwhile keeps it."""
+def remove_image(path: Path, made: os.stat_result) -> None:
+    """One that `create_image` has made and nobody needs. Whoever has taken it meanwhile keeps it, and what
+    has taken its name stays."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = open_regular(path, os.O_RDWR)
         try:
-            if try_lock(fd, uses=WRITER_USES, shares=WRITER_SHARES):
+            if not os.path.samestat(os.fstat(fd), made):
+                log.warning("what has taken the place of the image that was made stays", path=str(path))
+            elif try_lock(fd, uses=WRITER_USES, shares=WRITER_SHARES):
                 path.unlink()
             else:
                 log.warning("the image that was made stays, for somebody else has it", path=str(path))

@@ -12,6 +12,7 @@ One command at a time (`turns`): a second one is refused, not queued.
 
 import errno
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
@@ -324,6 +325,7 @@ class Mirror:
             open_destination, target, self._roles.source.path, engine.capacity_bytes, engine.block_bytes,
             DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S,
         )  # fmt: skip
+        opened, obeyed = os.fstat(disk.fd.fileno()), False
         try:
             if former is not None:
                 check_former(disk, former)
@@ -331,13 +333,12 @@ class Mirror:
             elif not (target.create or target.force or was_of_this_guest(self._keeper.record, disk.identity)):
                 await anyio.to_thread.run_sync(check_holds_nothing, disk)
             await self._attach(disk, target)
-        except VhostsyncError:
-            disk.close()
-            if target.create:
-                await anyio.to_thread.run_sync(remove_image, target.path)
-            raise
+            obeyed = True
         finally:
             disk.close()  # what the engine did not take
+            if target.create and not obeyed:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(remove_image, target.path, opened)
 
     async def _await_fence(self) -> None:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""
@@ -360,13 +361,15 @@ class Mirror:
         return self._roles.peer.why_full(disk), look(disk)
 
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
+        """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
+        restart goes by the record."""
         place = Place.of(disk)
         why_full, now = await anyio.to_thread.run_sync(self._judge, disk)
         full_copy_reason = "it was asked for" if target.full else why_full
         resync = full_copy_reason is None
         # A peer that is known and gets everything has not the content any more that the mirror has left.
         as_left = not target.full and (resync or self._roles.peer.place is None)
-        async with self._keeper.lock:
+        async with self._keeper.lock_for_good():
             former = self._keeper.record
             spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
@@ -381,8 +384,7 @@ class Mirror:
                 await self._keeper.write(former)
                 raise
             if not resync:
-                with anyio.CancelScope(shield=True):  # the mirror has begun, and may be steady by now
-                    await self._keeper.begin_bitmap(place)
+                await self._keeper.begin_bitmap(place)
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=str(place.path), everything_because=full_copy_reason)

@@ -165,20 +165,42 @@ def follow_record(
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
     if record != found or state_file.announced:
-        state_file.write(record)
+        _write(state_file, record, _what_waits_for_it(state_file, found))
     return record
 
 
-def _first_record(state_file: StateFile, disk: Disk) -> StateRecord | None:
-    """From here on the disk is known to be raw, whatever its guest writes to it. That can wait where the
-    record cannot be written: nothing else depends on it yet."""
+def _first_record(state_file: StateFile, disk: Disk) -> StateRecord:
+    """From here on the disk is known to be raw, whatever its guest writes to it."""
     record = StateRecord.first(disk.identity)
+    _write(state_file, record, None)
+    return record
+
+
+def _what_waits_for_it(state_file: StateFile, found: StateRecord) -> str | None:
+    """What the record that was found would say wrongly once the guest has written; None: nothing. That the
+    last run has ended in order, it says of nothing but these."""
+    if state_file.announced:
+        return "speaks of a switch"
+    if found.peer is not None and found.peer_worth is Worth.UP_TO_DATE:
+        return f"calls {found.peer.path} up to date"
+    if found.bitmap is not None:
+        return "names a bitmap"
+    return "lists what the other disk holds better" if found.spared else None
+
+
+def _write(state_file: StateFile, record: StateRecord, waits: str | None) -> None:
+    """Before the guest is served; later, where nothing waits for it: a full disk of the record then keeps
+    nobody from serving. StateRecordError."""
     try:
         state_file.write(record)
     except StateRecordError as error:
-        log.warning("the next start will not know this disk", path=str(disk.path), reason=str(error))
-        return None
-    return record
+        if waits is not None:
+            raise StateRecordError(
+                f"{error}; what is there {waits}, which would not be true any more once the guest has "
+                f"written, so it is not served before: make room for the record, or whatever else it lacks"
+            ) from error
+        log.warning("the state record is written as soon as it can be", error=str(error))
+        state_file.late = True
 
 
 def _since_last_time(record: StateRecord) -> str:

@@ -24,6 +24,7 @@ import pwd
 import stat
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -252,5 +253,7 @@ def _read_places() -> tuple[Path, ...]:
     interpreter = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path)
     found = {Path(place).resolve() for place in (*SYSTEM_PLACES, *interpreter) if place}
     found |= {(Path("/etc") / name).resolve() for name in SYSTEM_FILES}
-    # `python -m` puts the current directory, perhaps /, where modules are looked for.
-    return tuple(sorted(found - {Path.cwd()} | {Path(__file__).parent.resolve()}))
+    with suppress(OSError):  # it may have been removed
+        # `python -m` puts the current directory, perhaps /, where modules are looked for.
+        found.discard(Path.cwd())
+    return tuple(sorted(found | {Path(__file__).parent.resolve()}))

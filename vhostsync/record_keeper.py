@@ -15,7 +15,8 @@ each other.
 
 import errno
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Final
 
@@ -82,6 +83,13 @@ class RecordKeeper:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._state_file.write, record)
         self.record = record
+
+    @asynccontextmanager
+    async def lock_for_good(self) -> AsyncIterator[None]:
+        """The lock, and once it is held nothing is cut off."""
+        async with self.lock:
+            with anyio.CancelScope(shield=True):
+                yield
 
     async def prepare_switch(self, switched: StateRecord) -> Prepared | None:
         """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
@@ -193,10 +201,22 @@ class RecordKeeper:
     async def run(self) -> None:
         """Until cancelled."""
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._write_late)
             tasks.start_soon(self._follow_doubt)
             tasks.start_soon(self._follow_fence)
             tasks.start_soon(self._follow_steady)
             await self._follow_events()
+
+    async def _write_late(self) -> None:
+        """The start has left a record for later, which any other one takes the place of."""
+        while self._state_file is not None and self._state_file.late:
+            try:
+                async with self.lock:
+                    await self.write(self.record)
+                log.info("the state record is written")
+            except StateRecordError as error:
+                self._failed(str(error))
+                await anyio.sleep(RETRY_S)
 
     async def _follow_fence(self) -> None:
         """Not in turn with the rest, which may wait for the record's disk: whoever changes the lost one

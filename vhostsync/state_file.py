@@ -131,6 +131,7 @@ class StateFile:
     ) -> None:
         self.path = path
         self.announced = False  # what was loaded is more than a record, and depends on the mark
+        self.late = False  # a record is still to be written, for which nothing waits
         self._files: FileSystem = files if files is not None else RealFileSystem()
         self._before_write = before_write
         self._other_record = other_record
@@ -313,6 +314,7 @@ class StateFile:
                 f"{named(self.path)} was replaced, but whether that would outlive a power cut is "
                 f"unknown: {error.strerror}"
             ) from error
+        self.late = False
 
     def _forget(self) -> None:
         try:

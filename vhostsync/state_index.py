@@ -185,7 +185,14 @@ class Index:
 
     def _pointers(self, own: Path | None) -> dict[Path, tuple[DiskIdentity, Path]]:
         found = {}
-        for name in self._files.names(self._directory):
+        try:
+            names = self._files.names(self._directory)
+        except OSError as error:
+            raise StateRecordError(
+                f"the directory of the state records, {self._directory}, cannot be read: {error.strerror}; "
+                f"be the user that it belongs to, or name a --state-file"
+            ) from error
+        for name in names:
             if not name.endswith(POINTER_SUFFIX):
                 continue
             path = self._directory / name

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -399,6 +400,9 @@ class Mounted:
             self.frozen.remove(self)
             _root("fsfreeze", "-u", self.folder)
 
+    def remount_read_only(self) -> None:
+        _root("mount", "-o", "remount,ro", self.folder)
+
     @classmethod
     def thaw_all(cls) -> None:
         for each in tuple(cls.frozen):
@@ -448,6 +452,16 @@ def tmpfs(work: Path, kib: int) -> Iterator[Mounted]:
     """A file system of that size in memory."""
     with _mounted(work / "tmpfs", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs") as it:
         yield it
+
+
+def fill(path: Path) -> None:
+    """A file that takes all the room that is left."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
 
 
 @contextlib.contextmanager

@@ -75,6 +75,21 @@ def test_wrong_usage_ends_with_2(work: Path) -> None:
     assert list(work.iterdir()) == [disk]
 
 
+def test_a_current_directory_that_is_gone(work: Path) -> None:
+    gone = work / "gone"
+    before = ("sh", "-c", 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"', str(gone))
+    for words in (
+        ("serve", "--blk-file", "a.img", "--socket-path", "s"),
+        ("mirror", "start", "b.img", "--control", "/c"),
+    ):
+        code, said = refused_start(*words, before=before)
+        assert code == 2 and "Traceback" not in said and "write the whole path" in said, said
+    image(work / "a.img")
+    there = ("--blk-file", work / "missing.img", "--socket-path", work / "s", "--sandbox", "require")
+    code, said = refused_start("serve", *there, before=before, env={"STATE_DIRECTORY": str(work / "state")})
+    assert code == 1 and "does not exist" in said, said
+
+
 def test_a_descriptor_that_is_no_socket(work: Path) -> None:
     disk = image(work / "a.img")
     env = {"STATE_DIRECTORY": str(work / "state")}

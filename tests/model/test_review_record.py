@@ -8,7 +8,7 @@ import errno
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again
 from vhostsync.engine import Engine, EngineConfig, probe
 from vhostsync.engine_attachment import EngineAttachment
-from vhostsync.errors import MirrorError, StateRecordError
+from vhostsync.errors import MirrorError, StateRecordError, SwitchError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
@@ -217,6 +217,19 @@ def test_the_old_disk_fails_right_after_the_exchange(
         assert record.peer is not None and record.peer.path == str(it.paths[0])
         assert record.peer_worth is Worth.OUTDATED
         assert it.mirror.source_path == it.paths[1] and it.mirror.state is MirrorState.DEGRADED
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_switches_whose_deadline_passes_leave_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        for turn in range(30):
+            with suppress(SwitchError):  # or it is in time
+                await it.mirror.switch(deadline_s=0.0005 * turn, max_pause_ms=100, keep_mirror=True)
+        assert not list(tmp_path.glob("*.new*"))
 
     play(scene, tmp_path, monkeypatch)
 

@@ -158,9 +158,10 @@ def test_an_image_that_somebody_else_has_taken_is_not_removed(
     create_image(source, MIB)
     taken: list[Disk] = []
 
-    def create_and_lose(image: Path, size_bytes: int) -> None:
-        create_image(image, size_bytes)
+    def create_and_lose(image: Path, size_bytes: int) -> os.stat_result:
+        made = create_image(image, size_bytes)
         taken.append(opened(image))
+        return made
 
     monkeypatch.setattr(disks, "create_image", create_and_lose)
     target = MirrorTarget(path, create=True, cache="writeback")
@@ -173,6 +174,24 @@ def test_an_image_that_somebody_else_has_taken_is_not_removed(
     with pytest.raises(DiskError, match="too small"):
         open_destination(target, source, 2 * MIB, 512, 0)
     assert not path.exists()
+
+
+def test_a_file_that_has_taken_the_place_of_a_new_image_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = tmp_path / "a.img", tmp_path / "b.img"
+    create_image(source, MIB)
+
+    def create_and_lose(image: Path, size_bytes: int) -> os.stat_result:
+        made = create_image(image, size_bytes)
+        (tmp_path / "precious").write_bytes(b"precious" * MIB)
+        (tmp_path / "precious").rename(image)
+        return made
+
+    monkeypatch.setattr(disks, "create_image", create_and_lose)
+    with pytest.raises(DiskError, match="another file has taken the place"):
+        open_destination(MirrorTarget(path, create=True, cache="writeback"), source, MIB, 512, 0)
+    assert path.read_bytes() == b"precious" * MIB
 
 
 # ---- the locks -------------------------------------------------------------------
