@@ -324,6 +324,7 @@ static void step(struct vs_engine *e, enum activity_step to)
         io_uring_prep_fsync(sqe, a->bitmap->fd, IORING_FSYNC_DATASYNC);
     }
     io_uring_sqe_set_data(sqe, &a->op);
+    io_uring_sqe_set_flags(sqe, IOSQE_ASYNC); /* it is rare, and the file's system may be any */
 }
 
 static void compose_log(struct activity *a)

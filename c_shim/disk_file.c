@@ -26,6 +26,10 @@
 #include "disk.h"
 #include "disk_worker.h"
 
+#ifndef FUSE_SUPER_MAGIC
+#define FUSE_SUPER_MAGIC 0x65735546
+#endif
+
 /* What zeroes are written from; a zero step writes at most ZERO_IOV of them at once. */
 #define ZERO_BYTES (64u << 10)
 #define ZERO_IOV 16
@@ -36,7 +40,7 @@ enum zero_step { ZERO_PUNCH, ZERO_RANGE, ZERO_WRITE };
 struct file_disk {
     struct vs_disk disk;
     int fd;
-    bool inline_io;
+    bool inline_io, may_block; /* vs_disk_probe */
     bool is_block_device;
     bool no_punch, no_zero_range; /* learnt from EOPNOTSUPP */
     bool closed;                  /* or being closed, by the worker, which ends with that */
@@ -113,6 +117,8 @@ static void prepare(const struct file_disk *f, struct disk_io *io, struct uring 
             io_uring_prep_write(sqe, f->fd, zeroes, left < ZERO_BYTES ? (unsigned)left : ZERO_BYTES, at);
     }
     io_uring_sqe_set_data(sqe, &io->job.op); /* older liburing's prep helpers clear it */
+    if (f->may_block)
+        io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
 }
 
 /* On an I/O thread, which only reads what it is lent. */
@@ -311,6 +317,8 @@ int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out)
         out->physical_block_bytes = (uint32_t)st.st_blksize;
         out->discard_granularity_bytes = (uint32_t)st.st_blksize;
         out->inline_io = fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC;
+        /* Its files can be polled, which newer kernels take for a promise not to block, and know no IOCB_NOWAIT. */
+        out->may_block = fs.f_type == FUSE_SUPER_MAGIC;
     } else {
         return -ENOTBLK;
     }
@@ -341,6 +349,7 @@ vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
     }
     f->fd = fd;
     f->inline_io = probe->inline_io;
+    f->may_block = probe->may_block;
     f->is_block_device = probe->is_block_device;
     disk_init(&f->disk, &file_ops, probe->bytes, probe->logical_block_bytes, probe->memory_align_bytes, direct);
     return &f->disk;

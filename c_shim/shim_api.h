@@ -48,6 +48,7 @@ struct vs_disk_probe {
     uint32_t memory_align_bytes;   /* buffers of direct I/O; 1 if buffered */
     uint32_t inline_io;            /* memory-backed: plain calls never wait */
     uint32_t discard_granularity_bytes;
+    uint32_t may_block;            /* io_uring would wait for it on the thread that submits: its workers do all of it */
 };
 
 /* Looks at an open descriptor. May block: call it off the event loop.

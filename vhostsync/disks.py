@@ -67,6 +67,7 @@ class DiskProbe:
     memory_align_bytes: int
     inline_io: bool
     discard_granularity_bytes: int
+    may_block: bool = False
 
 
 # (descriptor, direct I/O) -> what it is; raises EngineError or OSError.

@@ -96,6 +96,7 @@ def probe(fd: int, direct: bool) -> DiskProbe:
         physical_block_bytes=found.physical_block_bytes,
         memory_align_bytes=found.memory_align_bytes,
         inline_io=bool(found.inline_io),
+        may_block=bool(found.may_block),
         discard_granularity_bytes=found.discard_granularity_bytes,
     )
 
@@ -112,6 +113,7 @@ def _engine_disk(disk: Disk) -> Any:
             "physical_block_bytes": found.physical_block_bytes,
             "memory_align_bytes": found.memory_align_bytes,
             "inline_io": found.inline_io,
+            "may_block": found.may_block,
             "discard_granularity_bytes": found.discard_granularity_bytes,
         },
     )

@@ -105,7 +105,7 @@ static vs_disk *disk_on(int fd, const struct vs_disk_probe *probe)
 
 static vs_disk *memory_disk(const struct work *work)
 {
-    struct vs_disk_probe probe = {DISK_BYTES, 0, 512, 512, 512, 0, 0};
+    struct vs_disk_probe probe = {DISK_BYTES, 0, 512, 512, 512, 0, 0, 0};
     /* The kernel's worker threads do what might wait, as writes to a cached file: how many wake-ups that takes is luck.
      * Requests to this device never wait. */
     int fd = work->inlined ? memfd_create("disk", MFD_CLOEXEC) : open("/dev/zero", O_RDWR | O_CLOEXEC);

@@ -1012,4 +1012,29 @@ MUTATIONS = [
         "        } else if (!q && used) {",
         "rings/test_memory_exchange.py::test_a_write_in_flight_is_answered_before_the_rings_are_unmapped",
     ),
+    # -- the data thread waits for nobody ------------------------------------------
+    _m(
+        "closes-by-itself",
+        "the data thread never waits for a disk's close",
+        "mirror.c",
+        "    m->left_sources++;\n    disk_close_later(old, left_source_closed);",
+        "    disk_close(old);",
+        "blocking.py::test_a_switch_does_not_wait_until_the_old_disk_is_closed",
+    ),
+    _m(
+        "writes-to-the-call",
+        "telling a frontend never blocks, whatever it does to the descriptor",
+        "bell.c",
+        "bell->engine->bells.context && signal_event_fd(&bell->engine->bells, bell->fd)",
+        "write(bell->fd, &bell->one, sizeof bell->one) > 0",
+        "rings/test_notification.py::test_a_call_that_is_full_and_blocks_stops_nobody[eventfd]",
+    ),
+    _m(
+        "hole-not-looked-at-again",
+        "rule 3: a hole that a write fills before the copy has its place is copied",
+        "copier.c",
+        "    } else if (disk_found_hole(io)) {\n        c->hole = true;",
+        "    } else if (true) {\n        c->hole = true;",
+        "blocking.py::test_a_hole_that_is_filled_while_it_is_looked_at_is_copied",
+    ),
 ]

@@ -115,7 +115,7 @@ def test_an_error_descriptor_that_is_full_and_blocks_stops_nobody(kind: str) -> 
 
 @KINDS
 def test_a_kick_that_somebody_else_has_taken_stops_nobody(kind: str) -> None:
-    """The frontend empties the descriptor between the engine's look and its read."""
+    """The frontend empties the descriptor, sometimes between the engine's look and its read."""
     with rig(queues=2) as r, descriptors(kind) as (read, write):
         r.driver.call(lib.VS_CMD_VRING_KICK, attachment=0, queue=0, fd=os.dup(read))
         os.set_blocking(read, True)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks on a file system that hangs in one call after the other: the guest's requests go on, and so does the
+control plane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.rig import BLOCK, WAIT_S, Served, block_of, flush, image, need_root, write_block
+from tests.frontend import Frontend
+from tests.guest.images import MIB
+from tests.hanging_disk import HangingDisk, Op, hanging_disk
+
+TIMEOUT = ("--destination-timeout", "1s")
+
+
+@pytest.fixture
+def hanging(work: Path) -> Iterator[HangingDisk]:
+    need_root()
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this machine has no FUSE")
+    with hanging_disk(work / "hanging", 16 * MIB) as disk:
+        yield disk
+
+
+def assert_both_go_on(served: Served, guest: Frontend, seed: int) -> None:
+    for number in range(8):
+        write_block(guest, number, seed + number)
+        assert guest.read_now(number * BLOCK, BLOCK) == block_of(number, seed + number)
+    flush(guest)
+    served.mirror()
+
+
+@pytest.mark.parametrize("op", [Op.LSEEK, Op.FALLOCATE, Op.WRITE, Op.FSYNC])
+def test_a_destination_that_hangs_is_given_up(work: Path, hanging: HangingDisk, op: Op) -> None:
+    hanging.fill()
+    source = image(work / "a.img", 16, filled_mib=1)
+    with Served(work, source, *TIMEOUT) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+        hanging.hang(op)
+        served.qmp.execute("mirror-start", destination=str(hanging.path))
+        hanging.await_hanging(op, WAIT_S)
+        assert_both_go_on(served, guest, 1)
+        served.await_state("degraded")
+        assert_both_go_on(served, guest, 100)
+        hanging.go_on()
+        served.start_mirror(hanging.path)
+        assert_both_go_on(served, guest, 200)
+
+
+def test_a_destination_that_hangs_in_its_close(work: Path, hanging: HangingDisk) -> None:
+    source = image(work / "a.img", 16)
+    with Served(work, source, *TIMEOUT) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+        served.start_mirror(hanging.path)
+        hanging.hang(Op.FLUSH)
+        served.qmp.execute("mirror-cancel", force=True)
+        hanging.await_hanging(Op.FLUSH, WAIT_S)
+        assert_both_go_on(served, guest, 1)
+        hanging.go_on()
+        served.start_mirror(hanging.path)
+
+
+def test_a_source_that_hangs_where_it_is_asked_for_holes(work: Path, hanging: HangingDisk) -> None:
+    other = image(work / "b.img", 16)
+    with Served(work, hanging.path, *TIMEOUT) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+        hanging.hang(Op.LSEEK)
+        served.qmp.execute("mirror-start", destination=str(other))
+        hanging.await_hanging(Op.LSEEK, WAIT_S)
+        for number in range(8):  # writes wait in the kernel, which holds the file's lock meanwhile
+            assert guest.read_now(number * BLOCK, BLOCK) == bytes(BLOCK)
+        served.mirror()
+        hanging.go_on()
+        served.await_steady()
+
+
+def test_a_source_that_hangs_in_its_close_is_left_all_the_same(work: Path, hanging: HangingDisk) -> None:
+    other = image(work / "b.img", 16)
+    with Served(work, hanging.path) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+        served.start_mirror(other)
+        hanging.hang(Op.FLUSH)
+        served.qmp.execute("switch", max_pause_ms=500)
+        hanging.await_hanging(Op.FLUSH, WAIT_S)
+        assert_both_go_on(served, guest, 1)
+        third = image(work / "c.img", 16)
+        served.start_mirror(third)
+        hanging.go_on()
