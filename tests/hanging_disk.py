@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A FUSE file system of one file, that hangs in the operations that it is told to: a disk on storage that does not
-answer, for tests. Straight on /dev/fuse (linux/fuse.h), for its few operations are less than a library's binding.
+"""A FUSE file system of one file that hangs in the operations that it is told to: a disk on storage that does
+not answer, for tests. Straight on /dev/fuse (linux/fuse.h): its few operations are less than a binding.
 
     with hanging_disk(folder, size) as disk:
         disk.hang(Op.LSEEK); ...; disk.go_on()
@@ -159,7 +159,8 @@ class HangingDisk:
     def _perform(self, op: Op, node: int, body: bytes) -> bytes:
         if op is Op.INIT:
             major, minor, ahead, _ = struct.unpack_from("<IIII", body)
-            return struct.pack("<IIIIHHIIHHI28x", major, min(minor, 31), ahead, 0, 16, 12, 1 << 20, 1, 256, 0, 0)
+            told = (major, min(minor, 31), ahead, 0, 16, 12, 1 << 20, 1, 256, 0, 0)
+            return struct.pack("<IIIIHHIIHHI28x", *told)
         if op is Op.LOOKUP:
             if body.rstrip(b"\0") != NAME:
                 raise OSError(errno.ENOENT, "")

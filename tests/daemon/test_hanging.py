@@ -5,6 +5,7 @@ control plane."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def hanging(work: Path) -> Iterator[HangingDisk]:
         yield disk
 
 
+@contextmanager
+def running(
+    hanging: HangingDisk, work: Path, disk: Path, *options: str
+) -> Iterator[tuple[Served, Frontend]]:
+    with (
+        Served(work, disk, *options) as served,
+        served.guest(queues=2) as guest,
+        hanging.goes_on_at_the_end(),
+    ):
+        yield served, guest
+
+
 def assert_both_go_on(served: Served, guest: Frontend, seed: int) -> None:
     for number in range(8):
         write_block(guest, number, seed + number)
@@ -38,7 +51,7 @@ def assert_both_go_on(served: Served, guest: Frontend, seed: int) -> None:
 def test_a_destination_that_hangs_is_given_up(work: Path, hanging: HangingDisk, op: Op) -> None:
     hanging.fill()
     source = image(work / "a.img", 16, filled_mib=1)
-    with Served(work, source, *TIMEOUT) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+    with running(hanging, work, source, *TIMEOUT) as (served, guest):
         hanging.hang(op)
         served.qmp.execute("mirror-start", destination=str(hanging.path))
         hanging.await_hanging(op, WAIT_S)
@@ -52,7 +65,7 @@ def test_a_destination_that_hangs_is_given_up(work: Path, hanging: HangingDisk, 
 
 def test_a_destination_that_hangs_in_its_close(work: Path, hanging: HangingDisk) -> None:
     source = image(work / "a.img", 16)
-    with Served(work, source, *TIMEOUT) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+    with running(hanging, work, source, *TIMEOUT) as (served, guest):
         served.start_mirror(hanging.path)
         hanging.hang(Op.FLUSH)
         served.qmp.execute("mirror-cancel", force=True)
@@ -64,7 +77,7 @@ def test_a_destination_that_hangs_in_its_close(work: Path, hanging: HangingDisk)
 
 def test_a_source_that_hangs_where_it_is_asked_for_holes(work: Path, hanging: HangingDisk) -> None:
     other = image(work / "b.img", 16)
-    with Served(work, hanging.path, *TIMEOUT) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+    with running(hanging, work, hanging.path, *TIMEOUT) as (served, guest):
         hanging.hang(Op.LSEEK)
         served.qmp.execute("mirror-start", destination=str(other))
         hanging.await_hanging(Op.LSEEK, WAIT_S)
@@ -77,7 +90,7 @@ def test_a_source_that_hangs_where_it_is_asked_for_holes(work: Path, hanging: Ha
 
 def test_a_source_that_hangs_in_its_close_is_left_all_the_same(work: Path, hanging: HangingDisk) -> None:
     other = image(work / "b.img", 16)
-    with Served(work, hanging.path) as served, served.guest(queues=2) as guest, hanging.goes_on_at_the_end():
+    with running(hanging, work, hanging.path) as (served, guest):
         served.start_mirror(other)
         hanging.hang(Op.FLUSH)
         served.qmp.execute("switch", max_pause_ms=500)

@@ -1029,12 +1029,4 @@ MUTATIONS = [
         "write(bell->fd, &bell->one, sizeof bell->one) > 0",
         "rings/test_notification.py::test_a_call_that_is_full_and_blocks_stops_nobody[eventfd]",
     ),
-    _m(
-        "hole-not-looked-at-again",
-        "rule 3: a hole that a write fills before the copy has its place is copied",
-        "copier.c",
-        "    } else if (disk_found_hole(io)) {\n        c->hole = true;",
-        "    } else if (true) {\n        c->hole = true;",
-        "blocking.py::test_a_hole_that_is_filled_while_it_is_looked_at_is_copied",
-    ),
 ]
