@@ -30,6 +30,7 @@ GIB: Final = 1024 * MIB
 
 # The limits that the engine has are in c_shim/shim_api.h (enum vs_limit); a unit test compares.
 QUEUES_MAX: Final = 64
+NAME_CHARACTERS_MAX: Final = 128
 SERIAL_BYTES_MAX: Final = 20  # virtio 1.x 5.2.6, VIRTIO_BLK_ID_BYTES
 REQUEST_BYTES_MAX: Final = 8 * MIB
 BLOCK_BYTES: Final = (512, 4096)
@@ -164,6 +165,7 @@ class ServeConfig:
     copy_depth: int = 8  # region copies of 1 MiB in flight
     dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
     metrics: Path | TcpAddress | None = None
+    name: str = ""  # of the machine, for metrics; where it is empty see `label`
     poll_us: int | None = None  # look for work so long before sleeping; None: where it pays
     threads: int = 1  # one keeps the rings, the order and the log; the others do a share of the disks' work
     log_format: LogFormat = "auto"
@@ -189,6 +191,10 @@ class ServeConfig:
         _one_of("--sandbox", self.sandbox, get_args(Sandbox))
         if self.user is not None and not all(self.user.split(":", 1)):
             raise ConfigError(f"--user {self.user!r} is not NAME or NAME:GROUP.")
+        if not self.name.isprintable() or len(self.name) > NAME_CHARACTERS_MAX:
+            raise ConfigError(
+                f"--name {self.name!r} must be at most {NAME_CHARACTERS_MAX} characters that can be printed."
+            )
 
     def _check_places(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
@@ -276,6 +282,11 @@ class ServeConfig:
         while self.dirty_region_bytes is None and capacity_bytes // region > DIRTY_REGIONS:
             region *= 2
         return region
+
+    @property
+    def label(self) -> str:
+        """What the machine is called in metrics; empty where nobody said and there is no socket's name."""
+        return self.name or (self.socket_path.stem if self.socket_path is not None else "")
 
     @property
     def congestion_bytes(self) -> int:

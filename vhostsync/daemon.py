@@ -191,6 +191,7 @@ class Backend:
         active = None if index is None else self.engine.attachment(index)
         return {
             "status": "running",
+            "name": self.config.label,
             "frontends": frontends.frontends if frontends else 0,
             "active": index is not None,
             "active-frontend": frontends.number_of(active) if frontends else None,

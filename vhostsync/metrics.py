@@ -3,10 +3,17 @@
 return.
 
 `render` is pure. `serve_metrics` answers `GET /metrics` on a unix socket or a loopback port; it is a few
-lines of HTTP/1.1 that close after each answer, because that is all that a scraper needs."""
+lines of HTTP/1.1 that close after each answer, because that is all that a scraper needs.
 
+To a port every user of the host can connect, and so can a page in a browser on it. So nobody can keep others
+waiting by holding connections (beyond CONNECTIONS_MAX the oldest is closed), and a request that names another
+host is refused: a web site whose name was made to mean 127.0.0.1 (DNS rebinding) would read the answer."""
+
+import ipaddress
 import math
+import re
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -14,6 +21,7 @@ from typing import Any, Final, Literal
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
@@ -31,7 +39,9 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 REQUEST_BYTES_MAX: Final = 8 * 1024
 CONNECTION_S: Final = 10.0
-CONNECTIONS_MAX: Final = 8
+CONNECTIONS_MAX: Final = 32
+HOST_LINE: Final = re.compile(rb"^host[ \t]*:[ \t]*(.*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+HOST_AND_PORT: Final = re.compile(r"(?:\[(.*)\]|([^:]*))(?::\d*)?")
 
 _Kind = Literal["counter", "gauge", "histogram"]
 _Labels = Mapping[str, str]
@@ -40,8 +50,10 @@ _Labels = Mapping[str, str]
 class _Page:
     """Collects samples by family, because a family's samples must stand together."""
 
-    def __init__(self) -> None:
+    def __init__(self, common: _Labels | None = None) -> None:
+        """`common`: labels that every sample has."""
         self._families: dict[str, list[str]] = {}
+        self._common = dict(common or {})
 
     def family(self, name: str, kind: _Kind, text: str) -> Callable[[Any, _Labels], None]:
         """Begin a family; the result adds a sample, or nothing where the value is None."""
@@ -51,7 +63,7 @@ class _Page:
 
         def add(value: Any, labels: _Labels) -> None:
             if value is not None:
-                inner = ",".join(f'{key}="{_escaped(each)}"' for key, each in labels.items())
+                inner = _inner({**self._common, **labels})
                 lines.append(f"vhostsync_{name}{'{' + inner + '}' if inner else ''} {_number(value)}")
 
         return add
@@ -65,7 +77,8 @@ class _Page:
         self.family(name, "histogram", text)
         lines = self._families[name]
         for labels, row in rows.items():
-            before = "".join(f'{key}="{_escaped(each)}",' for key, each in labels)
+            inner = _inner({**self._common, **dict(labels)})
+            before = inner + "," if inner else ""
             total = 0
             for power, count in enumerate(row.counts[:-1]):
                 total += count
@@ -74,7 +87,7 @@ class _Page:
                 )
             total += row.counts[-1]
             lines.append(f'vhostsync_{name}_bucket{{{before}le="+Inf"}} {total}')
-            tail = "{" + before.rstrip(",") + "}" if before else ""
+            tail = "{" + inner + "}" if inner else ""
             lines.append(f"vhostsync_{name}_sum{tail} {_number(row.seconds)}")
             lines.append(f"vhostsync_{name}_count{tail} {total}")
 
@@ -99,7 +112,7 @@ class _Latency:
 
 def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     """The page, from what query-status, query-mirror and query-stats return."""
-    page = _Page()
+    page = _Page({"vm": status["name"]} if status.get("name") else None)
     page.one("capacity_bytes", "gauge", "Size of the disk as the guest sees it.", status.get("capacity"))
     page.one("frontends", "gauge", "Frontends connected.", status.get("frontends"))
     page.one("active", "gauge", "1 while a frontend runs rings.", status.get("active"))
@@ -271,6 +284,10 @@ def _engine(page: _Page, engine: Mapping[str, Any]) -> None:
     page.one("log_bytes", "gauge", "Size of the replication log.", engine.get("log-bytes"))
 
 
+def _inner(labels: _Labels) -> str:
+    return ",".join(f'{key}="{_escaped(each)}"' for key, each in labels.items())
+
+
 def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
@@ -301,11 +318,14 @@ async def serve_metrics(
         log.info("metrics ready", where=str(where))
         task_status.started(where)
         async with anyio.create_task_group() as tasks:
-            room = anyio.Semaphore(CONNECTIONS_MAX)
+            open_now: deque[anyio.CancelScope] = deque()  # the oldest first
             while True:
-                await room.acquire()  # scrapers beyond that wait in the backlog
                 connection = await sockets.accept(listener)
-                tasks.start_soon(_answer, connection, backend, room)
+                if len(open_now) == CONNECTIONS_MAX:
+                    open_now.popleft().cancel()
+                open_now.append(anyio.CancelScope())
+                tasks.start_soon(_answer, connection, backend, open_now, isinstance(where, TcpAddress))
+                await anyio.lowlevel.checkpoint()  # what was cancelled closes before the next is taken
     finally:
         if bound is not None:
             bound.close()
@@ -328,28 +348,50 @@ def _listen_tcp(where: TcpAddress) -> tuple[socket.socket, TcpAddress]:
     return listener, TcpAddress(where.host, listener.getsockname()[1])
 
 
-async def _answer(connection: socket.socket, backend: Backend, room: anyio.Semaphore) -> None:
+async def _answer(
+    connection: socket.socket, backend: Backend, open_now: deque[anyio.CancelScope], is_tcp: bool
+) -> None:
+    """The newest of `open_now` is this connection's."""
+    scope = open_now[-1]
+    scope.deadline = anyio.current_time() + CONNECTION_S
     try:
-        with connection, anyio.move_on_after(CONNECTION_S):
+        with connection, scope:
             request = b""
             while b"\r\n\r\n" not in request and len(request) <= REQUEST_BYTES_MAX:
                 data = await sockets.receive(connection)
                 if not data:
                     return
                 request += data
-            await sockets.send_all(connection, await _response(request, backend))
+            await sockets.send_all(connection, await _response(request, backend, is_tcp))
     except OSError:
         return  # the scraper went away
     except Exception:
         log.exception("metrics could not be made")
     finally:
-        room.release()
+        if scope in open_now:
+            open_now.remove(scope)
 
 
-async def _response(request: bytes, backend: Backend) -> bytes:
+def _names_this_host(head: bytes) -> bool:
+    """Whether each Host of the request (HTTP/1.0 has none) is localhost or a loopback address. The port may
+    be another one: that of a tunnel to here."""
+    for value in HOST_LINE.findall(head):
+        match = HOST_AND_PORT.fullmatch(value.decode("ascii", "replace").lower())
+        host = (match[1] or match[2]) if match is not None else ""
+        try:
+            if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+                return False
+        except ValueError:
+            return False
+    return True
+
+
+async def _response(request: bytes, backend: Backend, is_tcp: bool) -> bytes:
     method, target = ([*request.split(b"\r\n", 1)[0].split(b" "), b"", b""])[:2]
     if b"\r\n\r\n" not in request:
         code, body = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request is too long.\n"
+    elif is_tcp and not _names_this_host(request):
+        code, body = HTTPStatus.MISDIRECTED_REQUEST, "Only localhost and 127.0.0.1 are answered for here.\n"
     elif method not in (b"GET", b"HEAD"):
         code, body = HTTPStatus.METHOD_NOT_ALLOWED, "Only GET is answered here.\n"
     elif target.split(b"?")[0] != b"/metrics":

@@ -206,6 +206,12 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="serve Prometheus metrics on this unix socket or 127.0.0.1:PORT",
     )
     running.add_argument(
+        "--name",
+        metavar="TEXT",
+        help="the machine's name: the label vm of every metric (default: of the vhost-user socket, "
+        "without its suffix)",
+    )
+    running.add_argument(
         "--log-format", choices=("auto", "text", "json"), help="auto: text on a terminal, else JSON"
     )
     running.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="(default info)")

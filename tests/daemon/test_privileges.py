@@ -214,14 +214,14 @@ def test_all_that_an_operator_may_ask_for_under_require(work: Path) -> None:
         flush(guest)
         served.start_mirror(one)
         assert served.mirror()["full-copy-reason"] is None
-        assert f"vhostsync_capacity_bytes {24 * MIB}\n" in metrics_page(port)
+        assert f'vhostsync_capacity_bytes{{vm="vm"}} {24 * MIB}\n' in metrics_page(port)
         guest.close()
         served.stop()
     with Served(near, other, *options) as served, served.guest() as guest:
         served.await_resumed()
         assert served.mirror()["full-copy-reason"] is None
         assert guest.read_now(LAST * BLOCK, BLOCK) == block_of(LAST, 2)
-        assert f"vhostsync_capacity_bytes {24 * MIB}\n" in metrics_page(port)
+        assert f'vhostsync_capacity_bytes{{vm="vm"}} {24 * MIB}\n' in metrics_page(port)
         guest.close()
         served.stop()
     assert lacking(one, {1: 1, 2: 3, LAST: 2}) == lacking(other, {1: 1, 2: 3, LAST: 2}) == []

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import WAIT_S, Served, image
+from tests.daemon.rig import WAIT_S, Served, image, need_root
 from tests.guest.backends import vhostsync_command
 from tests.guest.processes import Process, wait_listening
 from vhostsync.service_manager import ServiceManager
 
 UNITS = Path(__file__).parents[2] / "share" / "systemd"
+MANAGER = Path(__file__).with_name("own_manager.sh")
 EXPOSURE_MAX = 3.0
 """systemd-analyze's figure: 10 is unsafe, below 2 is "OK" to "SAFE" for what needs disks."""
 
@@ -103,26 +106,169 @@ def units(tmp_path: Path) -> Path:
     """The units as they are, but for the program, which need not be installed for the tests."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("THIS TEST IS LEFT OUT: systemd-analyze cannot be had here")
-    for unit in UNITS.iterdir():
+    for unit in UNITS.glob("vhostsync@.*"):
         text = unit.read_text().replace("/usr/bin/vhostsync", sys.executable)
         (tmp_path / unit.name.replace("@", "@vm")).write_text(text)
         (tmp_path / unit.name).write_text(text)
     return tmp_path
 
 
-def test_the_units_are_in_order(units: Path) -> None:
-    found = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *sorted(map(str, units.glob("vhostsync@vm.*")))],
-        capture_output=True, text=True, check=False, timeout=WAIT_S,
+def analyze(units: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["systemd-analyze", *words], capture_output=True, text=True, check=False, timeout=WAIT_S,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:"},
     )  # fmt: skip
-    ours = [line for line in found.stderr.splitlines() if "vhostsync@" in line]
+
+
+def add_drop_ins(units: Path) -> None:
+    folder = units / "vhostsync@vm.service.d"
+    folder.mkdir()
+    for drop_in in UNITS.glob("*.conf"):
+        shutil.copy(drop_in, folder)
+
+
+@pytest.mark.parametrize("with_drop_ins", [False, True])
+def test_the_units_are_in_order(units: Path, with_drop_ins: bool) -> None:
+    if with_drop_ins:
+        add_drop_ins(units)
+    found = analyze(units, "verify", "--man=no", *sorted(map(str, units.glob("vhostsync@vm.*t"))),
+                    str(units / "vhostsync@vm.service"))  # fmt: skip
+    ours = [line for line in found.stderr.splitlines() if "vhostsync@" in line or ".conf" in line]
     assert found.returncode == 0 and ours == [], found.stderr
 
 
-def test_the_service_is_hardened(units: Path) -> None:
-    found = subprocess.run(
-        ["systemd-analyze", "security", "--offline=yes", f"--threshold={EXPOSURE_MAX * 10:.0f}", "--no-pager",
-         str(units / "vhostsync@vm.service")],
-        capture_output=True, text=True, check=False, timeout=WAIT_S,
-    )  # fmt: skip
+@pytest.mark.parametrize("with_drop_ins", [False, True])
+def test_the_service_is_hardened(units: Path, with_drop_ins: bool) -> None:
+    """With metrics on a port, too; the drop-in is in force then."""
+    if with_drop_ins:
+        add_drop_ins(units)
+    found = analyze(units, "security", "--offline=yes", f"--threshold={EXPOSURE_MAX * 10:.0f}", "--no-pager",
+                    str(units / "vhostsync@vm.service"))  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
+    assert ("Service has access to the host's network" in found.stdout) == with_drop_ins, found.stdout
+
+
+def documented_commands() -> str:
+    """The block of docs/operations.md that installs the service."""
+    text = (UNITS.parents[1] / "docs" / "operations.md").read_text()
+    section = text[text.index("### As a service") :]
+    block = re.search(r"(?:^    .*\n)+", section, re.MULTILINE)
+    assert block is not None
+    return block[0]
+
+
+def test_the_documented_commands_taken_literally(tmp_path: Path) -> None:
+    """In a root of their own. The user and the manager are the machine's: those commands are noted only."""
+    root, tools, noted = tmp_path / "root", tmp_path / "tools", tmp_path / "noted"
+    (root / "etc/systemd/system").mkdir(parents=True)  # wherever systemd is installed
+    tools.mkdir()
+    for name in ("useradd", "systemctl"):
+        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{noted}\n')
+        (tools / name).chmod(0o755)
+    words = documented_commands().replace("/etc/", f"{root}/etc/")
+    done = subprocess.run(
+        ["sh", "-e", "-c", words], cwd=UNITS.parents[1], capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}, timeout=WAIT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    service = (root / "etc/systemd/system/vhostsync@.service").read_text()
+    wanted = re.search(r"^EnvironmentFile=(.*)$", service, re.MULTILINE)
+    user = re.search(r"^User=(.*)$", service, re.MULTILINE)
+    assert wanted is not None and user is not None
+    assert (root / wanted[1].replace("%i", "vm").lstrip("/")).read_text().startswith("DISK=")
+    made, reloaded, enabled = noted.read_text().splitlines()
+    assert made.endswith(f" {user[1]}")
+    assert (reloaded, enabled) == ("systemctl daemon-reload", "systemctl enable --now vhostsync@vm.socket")
+    if shutil.which("systemctl") is not None:
+        subprocess.run(["systemctl", f"--root={root}", "enable", "vhostsync@vm.socket"], check=True,
+                       capture_output=True, timeout=WAIT_S)  # fmt: skip
+        assert (root / "etc/systemd/system/sockets.target.wants/vhostsync@vm.socket").is_symlink()
+
+
+# Of the service unit: what the manager does with the backend. To withhold the rest takes rights that a test's
+# manager does not have.
+KEPT = {
+    *("Type", "EnvironmentFile", "RuntimeDirectory", "RuntimeDirectoryPreserve", "StateDirectory"),
+    *("ExecStart", "ExecStopPost", "Restart", "RestartSec", "TimeoutStopSec"),
+}
+
+RECONNECTING = """
+import socket, subprocess, sys, time
+from pathlib import Path
+conf, disk, lost = map(Path, sys.argv[1:])
+
+def ask(unit, name):
+    words = ["systemctl", "--user", "show", "--value", "-p", name, unit]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+def await_it(what, condition):
+    "As a machine that reconnects: it tries again whenever it is let down."
+    deadline = time.monotonic() + 60
+    machine = None
+    while not condition():
+        assert time.monotonic() < deadline, what
+        assert ask("vhostsync@vm.socket", "ActiveState") == "active", f"{what}: the socket is closed"
+        if machine is None:
+            machine = socket.socket(socket.AF_UNIX)
+            machine.connect("/run/vhostsync/vm/vm.sock")
+            machine.settimeout(0.1)
+        try:
+            if not machine.recv(1):
+                machine = None
+        except TimeoutError:
+            pass
+        except OSError:
+            machine = None
+
+SERVICE = "vhostsync@vm.service"
+conf.write_text(f"DISK={lost}\\n")
+subprocess.run(["systemctl", "--user", "start", "vhostsync@vm.socket"], check=True)
+await_it("refused, and tried again", lambda: int(ask(SERVICE, "NRestarts")) >= 2)
+conf.write_text(f"DISK={disk}\\n")
+await_it("served", lambda: ask(SERVICE, "StatusText") == f"serving {disk}")
+assert ask(SERVICE, "StartLimitIntervalUSec") == "0"
+first = ask(SERVICE, "MainPID")
+subprocess.run(["systemctl", "--user", "kill", "--signal=KILL", SERVICE], check=True)
+await_it("started again after a crash", lambda: ask(SERVICE, "MainPID") not in ("0", first))
+await_it("served again", lambda: ask(SERVICE, "ActiveState") == "active")
+subprocess.run(["systemctl", "--user", "stop", "vhostsync@vm.socket", SERVICE], check=True)
+assert ask(SERVICE, "Result") == "success", ask(SERVICE, "Result")
+"""
+
+
+def remove_cgroups(name: str) -> None:
+    for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
+        for folder, _, _ in os.walk(hierarchy / name, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+
+
+def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work: Path) -> None:
+    """With a manager that runs: a start limit closed the socket for good, before anybody could change the
+    configuration."""
+    need_root()
+    folder, conf = tmp_path / "units", work / "vm.conf"
+    folder.mkdir()
+    service, section = [], ""
+    for line in (UNITS / "vhostsync@.service").read_text().splitlines():
+        section = line if line.startswith("[") else section
+        if section != "[Service]" or line.startswith("[") or line.split("=")[0] in KEPT:
+            service.append(line)
+    text = "\n".join(service).replace("/usr/bin/vhostsync", " ".join(vhostsync_command()))
+    text = text.replace("/etc/vhostsync/%i.conf", str(conf)).replace("sleep 5", "sleep 0.5")
+    (folder / "vhostsync@.service").write_text(text)
+    listening = (UNITS / "vhostsync@.socket").read_text()
+    (folder / "vhostsync@.socket").write_text(re.sub(r"(?m)^Socket(User|Group)=.*$", "", listening))
+    cgroup = f"vhostsync-test-{os.getpid()}"
+    command = (sys.executable, "-c", RECONNECTING, conf, image(work / "a.img"), work / "lost.img")
+    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", MANAGER, folder, cgroup]
+    try:
+        done = subprocess.run(
+            [str(word) for word in (*words, *command)],
+            capture_output=True, text=True, check=False, timeout=3 * WAIT_S,
+        )  # fmt: skip
+    finally:
+        remove_cgroups(cgroup)
+    if done.returncode == 77:
+        pytest.skip(f"THIS TEST IS LEFT OUT, as no service manager comes up here: {done.stderr[-500:]}")
+    assert done.returncode == 0, done.stderr

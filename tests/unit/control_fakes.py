@@ -201,6 +201,7 @@ class FakeBackend:
     async def query_status(self) -> dict[str, Any]:
         return {
             "status": "running",
+            "name": "vm1",
             "frontends": 1,
             "active": True,
             "disk": self.mirror.now.source,

@@ -345,7 +345,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
 def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> None:
     options = """--socket-path /run/s --blk-file /a.img --read-only --format raw --cache writeback
         --num-queues 8 --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback
-        --log-size 128M --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
+        --log-size 128M --name web1 --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
         --poll-us 25 --threads 2
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
