@@ -41,6 +41,16 @@ def _with_serve(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 
+def _fill_standard_descriptors() -> None:
+    """Where stdin, stdout or stderr is closed (`2>&-`), a disk that is opened later would get its number, and
+    what is written to stderr would be written to the disk."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def _serve(settings: config.ServeConfig) -> int:
     try:
         from .daemon import run
@@ -60,6 +70,7 @@ def _operate(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Ends the process itself where argparse does (--help, wrong
     usage)."""
+    _fill_standard_descriptors()
     words = _with_serve(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["serve"] and "--print-capabilities" in words:
         print(json.dumps(CAPABILITIES))

@@ -6,20 +6,14 @@ whether it is the right one, the engine starts, the sockets open. End (SIGTERM, 
 frontend of --fd gone): frontends are let go first, which finishes their requests; the mirror is brought up to
 date; the engine ends; the record notes the clean end.
 
-    run ── engine.pump, mirror.run, verifier.report  (to the very end)
 What the process may do shrinks on the way (privileges.py); that is why all of the beginning happens before
 there is an event loop, in the only thread.
 
-    run ── engine.pump, mirror.run          (to the very end)
-        └─ frontends ─ one task a connection  (until the end begins)
-        └─ control socket, metrics             (until the end begins)
-        └─ signals
+    run ── engine.pump, mirror.run, verifier.report, failover.run, signals  (to the very end)
+        └─ frontends ─ one task a connection   (until the end begins)
+        └─ control socket, metrics, retry       (until the end begins)
 """
 
-import os
-import signal
-import sys
-from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +43,7 @@ from vhostsync.privileges import Confinement, change_user, find_user, is_block_d
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
 from vhostsync.service_manager import ServiceManager
+from vhostsync.signals import watch_signals
 from vhostsync.snapshot import BREACHES, OpStats
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_index import default_directory, make_directory
@@ -58,8 +53,6 @@ from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.virtio_blk import BlkDevice, DeviceShape
 
 log = structlog.get_logger(__name__)
-
-ENDING = (signal.SIGTERM, signal.SIGINT)
 
 CHECKPOINT_S = 3.0  # of the difference map: two flushes in this time, if the guest writes and does not flush
 
@@ -75,7 +68,8 @@ def run(config: ServeConfig) -> int:
     except* VhostsyncError as group:
         failures = _leaves(group)
     for failure in failures:
-        sys.stderr.write(f"vhostsync: {printable(str(failure))}\n")
+        logging.say(f"vhostsync: {printable(str(failure))}")
+    logging.end()
     return 1 if failures else 0
 
 
@@ -204,6 +198,7 @@ class Backend:
             "write-cache": snapshot.write_cache,
             "mirror": str(self.mirror.state),
             "epoch": self.mirror.epoch,
+            "log-lines-dropped": logging.dropped_lines(),
         }
 
     async def query_stats(self) -> dict[str, Any]:
@@ -318,6 +313,7 @@ async def _serve(config: ServeConfig, started: Started) -> None:
         try:
             try:
                 started.confinement.seal(started.engine.check_rings_restricted)
+                logging.write_in_background()
                 mirror = await _serve_device(config, started)
             finally:
                 with anyio.CancelScope(shield=True):
@@ -360,7 +356,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
         lasting.start_soon(mirror.run)
         lasting.start_soon(backend.verifier.report)
         lasting.start_soon(failover.run)
-        await lasting.start(_watch_signals, backend)
+        await lasting.start(watch_signals, backend)
         async with anyio.create_task_group() as serving:
             await _start_control(config, backend, serving)
             serving.start_soon(_serve_frontends, frontends, started.endpoint, backend)
@@ -411,37 +407,6 @@ async def _start_control(config: ServeConfig, backend: Backend, tasks: anyio.abc
 async def _serve_frontends(frontends: FrontendServer, endpoint: listener.Endpoint, backend: Backend) -> None:
     await frontends.serve(endpoint)
     backend.stop()  # the only frontend of --fd has gone
-
-
-async def _watch_signals(
-    backend: Backend, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-) -> None:
-    """The first SIGTERM or SIGINT ends in order, a second one without waiting for the destination; more are
-    ignored, also while the last words are written. The handler is not anyio's: where that one ends, there is
-    a moment in which a signal kills."""
-    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    came: deque[int] = deque()
-
-    def note(number: int, _frame: object) -> None:
-        came.append(number)
-        os.eventfd_write(fd, 1)
-
-    for each in ENDING:
-        signal.signal(each, note)
-    try:
-        task_status.started()
-        forced = False
-        while not forced:  # no longer: a flood of signals would keep everybody else from ending
-            while not came:
-                await anyio.wait_readable(fd)
-                os.eventfd_read(fd)
-            forced = backend.stopping
-            log.info("stopping", signal=signal.Signals(came.popleft()).name)
-            backend.stop(force=forced)
-    finally:
-        for each in ENDING:
-            signal.signal(each, signal.SIG_IGN)
-        os.close(fd)
 
 
 def _on_event(event: EngineEvent, engine: Engine, frontends: FrontendServer, hub: EventHub) -> None:

@@ -5,18 +5,20 @@ Use `structlog.get_logger()` where something is logged, with an event in words a
 carry their unit: `log.warning("destination failed", disk=path, lag_bytes=n)`. What the standard library's
 `logging` gets (asyncio's complaints, for example) comes out in the same form.
 
-A line is written where it is logged, so a stderr that blocks for ever blocks the control plane (never the
-data plane, which does not log)."""
+A stderr that takes nothing holds up nobody (log_writer.py): once `write_in_background` was called, what finds
+no room is dropped and counted. Of lines that say the same (but for their values) at most KIND_LINES in
+KIND_PERIOD_S are written; the rest is counted in one line."""
 
 import io
 import logging
 import sys
-from typing import Any, TextIO, cast
+from typing import Any, Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
 from .config import LogFormat, LogLevel
+from .log_writer import KindLimit, LineWriter
 from .printable import printable, printable_lines
 
 _LEVELS: dict[LogLevel, int] = {
@@ -27,13 +29,26 @@ _LEVELS: dict[LogLevel, int] = {
 }
 
 
+KIND_LINES: Final = 20
+KIND_PERIOD_S: Final = 10.0
+
+_NOT_LIMITED: Final = ("debug", "critical")
+
+LEFT_OUT: Final = "lines of one kind were left out"
+DROPPED: Final = "log lines were dropped, because stderr did not take them"
+
+
 def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: TextIO | None = None) -> None:
     """Set up logging for this process. `auto` is text on a terminal and JSON otherwise. May be called
     again."""
+    global _writer
     out = sys.stderr if stream is None else stream
     terminal = out.isatty()
+    limit = KindLimit(KIND_LINES, KIND_PERIOD_S)
+    _writer = _background_writer(out, limit) if stream is None else None
     readable = log_format == "text" or (log_format == "auto" and terminal)
     processors: list[Processor] = [
+        _only_some(limit),
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -55,7 +70,7 @@ def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: 
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _LineStream(out))),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _writer or _LineStream(out))),
         cache_logger_on_first_use=False,  # else a second call would not reach the loggers of modules
     )
     root = logging.getLogger()
@@ -64,6 +79,68 @@ def configure(log_format: LogFormat = "auto", level: LogLevel = "info", stream: 
     root.addHandler(_ToStructlog())
     # Other people's libraries at debug would tell about each wake-up of the event loop.
     root.setLevel(max(_LEVELS[level], logging.INFO))
+
+
+_writer: LineWriter | None = None
+
+
+def write_in_background() -> None:
+    """From here on nobody waits for stderr. Starts a thread."""
+    if _writer is not None:
+        _writer.start()
+
+
+def end() -> None:
+    """What is not written yet is, if stderr takes it soon."""
+    if _writer is not None:
+        _writer.end()
+
+
+def say(text: str) -> None:
+    """A line of its own form on stderr; waits for it no longer than a log line does."""
+    if _writer is not None:
+        _writer.write(text + "\n")
+    else:
+        sys.stderr.write(text + "\n")
+
+
+def dropped_lines() -> int:
+    """How many found no room."""
+    return _writer.dropped if _writer is not None else 0
+
+
+def _background_writer(out: TextIO, limit: KindLimit) -> LineWriter | None:
+    def idle(dropped: int, at_the_end: bool) -> float | None:
+        if dropped:
+            structlog.get_logger().warning(DROPPED, lines=dropped)
+        _tell_left_out(limit, at_once=at_the_end)
+        return limit.next_s()
+
+    try:
+        return LineWriter(out.fileno(), idle)
+    except (OSError, ValueError):
+        return None  # no descriptor: a test's
+
+
+def _tell_left_out(limit: KindLimit, *, at_once: bool = False) -> None:
+    for kind, lines in limit.over(at_once):
+        structlog.get_logger().warning(LEFT_OUT, kind=kind, lines=lines, seconds=KIND_PERIOD_S)
+
+
+def _only_some(limit: KindLimit) -> Processor:
+    def processor(_: object, method: str, line: EventDict) -> EventDict:
+        if method in _NOT_LIMITED or line["event"] in (LEFT_OUT, DROPPED):
+            return line
+        _tell_left_out(limit)
+        role = line.get("disk")
+        if not limit.admit(f"{line['event']} ({role})" if role in _ROLES else str(line["event"])):
+            raise structlog.DropEvent
+        return line
+
+    return processor
+
+
+_ROLES: Final = ("source", "destination")
 
 
 def _printable_values(_: object, __: str, line: EventDict) -> EventDict:

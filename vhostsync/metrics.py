@@ -120,6 +120,12 @@ def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[
     help_text = "Frontends that wait until the active one has stopped its rings."
     page.one("frontends_waiting", "gauge", help_text, None if waiting is None else len(waiting))
     page.one("epoch", "gauge", "The epoch of the state record.", status.get("epoch"))
+    page.one(
+        "log_lines_dropped_total",
+        "counter",
+        "Lines of the log that stderr did not take in time.",
+        status.get("log-lines-dropped"),
+    )
     _mirror(page, mirror)
     _queues(page, stats.get("queues", ()))
     _disks(page, stats.get("disks", {}))

@@ -115,6 +115,8 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
     for waiting in status.get("waiting-frontends") or ():
         runs = f"frontend {status['active-frontend']} runs the rings"
         rows.append(("Waiting", f"frontend {waiting['frontend']} since {waiting['since']}: {runs}"))
+    if status.get("log-lines-dropped"):
+        rows.append(("Log", f"{status['log-lines-dropped']:,} lines dropped: stderr does not take them"))
     if mirror["state"] != "passthrough":
         counts = {key: "-" if count is None else f"{count:,}" for key, count in mirror["counts"].items()}
         source = f"{counts['source-generation']} writes completed, {counts['source-flushed']} durable"

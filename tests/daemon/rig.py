@@ -86,13 +86,16 @@ class Served:
     """A `vhostsync serve` that is up. The state record is found by the index in `<folder>/state`."""
 
     def __init__(
-        self, folder: Path, disk: Path, *options: str | Path, name: str = "vm", pass_fds: Sequence[int] = ()
+        self, folder: Path, disk: Path, *options: str | Path, name: str = "vm", pass_fds: Sequence[int] = (),
+        before: Sequence[str | Path] = (),
     ) -> None:
+        """`before`: a command that becomes `serve`, whose words are its last arguments."""
         self.folder = folder
         self.socket = folder / f"{name}.sock"
         self.control = folder / f"{name}.control"
         self.state_directory = folder / "state"
-        words = [*vhostsync_command(), "serve", "--blk-file", disk, "--control", self.control, *options]
+        words = [*before, *vhostsync_command(), "serve", "--blk-file", disk, "--control", self.control]
+        words += options
         if "--fd" not in options:
             words += ["--socket-path", self.socket]
         self.process = Process(

@@ -383,3 +383,35 @@ def test_a_lost_destination_that_another_lineage_has_taken_is_not_attached_again
         await it.attach()  # whoever commands it knows
 
     play(scene, tmp_path, monkeypatch)
+
+
+def test_a_switch_that_is_interrupted_lends_the_marks_memory_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the midst of a switch: whoever holds the exception holds nothing that the end needs."""
+
+    async def scene(it: Stage) -> None:
+        it.state_file.lock(1)
+        await it.steady()
+        it.second.hold(DiskOp.WRITE)
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        prepared = it.state_file.prepare_announcement(it.record(), it.record().switched(keep_mirror=True))
+        interrupted: list[BaseException] = []
+
+        async def switch() -> None:
+            try:
+                await it.engine.gate_and_exchange(60_000_000, prepared.mark, keep_mirror=True)
+            except BaseException as error:
+                interrupted.append(error)
+                raise
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(switch)
+            while not (await it.engine.snapshot()).gated:
+                await anyio.sleep(0.005)
+            tasks.cancel_scope.cancel()
+        assert interrupted
+        prepared.discard()
+        it.state_file.close()  # BufferError: "cannot close exported pointers exist"
+
+    play(scene, tmp_path, monkeypatch)
