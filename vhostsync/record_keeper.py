@@ -8,14 +8,14 @@
 * ranges in doubt (rule 5) are in it soon after the engine has reported the failed write, and out of it within
   about a second after the guest has healed them. In between, a crash forgets a doubt, or leaves one too many.
 
-Events are taken one by one, in their order. Whoever changes the record holds `lock`, which also covers what
+Events of one kind are taken one by one, in their order. Whoever changes the record holds `lock`, which also covers what
 the change was made of and what must follow it: two writers that each change what they have read would undo
 each other.
 """
 
 import errno
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Final
@@ -67,7 +67,7 @@ class RecordKeeper:
         self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
-        self._to_record: deque[EngineEvent] = deque()
+        self._to_record: dict[EventKind, deque[EngineEvent]] = {kind: deque() for kind in _TO_RECORD}
         self._came = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
@@ -195,8 +195,9 @@ class RecordKeeper:
         elif event.kind is EventKind.FENCE_CLEAR:
             self._fence_clear.set()
         if event.kind in _TO_RECORD:
-            self._to_record.append(event)
+            self._to_record[event.kind].append(event)
             self._came.set()
+            self._came = anyio.Event()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -205,7 +206,8 @@ class RecordKeeper:
             tasks.start_soon(self._follow_doubt)
             tasks.start_soon(self._follow_fence)
             tasks.start_soon(self._follow_steady)
-            await self._follow_events()
+            tasks.start_soon(self._follow, EventKind.BITMAP_FAILED, self._give_up_bitmap)
+            await self._follow(EventKind.DEGRADED, self._record_outdated)
 
     async def _write_late(self) -> None:
         """The start has left a record for later, which any other one takes the place of."""
@@ -252,22 +254,19 @@ class RecordKeeper:
             if record != self.record:
                 await self.write(record)
 
-    async def _follow_events(self) -> None:
+    async def _follow(self, kind: EventKind, do: Callable[[EngineEvent], Awaitable[None]]) -> None:
+        """For these the engine waits. Those of one kind in their order; one kind waits for no other, each of
+        which may try again and again to write the record."""
+        events = self._to_record[kind]
         while True:
-            while self._to_record:
-                await self._follow(self._to_record.popleft())
-            self._came = anyio.Event()
-            await self._came.wait()
-
-    async def _follow(self, event: EngineEvent) -> None:
-        """The engine waits only where a steady destination or the bitmap was lost."""
-        if event.kind is EventKind.BITMAP_FAILED:
-            await self._give_up_bitmap(event.error)
-        elif event.kind is EventKind.DEGRADED:
-            await self._record_outdated()
+            came = self._came
+            while events:
+                await do(events.popleft())
+            if came is self._came:
+                await came.wait()
 
     async def _follow_steady(self) -> None:
-        """Not in turn with the rest, for which the engine waits. Too modest a record loses no data, but may
+        """Nobody waits for this. Too modest a record loses no data, but may
         not stay so: nobody would go on from such a destination when the source is lost."""
         while True:
             await self._steady.wait()
@@ -291,7 +290,7 @@ class RecordKeeper:
                 return str(error)
             return None
 
-    async def _record_outdated(self) -> None:
+    async def _record_outdated(self, _: EngineEvent) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
         durable, they fail."""
         while True:
@@ -309,9 +308,9 @@ class RecordKeeper:
                 return
             await anyio.sleep(RETRY_S)
 
-    async def _give_up_bitmap(self, error_number: int) -> None:
+    async def _give_up_bitmap(self, event: EngineEvent) -> None:
         """Writes that need it are held until a crash cannot make anybody believe it."""
-        reason = str(EngineError.from_errno("writing the dirty bitmap", error_number))
+        reason = str(EngineError.from_errno("writing the dirty bitmap", event.error))
         self._failed(reason)
         log.error("going on without the dirty bitmap", error=reason)
         self._hub.publish(events.BITMAP_FAILED, {"error": reason})

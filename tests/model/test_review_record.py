@@ -20,7 +20,7 @@ import anyio.to_thread
 import pytest
 
 from tests.engine_driver import DiskOp, MemoryDisk
-from tests.frontend import Frontend
+from tests.frontend import Frontend, Status
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.model.rig import BLOCK, MIB, pattern
 from vhostsync import disks, peer, record_keeper
@@ -29,6 +29,7 @@ from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again
 from vhostsync.engine import Engine, EngineConfig, probe
 from vhostsync.engine_attachment import EngineAttachment
+from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import MirrorError, StateRecordError, SwitchError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
@@ -413,5 +414,47 @@ def test_a_switch_that_is_interrupted_lends_the_marks_memory_no_longer(
         assert interrupted
         prepared.discard()
         it.state_file.close()  # BufferError: "cannot close exported pointers exist"
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_a_lost_destination_is_recorded_while_the_bitmap_is_being_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both need the record, which cannot be written: flushes fail, as is promised, and do not hang."""
+
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        voided = anyio.Event()
+
+        async def bitmap_void() -> None:
+            voided.set()
+
+        monkeypatch.setattr(it.engine, "bitmap_void", bitmap_void)
+        prepare = it.state_file.prepare
+
+        def fails(record: StateRecord) -> Prepared:
+            raise StateRecordError("the state record cannot be written: No space left on device")
+
+        monkeypatch.setattr(it.state_file, "prepare", fails)
+        lost = EngineEvent(
+            kind=EventKind.BITMAP_FAILED, error=errno.EIO, value=0, offset=0, length=0, attachment=0, queue=0,
+            reason=0, role="source", op="write",
+        )  # fmt: skip
+        it.mirror._keeper._on_event(lost)
+        await anyio.wait_all_tasks_blocked()
+        it.second.fault(DiskOp.WRITE, errno.EIO, count=-1)
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        flush = await it.guest_does(it.guest.flush_now)
+        assert flush.status == Status.IOERR
+        monkeypatch.setattr(it.state_file, "prepare", prepare)
+        await until(lambda: it.record().peer_worth is Worth.OUTDATED)
+        with anyio.fail_after(WAIT_S):
+            await voided.wait()
+        await until(lambda: it.mirror.state is MirrorState.DEGRADED)
+        while (await it.engine.snapshot()).record_pending:
+            await anyio.sleep(0.005)
+        flush = await it.guest_does(it.guest.flush_now)
+        assert flush.ok
 
     play(scene, tmp_path, monkeypatch)
