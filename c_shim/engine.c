@@ -76,6 +76,9 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_GROW:
         grow_begin(e, token, c->value, c->desc, c->used);
         return;
+    case VS_CMD_PEER_DIFFERS:
+        e->mirror.differs = c->value;
+        break;
     case VS_CMD_DISK_FD:
         give_disk_fd(e, token, c->value);
         return;

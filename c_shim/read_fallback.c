@@ -6,7 +6,8 @@
  * is written there meanwhile is younger, and in flight together with the read.
  *
  * Never where the source is in doubt or unreadable: there the two disks are
- * known to differ, or the guest was told that a write had failed. And only in
+ * known to differ, or the guest was told that a write had failed. Nor after a
+ * verification has found that they differ, wherever that is. And only in
  * steady: when that ends, whoever still waits gets the source's error.
  *
  * The destination is read into buffers of our own. A request that has waited
@@ -39,7 +40,7 @@ void read_fallback_free(struct vs_engine *e)
 
 static bool trusted(const struct vs_engine *e, const struct request *r)
 {
-    return e->mirror.state == VS_STEADY && !range_set_overlaps(&e->doubt, r->blk.offset, r->blk.length) &&
+    return e->mirror.state == VS_STEADY && !e->mirror.differs && !range_set_overlaps(&e->doubt, r->blk.offset, r->blk.length) &&
            !range_set_overlaps(&e->unreadable, r->blk.offset, r->blk.length);
 }
 

@@ -182,6 +182,8 @@ enum vs_command_kind {
     VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
                                * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
     VS_CMD_FAILOVER_GIVE_UP,  /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
+    VS_CMD_PEER_DIFFERS,      /* value 1: a verification has found the destination different, so it stands in for the source
+                               * in nothing (vs_engine_config.read_fallback, switch_on_source_error); 0: not any more */
     VS_CMD_DISK_FD,           /* value: role; the event's value is a descriptor of the open disk, which the caller closes */
     VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after its end */
 };

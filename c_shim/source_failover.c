@@ -35,11 +35,12 @@ void source_failover_init(struct vs_engine *e)
     list_init(&e->failover.parked);
 }
 
-/* A switch has to be possible: of what is in doubt the destination knows no better. */
+/* A switch has to be possible: of what is in doubt the destination knows no better, and one that differs has wrong data
+ * where the source has none. */
 static bool may_begin(const struct vs_engine *e)
 {
     return e->config.switch_on_source_error && e->mirror.state == VS_STEADY && !e->doubt.count &&
-           !e->unreadable.count && healed_for_good(e);
+           !e->unreadable.count && !e->mirror.differs && healed_for_good(e);
 }
 
 static bool begin(struct vs_engine *e, const struct disk_io *io)

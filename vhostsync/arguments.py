@@ -210,6 +210,11 @@ def _add_switch(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="although parts of the source are unreadable or in doubt (status lists them)",
     )
+    switch.add_argument(
+        "--accept-different",
+        action="store_true",
+        help="although a verification has found that the destination differs (status says since when)",
+    )
 
 
 def _add_verify(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -172,7 +172,7 @@ class Backend:
         self.config = config
         self.engine = engine
         self.mirror = mirror
-        self.verifier = Verifier(engine, hub)
+        self.verifier = Verifier(engine, mirror, hub)
         self.events = hub
         self.frontends: FrontendServer | None = None
         self.resizer: Resizer | None = None

@@ -394,6 +394,10 @@ class Engine:
             lib.VS_CMD_VERIFY, "comparing the disks", value=int(repair), desc=speed_bytes_per_s
         )
 
+    async def peer_differs(self, differs: bool) -> None:
+        """Whether a verification has found so: then nothing is answered by the destination, or left to it."""
+        await self.command(lib.VS_CMD_PEER_DIFFERS, "noting what was verified", value=int(differs))
+
     async def verify_stop(self) -> None:
         """EngineError ENOENT: none is under way."""
         await self.command(lib.VS_CMD_VERIFY_STOP, "ending the comparison of the disks")

@@ -169,6 +169,12 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
         "Bytes that a catch-up or a new start would copy.",
         mirror.get("differing-bytes"),
     )
+    page.one(
+        "different",
+        "gauge",
+        "1 if a verification has found that the destination differs.",
+        int(mirror.get("different-since") is not None),
+    )
     page.one("doubt_ranges", "gauge", "Ranges of the source in doubt.", len(mirror.get("doubt") or ()))
     page.one(
         "reads_from_destination_total",

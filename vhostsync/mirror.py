@@ -271,6 +271,7 @@ class Mirror:
             reason=self._reason,
             doubt=rows(now.doubt),
             outdated_since=self._keeper.record.outdated_since,
+            different_since=self._keeper.different_since,
             unreadable=rows(now.unreadable),
             reads_from_destination=now.reads_from_destination,
             source_failovers=now.source_failovers,
@@ -373,11 +374,14 @@ class Mirror:
             former = self._keeper.record
             spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
-            record = former.with_peer(disk.identity, former.bitmap if resync else None)
+            record = former.with_peer(
+                disk.identity, former.bitmap if resync else None, everything=not resync
+            )
             await self._keeper.write(record.with_wanted(wanted))
             former_peer, self._last_error = self._roles.attach(place), None
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
+                await self._engine.peer_differs(record.different_since is not None)
                 await self._engine.mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
             except EngineError:
                 self._roles.destination, self._roles.peer = None, former_peer
@@ -385,6 +389,7 @@ class Mirror:
                 raise
             if not resync:
                 await self._keeper.begin_bitmap(place)
+            self._keeper.different_since = record.different_since
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=str(place.path), everything_because=full_copy_reason)
@@ -446,14 +451,19 @@ class Mirror:
         await self._engine.mirror_speed(bytes_per_s)
         self._speed_bytes_per_s = bytes_per_s
 
+    async def note_verified(self, *, different: bool) -> None:
+        """A verification has found so: one that differs is switched to only if that is accepted."""
+        await self._keeper.note_verified(different=different)
+
     # ---- the switch ------------------------------------------------------------------
 
     async def switch(
-        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool = False
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool = False,
+        accept_different: bool = False,
     ) -> SwitchResult:
         """Move the guest to the destination. SwitchError: it is still on the source, and the mirror is as it
         was (or what the error says became of it)."""
-        plan = SwitchPlan(max_pause_ms, keep_mirror, accept_unreadable)
+        plan = SwitchPlan(max_pause_ms, keep_mirror, accept_unreadable, accept_different)
         async with self.turns.take("switch"):
             await self._switch.check(self.state, plan)
             return await self._switch.run(plan, deadline_s)

@@ -37,6 +37,7 @@ class MirrorStatus:
     reason: str | None
     doubt: list[dict[str, int]]
     outdated_since: str | None
+    different_since: str | None  # a verification has found that the destination differs
     unreadable: list[dict[str, int]]
     reads_from_destination: int
     source_failovers: int
@@ -65,6 +66,7 @@ class SwitchPlan:
     max_pause_ms: float
     keep_mirror: bool = False
     accept_unreadable: bool = False
+    accept_different: bool = False
 
 
 @dataclass(frozen=True)

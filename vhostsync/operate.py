@@ -203,6 +203,7 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
         "max-pause-ms": round(options.max_pause * 1000),
         "keep-mirror": options.keep_mirror,
         "accept-unreadable": options.accept_unreadable,
+        "accept-different": options.accept_different,
     }
     began_s = time.monotonic()
     try:

@@ -65,6 +65,7 @@ class RecordKeeper:
         self._state_file = state_file
         self._failed = failed
         self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
+        self.different_since = record.different_since  # ahead of the record until that could be written
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
         self._to_record: dict[EventKind, deque[EngineEvent]] = {kind: deque() for kind in _TO_RECORD}
@@ -72,6 +73,7 @@ class RecordKeeper:
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
         self._steady = anyio.Event()
+        self._verified = anyio.Event()
         engine.on_event(self._on_event)
 
     # ---- writing ---------------------------------------------------------------
@@ -189,6 +191,7 @@ class RecordKeeper:
                 # new destination, say) is to be recorded of the new roles.
                 assert self._announced is not None
                 self.record, self._announced = self._announced, None
+                self.different_since = self.record.different_since
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
         elif event.kind is EventKind.IO_ERROR and event.role == "source":
             self._source_failed.set()
@@ -206,6 +209,7 @@ class RecordKeeper:
             tasks.start_soon(self._follow_doubt)
             tasks.start_soon(self._follow_fence)
             tasks.start_soon(self._follow_steady)
+            tasks.start_soon(self._follow_verified)
             tasks.start_soon(self._follow, EventKind.BITMAP_FAILED, self._give_up_bitmap)
             await self._follow(EventKind.DEGRADED, self._record_outdated)
 
@@ -271,13 +275,46 @@ class RecordKeeper:
         while True:
             await self._steady.wait()
             self._steady = anyio.Event()
-            told = False
-            while (error := await self._record_up_to_date()) is not None:
-                if not told:
-                    self._failed(error)
-                    log.error("the state record still calls the destination inconsistent", error=error)
-                told = True
-                await anyio.sleep(RETRY_S)
+            await self._until_written(
+                self._record_up_to_date, "the state record still calls the destination inconsistent"
+            )
+
+    async def _until_written(self, write: Callable[[], Awaitable[str | None]], otherwise: str) -> None:
+        """`write` says why not, or None."""
+        told = False
+        while (error := await write()) is not None:
+            if not told:
+                self._failed(error)
+                log.error(otherwise, error=error)
+            told = True
+            await anyio.sleep(RETRY_S)
+
+    async def note_verified(self, *, different: bool) -> None:
+        """A verification has found so. What forbids a switch holds on return; the record follows."""
+        if different and self.record.peer is not None:
+            self.different_since = self.different_since or now_in_words()
+        else:
+            self.different_since = None
+        await self._engine.peer_differs(self.different_since is not None)
+        self._verified.set()
+
+    async def _follow_verified(self) -> None:
+        while True:
+            await self._verified.wait()
+            self._verified = anyio.Event()
+            await self._until_written(
+                self._record_verified, "a restart would forget what the verification has found"
+            )
+
+    async def _record_verified(self) -> str | None:
+        async with self.lock:
+            record = self.record.with_difference(self.different_since)
+            try:
+                if record != self.record:
+                    await self.write(record)
+            except StateRecordError as error:
+                return str(error)
+            return None
 
     async def _record_up_to_date(self) -> str | None:
         """Why not, or None. Much may have happened since: only what is steady now may be called so."""
@@ -328,4 +365,8 @@ class RecordKeeper:
 
 def outdated(record: StateRecord) -> StateRecord:
     """The destination falls behind from now on."""
-    return record.with_worth(Worth.OUTDATED, datetime.now(UTC).isoformat(timespec="milliseconds"))
+    return record.with_worth(Worth.OUTDATED, now_in_words())
+
+
+def now_in_words() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

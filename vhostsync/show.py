@@ -72,7 +72,8 @@ def mirror_line(mirror: Mapping[str, Any], width: int | None = None) -> str:
         )
     lag = f"lag {mirror['lag-writes']} writes, {size(mirror['lag-bytes'])}, {mirror['lag-ms']:.0f} ms"
     if state == "steady":
-        return f"steady  {mirror['destination']} is up to date; {lag}"
+        worth = "differs (see Different)" if mirror.get("different-since") else "is up to date"
+        return f"steady  {mirror['destination']} {worth}; {lag}"
     reason = mirror["last-error"] or mirror["reason"] or "no reason given"
     return f"{state}  {mirror['destination']} is {mirror['worth']}: {reason}; {lag}{_differing(mirror)}"
 
@@ -129,6 +130,8 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
             rows.append(("Speed limit", f"{size(mirror['speed-bytes-per-s'])}/s"))
     if mirror.get("outdated-since"):
         rows.append(("Outdated", f"since {mirror['outdated-since']}"))
+    if mirror.get("different-since"):
+        rows.append(("Different", f"as a verification has found; known since {mirror['different-since']}"))
     if mirror.get("last-error"):
         rows.append(("Last error", mirror["last-error"]))
     for doubt in mirror.get("doubt") or ():

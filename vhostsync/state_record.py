@@ -131,6 +131,7 @@ class StateRecord:
     bitmap: str | None = None  # the token of the dirty bitmap that knows where the peer may differ
     doubt: tuple[tuple[int, int], ...] = ()  # offset, length: where writes to the current disk have failed
     spared: tuple[tuple[int, int], ...] = ()  # of these: what the peer holds better, if up to date or clean
+    different_since: str | None = None  # a verification has found that the peer differs: until it is mended
     wanted: Wanted | None = None  # until somebody takes it back: mirror-cancel, a switch that keeps no mirror
 
     def __post_init__(self) -> None:
@@ -140,6 +141,8 @@ class StateRecord:
             raise ValueError("outdated_since belongs to an outdated peer")
         if self.bitmap is not None and self.peer is None:
             raise ValueError("a bitmap belongs to a peer")
+        if self.different_since is not None and self.peer is None:
+            raise ValueError("a difference is one from a peer")
         if self.wanted is not None and self.peer is None:
             raise ValueError("a mirror that is wanted has a peer")
         for ranges in (self.doubt, self.spared):
@@ -152,12 +155,14 @@ class StateRecord:
     def first(cls, current: DiskIdentity) -> "StateRecord":
         return cls(epoch=1, current=current)
 
-    def with_peer(self, peer: DiskIdentity, bitmap: str | None = None) -> "StateRecord":
+    def with_peer(
+        self, peer: DiskIdentity, bitmap: str | None = None, *, everything: bool = True
+    ) -> "StateRecord":
         """A destination is attached. To be written before the first byte goes to it: it is worth nothing
-        until the copy is done."""
+        until the copy is done. `everything` is copied: whatever differed does not then."""
         return replace(
             self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap,
-            spared=(),
+            spared=(), different_since=None if everything else self.different_since,
         )  # fmt: skip
 
     def peer_is(self, disk: DiskIdentity) -> bool:
@@ -177,6 +182,10 @@ class StateRecord:
     ) -> "StateRecord":
         return replace(self, doubt=doubt, spared=spared if self.peer_worth is Worth.UP_TO_DATE else ())
 
+    def with_difference(self, since: str | None) -> "StateRecord":
+        """What a verification has found; None: the peer is equal, or was made so."""
+        return replace(self, different_since=since if self.peer is not None else None)
+
     def with_wanted(self, wanted: Wanted | None) -> "StateRecord":
         return replace(self, wanted=wanted)
 
@@ -188,7 +197,7 @@ class StateRecord:
     def without_peer(self) -> "StateRecord":
         return replace(
             self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None, spared=(),
-            wanted=None,
+            different_since=None, wanted=None,
         )  # fmt: skip
 
     def switched(self, *, keep_mirror: bool) -> "StateRecord":
@@ -203,6 +212,7 @@ class StateRecord:
             peer_worth=Worth.UP_TO_DATE if keep_mirror else None,
             superseded=self._superseded_by(self.peer),
             bitmap=self.bitmap if keep_mirror else None,
+            different_since=self.different_since if keep_mirror else None,
             wanted=replace(self.wanted, path=self.current.path) if keep_mirror and self.wanted else None,
         )
 
@@ -360,6 +370,7 @@ def decode_record(text: bytes, boot_id: str | None = None, marked: int = 0) -> S
             bitmap=body.get("bitmap"),
             doubt=_ranges(body.get("doubt", ())),
             spared=_ranges(body.get("spared", ())),
+            different_since=body.get("different_since"),
             wanted=None if wanted is None else Wanted(**wanted),
         )
     except (KeyError, TypeError) as error:

@@ -46,6 +46,13 @@ class Switch:
             if state is MirrorState.AHEAD:
                 how = "the destination was too slow and catches up by itself; wait until it is steady"
             raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
+        if self._keeper.different_since is not None and not plan.accept_different:
+            raise SwitchError(
+                f"a verification has found that {self._roles.destination_path} differs from the disk that the "
+                f"guest is on (known since {self._keeper.different_since}); mend it (verify --repair), verify "
+                f"that it is equal by now, or copy everything anew (mirror cancel, mirror start --full); or "
+                f"move the guest there all the same (switch --accept-different)"
+            )
         bad = BadRanges.of(await self._engine.snapshot())
         bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
 

@@ -3,9 +3,10 @@
 file starts it, tells of its progress and its end, and remembers the last result."""
 
 import errno
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 import structlog
@@ -45,11 +46,18 @@ class VerifyStatus:
     differing: list[dict[str, int]]
 
 
+class Listener(Protocol):
+    """Who has to know what was found (mirror.py)."""
+
+    def note_verified(self, *, different: bool) -> Awaitable[None]: ...
+
+
 class Verifier:
     """One verification at a time. `report` must run as long as it is used."""
 
-    def __init__(self, engine: Engine, hub: EventHub) -> None:
+    def __init__(self, engine: Engine, listener: Listener, hub: EventHub) -> None:
         self._engine = engine
+        self._listener = listener
         self._hub = hub
         self._state = VerifyState.NONE
         self._repair = False
@@ -130,12 +138,21 @@ class Verifier:
         else:  # what was repaired is counted when it was read back
             mended = found.bytes_repaired == found.bytes_differing
             self._state = VerifyState.REPAIRED if self._repair and mended else VerifyState.DIFFERENT
+        if self._state in (VerifyState.EQUAL, VerifyState.REPAIRED):  # of the whole disk
+            await self._listener.note_verified(different=False)
+        elif found.bytes_differing > found.bytes_repaired:  # also where it has not come to the end
+            await self._listener.note_verified(different=True)
         found = await self.status()
         say = log.error if found.bytes_differing else log.info
         say(
             "verified", result=found.state, bytes_done=found.bytes_done, bytes_skipped=found.bytes_skipped,
             bytes_differing=found.bytes_differing, differing=found.differing,
         )  # fmt: skip
+        if found.bytes_differing > found.bytes_repaired:
+            log.error(
+                "the destination differs: no switch, failover or read goes there",
+                until="verify --repair, a verify that finds it equal, or mirror start --full",
+            )
         self._hub.publish(events.VERIFY_COMPLETED, _event_data(found))
         self._wake()
 

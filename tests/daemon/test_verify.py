@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import Load, Served, image, same_content
+from tests.daemon.rig import Load, Served, await_true, image, same_content
 from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
 
@@ -41,6 +41,62 @@ def test_found_repaired_and_equal_again(work: Path) -> None:
         assert served.state == "steady"
         served.stop()
     assert same_content(source, destination)
+
+
+def test_a_switch_to_what_differs_is_refused_until_it_is_mended(work: Path) -> None:
+    """Over a kill and a resync, which copies what a bit says differs, and no rotten one says so."""
+    source, destination = image(work / "a.img", filled_mib=12), image(work / "b.img")
+    options = ("--bitmap", work / "bits")
+
+    def verify(**arguments: bool) -> str:
+        served.qmp.execute("verify", **arguments)
+        return str(served.qmp.wait_event("VERIFY_COMPLETED", 30)["state"])
+
+    def refused() -> str:
+        with pytest.raises(QmpError, match="a verification has found that .*b.img differs") as refusal:
+            served.qmp.execute("switch")
+        assert "--accept-different" in str(refusal.value)
+        return str(served.mirror()["different-since"])
+
+    def recorded() -> str | None:
+        record = served.record()
+        assert record is not None
+        return record.different_since
+
+    with Served(work, source, *options) as served:
+        served.start_mirror(destination)
+        rot(destination)
+        assert verify() == "different"
+        since = refused()
+        await_true(lambda: recorded() == since, "it is recorded")
+        served.kill()
+    with Served(work, source, *options) as served:
+        served.await_resumed()
+        assert served.mirror()["full-copy-reason"] is None
+        assert refused() == since
+        assert verify(repair=True) == "repaired"
+        assert served.mirror()["different-since"] is None
+        await_true(lambda: recorded() is None, "it is recorded")
+        rot(destination)
+        assert verify() == "different"
+        refused()
+        with destination.open("r+b") as file, source.open("rb") as good:
+            file.seek(ROTTEN)
+            good.seek(ROTTEN)
+            file.write(good.read(512))
+        assert verify() == "equal"
+        assert served.mirror()["different-since"] is None
+        rot(destination)
+        assert verify() == "different"
+        served.qmp.execute("mirror-cancel")
+        served.start_mirror(destination, full=True)
+        assert served.mirror()["different-since"] is None and recorded() is None
+        rot(destination)
+        assert verify() == "different"
+        result = served.qmp.execute("switch", keep_mirror=True, accept_different=True)
+        assert result["source-path"] == str(destination)
+        assert served.mirror()["different-since"] is not None, "the old disk differs as well"
+        served.stop()
 
 
 def test_it_needs_a_steady_mirror(work: Path) -> None:

@@ -1011,6 +1011,21 @@ MUTATIONS = [
         "        } else if (q->in_flight && used) {",
         "        } else if (!q && used) {",
         "rings/test_memory_exchange.py::test_a_write_in_flight_is_answered_before_the_rings_are_unmapped",
+    _m(
+        "a-failover-to-what-differs",
+        "nothing is left to a destination that a verification has found different",
+        "source_failover.c",
+        "!e->unreadable.count && !e->mirror.differs &&",
+        "!e->unreadable.count &&",
+        "failover.py::test_not_to_a_destination_that_is_known_to_differ",
+    ),
+    _m(
+        "a-read-of-what-differs",
+        "nothing is read from a destination that a verification has found different",
+        "read_fallback.c",
+        "e->mirror.state == VS_STEADY && !e->mirror.differs &&",
+        "e->mirror.state == VS_STEADY &&",
+        "read_fallback.py::test_nothing_of_a_destination_that_is_known_to_differ",
     ),
     # -- the data thread waits for nobody ------------------------------------------
     _m(

@@ -243,6 +243,23 @@ def test_only_in_steady_and_not_where_a_switch_is_forbidden() -> None:
         assert not any(event.kind == EventKind.SOURCE_FAILED for event in r.driver.events)
 
 
+def test_not_to_a_destination_that_is_known_to_differ() -> None:
+    with rig() as r:
+        r.driver.call(lib.VS_CMD_PEER_DIFFERS, value=1)
+        r.source.fault(WRITE, errno.EIO)
+        write = r.write(0, 1)
+        r.guest.wait(write)
+        assert write.status == Status.IOERR
+        r.write_now(0, 1)
+        r.driver.call(lib.VS_CMD_PEER_DIFFERS, value=0)
+        r.source.fault(WRITE, errno.EIO)
+        write = r.write(0, 2)
+        await_failure(r)
+        fail_over(r)
+        r.guest.wait(write)
+        assert write.ok
+
+
 def test_the_new_source_fails_too() -> None:
     with rig() as r:
         r.source.fault(WRITE, errno.EIO)

@@ -194,7 +194,7 @@ def test_during_a_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """It has no turn, and reads nothing more of a source that is left."""
 
     async def scene(it: Stage) -> None:
-        verifier = Verifier(it.engine, EventHub())
+        verifier = Verifier(it.engine, it.mirror, EventHub())
         await it.guest_does(partial(it.guest.write_now, BLOCK, pattern(2)))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(verifier.report)

@@ -91,6 +91,19 @@ def test_an_unreadable_range_is_the_guests_error() -> None:
         assert r.guest.read_now(5 * BLOCK, BLOCK) == pattern(1, 16)[5 * BLOCK : 6 * BLOCK]
 
 
+def test_nothing_of_a_destination_that_is_known_to_differ() -> None:
+    with rig() as r:
+        r.write_now(0, 1)
+        r.driver.call(lib.VS_CMD_PEER_DIFFERS, value=1)
+        r.source.fault(READ, errno.EIO)
+        read = r.guest.read(0, BLOCK)
+        r.guest.wait(read)
+        assert read.status == Status.IOERR
+        r.driver.call(lib.VS_CMD_PEER_DIFFERS, value=0)
+        r.source.fault(READ, errno.EIO)
+        assert r.guest.read_now(0, BLOCK) == pattern(1)
+
+
 def test_what_falls_in_doubt_while_it_waits() -> None:
     with rig() as r:
         r.write_now(0, 1)

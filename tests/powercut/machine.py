@@ -284,7 +284,7 @@ async def _serving(
         engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
     )
     failover = SourceFailover(engine, mirror, hub, FAILOVER_DEADLINE_S)
-    verifier = Verifier(engine, hub)
+    verifier = Verifier(engine, mirror, hub)
     device = BlkDevice(DeviceShape(capacity))
     resizer = Resizer(engine, mirror, device, FrontendServer(device, engine.attach, hub.publish), hub)
     async with anyio.create_task_group() as tasks:

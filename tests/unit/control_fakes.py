@@ -51,6 +51,7 @@ class FakeStatus:
     reason: str | None = None
     doubt: tuple[dict[str, int], ...] = ()
     outdated_since: str | None = None
+    different_since: str | None = None
     unreadable: tuple[dict[str, int], ...] = ()
     reads_from_destination: int = 0
     source_failovers: int = 0
@@ -85,7 +86,7 @@ class FakeMirror:
         self.switch_error: Exception | None = None
         self.switch_takes_its_time = False
         self.switch_arguments: dict[str, Any] = {}
-        self.accepts_unreadable = False
+        self.accepts_unreadable = self.accepts_different = False
         self.calls: list[str] = []
 
     def _become(self, **changes: Any) -> None:
@@ -135,10 +136,11 @@ class FakeMirror:
         self._become(speed_bytes_per_s=bytes_per_s)
 
     async def switch(
-        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool,
+        accept_different: bool,
     ) -> FakeSwitchResult:
         self.switch_arguments = {"deadline_s": deadline_s, "max_pause_ms": max_pause_ms, "keep": keep_mirror}
-        self.accepts_unreadable = accept_unreadable
+        self.accepts_unreadable, self.accepts_different = accept_unreadable, accept_different
         if self.now.state != "steady":
             raise SwitchError(f"The mirror is {self.now.state}, not steady; the guest stays where it is.")
         self.switching.set()

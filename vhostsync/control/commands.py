@@ -41,7 +41,8 @@ class Mirror(Protocol):
     async def cancel(self, *, force: bool) -> None: ...
     async def set_speed(self, bytes_per_s: int) -> None: ...
     async def switch(
-        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool,
+        accept_different: bool,
     ) -> "DataclassInstance": ...
 
 
@@ -231,6 +232,7 @@ async def _switch(to: Dispatcher, given: Arguments) -> Any:
         max_pause_ms=given["max-pause-ms"],
         keep_mirror=given["keep-mirror"],
         accept_unreadable=given["accept-unreadable"],
+        accept_different=given["accept-different"],
     )
     return dashed(result)
 
@@ -374,6 +376,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
                     "accept-unreadable",
                     "boolean",
                     "Although ranges of the source are in doubt or unreadable; not with keep-mirror.",
+                    default=False,
+                ),
+                Argument(
+                    "accept-different",
+                    "boolean",
+                    "Although a verification has found that the destination differs.",
                     default=False,
                 ),
             ),
