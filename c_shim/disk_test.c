@@ -28,6 +28,8 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -344,9 +346,19 @@ static void test_close(struct vs_disk *disk)
     vs_test_disk_drop(disk);
 }
 
+/* A file of its size. */
+static int test_dup(const struct vs_disk *disk)
+{
+    int fd = memfd_create("test disk", MFD_CLOEXEC);
+    if (fd >= 0 && ftruncate(fd, (off_t)disk->bytes) < 0)
+        abort();
+    return fd < 0 ? -errno : fd;
+}
+
 static const struct disk_ops test_ops = {
     .submit = test_submit,
     .close = test_close,
+    .dup = test_dup,
 };
 
 /* ---- the test's side ---------------------------------------------------- */

@@ -374,9 +374,9 @@ class Mirror:
             former = self._keeper.record
             spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
-            record = former.with_peer(
-                disk.identity, former.bitmap if resync else None, everything=not resync
-            )
+            record = former.with_peer(disk.identity, former.bitmap if resync else None)
+            if not resync:
+                record = record.with_difference(None)
             await self._keeper.write(record.with_wanted(wanted))
             former_peer, self._last_error = self._roles.attach(place), None
             try:

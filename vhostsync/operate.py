@@ -60,10 +60,11 @@ def _print_json(value: Any) -> None:
 async def status(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync status`."""
     device, mirror = await client.execute("query-status"), await client.execute("query-mirror")
+    verify = await client.execute("query-verify")
     if options.json:
-        _print_json({"status": device, "mirror": mirror})
+        _print_json({"status": device, "mirror": mirror, "verify": verify})
     else:
-        _show(show.status_text(device, mirror))
+        _show(show.status_text(device, mirror, verify))
     return EXIT_OK
 
 

@@ -6,11 +6,12 @@
   the record says "outdated";
 * when the dirty bitmap cannot be written, writes that need it are held until the record names none;
 * ranges in doubt (rule 5) are in it soon after the engine has reported the failed write, and out of it within
-  about a second after the guest has healed them. In between, a crash forgets a doubt, or leaves one too many.
+  about a second after the guest has healed them. In between, a crash forgets a doubt, or leaves one too many;
+* what a verification has found is in it soon after.
 
-Events of one kind are taken one by one, in their order. Whoever changes the record holds `lock`, which also covers what
-the change was made of and what must follow it: two writers that each change what they have read would undo
-each other.
+Events of one kind are taken one by one, in their order; one kind waits for no other. Whoever changes the
+record holds `lock`, which also covers what the change was made of and what must follow it: two writers that
+each change what they have read would undo each other.
 """
 
 import errno

@@ -99,7 +99,9 @@ def _differing(mirror: Mapping[str, Any]) -> str:
     return f"; {size(differing)} to copy" if mirror["state"] == "ahead" and differing is not None else ""
 
 
-def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
+def status_text(
+    status: Mapping[str, Any], mirror: Mapping[str, Any], verify: Mapping[str, Any] | None = None
+) -> str:
     """What `vhostsync status` prints."""
     frontends = status["frontends"]
     guest = f"{frontends} frontend{'' if frontends == 1 else 's'} connected"
@@ -130,6 +132,8 @@ def status_text(status: Mapping[str, Any], mirror: Mapping[str, Any]) -> str:
             rows.append(("Speed limit", f"{size(mirror['speed-bytes-per-s'])}/s"))
     if mirror.get("outdated-since"):
         rows.append(("Outdated", f"since {mirror['outdated-since']}"))
+    if verify is not None and verify["state"] != "none":
+        rows.append(("Verify", verify_line(verify)))
     if mirror.get("different-since"):
         rows.append(("Different", f"as a verification has found; known since {mirror['different-since']}"))
     if mirror.get("last-error"):

@@ -155,14 +155,12 @@ class StateRecord:
     def first(cls, current: DiskIdentity) -> "StateRecord":
         return cls(epoch=1, current=current)
 
-    def with_peer(
-        self, peer: DiskIdentity, bitmap: str | None = None, *, everything: bool = True
-    ) -> "StateRecord":
+    def with_peer(self, peer: DiskIdentity, bitmap: str | None = None) -> "StateRecord":
         """A destination is attached. To be written before the first byte goes to it: it is worth nothing
-        until the copy is done. `everything` is copied: whatever differed does not then."""
+        until the copy is done."""
         return replace(
             self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap,
-            spared=(), different_since=None if everything else self.different_since,
+            spared=(),
         )  # fmt: skip
 
     def peer_is(self, disk: DiskIdentity) -> bool:
@@ -183,7 +181,7 @@ class StateRecord:
         return replace(self, doubt=doubt, spared=spared if self.peer_worth is Worth.UP_TO_DATE else ())
 
     def with_difference(self, since: str | None) -> "StateRecord":
-        """What a verification has found; None: the peer is equal, or was made so."""
+        """What a verification has found; None: the peer is equal, or is made so by a copy of everything."""
         return replace(self, different_since=since if self.peer is not None else None)
 
     def with_wanted(self, wanted: Wanted | None) -> "StateRecord":

@@ -48,8 +48,8 @@ class Switch:
             raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
         if self._keeper.different_since is not None and not plan.accept_different:
             raise SwitchError(
-                f"a verification has found that {self._roles.destination_path} differs from the disk that the "
-                f"guest is on (known since {self._keeper.different_since}); mend it (verify --repair), verify "
+                f"a verification has found that {self._roles.destination_path} differs from the guest's disk "
+                f"(known since {self._keeper.different_since}); mend it (verify --repair), verify "
                 f"that it is equal by now, or copy everything anew (mirror cancel, mirror start --full); or "
                 f"move the guest there all the same (switch --accept-different)"
             )

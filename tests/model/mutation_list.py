@@ -1011,6 +1011,7 @@ MUTATIONS = [
         "        } else if (q->in_flight && used) {",
         "        } else if (!q && used) {",
         "rings/test_memory_exchange.py::test_a_write_in_flight_is_answered_before_the_rings_are_unmapped",
+    ),
     _m(
         "a-failover-to-what-differs",
         "nothing is left to a destination that a verification has found different",

@@ -126,11 +126,7 @@ class Frontends:
         raise AssertionError("the disk has not grown")
 
 
-def resizer(it: Stage, monkeypatch: pytest.MonkeyPatch) -> Resizer:
-    async def disk_bytes(role: str) -> int:
-        return ROOM
-
-    monkeypatch.setattr(it.engine, "disk_bytes", disk_bytes)
+def resizer(it: Stage) -> Resizer:
     shape = DeviceShape(
         capacity_bytes=SIZE, block_bytes=512, physical_block_bytes=512, discard_bytes=512, num_queues=1,
         read_only=False, writeback=True,
@@ -152,7 +148,7 @@ def test_before_a_growth_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         it.first.load(SIZE, b"new" * 4096)
         it.first.hold(READ)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(given_up, partial(resizer(it, monkeypatch).resize, None), over)
+            tasks.start_soon(given_up, partial(resizer(it).resize, None), over)
             await until(lambda: it.first.held(READ) > 0)
             it.first.fault(WRITE, errno.EIO, count=-1)
             write = it.guest.write(0, pattern(1))
@@ -178,7 +174,7 @@ def test_a_new_range_that_cannot_be_read_is_not_taken(
         it.first.load(SIZE, b"new" * 4096)
         it.first.fault(READ, errno.EIO, count=-1)
         with pytest.raises(MirrorError, match=r"stays as large as it is: .*: Input/output"):
-            await resizer(it, monkeypatch).resize(None)
+            await resizer(it).resize(None)
         status = await it.mirror.status()
         assert (status.state, status.unreadable) == ("steady", [])
         it.first.fault(WRITE, errno.EIO, count=-1)
