@@ -51,7 +51,7 @@ AL_EXTENTS_MAX: Final = 65536
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
 SPEED_BYTES_PER_S_MAX: Final = 2**63 - 1
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:iB)?|B)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _SIZE_UNIT: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|min|h)?", re.ASCII)
 _DURATION_UNIT_S: Final = {
@@ -64,8 +64,8 @@ _DURATION_UNIT_S: Final = {
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from "4096", "64M", "1GiB", "1.5G" (powers of 1024). ConfigError where it is none, or no whole
-    number."""
+    """Bytes from "4096", "64M", "64MB", "64MiB", "1.5G" (all of them powers of 1024). ConfigError where it is
+    none, or no whole number."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or len(text) > 40:
         raise ConfigError(

@@ -32,6 +32,7 @@ from vhostsync.disk_layers import block_identifiers, overlap
 from vhostsync.disk_signatures import signatures
 from vhostsync.disk_users import users_of_device, users_of_file
 from vhostsync.errors import DiskError, EngineError
+from vhostsync.kernel import why_denied
 from vhostsync.own_file import kind_of, open_regular
 from vhostsync.state_record import DiskIdentity
 from vhostsync.vhost_user.owned_fd import OwnedFd
@@ -136,7 +137,7 @@ def create_image(path: Path, size_bytes: int) -> os.stat_result:
             f"{absolute} exists already and is not overwritten; do without creating, or name another path"
         ) from error
     except OSError as error:
-        raise DiskError(f"{absolute} cannot be created: {error.strerror}") from error
+        raise DiskError(f"{absolute} cannot be created: {why_denied(error)}") from error
     try:
         try:
             os.ftruncate(fd, size_bytes)
@@ -301,13 +302,13 @@ def _open_error(path: Path, error: OSError, *, read_only: bool) -> DiskError:
             return DiskError(f"{path} cannot be opened: {missing}")
         case errno.EACCES | errno.EPERM | errno.EROFS if not read_only:
             return DiskError(
-                f"{path} cannot be opened for writing: {error.strerror}; change its permissions, or serve it "
-                f"read-only"
+                f"{path} cannot be opened for writing: {why_denied(error)}; change its permissions, or serve "
+                f"it read-only"
             )
         case errno.EBUSY:
             return DiskError(f"{path} is in use: {_device_users(path)}; end that use first")
         case _:
-            return DiskError(f"{path} cannot be opened: {error.strerror}")
+            return DiskError(f"{path} cannot be opened: {why_denied(error)}")
 
 
 def _device_users(path: Path) -> str:

@@ -7,6 +7,7 @@ kernel in its place. Every call raises OSError.
 """
 
 import ctypes
+import errno
 import os
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,8 @@ PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 PR_SET_MDWE: Final = 65
 PR_MDWE_REFUSE_EXEC_GAIN: Final = 1
 
-CAPABILITY_VERSION_3: Final = 0x20080522  # <linux/capability.h>
+CAP_DAC_OVERRIDE: Final = 1 << 1  # <linux/capability.h>
+CAPABILITY_VERSION_3: Final = 0x20080522
 
 # The same on every architecture: they came after the tables were made one.
 SYS_LANDLOCK_CREATE_RULESET: Final = 444
@@ -35,6 +37,25 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 def this_boot() -> str:
     """Changes whenever the machine starts; what was in the page cache is gone then. OSError."""
     return BOOT_ID.read_text().strip()
+
+
+def why_denied(error: OSError) -> str | None:
+    """What the system says of an error; to root, who is used to be denied nothing, why."""
+    if error.errno not in (errno.EACCES, errno.EPERM) or os.geteuid() != 0 or _may_override_modes():
+        return error.strerror
+    return (
+        f"{error.strerror} (it runs as root without capabilities, see --sandbox, so owner and mode have to "
+        f"allow it)"
+    )
+
+
+def _may_override_modes() -> bool:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return True
+    held = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    return bool(held & CAP_DAC_OVERRIDE)
 
 
 class Kernel:

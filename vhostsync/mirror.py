@@ -43,6 +43,7 @@ from vhostsync.errors import EngineError, MirrorError, StateRecordError, Vhostsy
 from vhostsync.events import EventHub
 from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchResult
+from vhostsync.peer import NO_EARLIER_COPY
 from vhostsync.privileges import Reach
 from vhostsync.record_keeper import RecordKeeper, outdated
 from vhostsync.roles import Roles
@@ -82,6 +83,7 @@ class Mirror:
         self._read_only = source.read_only
         self.reach = Reach()  # where destinations may lie
         self.turns = Turns()
+        self._resuming = False
         self._speed_bytes_per_s = 0
         self._rate = CopyRate()
         self._reason: str | None = None
@@ -175,7 +177,8 @@ class Mirror:
         if state not in TRANSITIONS[former]:
             log.critical("a move between states that must not be", former=former, state=state)
         self.state = state
-        self._reason = REASONS[reason]
+        resumed = self._resuming and reason is Reason.COMMAND and state is MirrorState.SYNCING
+        self._reason = "resumed" if resumed else REASONS[reason]
         if error:
             self._last_error = str(EngineError.from_errno(REASONS[reason], error))
         if state is MirrorState.DEGRADED:
@@ -306,11 +309,14 @@ class Mirror:
         if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
             return
         async with self.turns.take("resuming the mirror"):
+            self._resuming = True
             try:
                 await self._start(target, former=self._keeper.record.peer)
             except VhostsyncError as error:
                 self._last_error = str(error)
                 raise
+            finally:
+                self._resuming = False
 
     async def _start(self, target: MirrorTarget, former: DiskIdentity | None = None) -> None:
         if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
@@ -366,6 +372,8 @@ class Mirror:
         restart goes by the record."""
         place = Place.of(disk)
         why_full, now = await anyio.to_thread.run_sync(self._judge, disk)
+        if self._resuming and why_full == NO_EARLIER_COPY:
+            why_full = "what the last run's copy lacks is not known, for no --bitmap has kept it"
         full_copy_reason = "it was asked for" if target.full else why_full
         resync = full_copy_reason is None
         # A peer that is known and gets everything has not the content any more that the mirror has left.
@@ -442,7 +450,9 @@ class Mirror:
                 await self._engine.mirror_stop()
 
     async def set_speed(self, bytes_per_s: int) -> None:
-        """Limit the bulk copy, also when it is resumed; 0: no limit."""
+        """Limit the bulk copy, also when it is resumed; 0: no limit. MirrorError: there is none."""
+        if self.wanted is None and self.state in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
+            raise MirrorError("there is no mirror whose copy could be limited; start one with --speed")
         async with self._keeper.lock:
             record = self._keeper.record
             if record.wanted is not None:

@@ -9,7 +9,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import anyio
@@ -55,6 +56,16 @@ def _complain(text: str) -> None:
 
 def _print_json(value: Any) -> None:
     _show(json.dumps(value) + "\n")
+
+
+@contextmanager
+def _goes_on(what: str) -> Iterator[None]:
+    """The backend does what it was told, also if nobody waits for it any more (Ctrl-C): say so."""
+    try:
+        yield
+    except anyio.get_cancelled_exc_class():
+        _complain(what)
+        raise
 
 
 async def status(client: ControlClient, options: argparse.Namespace) -> int:
@@ -125,11 +136,13 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
         return EXIT_OK
     live = None if options.json else show.Live(sys.stdout)
     deadline_s = None if options.timeout is None else started_s + options.timeout
-    try:
-        mirror = await _until_steady(client, str(options.destination), deadline_s, live)
-    finally:
-        if live is not None:
-            live.finish()
+    copy_goes_on = "The copy goes on; `vhostsync watch` shows it, `vhostsync mirror cancel` ends it."
+    with _goes_on(copy_goes_on):
+        try:
+            mirror = await _until_steady(client, str(options.destination), deadline_s, live)
+        finally:
+            if live is not None:
+                live.finish()
     if options.json:
         _print_json(mirror)
     if mirror["state"] == "steady":
@@ -208,7 +221,10 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
     }
     began_s = time.monotonic()
     try:
-        with anyio.fail_after(options.deadline + REPLY_GRACE_S):
+        with (
+            _goes_on("The switch goes on; `vhostsync status` says on which disk the guest is."),
+            anyio.fail_after(options.deadline + REPLY_GRACE_S),
+        ):
             result = await client.execute("switch", arguments)
     except RefusedError as error:
         # No class of QMP's errors says "too late", but a refusal comes at once. The backend may end a try
@@ -243,10 +259,11 @@ async def verify(client: ControlClient, options: argparse.Namespace) -> int:
             _say("Comparing the disks; `vhostsync watch` shows the progress.")
         return EXIT_OK
     live = None if options.json else show.Live(sys.stdout)
-    while (found := await client.execute("query-verify"))["state"] == "running":
-        if live is not None:
-            live.update(show.verify_line(found, live.width))
-        await _next_event(client, time.monotonic() + LOOK_EVERY_S)
+    with _goes_on("The comparison goes on; `vhostsync status` shows it, `vhostsync verify-cancel` ends it."):
+        while (found := await client.execute("query-verify"))["state"] == "running":
+            if live is not None:
+                live.update(show.verify_line(found, live.width))
+            await _next_event(client, time.monotonic() + LOOK_EVERY_S)
     if live is not None:
         live.finish(show.verify_line(found, None))
     else:
@@ -263,7 +280,8 @@ async def verify_cancel(client: ControlClient, options: argparse.Namespace) -> i
 async def resize(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync resize`."""
     arguments = {} if options.size is None else {"size": options.size}
-    result = await client.execute("resize", arguments)
+    with _goes_on("The disk goes on growing; `vhostsync status` shows its size."):
+        result = await client.execute("resize", arguments)
     if options.json:
         _print_json(result)
     else:
@@ -273,7 +291,7 @@ async def resize(client: ControlClient, options: argparse.Namespace) -> int:
 
 async def quit_backend(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync quit`: returns when the backend is over, and its disks are free."""
-    with anyio.fail_after(options.timeout):
+    with _goes_on("The backend goes on ending."), anyio.fail_after(options.timeout):
         await client.execute_to_the_end("quit", {"force": options.force})
     if options.json:
         _print_json({})

@@ -6,9 +6,13 @@ While a peer is known, the engine keeps a map of the regions on which the two di
 has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
 """
 
+from typing import Final
+
 from vhostsync.destination import Place, look, look_again
 from vhostsync.disks import Disk
 from vhostsync.state_record import DiskIdentity, Likeness
+
+NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 
 
 class Peer:
@@ -48,7 +52,7 @@ class Peer:
             return f"the differences are known for {self.place.path} only"
         self.look()  # not at another one, which may be lost in a way that keeps whoever looks at it
         if self.place is None:
-            return "no earlier copy of it is known"
+            return NO_EARLIER_COPY
         if self._left is None:
             return None  # a crash: nobody could note how it was left
         changed = look(disk).changed_since(self._left)

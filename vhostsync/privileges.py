@@ -192,7 +192,9 @@ class Confinement:
         self._warn_of_root()
         log.info(
             "privileges", sandbox=self._config.sandbox, user=os.geteuid(), held=self.held,
-            not_available=self.lacking, may_write=[str(place) for place in self._places],
+            not_available=self.lacking,
+            # Without Landlock nothing but the modes of files says so.
+            **{"may_write": [str(place) for place in self._places]} if self.reach.enforced else {},
         )  # fmt: skip
 
     def _warn_of_root(self) -> None:

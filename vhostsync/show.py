@@ -217,11 +217,22 @@ def _microseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_plain(each)}" for key, each in value.items() if each is not None) or "none"
+    if isinstance(value, list | tuple):
+        return "; ".join(_plain(each) for each in value) or "none"
+    return str(value)
+
+
 def event_text(event: Mapping[str, Any]) -> str:
     """One event of the control socket as a line."""
     stamp = event["timestamp"]
     clock = time.strftime("%H:%M:%S", time.localtime(stamp["seconds"]))
-    data = ", ".join(f"{key} {value}" for key, value in event.get("data", {}).items() if value is not None)
+    given = event.get("data", {}).items()
+    data = ", ".join(f"{key} {_plain(value)}" for key, value in given if value is not None)
     return f"{clock}  {event['event'].lower().replace('_', ' ')}{': ' if data else ''}{data}"
 
 

@@ -187,3 +187,24 @@ def test_a_mirror_that_cannot_be_recorded_is_not_begun(work: Path) -> None:
         served.qmp.execute("mirror-start", destination=str(copy))
         served.await_steady()
         served.stop()
+
+
+def test_a_speed_without_a_mirror_is_refused(work: Path) -> None:
+    with Served(work, image(work / "a.img")) as served:
+        with pytest.raises(QmpError, match="no mirror whose copy could be limited"):
+            served.qmp.execute("mirror-set-speed", speed=1 << 20)
+        served.start_mirror(image(work / "b.img", filled_mib=0))
+        served.qmp.execute("mirror-set-speed", speed=1 << 20)
+        assert served.mirror()["speed-bytes-per-s"] == 1 << 20
+        served.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="ROOT alone is told of the capabilities that it lacks")
+def test_root_is_told_why_it_is_denied_a_disk(work: Path) -> None:
+    others = image(work / "b.img", filled_mib=0)
+    os.chown(others, 65534, 65534)
+    others.chmod(0o600)
+    with Served(work, image(work / "a.img")) as served:
+        with pytest.raises(QmpError, match=r"Permission denied \(it runs as root without capabilities"):
+            served.qmp.execute("mirror-start", destination=str(others))
+        served.stop()

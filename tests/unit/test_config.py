@@ -30,6 +30,8 @@ def make(**given: Any) -> ServeConfig:
         ("64K", 64 << 10),
         ("64KiB", 64 << 10),
         ("64M", 64 << 20),
+        ("64MB", 64 << 20),
+        ("64mb", 64 << 20),
         ("1GiB", 1 << 30),
         ("1.5g", 3 << 29),
         ("2T", 2 << 40),
@@ -42,7 +44,7 @@ def test_sizes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "M", "-1", "+1", "1e3", "64MB", "64 M", "0x10", "1.5", "٣", "1" * 41, "9999999T", "nan", "1_0"],
+    ["", "M", "-1", "+1", "1e3", "64MBi", "64 M", "0x10", "1.5", "٣", "1" * 41, "9999999T", "nan", "1_0"],
 )
 def test_what_is_no_size_is_a_sentence(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\.$"):
