@@ -21,22 +21,18 @@ from typing import Any, Final
 import structlog
 
 from vhostsync import kernel
+from vhostsync.disk_identity import DiskIdentity, decode_identity, same
 from vhostsync.disks import WRITER_SHARES, WRITER_USES, try_lock
 from vhostsync.errors import BitmapError
 from vhostsync.own_file import ForeignFileError, beginning, open_regular, seems_to_be
-from vhostsync.state_record import (
-    DiskIdentity,
-    Likeness,
-    StateRecord,
-    decode_checked,
-    decode_identity,
-    encode_checked,
-)
+from vhostsync.state_record import StateRecord, decode_checked, encode_checked
 
 log = structlog.get_logger(__name__)
 
 HEADER_BYTES: Final = 4096
 KIND: Final = "dirty-bitmap"
+
+Pair = tuple[DiskIdentity, DiskIdentity]
 
 
 class Trust(IntEnum):
@@ -66,7 +62,7 @@ class Header:
     former: str | None
     boot_id: str
     clean: bool
-    disks: tuple[DiskIdentity, DiskIdentity] | None
+    disks: Pair | None
 
     def encode(self) -> bytes:
         text = encode_checked(KIND, asdict(self))
@@ -109,23 +105,27 @@ class BitmapFile:
     @classmethod
     def open(
         cls, path: Path, shape: Shape, file_bytes: int, record: StateRecord | None,
-        boot_id: str | None = None, lock_timeout_s: float = 0.0,
+        boot_id: str | None = None, lock_timeout_s: float = 0.0, *, known: DiskIdentity | None = None,
     ) -> "BitmapFile":
         """Open it, or make it anew where it is of no use; the reason is logged. Waits `lock_timeout_s` for a
-        process that is ending. BitmapError."""
+        process that is ending. `known`: the current disk as the record had it before this start looked at
+        it. BitmapError."""
         boot_id = kernel.this_boot() if boot_id is None else boot_id
         fd = _open_locked(path, lock_timeout_s)
         try:
             found = _read_header(fd)
-            why = _why_not(found, shape, file_bytes, fd, record)
+            now = (record.current, record.peer) if record is not None and record.peer is not None else None
+            pair = now if now is None or known is None else (known, now[1])
+            why = _why_not(found, shape, file_bytes, fd, record, pair)
             if why is None:
                 assert isinstance(found, Header)
                 crashed = found.boot_id != boot_id and not found.clean
                 trust = Trust.AFTER_HOST_CRASH if crashed else Trust.SAME_BOOT
                 assert record is not None
                 header = replace(
-                    found, token=secrets.token_hex(16), former=record.bitmap, boot_id=boot_id, clean=False
-                )
+                    found, token=secrets.token_hex(16), former=record.bitmap, boot_id=boot_id, clean=False,
+                    disks=now,
+                )  # fmt: skip
                 if crashed:
                     # Until the engine has made its bits durable, they are those of the old boot.
                     header = replace(header, boot_id=found.boot_id)
@@ -150,7 +150,7 @@ class BitmapFile:
         self._write_header(replace(self.header, boot_id=kernel.this_boot()))
         self._log_pending = False
 
-    def new_peer(self, disks: tuple[DiskIdentity, DiskIdentity]) -> None:
+    def new_peer(self, disks: Pair) -> None:
         """All differs (the engine has said so in the bits): make that durable, under a token of its own. The
         state record may name it after this."""
         os.fdatasync(self.fd)
@@ -244,7 +244,8 @@ def _read_header(fd: int) -> Header | str:
 
 
 def _why_not(
-    found: Header | str, shape: Shape, file_bytes: int, fd: int, record: StateRecord | None
+    found: Header | str, shape: Shape, file_bytes: int, fd: int, record: StateRecord | None,
+    known: Pair | None,
 ) -> str | None:
     """Why the bits say nothing of these disks; None: they do."""
     if isinstance(found, str):
@@ -253,19 +254,16 @@ def _why_not(
         return "it was made for another size of disk, region or extent"
     if os.fstat(fd).st_size < file_bytes:
         return "the file was cut short"
-    if record is None or record.peer is None or record.bitmap is None:
+    if record is None or known is None or record.bitmap is None:
         return "the state record names no bitmap"
     if record.bitmap not in (found.token, found.former):
         return "the state record names another bitmap, or another run of this one"
-    if found.disks is None or not _same_pair(found.disks, (record.current, record.peer)):
+    if found.disks is None or not _same_pair(found.disks, known):
         return "it was made for other disks"
     return None
 
 
-def _same_pair(one: tuple[DiskIdentity, DiskIdentity], other: tuple[DiskIdentity, DiskIdentity]) -> bool:
-    def same(a: DiskIdentity, b: DiskIdentity) -> bool:
-        return a.likeness(b) is Likeness.SAME
-
+def _same_pair(one: Pair, other: Pair) -> bool:
     return (same(one[0], other[0]) and same(one[1], other[1])) or (
         same(one[0], other[1]) and same(one[1], other[0])
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from .errors import ConfigError
+from .who_may_serve import Answer
 
 Cache = Literal["none", "writeback"]
 DiskFormat = Literal["raw"]
@@ -149,6 +150,7 @@ class ServeConfig:
     write_cache: bool = True  # the default of virtio's WCE; False is write-through
     state_file: Path | None = None  # None: state_index.py finds or names it
     no_state_file: bool = False
+    answer: Answer | None = None  # of the operator, to what the state record has asked
     bitmap: Path | None = None  # where the differences outlive the process
     al_extents: int = 1024
     al_extent_bytes: int = 4 * MIB
@@ -203,6 +205,10 @@ class ServeConfig:
             raise ConfigError(f"--fd {self.fd} is not a file descriptor.")
         if self.no_state_file and self.state_file is not None:
             raise ConfigError("Give --state-file or --no-state-file, not both.")
+        if self.answer is not None and (self.no_state_file or self.read_only):
+            raise ConfigError(
+                f"--{self.answer} is written to the state record; leave out --no-state-file and --read-only."
+            )
         if self.no_state_file and self.bitmap is not None:
             raise ConfigError(
                 "--bitmap needs the state record, which tells whether the bitmap may be believed; leave out "

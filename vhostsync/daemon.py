@@ -36,7 +36,7 @@ from vhostsync.errors import VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.metrics import serve_metrics
 from vhostsync.mirror import Mirror
-from vhostsync.opening import Opened, device_shape, open_device
+from vhostsync.opening import Opened, open_device
 from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
 from vhostsync.printable import printable
 from vhostsync.privileges import Confinement, change_user, find_user, is_block_device, places_of
@@ -115,7 +115,7 @@ def _start(config: ServeConfig) -> Started:
             config, state_directory, lambda: change_user(user) if user is not None else None
         )
         undo.callback(opened.close)
-        shape = device_shape(config, opened.disk)
+        shape = opened.shape
         endpoint = _open_endpoint(config)
         undo.callback(endpoint.close)
         disks_known = [opened.disk.path]
@@ -338,8 +338,9 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
     opened, shape, engine = started.opened, started.shape, started.engine
     hub = EventHub()
     mirror = Mirror(
-        engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
-    )
+        engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left,
+        shape.guest,
+    )  # fmt: skip
     mirror.reach = started.confinement.reach
     backend = Backend(config, engine, mirror, hub)
     device = BlkDevice(shape)

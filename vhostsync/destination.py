@@ -10,10 +10,12 @@ import structlog
 
 from vhostsync import disks
 from vhostsync.config import MirrorTarget
+from vhostsync.disk_identity import DiskIdentity, Likeness, same
 from vhostsync.disks import Disk
 from vhostsync.engine import probe
 from vhostsync.errors import DiskError, MirrorError
-from vhostsync.state_record import DiskIdentity, Likeness, StateRecord
+from vhostsync.identify import identify
+from vhostsync.state_record import StateRecord
 
 log = structlog.get_logger(__name__)
 
@@ -62,10 +64,8 @@ def open_destination(
 
 
 def check_former(disk: Disk, former: DiskIdentity) -> None:
-    """MirrorError unless this is the disk that was the destination before. Of an image file whose numbers do
-    not tell (its file system may have others since a boot) the path is enough; of a device it is not, for
-    devices change places."""
-    if _is_certainly(former, disk.identity):
+    """MirrorError unless this is certainly the disk that was the destination before."""
+    if same(former, disk.identity):
         return
     raise MirrorError(
         f"{disk.path} is not known to be the disk that was mirrored to before, and what is on it would be "
@@ -75,18 +75,12 @@ def check_former(disk: Disk, former: DiskIdentity) -> None:
 
 def was_of_this_guest(record: StateRecord, disk: DiskIdentity) -> bool:
     """The last destination, or one that was the source once: what it holds is the guest's."""
-    known = [*record.superseded] if record.peer is None else [record.peer, *record.superseded]
-    return any(_is_certainly(former, disk) for former in known)
-
-
-def _is_certainly(former: DiskIdentity, disk: DiskIdentity) -> bool:
-    likeness = former.likeness(disk)
-    return likeness is Likeness.SAME or (likeness is Likeness.UNSURE and former.changes_show)
+    return any(same(former, disk) for former in record.disks if former is not record.current)
 
 
 def look(disk: Disk) -> DiskIdentity:
     """How a disk looks before the mirror writes to it."""
-    return disks.identify(disk.fd.fileno(), disk.path, with_ctime=True)
+    return identify(disk.fd.fileno(), disk.path, with_ctime=True)
 
 
 def look_again(place: Place) -> DiskIdentity | None:
@@ -94,7 +88,7 @@ def look_again(place: Place) -> DiskIdentity | None:
     try:
         fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            found = disks.identify(fd, place.path, with_ctime=True)
+            found = identify(fd, place.path, with_ctime=True)
         finally:
             os.close(fd)
     except OSError as error:

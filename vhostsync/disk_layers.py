@@ -105,12 +105,9 @@ def block_identifiers(device: int) -> BlockIdentifiers:
     """What outlives a reboot, where it can be read. Numbers that hardware made up from its model's name alone
     are left out: they would make two disks one."""
     node = _sys_node(device)
-    below = _below(device)
     udev = _udev(device)
     if (mapped := _read(node / "dm" / "uuid")) is not None:
         return BlockIdentifiers(serial=f"dm:{mapped}", partuuid=udev.get("ID_PART_ENTRY_UUID"))
-    if below is not None and below[0] == "file":
-        return BlockIdentifiers(serial=f"loop:{below[1]}:{below[2]}:{below[3]}")
     whole = node.resolve().parent if (node / "partition").exists() else node
     serial = _first(whole / "serial", whole / "device" / "serial") or udev.get("ID_SERIAL_SHORT")
     wwn = _first(whole / "wwid", whole / "device" / "wwid") or udev.get("ID_WWN_WITH_EXTENSION")
@@ -121,6 +118,31 @@ def block_identifiers(device: int) -> BlockIdentifiers:
         # Two partitions of one disk have nothing but their place to tell them apart.
         partuuid = f"at:{_sectors(node / 'start')}"
     return BlockIdentifiers(serial=serial, wwn=wwn, partuuid=partuuid)
+
+
+def loop_backing(device: int) -> tuple[Path, int] | None:
+    """The file of a loop device or of its partition, and where that begins there; None where it is none."""
+    node = _sys_node(device)
+    start = 0
+    if (node / "partition").exists():
+        start, node = _sectors(node / "start"), node.resolve().parent
+    backing = _read(node / "loop" / "backing_file")
+    if backing is None:
+        return None
+    return Path(backing), int(_read(node / "loop" / "offset") or 0) + start
+
+
+def lasting_place(device: int, path: Path) -> str | None:
+    """Where a block device is plugged in, or by which lasting name it was given: a symbolic link, which udev
+    or LVM made, and not the kernel's own name, which goes by the order in which devices were found."""
+    node = _sys_node(device)
+    part = f"+{_sectors(node / 'start')}" if (node / "partition").exists() else ""
+    if (place := _udev(device).get("ID_PATH")) is not None:
+        return f"{place}{part}"
+    slot = re.search(r"/([0-9a-f:.]+|virtio-mmio\.\d+)/virtio\d+/block/", str(node.resolve()))
+    if slot is not None:
+        return f"virtio:{slot[1]}{part}"
+    return f"link:{path}" if path.is_symlink() else None
 
 
 def _sys_node(device: int) -> Path:

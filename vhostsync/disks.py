@@ -28,13 +28,14 @@ from typing import Literal
 
 import structlog
 
-from vhostsync.disk_layers import block_identifiers, overlap
+from vhostsync.disk_identity import DiskIdentity
+from vhostsync.disk_layers import overlap
 from vhostsync.disk_signatures import signatures
 from vhostsync.disk_users import users_of_device, users_of_file
 from vhostsync.errors import DiskError, EngineError
+from vhostsync.identify import identify
 from vhostsync.kernel import why_denied
 from vhostsync.own_file import kind_of, open_regular
-from vhostsync.state_record import DiskIdentity
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
 log = structlog.get_logger(__name__)
@@ -51,7 +52,6 @@ WRITER_SHARES: frozenset[int] = frozenset()
 READER_SHARES = frozenset({READ})
 
 BLKROGET = 0x125E  # <linux/fs.h>
-FS_IOC_GETVERSION = 0x80087601  # _IOR('v', 1, long), <linux/fs.h>
 FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
 # A random pause between two attempts: two that start at once must not refuse each other for ever.
 RETRY_S = (0.01, 0.03)
@@ -233,33 +233,6 @@ def check_holds_nothing(disk: Disk) -> None:
             f"{disk.path} holds something that would be lost: {', '.join(found)}; name another destination, "
             f"or, if it may be overwritten, start the mirror with --force"
         )
-
-
-def identify(fd: int, path: Path, *, with_ctime: bool = False) -> DiskIdentity:
-    """How the open disk is recognised later. `with_ctime`: at a clean detach, after the last write."""
-    status = os.fstat(fd)
-    name = str(path.absolute())
-    if stat.S_ISBLK(status.st_mode):
-        size = os.lseek(fd, 0, os.SEEK_END)
-        found = block_identifiers(status.st_rdev)
-        return DiskIdentity(
-            name, "block", status.st_rdev, 0, size,
-            serial=found.serial, wwn=found.wwn, partuuid=found.partuuid,
-        )
-    return DiskIdentity(
-        name, "file", status.st_dev, status.st_ino, status.st_size,
-        ctime_ns=status.st_ctime_ns if with_ctime else None, generation=_generation(fd),
-    )
-
-
-def _generation(fd: int) -> int | None:
-    """Tells apart two files that had the same inode number one after the other; None where unknown."""
-    buffer = bytearray(8)
-    try:
-        fcntl.ioctl(fd, FS_IOC_GETVERSION, buffer, True)
-    except OSError:
-        return None
-    return int.from_bytes(buffer[:4], "little")
 
 
 # ---- opening ----------------------------------------------------------------

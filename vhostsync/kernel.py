@@ -58,6 +58,13 @@ def _may_override_modes() -> bool:
     return bool(held & CAP_DAC_OVERRIDE)
 
 
+def file_system_type(fd: int) -> int:
+    """f_type of <linux/magic.h>, which Python's statvfs leaves out. OSError."""
+    answer = (ctypes.c_long * 32)()  # struct statfs begins with it
+    _checked(ctypes.CDLL(None, use_errno=True).fstatfs(ctypes.c_int(fd), answer))
+    return answer[0] & 0xFFFFFFFF
+
+
 class Kernel:
     """The kernel of this machine."""
 

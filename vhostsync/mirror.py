@@ -36,11 +36,13 @@ from vhostsync.destination import (
     open_destination,
     was_of_this_guest,
 )
+from vhostsync.disk_identity import DiskIdentity
 from vhostsync.disks import Disk, check_holds_nothing, is_named, remove_image
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
+from vhostsync.identify import marked
 from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchResult
 from vhostsync.peer import NO_EARLIER_COPY
@@ -49,7 +51,7 @@ from vhostsync.record_keeper import RecordKeeper, outdated
 from vhostsync.roles import Roles
 from vhostsync.snapshot import Snapshot, State
 from vhostsync.state_file import StateFile
-from vhostsync.state_record import DiskIdentity, StateRecord, Wanted, Worth
+from vhostsync.state_record import GuestDisk, StateRecord, Wanted, Worth
 from vhostsync.switch import Switch
 from vhostsync.turns import Turns
 
@@ -71,13 +73,14 @@ class Mirror:
         record: StateRecord | None,
         bitmap: BitmapFile | None = None,
         peer_left: DiskIdentity | None = None,
+        guest: GuestDisk | None = None,
     ) -> None:
         self.state = MirrorState.PASSTHROUGH
         self._engine = engine
         self._hub = hub
         self._roles = Roles(Place.of(source))
         self._full_copy_reason: str | None = None
-        record = record if record is not None else StateRecord.first(source.identity)
+        record = record if record is not None else StateRecord.first(source.identity, guest)
         if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
             self._roles.peer.known(record.peer, peer_left)
         self._read_only = source.read_only
@@ -132,6 +135,10 @@ class Mirror:
     @property
     def bitmap(self) -> BitmapFile | None:
         return self._keeper.bitmap
+
+    async def record_capacity(self, capacity_bytes: int) -> None:
+        """What the guest is told of its disk, before it is told so. StateRecordError."""
+        await self._keeper.record_capacity(capacity_bytes)
 
     @property
     def epoch(self) -> int:
@@ -363,15 +370,17 @@ class Mirror:
                 "cannot be written (see last-error); mend that first"
             )
 
-    def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity]:
-        """Why everything has to be copied, and how it looks now. Blocks."""
-        return self._roles.peer.why_full(disk), look(disk)
+    def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Place]:
+        """Why everything has to be copied; how it looks now; and how it is recognised from here on.
+        Blocks."""
+        why_full, now = self._roles.peer.why_full(disk), look(disk)
+        mark = self._keeper.mark_of(disk.identity)
+        return why_full, now, Place(disk.path, marked(disk.fd.fileno(), disk.identity, mark))
 
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
         restart goes by the record."""
-        place = Place.of(disk)
-        why_full, now = await anyio.to_thread.run_sync(self._judge, disk)
+        why_full, now, place = await anyio.to_thread.run_sync(self._judge, disk)
         if self._resuming and why_full == NO_EARLIER_COPY:
             why_full = "what the last run's copy lacks is not known, for no --bitmap has kept it"
         full_copy_reason = "it was asked for" if target.full else why_full
@@ -382,7 +391,7 @@ class Mirror:
             former = self._keeper.record
             spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
-            record = former.with_peer(disk.identity, former.bitmap if resync else None)
+            record = former.with_peer(place.identity, former.bitmap if resync else None)
             if not resync:
                 record = record.with_difference(None)
             await self._keeper.write(record.with_wanted(wanted))

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import structlog
 
-from vhostsync import disks
+from vhostsync import disks, identify
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import ServeConfig
+from vhostsync.disk_identity import DiskIdentity, Likeness
 from vhostsync.disk_signatures import image_format
 from vhostsync.disks import Disk
 from vhostsync.engine import bitmap_file_bytes, probe
 from vhostsync.errors import DiskError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import open_state_file
-from vhostsync.state_record import DiskIdentity, Likeness, StateRecord, Worth, check_start
+from vhostsync.state_record import GuestDisk, StateRecord, Worth, timestamp
 from vhostsync.virtio_blk import DeviceShape
+from vhostsync.who_may_serve import Answer, check_start
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +33,7 @@ class Opened:
     """The device before its engine runs."""
 
     disk: Disk
+    shape: DeviceShape
     state_file: StateFile | None
     record: StateRecord | None
     bitmap: BitmapFile | None = None
@@ -68,19 +71,23 @@ def open_device(
         become_user()
         if config.no_state_file:
             check_raw(config, disk)
-            return Opened(disk, None, None)
+            return Opened(disk, device_shape(config, disk), None, None)
         state_file = open_state_file(
-            config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory
-        )
-        found, record = check_record(state_file, disk)
-        if found is None or found.current.likeness(disk.identity) is Likeness.OTHER:
+            config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory,
+            as_new=config.answer is Answer.NEW_DISK,
+        )  # fmt: skip
+        found, record = check_record(state_file, disk, config.answer)
+        known = found.disks if found is not None else ()
+        if all(each.likeness(disk.identity) is Likeness.OTHER for each in known):
             check_raw(config, disk)
+        shape = device_shape(config, disk, record)
         if config.bitmap is not None and not config.read_only:
-            bitmap = _open_bitmap(config, disk, record)
+            bitmap = _open_bitmap(config, shape, found, record)
+        disk, record = recognisable(disk, state_file, found, record, config.answer)
         spared = record.spared if record is not None else ()
-        record = follow_record(state_file, found, record, disk, bitmap)
+        record = follow_record(state_file, found, record, disk, bitmap, shape.guest)
         left = found.peer if found is not None and found.clean else None
-        return Opened(disk, state_file, record, bitmap, left, spared)
+        return Opened(disk, shape, state_file, record, bitmap, left, spared)
     except BaseException:
         if bitmap is not None:
             bitmap.close(clean=False)
@@ -107,14 +114,23 @@ def check_raw(config: ServeConfig, disk: Disk) -> None:
         )
 
 
-def check_record(state_file: StateFile, disk: Disk) -> tuple[StateRecord | None, StateRecord | None]:
+def check_record(
+    state_file: StateFile, disk: Disk, answer: Answer | None = None
+) -> tuple[StateRecord | None, StateRecord | None]:
     """What was found, and with what this run may begin. StateRecordError."""
     found = state_file.load()
     if found is None:
         return None, None
-    record = check_start(found, disk.identity, state_file.path)
-    now = disks.identify(disk.fd.fileno(), disk.path, with_ctime=True)
-    if found.clean and record.bitmap is not None and (why := now.changed_since(found.current)):
+    if answer is Answer.NEW_DISK:
+        raise StateRecordError(
+            f"--new-disk begins a record of its own, and there is one already, {state_file.path}; leave the "
+            f"option out to see what that says of {disk.path}, or name another --state-file"
+        )
+    record = check_start(found, disk.identity, state_file.path, answer)
+    now = identify.identify(disk.fd.fileno(), disk.path, with_ctime=True)
+    # The operator may have said that it is the same one, although it does not show.
+    left = replace(now, bytes=found.current.bytes, ctime_ns=found.current.ctime_ns)
+    if found.clean and record.bitmap is not None and (why := now.changed_since(left)):
         log.warning("somebody changed the disk: its peer needs a full copy", path=str(disk.path), why=why)
         record = record.with_bitmap(None)
     return found, _without_lost_peer(state_file, record)
@@ -137,50 +153,79 @@ def _without_lost_peer(state_file: StateFile, record: StateRecord) -> StateRecor
     return record.without_peer()
 
 
-def _open_bitmap(config: ServeConfig, disk: Disk, record: StateRecord | None) -> BitmapFile:
+def recognisable(
+    disk: Disk, state_file: StateFile, found: StateRecord | None, record: StateRecord | None,
+    answer: Answer | None,
+) -> tuple[Disk, StateRecord | None]:
+    """The disk bears its mark from here on, and the record knows it. A disk that is not the recorded one, or
+    a copy of one that is, gets a mark that no other has."""
+    if disk.read_only:
+        return disk, record
+    mark = disk.identity.mark
+    if record is None or found is None:
+        if answer is Answer.NEW_DISK or state_file.is_copied_mark(disk.identity):
+            mark = None
+    elif (known := found.of_disk(disk.identity)) is not None:
+        mark = known.mark or mark
+    else:
+        mark = None if answer is Answer.PROMOTE else record.current.mark
+    identity = identify.marked(disk.fd.fileno(), disk.identity, mark)
+    if record is not None:
+        record = replace(record, current=identity)
+    return replace(disk, identity=identity), record
+
+
+def _open_bitmap(
+    config: ServeConfig, shape: DeviceShape, found: StateRecord | None, record: StateRecord | None
+) -> BitmapFile:
     assert config.bitmap is not None
-    capacity = device_shape(config, disk).capacity_bytes
+    capacity = shape.capacity_bytes
     region_bytes = config.region_bytes(capacity)
-    shape = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
+    bits = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
     return BitmapFile.open(
-        config.bitmap, shape, bitmap_file_bytes(shape), record, lock_timeout_s=SOURCE_LOCK_S
-    )
+        config.bitmap, bits, bitmap_file_bytes(bits), record, lock_timeout_s=SOURCE_LOCK_S,
+        known=found.current if found else None,
+    )  # fmt: skip
 
 
 def follow_record(
     state_file: StateFile, found: StateRecord | None, record: StateRecord | None, disk: Disk,
-    bitmap: BitmapFile | None,
+    bitmap: BitmapFile | None, guest: GuestDisk | None = None,
 ) -> StateRecord | None:
-    """Writes what has to be known durably before the guest is served."""
+    """Writes what has to be known durably before the guest is served. `guest`: what that is told."""
     if disk.read_only:
         return record
     if record is None:
-        return _first_record(state_file, disk)
+        return _first_record(state_file, disk, guest)
     assert found is not None
+    if guest is not None:
+        record = record.with_guest(guest)
     # A bitmap that sees not every write of this run is worth nothing after it.
     trusted = bitmap is not None and bitmap.trust is not Trust.FRESH
     token = bitmap.token if bitmap is not None and trusted else None
     record = replace(record, clean=False, bitmap=token, spared=())
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
-        record = record.with_worth(Worth.OUTDATED, _since_last_time(found))
+        record = record.with_worth(Worth.OUTDATED, timestamp())
     if record != found or state_file.announced:
-        _write(state_file, record, _what_waits_for_it(state_file, found))
+        _write(state_file, record, _what_waits_for_it(state_file, found, record))
     return record
 
 
-def _first_record(state_file: StateFile, disk: Disk) -> StateRecord:
-    """From here on the disk is known to be raw, whatever its guest writes to it."""
-    record = StateRecord.first(disk.identity)
+def _first_record(state_file: StateFile, disk: Disk, guest: GuestDisk | None) -> StateRecord:
+    """From here on the disk is known, and known to be raw, whatever its guest writes to it."""
+    record = StateRecord.first(disk.identity, guest)
     _write(state_file, record, None)
     return record
 
 
-def _what_waits_for_it(state_file: StateFile, found: StateRecord) -> str | None:
+def _what_waits_for_it(state_file: StateFile, found: StateRecord, record: StateRecord) -> str | None:
     """What the record that was found would say wrongly once the guest has written; None: nothing. That the
     last run has ended in order, it says of nothing but these."""
     if state_file.announced:
         return "speaks of a switch"
+    if record.epoch != found.epoch:
+        return f"calls {found.current.path} the current disk"
     if found.peer is not None and found.peer_worth is Worth.UP_TO_DATE:
         return f"calls {found.peer.path} up to date"
     if found.bitmap is not None:
@@ -203,12 +248,49 @@ def _write(state_file: StateFile, record: StateRecord, waits: str | None) -> Non
         state_file.late = True
 
 
-def _since_last_time(record: StateRecord) -> str:
-    return "the end of the last run" if record.clean else "a crash of the last run"
+def device_shape(config: ServeConfig, disk: Disk, record: StateRecord | None = None) -> DeviceShape:
+    """What the guest will see of the disk: what it has been told, whatever disk it is on by now; of a disk
+    that never had another beside it, what the disk is. DiskError when the disk cannot give it, or another
+    block size is asked for."""
+    told = record.guest if record is not None and record.at_stake else None
+    guest = _as_told(config, disk, told) if told is not None else _as_the_disk(config, disk)
+    return DeviceShape(
+        capacity_bytes=guest.capacity_bytes,
+        block_bytes=guest.block_bytes,
+        physical_block_bytes=guest.physical_block_bytes,
+        discard_bytes=guest.discard_bytes,
+        num_queues=config.num_queues,
+        read_only=config.read_only,
+        writeback=config.write_cache,
+    )
 
 
-def device_shape(config: ServeConfig, disk: Disk) -> DeviceShape:
-    """What the guest will see of the disk. DiskError when the block size asked for does not fit it."""
+def _as_told(config: ServeConfig, disk: Disk, told: GuestDisk) -> GuestDisk:
+    if config.block_bytes not in (None, told.block_bytes):
+        raise DiskError(
+            f"--block-size {config.block_bytes} would change the guest's disk, which has had blocks of "
+            f"{told.block_bytes} bytes; leave the option out"
+        )
+    if told.block_bytes < disk.probe.logical_block_bytes:
+        raise DiskError(
+            f"{disk.path} can be accessed in {disk.probe.logical_block_bytes} bytes only, and the guest's "
+            f"disk has had blocks of {told.block_bytes}; serve it from a disk with smaller blocks, or an "
+            f"image file with --cache=writeback"
+        )
+    if disk.bytes < told.capacity_bytes:
+        raise DiskError(
+            f"{disk.path} has {disk.bytes} bytes, and the guest's disk has had {told.capacity_bytes} "
+            f"({told.capacity_bytes - disk.bytes} more); enlarge it, or restore what was cut off"
+        )
+    if disk.bytes - told.capacity_bytes >= told.block_bytes:
+        log.info(
+            "the disk is larger than what the guest was told: `vhostsync resize` shows it the rest",
+            path=str(disk.path), bytes=disk.bytes, capacity_bytes=told.capacity_bytes,
+        )  # fmt: skip
+    return told
+
+
+def _as_the_disk(config: ServeConfig, disk: Disk) -> GuestDisk:
     found = disk.probe
     block = config.block_bytes or max(512, found.logical_block_bytes)
     if block < found.logical_block_bytes:
@@ -219,12 +301,4 @@ def device_shape(config: ServeConfig, disk: Disk) -> DeviceShape:
     capacity = disk.bytes - disk.bytes % block
     if capacity != disk.bytes:
         log.warning("the end of the disk is no whole block and is not shown", bytes=disk.bytes - capacity)
-    return DeviceShape(
-        capacity_bytes=capacity,
-        block_bytes=block,
-        physical_block_bytes=found.physical_block_bytes,
-        discard_bytes=found.discard_granularity_bytes,
-        num_queues=config.num_queues,
-        read_only=config.read_only,
-        writeback=config.write_cache,
-    )
+    return GuestDisk(capacity, block, found.physical_block_bytes, found.discard_granularity_bytes)

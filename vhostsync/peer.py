@@ -9,8 +9,8 @@ has left it: a disk that is another one, or that somebody has written to since, 
 from typing import Final
 
 from vhostsync.destination import Place, look, look_again
+from vhostsync.disk_identity import DiskIdentity, Likeness
 from vhostsync.disks import Disk
-from vhostsync.state_record import DiskIdentity, Likeness
 
 NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 

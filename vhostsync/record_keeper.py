@@ -18,7 +18,7 @@ import errno
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Final
 
 import anyio
@@ -28,6 +28,7 @@ import structlog
 from vhostsync import events
 from vhostsync.bitmap import BitmapFile
 from vhostsync.destination import Place, look_again
+from vhostsync.disk_identity import DiskIdentity
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
@@ -35,7 +36,7 @@ from vhostsync.events import EventHub
 from vhostsync.roles import Roles
 from vhostsync.snapshot import State
 from vhostsync.state_file import Prepared, StateFile
-from vhostsync.state_record import DiskIdentity, StateRecord, Worth
+from vhostsync.state_record import StateRecord, Worth, timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -150,6 +151,17 @@ class RecordKeeper:
                 f"lost; if it may be, start the mirror to it yourself: vhostsync mirror start {disk.path}"
             )
 
+    def mark_of(self, disk: DiskIdentity) -> str | None:
+        """The mark that a destination is to bear: its own, which it may have lost; a new one (None) where it
+        has none, or that of another disk, of which it is a copy. Blocks."""
+        known = self.record.of_disk(disk)
+        if known is not None:
+            return known.mark or disk.mark
+        if any(each.mark == disk.mark for each in self.record.disks):
+            return None
+        copied = self._state_file is not None and self._state_file.is_copied_mark(disk)
+        return None if copied else disk.mark
+
     async def begin_bitmap(self, destination: Place) -> None:
         """The engine has marked that everything differs; once that is durable, the record may name it."""
         bitmap = self.bitmap
@@ -162,6 +174,18 @@ class RecordKeeper:
         except (OSError, VhostsyncError) as error:
             # The record names none: a restart copies everything, and loses nothing.
             log.error("the dirty bitmap is not used for this destination", error=str(error))
+
+    async def record_capacity(self, capacity_bytes: int) -> None:
+        """StateRecordError. Of a disk that never had another beside it, its size is taken at each start."""
+        async with self.lock:
+            guest = self.record.guest
+            if guest is None:
+                return
+            record = self.record.with_guest(replace(guest, capacity_bytes=capacity_bytes))
+            if record.at_stake:
+                await self.write(record)
+            else:
+                self.record = record
 
     def write_clean_end(self) -> None:
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
@@ -293,7 +317,7 @@ class RecordKeeper:
     async def note_verified(self, *, different: bool) -> None:
         """A verification has found so. What forbids a switch holds on return; the record follows."""
         if different and self.record.peer is not None:
-            self.different_since = self.different_since or now_in_words()
+            self.different_since = self.different_since or timestamp()
         else:
             self.different_since = None
         await self._engine.peer_differs(self.different_since is not None)
@@ -366,8 +390,4 @@ class RecordKeeper:
 
 def outdated(record: StateRecord) -> StateRecord:
     """The destination falls behind from now on."""
-    return record.with_worth(Worth.OUTDATED, now_in_words())
-
-
-def now_in_words() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return record.with_worth(Worth.OUTDATED, timestamp())

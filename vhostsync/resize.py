@@ -4,8 +4,9 @@
 1. what was asked for is checked against what both disks have;
 2. the bitmap's file becomes long enough; its header still says the old size, so after a crash it is not
    believed, and everything is copied;
-3. the engine copies the new range to the destination, and takes requests for it from then on;
-4. once its new bits are durable, the bitmap's header and the device say the new size, and the frontends are
+3. the state record says the new size: should the backend die in what follows, the next start shows it;
+4. the engine copies the new range to the destination, and takes requests for it from then on;
+5. once its new bits are durable, the bitmap's header and the device say the new size, and the frontends are
    told.
 
 The disks themselves are made larger by whoever owns them (truncate, lvextend, …), before this.
@@ -55,9 +56,11 @@ class Resizer:
             bitmap = self._mirror.bitmap
             if bitmap is not None:
                 await anyio.to_thread.run_sync(_lengthen, bitmap, capacity)
+            await self._mirror.record_capacity(capacity)
             try:
                 await self._engine.grow(capacity, source_bytes, destination_bytes)
             except EngineError as error:
+                await self._mirror.record_capacity(self._device.shape.capacity_bytes)
                 raise MirrorError(f"the disk stays as large as it is: {error}") from error
             with anyio.CancelScope(shield=True):  # the engine takes requests for it already
                 await self._tell(capacity, bitmap)

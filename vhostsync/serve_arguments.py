@@ -8,6 +8,7 @@ from typing import Final
 from . import argument_types as types
 from . import config
 from .argument_types import Parser
+from .who_may_serve import Answer
 
 _SERVE_EXAMPLES: Final = """\
 examples:
@@ -191,6 +192,16 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="keep none: after a switch nobody stops you from serving the old disk",
     )
+    answers = record.add_mutually_exclusive_group()
+    for answer, meaning in (
+        (Answer.PROMOTE, "this disk is the current one from now on; the recorded one is lost for good"),
+        (Answer.SAME_DISK, "this is the recorded current disk, although it cannot be recognised"),
+        (Answer.NEW_DISK, "this disk is none that a record knows: begin a new record"),
+    ):
+        answers.add_argument(
+            f"--{answer}", dest="answer", action="store_const", const=answer,
+            help=f"answer to a start that was refused, for one start: {meaning}",
+        )  # fmt: skip
     running = serve.add_argument_group("operation")
     running.add_argument(
         "--control",

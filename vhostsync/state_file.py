@@ -40,10 +40,10 @@ from typing import Protocol, Self
 import structlog
 
 from vhostsync import kernel
+from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import StateRecordError
 from vhostsync.own_file import ForeignFileError, open_regular, remove_leftover, seems_to_be
 from vhostsync.state_record import (
-    DiskIdentity,
     StateRecord,
     decode_record,
     encode_announcement,
@@ -128,6 +128,7 @@ class StateFile:
         self, path: Path, *, files: FileSystem | None = None,
         before_write: Callable[[StateRecord], None] | None = None,
         other_record: Callable[[DiskIdentity], Path | None] | None = None,
+        is_copied_mark: Callable[[DiskIdentity], bool] | None = None,
     ) -> None:
         self.path = path
         self.announced = False  # what was loaded is more than a record, and depends on the mark
@@ -135,6 +136,7 @@ class StateFile:
         self._files: FileSystem = files if files is not None else RealFileSystem()
         self._before_write = before_write
         self._other_record = other_record
+        self._is_copied_mark = is_copied_mark
         self._mutex = threading.Lock()
         self._serial = 0  # of the last Prepared
         self._lock_fd: int | None = None
@@ -251,13 +253,18 @@ class StateFile:
         except ValueError as error:
             raise StateRecordError(
                 f"{named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
-                f"one; find that out, then restore the record or move it away"
+                f"one; restore the record from a backup, or find that out and begin a new one "
+                f"with --state-file"
             ) from error
 
     def other_record(self, disk: DiskIdentity) -> Path | None:
         """The record of another lineage that the disk belongs to by now. StateRecordError: that cannot be
         told."""
         return self._other_record(disk) if self._other_record is not None else None
+
+    def is_copied_mark(self, disk: DiskIdentity) -> bool:
+        """Whether it bears the mark of another disk that a record knows."""
+        return self._is_copied_mark is not None and self._is_copied_mark(disk)
 
     def prepare(self, record: StateRecord) -> "Prepared":
         """Everything but the rename and its fsync."""

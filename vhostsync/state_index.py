@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a disk finds the record of its lineage when no --state-file names one.
 
-In the state directory each disk path that was ever current or a peer has a small pointer file
-(`*.disk.json`: the disk's identity and the name of the record). It is made durable before the record that
-mentions the disk is written, so whichever of the two disks `serve` is started with, it finds the same record:
-the superseded one is refused and told which disk is current. A disk that was renamed is found by its
-identity. A disk that becomes the destination of another lineage is overwritten by it, so its pointer then
-names that lineage, and the former one lets go of it (`other_record`).
+In the state directory each disk that was ever current or a peer has a small pointer file (`*.disk.json`: the
+disk's identity and the name of the record). It is made durable before the record that mentions the disk is
+written, so whichever of the two disks `serve` is started with, it finds the same record: the superseded one
+is refused and told which disk is current. A disk is found by what it is (disk_identity.py); where no pointer
+is certainly its own, those of its path and those that may be its own lead to a record that asks. A disk that
+becomes the destination of another lineage is overwritten by it, so its pointer then names that lineage, and
+the former one lets go of it (`other_record`).
 
 A pointer to a record that does not exist means "no record": so moving a record away is how to start anew.
 """
@@ -14,22 +15,17 @@ A pointer to a record that does not exist means "no record": so moving a record 
 import hashlib
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from vhostsync.disk_identity import DiskIdentity, Likeness, decode_identity, same
 from vhostsync.errors import StateRecordError
 from vhostsync.state_file import FileSystem, RealFileSystem, StateFile
-from vhostsync.state_record import (
-    DiskIdentity,
-    Likeness,
-    StateRecord,
-    decode_checked,
-    decode_identity,
-    encode_checked,
-)
+from vhostsync.state_record import StateRecord, decode_checked, encode_checked, named
+from vhostsync.who_may_serve import claims
 
 log = structlog.get_logger(__name__)
 
@@ -52,10 +48,11 @@ def default_directory(environment: dict[str, str] | None = None, user: int | Non
 
 def open_state_file(
     explicit: Path | None, disk: DiskIdentity, *, lock_timeout_s: float,
-    directory: Path | None = None, files: FileSystem | None = None,
+    directory: Path | None = None, files: FileSystem | None = None, as_new: bool = False,
 ) -> StateFile:
     """The locked state file for `disk`: the one named, or the one that the index finds, or a new one named
-    after the disk. Blocks. Call it with the disk's own lock held. StateRecordError."""
+    after the disk (also where it looks like one that is known, `as_new`). Blocks. Call it with the disk's own
+    lock held. StateRecordError."""
     files = files if files is not None else RealFileSystem()
     if explicit is not None:
         # What the link leads to is the record: a rename over the link itself would leave two.
@@ -66,11 +63,12 @@ def open_state_file(
         base = directory if directory is not None else default_directory()
         make_directory(base)
         index = Index(base, files)
-        path = index.record_of(disk)
+        path = index.record_of(disk, as_new=as_new)
         state_file = StateFile(
             Path(os.path.realpath(path)), files=files,
             before_write=lambda record: index.point(record, path),
             other_record=lambda disk: index.other_record(disk, path),
+            is_copied_mark=index.is_copied_mark,
         )  # fmt: skip
     state_file.lock(lock_timeout_s)
     return state_file
@@ -117,62 +115,100 @@ def _make_one(path: Path, owner: tuple[int, int] | None) -> None:
 
 
 class Index:
+    """Pointer files of one directory. What a disk is goes before what it is called; a pointer's name is made
+    from what the disk is, so the pointer of one never replaces that of another."""
+
     def __init__(self, directory: Path, files: FileSystem) -> None:
         self._directory = directory
         self._files = files
         self._pointed: dict[str, DiskIdentity] = {}
 
-    def record_of(self, disk: DiskIdentity) -> Path:
-        """The path of the record for this disk, whether or not there is one yet. What a disk is goes before
-        what it is called. StateRecordError when the pointer of this path is damaged or two lineages claim the
-        disk."""
-        own = self._pointer_path(disk)
-        pointers = self._pointers(own)
-        for wanted in (
-            [record for known, record in pointers.values() if known.likeness(disk) is Likeness.SAME],
-            [pointers[own][1]] if own in pointers else [],
-        ):
-            records = sorted({record for record in wanted if self._exists(record)})
-            if len(records) > 1:
+    def record_of(self, disk: DiskIdentity, *, as_new: bool = False) -> Path:
+        """The path of the record for this disk, whether or not there is one yet. `as_new`: the operator says
+        that no record knows it. StateRecordError when two lineages claim the disk, or its pointer is
+        damaged."""
+        pointers = self.pointers(disk)
+        if (own := self._only(disk, _records(pointers, disk, Likeness.SAME))) is not None:
+            if as_new:
                 raise StateRecordError(
-                    f"two state records claim {disk.path}: {records[0]} and {records[1]}; move the wrong one "
-                    f"away"
+                    f"{disk.path} is certainly a disk that {named(own)} knows, and no new one; leave out "
+                    f"--new-disk to see what it is there"
                 )
-            if records:
-                return records[0]
-        return self._directory / f"{_stem(disk.path)}{RECORD_SUFFIX}"
+            return own
+        if not as_new:
+            hints = {pointer.record for pointer in pointers if pointer.disk.path == disk.path}
+            hints |= _records(pointers, disk, Likeness.UNSURE)
+            claimed = self._only(disk, {path for path in hints if self._claims(path, disk)})
+            if claimed is not None:
+                return claimed
+        return self._new_record(disk)
+
+    def is_copied_mark(self, disk: DiskIdentity) -> bool:
+        """Whether the mark that the disk bears is that of another one, of which it is a copy."""
+        pointers = self.pointers(disk)
+        alike = [pointer for pointer in pointers if pointer.disk.mark == disk.mark is not None]
+        return bool(alike) and not any(same(pointer.disk, disk) for pointer in alike)
 
     def other_record(self, disk: DiskIdentity, path: Path) -> Path | None:
         """The record that has taken this disk from the one at `path`. StateRecordError as `record_of`."""
-        found = self.record_of(disk)
-        return found if found != path and self._exists(found) else None
+        found = self._only(disk, _records(self.pointers(disk), disk, Likeness.SAME))
+        return found if found != path else None
 
     def point(self, record: StateRecord, path: Path) -> None:
         """Makes both disks of the record find it, durably. Raises OSError."""
         disks = [record.current] if record.peer is None else [record.current, record.peer]
-        changed = False
-        for disk in disks:
-            known = self._pointed.get(disk.path)
-            if known is not None and known.likeness(disk) is Likeness.SAME:
-                continue
+        new = [disk for disk in disks if self._pointed.get(_key(disk)) != _lasting(disk)]
+        if not new:
+            return
+        for disk in new:
             own = self._pointer_path(disk)
             body = {"disk": asdict(disk), "record": path.name}
             # The record's: whoever holds its lock is alone with it, and it is free while a record is written.
             temporary = self._directory / f"{path.name}.new"
             self._files.write_durable(temporary, encode_checked("state-pointer", body))
             self._files.rename(temporary, own)
-            # Pointers of the same disk under other names to another lineage: void from here on.
-            for other, (pointed, target) in self._pointers(None).items():
-                if other != own and target != path and pointed.likeness(disk) is Likeness.SAME:
-                    log.warning("the disk leaves another state record", disk=disk.path, record=str(target))
-                    self._files.unlink(other)
-            self._pointed[disk.path] = disk
-            changed = True
-        if changed:
+        self._files.sync_directory(self._directory)
+        self._drop_former(new, path)
+        self._pointed.update({_key(disk): _lasting(disk) for disk in new})
+
+    def _drop_former(self, disks: list[DiskIdentity], path: Path) -> None:
+        """Pointers of the same disks that were made when it bore another name or mark, or belonged to another
+        lineage, which the disk leaves."""
+        dropped = False
+        own = {self._pointer_path(disk) for disk in disks}
+        for pointer in self.pointers():
+            if pointer.path in own or not any(same(pointer.disk, disk) for disk in disks):
+                continue
+            if pointer.record != path:
+                log.warning(
+                    "the disk leaves another state record", disk=pointer.disk.path, record=str(pointer.record)
+                )
+            self._files.unlink(pointer.path)
+            dropped = True
+        if dropped:
             self._files.sync_directory(self._directory)
 
     def _pointer_path(self, disk: DiskIdentity) -> Path:
-        return self._directory / f"{_stem(disk.path)}{POINTER_SUFFIX}"
+        return self._directory / f"{_readable(disk.path)}-{_key(disk)}{POINTER_SUFFIX}"
+
+    def _new_record(self, disk: DiskIdentity) -> Path:
+        """Where this disk's record is or would be, if it is the first of its lineage: one that was lost is
+        found there when it is put back."""
+        stem = f"{_readable(disk.path)}-{_key(disk)}"
+        return self._directory / f"{stem}{RECORD_SUFFIX}"
+
+    def _only(self, disk: DiskIdentity, records: set[Path]) -> Path | None:
+        there = sorted(path for path in records if self._exists(path))
+        if len(there) > 1:
+            raise StateRecordError(
+                f"two state records claim {disk.path}: {there[0]} and {there[1]}; name the right one with "
+                f"--state-file, or move the wrong one away"
+            )
+        return there[0] if there else None
+
+    def _claims(self, path: Path, disk: DiskIdentity) -> bool:
+        record = StateFile(path, files=self._files).load()
+        return record is not None and claims(record, disk)
 
     def _exists(self, record: Path) -> bool:
         try:
@@ -183,8 +219,9 @@ class Index:
             return True
         return True
 
-    def _pointers(self, own: Path | None) -> dict[Path, tuple[DiskIdentity, Path]]:
-        found = {}
+    def pointers(self, wanted: DiskIdentity | None = None) -> list["Pointer"]:
+        """All of them. StateRecordError if that of the wanted disk is damaged; others are passed over."""
+        found = []
         try:
             names = self._files.names(self._directory)
         except OSError as error:
@@ -198,11 +235,12 @@ class Index:
             path = self._directory / name
             try:
                 body: dict[str, Any] = decode_checked("state-pointer", self._files.read(path))
-                found[path] = decode_identity(body["disk"]), self._directory / Path(str(body["record"])).name
+                record = self._directory / Path(str(body["record"])).name
+                found.append(Pointer(path, decode_identity(body["disk"]), record))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
-                if path == own:
+                if wanted is not None and _may_be_of(name, wanted):
                     raise StateRecordError(
                         f"{path}, which says where the state record of this disk is, is damaged ({error}); "
                         f"name the record with --state-file, or remove that file if the disk is certainly "
@@ -212,7 +250,45 @@ class Index:
         return found
 
 
-def _stem(path: str) -> str:
-    """A file name that a person recognises and no other path shares."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).name)[:40].lstrip(".") or "disk"
-    return f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+@dataclass(frozen=True)
+class Pointer:
+    """The file at `path`: this disk belongs to that record."""
+
+    path: Path
+    disk: DiskIdentity
+    record: Path
+
+
+def _records(pointers: list[Pointer], disk: DiskIdentity, likeness: Likeness) -> set[Path]:
+    return {pointer.record for pointer in pointers if pointer.disk.likeness(disk) is likeness}
+
+
+def _lasting(disk: DiskIdentity) -> DiskIdentity:
+    """Without what changes from day to day."""
+    return replace(disk, bytes=0, ctime_ns=None)
+
+
+def _key(disk: DiskIdentity) -> str:
+    """Of what the disk is, whatever it is called. A volume without a name has its number, which may name
+    another one after a boot: then the path tells the two apart."""
+    volume: list[str | None]
+    if disk.kind == "block":
+        volume = [disk.wwn, disk.serial, disk.partuuid]
+        volume += [] if disk.wwn or disk.serial else [disk.place or disk.path]
+    elif disk.file_system is not None:
+        volume = [disk.file_system]
+    else:
+        volume = [str(disk.device), disk.path]
+    words = repr((disk.kind, volume, disk.inode, disk.generation, disk.mark))
+    return hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _may_be_of(name: str, disk: DiskIdentity) -> bool:
+    """By the name of a pointer, of this version or the one before."""
+    former = hashlib.sha256(os.fsencode(disk.path)).hexdigest()[:16]
+    return any(name.endswith(f"-{each}{POINTER_SUFFIX}") for each in (_key(disk), former))
+
+
+def _readable(path: str) -> str:
+    """The part of a file's name by which a person recognises it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).name)[:40].lstrip(".") or "disk"

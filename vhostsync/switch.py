@@ -23,6 +23,7 @@ from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.roles import Roles
 from vhostsync.state_file import Mark, Prepared
+from vhostsync.state_record import timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -124,7 +125,7 @@ class Switch:
         switched: Switched | None = None
         try:
             prepared = await self._keeper.prepare_switch(
-                self._keeper.record.switched(keep_mirror=plan.keep_mirror)
+                self._keeper.record.switched(keep_mirror=plan.keep_mirror, since=timestamp())
             )
             if plan.accept_unreadable or (prepared is not None and prepared.mark is None):
                 switched = await self._step_by_step(prepared, plan)

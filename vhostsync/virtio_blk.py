@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Final
 
+from vhostsync.state_record import GuestDisk
+
 SECTOR_BYTES: Final = 512
 CONFIG_BYTES: Final = 256  # the most that a frontend asks for
 WRITEBACK_OFFSET: Final = 32
@@ -91,6 +93,13 @@ class DeviceShape:
             raise ValueError(f"{self.capacity_bytes} bytes are no number of {self.block_bytes}-byte blocks")
         if not 1 <= self.num_queues <= QUEUES_MAX:
             raise ValueError(f"{self.num_queues} queues (1 to {QUEUES_MAX} are possible)")
+
+    @property
+    def guest(self) -> GuestDisk:
+        """What the state record keeps of it."""
+        return GuestDisk(
+            self.capacity_bytes, self.block_bytes, self.physical_block_bytes, self.discard_bytes
+        )
 
 
 def _is_power_of_two(number: int) -> bool:

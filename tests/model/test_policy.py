@@ -40,12 +40,13 @@ from vhostsync.errors import StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
-from vhostsync.opening import Opened, check_record, follow_record
+from vhostsync.opening import Opened, check_record, follow_record, recognisable
 from vhostsync.pause import DestinationPause
 from vhostsync.retry import DestinationRetry
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import Prepared, StateFile
 from vhostsync.state_record import StateRecord, Worth, decode_record
+from vhostsync.virtio_blk import DeviceShape
 
 SIZE = 4 * MIB
 BLOCKS = 24
@@ -179,16 +180,19 @@ async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tup
     bitmap = None
     if world.bitmap:
         shape = Shape(SIZE, 65536, 4 * MIB, 256)
-        bitmap = BitmapFile.open(world.folder / "bits", shape, bitmap_file_bytes(shape), record)
+        known = found.current if found is not None else None
+        bitmap = BitmapFile.open(world.folder / "bits", shape, bitmap_file_bytes(shape), record, known=known)
+    source, record = recognisable(source, state_file, found, record, None)
     spared = record.spared if record is not None else ()
-    record = follow_record(state_file, found, record, source, bitmap)
+    device = DeviceShape(SIZE)
+    record = follow_record(state_file, found, record, source, bitmap, device.guest)
     left = found.peer if found is not None and found.clean else None
-    opened = Opened(source, state_file, record, bitmap, left)
+    opened = Opened(source, device, state_file, record, bitmap, left)
     doubt = record.doubt if record is not None else ()
     config = replace(config, doubt=doubt, spared=spared)
     engine = await Engine.create(config, source, bitmap, peer_known=opened.peer_known)
     hub = EventHub()
-    mirror = Mirror(engine, source, hub, state_file, record, bitmap, opened.peer_left)
+    mirror = Mirror(engine, source, hub, state_file, record, bitmap, opened.peer_left, device.guest)
     failover = SourceFailover(engine, mirror, hub, 5.0)
     DestinationPause(engine, mirror, hub)
     retry = DestinationRetry(mirror, hub, world.retry_s, resume=resume)

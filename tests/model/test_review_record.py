@@ -27,6 +27,7 @@ from vhostsync import disks, peer, record_keeper
 from vhostsync import engine as engine_module
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again
+from vhostsync.disk_identity import DiskIdentity
 from vhostsync.engine import Engine, EngineConfig, probe
 from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.engine_event import EngineEvent, EventKind
@@ -35,7 +36,7 @@ from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
 from vhostsync.state_file import Prepared, StateFile
-from vhostsync.state_record import DiskIdentity, StateRecord, Worth
+from vhostsync.state_record import StateRecord, Worth
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 

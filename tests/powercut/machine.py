@@ -166,10 +166,13 @@ def open_machine(site: Site, remains: Remains, disk: Disk, state_file: StateFile
     found, record = opening.check_record(state_file, disk)
     spared = record.spared if record is not None else ()
     shape = remains.shape
-    bitmap = BitmapFile.open(site.bitmap, shape, bitmap_file_bytes(shape), record, remains.boot)
-    record = opening.follow_record(state_file, found, record, disk, bitmap)
+    known = found.current if found is not None else None
+    bitmap = BitmapFile.open(site.bitmap, shape, bitmap_file_bytes(shape), record, remains.boot, known=known)
+    disk, record = opening.recognisable(disk, state_file, found, record, None)
+    device = DeviceShape(shape.capacity_bytes)
+    record = opening.follow_record(state_file, found, record, disk, bitmap, device.guest)
     left = found.peer if found is not None and found.clean else None
-    return Opened(disk, state_file, record, bitmap, left, spared)
+    return Opened(disk, device, state_file, record, bitmap, left, spared)
 
 
 @contextmanager

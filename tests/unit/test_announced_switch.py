@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_state_record import A, B, CrashError, VolatileFileSystem
+from tests.unit.disk_fakes import A, B, CrashError, VolatileFileSystem
 from vhostsync import disks, kernel
 from vhostsync.engine import probe
 from vhostsync.opening import check_record, follow_record

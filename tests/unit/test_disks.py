@@ -14,6 +14,7 @@ import pytest
 from vhostsync import disks
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import open_destination
+from vhostsync.disk_identity import Likeness
 from vhostsync.disk_layers import layers
 from vhostsync.disks import (
     Disk,
@@ -21,11 +22,10 @@ from vhostsync.disks import (
     check_destination,
     check_distinct,
     create_image,
-    identify,
     open_disk,
 )
 from vhostsync.errors import DiskError
-from vhostsync.state_record import Likeness
+from vhostsync.identify import identify
 
 MIB = 1 << 20
 

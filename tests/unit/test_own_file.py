@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_state_record import A, B
+from tests.unit.disk_fakes import A, B
 from vhostsync import disks
 from vhostsync.bitmap import KIND, BitmapFile, Shape
 from vhostsync.config import ServeConfig

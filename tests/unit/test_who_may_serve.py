@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which disk a start is let go on with, which are refused, and what is asked."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.disk_fakes import A, B, C, disk
+from vhostsync.errors import StateRecordError
+from vhostsync.state_record import StateRecord, Wanted, Worth
+from vhostsync.who_may_serve import Answer, check_start
+
+
+def test_the_superseded_disk_is_refused_and_the_current_one_named() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=False)
+    assert record.epoch == 2
+    assert check_start(record, B) == record
+    with pytest.raises(StateRecordError, match=r"/disks/a was superseded.*--blk-file /disks/b"):
+        check_start(record, A)
+
+
+def test_failback() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=True)
+    assert (record.peer, record.peer_worth) == (A, Worth.UP_TO_DATE)
+    with pytest.raises(StateRecordError, match=r"other half of a mirror \(up-to-date\)"):
+        check_start(record, A)
+    back = record.switched(keep_mirror=False)
+    assert check_start(back, A) == back
+    with pytest.raises(StateRecordError, match="/disks/b was superseded"):
+        check_start(back, B)
+
+
+def test_the_peer_is_refused_with_what_it_is_worth() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.OUTDATED, "2026-01-02T03:04:05Z")
+    with pytest.raises(
+        StateRecordError, match=r"outdated since 2026-01-02.*without what the guest wrote since"
+    ):
+        check_start(record, B)
+
+
+def test_a_renamed_current_disk_is_accepted_and_called_by_its_new_name() -> None:
+    renamed = replace(A, path="/disks/new")
+    assert check_start(StateRecord.first(A).with_peer(B), renamed).current == renamed
+
+
+def test_an_old_disk_moved_to_the_current_path_is_refused() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=False)
+    with pytest.raises(StateRecordError, match="superseded"):
+        check_start(record, replace(A, path=B.path))
+
+
+def test_a_new_file_at_the_current_path_is_a_question() -> None:
+    restored = replace(A, inode=999)
+    steady = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE)
+    steady = steady.with_wanted(Wanted(B.path, "none"))
+    with pytest.raises(
+        StateRecordError, match=r"add --promote; .*lacks nothing.*--blk-file /disks/b --promote"
+    ):
+        check_start(steady, restored)
+    outdated = steady.with_worth(Worth.OUTDATED, "2026-01-02T03:04:05Z")
+    with pytest.raises(StateRecordError, match=r"add --promote; .*as of 2026-01-02.*/disks/b --promote"):
+        check_start(outdated, restored)
+    with pytest.raises(StateRecordError, match=r"/disks/b, is a copy that did not end, and of no use$"):
+        check_start(steady.with_worth(Worth.INCONSISTENT), restored)
+    after = check_start(steady, restored, answer=Answer.PROMOTE)
+    assert (after.current, after.peer, after.wanted) == (restored, None, None)
+    for lost in (A, B):
+        with pytest.raises(StateRecordError, match="given up as lost"):
+            check_start(after, lost)
+    with pytest.raises(StateRecordError, match="certainly not"):
+        check_start(steady, restored, answer=Answer.SAME_DISK)
+
+
+def test_a_new_file_at_the_current_path_is_accepted_where_nothing_is_at_stake() -> None:
+    restored = replace(A, inode=999)
+    assert check_start(StateRecord.first(A), restored).current == restored
+
+
+def test_a_new_file_at_a_superseded_path_is_refused_and_said_to_be_new() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=False)
+    with pytest.raises(StateRecordError, match="not the one that was recorded"):
+        check_start(record, replace(A, inode=999))
+
+
+def test_a_foreign_disk_is_refused() -> None:
+    with pytest.raises(StateRecordError, match="belongs to other disks"):
+        check_start(StateRecord.first(A), C)
+
+
+def test_promotion_makes_the_peer_the_truth() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.OUTDATED).promoted(B)
+    assert check_start(record, B) == record
+    with pytest.raises(StateRecordError):
+        check_start(record, A)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=40))
+def test_through_any_switches_only_the_current_disk_may_serve(steps: list[tuple[int, bool]]) -> None:
+    disks = [disk(f"d{number}", number + 1) for number in range(31)]
+    record, epochs = StateRecord.first(disks[0]), 1
+    for number, keep in steps:
+        if disks[number] == record.current:
+            continue
+        record = record.with_peer(disks[number]).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=keep)
+        epochs += 1
+    assert record.epoch == epochs
+    for each in disks:
+        if each == record.current:
+            assert check_start(record, each).current == each
+        else:
+            with pytest.raises(StateRecordError):
+                check_start(record, each)
