@@ -10,11 +10,11 @@ import os
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal, get_args
 
 from .errors import ConfigError
-from .who_may_serve import Answer
 
 Cache = Literal["none", "writeback"]
 DiskFormat = Literal["raw"]
@@ -24,6 +24,14 @@ OnCongestion = Literal["block", "pull-ahead"]
 Sandbox = Literal["auto", "off", "require"]
 OnSourceError = Literal["report", "switch"]
 OnDestinationError = Literal["degrade", "pause"]
+
+class Answer(StrEnum):
+    """What the operator says of the disk that is given."""
+
+    PROMOTE = "promote"  # it is the truth from here on, and the recorded current disk is lost
+    SAME_DISK = "same-disk"  # it is the recorded current disk
+    NEW_DISK = "new-disk"  # it is none that a record knows
+
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB

@@ -11,7 +11,8 @@ The tree::
     VhostsyncError
       ConfigError         an option or a file named by an option; `serve` ends with exit code 1
       DiskError           a disk that cannot serve
-      StateRecordError    a damaged state record, or a disk that it says is superseded
+      StateRecordError    a disk that the state record does not let serve, or a record that cannot be used
+        DamagedRecordError  its text is not whole
       FrontendError       ends the connection of this frontend, and of no other
       EngineError         the data plane refused; has an errno
       MirrorError         a command that does not fit the state
@@ -38,6 +39,10 @@ class DiskError(VhostsyncError):
 
 class StateRecordError(VhostsyncError):
     """The state record is damaged, or it names another disk as the current one."""
+
+
+class DamagedRecordError(StateRecordError):
+    """The state record's text is not whole, so it cannot be told which disk is the current one."""
 
 
 class BitmapError(VhostsyncError):

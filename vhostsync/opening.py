@@ -10,17 +10,17 @@ import structlog
 
 from vhostsync import disks, identify
 from vhostsync.bitmap import BitmapFile, Shape, Trust
-from vhostsync.config import ServeConfig
+from vhostsync.config import Answer, ServeConfig
 from vhostsync.disk_identity import DiskIdentity, Likeness
 from vhostsync.disk_signatures import image_format
 from vhostsync.disks import Disk
 from vhostsync.engine import bitmap_file_bytes, probe
-from vhostsync.errors import DiskError, StateRecordError
+from vhostsync.errors import DamagedRecordError, DiskError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import GuestDisk, StateRecord, Worth, timestamp
 from vhostsync.virtio_blk import DeviceShape
-from vhostsync.who_may_serve import Answer, check_start
+from vhostsync.who_may_serve import check_start
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +74,7 @@ def open_device(
             return Opened(disk, device_shape(config, disk), None, None)
         state_file = open_state_file(
             config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory,
-            as_new=config.answer is Answer.NEW_DISK,
+            answer=config.answer,
         )  # fmt: skip
         found, record = check_record(state_file, disk, config.answer)
         known = found.disks if found is not None else ()
@@ -118,7 +118,13 @@ def check_record(
     state_file: StateFile, disk: Disk, answer: Answer | None = None
 ) -> tuple[StateRecord | None, StateRecord | None]:
     """What was found, and with what this run may begin. StateRecordError."""
-    found = state_file.load()
+    try:
+        found = state_file.load()
+    except DamagedRecordError as error:
+        if answer is not Answer.PROMOTE:
+            raise
+        log.warning("promoted: a new record is begun", path=str(disk.path), former=str(error))
+        return None, None
     if found is None:
         return None, None
     if answer is Answer.NEW_DISK:

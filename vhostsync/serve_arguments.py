@@ -8,7 +8,7 @@ from typing import Final
 from . import argument_types as types
 from . import config
 from .argument_types import Parser
-from .who_may_serve import Answer
+from .config import Answer
 
 _SERVE_EXAMPLES: Final = """\
 examples:

@@ -41,9 +41,10 @@ import structlog
 
 from vhostsync import kernel
 from vhostsync.disk_identity import DiskIdentity
-from vhostsync.errors import StateRecordError
+from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.own_file import ForeignFileError, open_regular, remove_leftover, seems_to_be
 from vhostsync.state_record import (
+    NewerVersionError,
     StateRecord,
     decode_record,
     encode_announcement,
@@ -250,11 +251,13 @@ class StateFile:
         try:
             self.announced = is_announcement(text)
             return decode_record(text, boot_id, self._marked())
+        except NewerVersionError as error:
+            raise StateRecordError(f"{named(self.path)} cannot be read: {error}") from error
         except ValueError as error:
-            raise StateRecordError(
+            raise DamagedRecordError(
                 f"{named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
-                f"one; restore the record from a backup, or find that out and begin a new one "
-                f"with --state-file"
+                f"one; restore the record from a backup, or find that out and begin a new record with "
+                f"that disk and --promote"
             ) from error
 
     def other_record(self, disk: DiskIdentity) -> Path | None:

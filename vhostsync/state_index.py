@@ -9,7 +9,9 @@ is certainly its own, those of its path and those that may be its own lead to a 
 becomes the destination of another lineage is overwritten by it, so its pointer then names that lineage, and
 the former one lets go of it (`other_record`).
 
-A pointer to a record that does not exist means "no record": so moving a record away is how to start anew.
+A pointer says whether its record knows of more than one disk (`kept`). Such a record that is missing is no
+licence to serve either of them: the start is refused until it is restored, or the operator promotes one. A
+pointer to another record that does not exist means "no record".
 """
 
 import hashlib
@@ -21,6 +23,7 @@ from typing import Any
 
 import structlog
 
+from vhostsync.config import Answer
 from vhostsync.disk_identity import DiskIdentity, Likeness, decode_identity, same
 from vhostsync.errors import StateRecordError
 from vhostsync.state_file import FileSystem, RealFileSystem, StateFile
@@ -48,11 +51,11 @@ def default_directory(environment: dict[str, str] | None = None, user: int | Non
 
 def open_state_file(
     explicit: Path | None, disk: DiskIdentity, *, lock_timeout_s: float,
-    directory: Path | None = None, files: FileSystem | None = None, as_new: bool = False,
+    directory: Path | None = None, files: FileSystem | None = None, answer: Answer | None = None,
 ) -> StateFile:
     """The locked state file for `disk`: the one named, or the one that the index finds, or a new one named
-    after the disk (also where it looks like one that is known, `as_new`). Blocks. Call it with the disk's own
-    lock held. StateRecordError."""
+    after the disk (also where it looks like one that is known, if the operator's answer says that it is
+    none). Blocks. Call it with the disk's own lock held. StateRecordError."""
     files = files if files is not None else RealFileSystem()
     if explicit is not None:
         # What the link leads to is the record: a rename over the link itself would leave two.
@@ -63,7 +66,7 @@ def open_state_file(
         base = directory if directory is not None else default_directory()
         make_directory(base)
         index = Index(base, files)
-        path = index.record_of(disk, as_new=as_new)
+        path = index.record_of(disk, answer)
         state_file = StateFile(
             Path(os.path.realpath(path)), files=files,
             before_write=lambda record: index.point(record, path),
@@ -121,13 +124,13 @@ class Index:
     def __init__(self, directory: Path, files: FileSystem) -> None:
         self._directory = directory
         self._files = files
-        self._pointed: dict[str, DiskIdentity] = {}
+        self._pointed: dict[str, tuple[DiskIdentity, bool]] = {}
 
-    def record_of(self, disk: DiskIdentity, *, as_new: bool = False) -> Path:
-        """The path of the record for this disk, whether or not there is one yet. `as_new`: the operator says
-        that no record knows it. StateRecordError when two lineages claim the disk, or its pointer is
-        damaged."""
+    def record_of(self, disk: DiskIdentity, answer: Answer | None = None) -> Path:
+        """The path of the record for this disk, whether or not there is one yet. StateRecordError when two
+        lineages claim the disk, its pointer is damaged, or the record is missing that knows it."""
         pointers = self.pointers(disk)
+        as_new = answer is Answer.NEW_DISK
         if (own := self._only(disk, _records(pointers, disk, Likeness.SAME))) is not None:
             if as_new:
                 raise StateRecordError(
@@ -135,6 +138,15 @@ class Index:
                     f"--new-disk to see what it is there"
                 )
             return own
+        for pointer in pointers:
+            if pointer.kept and same(pointer.disk, disk):
+                if answer is Answer.PROMOTE:
+                    return pointer.record
+                raise StateRecordError(
+                    f"the state record {pointer.record}, which knows {disk.path} and another disk, is "
+                    f"missing, so it cannot be told which of them is the current one; restore it or, if this "
+                    f"one certainly is, begin a new record with --promote"
+                )
         if not as_new:
             hints = {pointer.record for pointer in pointers if pointer.disk.path == disk.path}
             hints |= _records(pointers, disk, Likeness.UNSURE)
@@ -157,19 +169,21 @@ class Index:
     def point(self, record: StateRecord, path: Path) -> None:
         """Makes both disks of the record find it, durably. Raises OSError."""
         disks = [record.current] if record.peer is None else [record.current, record.peer]
-        new = [disk for disk in disks if self._pointed.get(_key(disk)) != _lasting(disk)]
+        # Not of a record that is to be the first: nothing is lost with it.
+        kept = record.at_stake and self._exists(path)
+        new = [disk for disk in disks if self._pointed.get(_key(disk)) != (_lasting(disk), kept)]
         if not new:
             return
         for disk in new:
             own = self._pointer_path(disk)
-            body = {"disk": asdict(disk), "record": path.name}
+            body = {"disk": asdict(disk), "record": path.name, "kept": kept}
             # The record's: whoever holds its lock is alone with it, and it is free while a record is written.
             temporary = self._directory / f"{path.name}.new"
             self._files.write_durable(temporary, encode_checked("state-pointer", body))
             self._files.rename(temporary, own)
         self._files.sync_directory(self._directory)
         self._drop_former(new, path)
-        self._pointed.update({_key(disk): _lasting(disk) for disk in new})
+        self._pointed.update({_key(disk): (_lasting(disk), kept) for disk in new})
 
     def _drop_former(self, disks: list[DiskIdentity], path: Path) -> None:
         """Pointers of the same disks that were made when it bore another name or mark, or belonged to another
@@ -236,7 +250,8 @@ class Index:
             try:
                 body: dict[str, Any] = decode_checked("state-pointer", self._files.read(path))
                 record = self._directory / Path(str(body["record"])).name
-                found.append(Pointer(path, decode_identity(body["disk"]), record))
+                disk, kept = decode_identity(body["disk"]), bool(body.get("kept", False))
+                found.append(Pointer(path, disk, record, kept))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -257,6 +272,7 @@ class Pointer:
     path: Path
     disk: DiskIdentity
     record: Path
+    kept: bool  # the record knows of more than one disk: without it, none of them may be served
 
 
 def _records(pointers: list[Pointer], disk: DiskIdentity, likeness: Likeness) -> set[Path]:

@@ -222,6 +222,10 @@ def named(record_path: Path | None) -> str:
     return "the state record" if record_path is None else f"the state record {record_path}"
 
 
+class NewerVersionError(ValueError):
+    """The text is whole, and not for this program."""
+
+
 # ---- the text of a record -----------------------------------------------
 
 
@@ -232,7 +236,7 @@ def encode_checked(kind: str, body: dict[str, Any]) -> bytes:
 
 
 def decode_checked(kind: str, text: bytes) -> dict[str, Any]:
-    """ValueError with a phrase when the text is not whole."""
+    """ValueError with a phrase when the text is not whole; NewerVersionError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -245,7 +249,7 @@ def decode_checked(kind: str, text: bytes) -> dict[str, Any]:
     if content.get("kind") != kind:
         raise ValueError(f"it is a {content.get('kind')}, not a {kind}")
     if content.get("version") not in READ_VERSIONS:
-        raise ValueError(
+        raise NewerVersionError(
             f"it is of version {content.get('version')}, and this program knows versions up to "
             f"{RECORD_VERSION}: a newer vhostsync wrote it; use that one"
         )

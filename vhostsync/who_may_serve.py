@@ -7,25 +7,17 @@ one's place, and something is at stake, the start ends with a question: one sent
 answer it, and nothing has been written. An answer is an option of `serve` (Answer), for one start."""
 
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import NoReturn
 
 import structlog
 
+from vhostsync.config import Answer
 from vhostsync.disk_identity import DiskIdentity, Likeness, same
 from vhostsync.errors import StateRecordError
 from vhostsync.state_record import StateRecord, Superseded, Worth, named, timestamp
 
 log = structlog.get_logger(__name__)
-
-
-class Answer(StrEnum):
-    """What the operator says of the disk that is given."""
-
-    PROMOTE = "promote"  # it is the truth from here on, and the recorded current disk is lost
-    SAME_DISK = "same-disk"  # it is the recorded current disk
-    NEW_DISK = "new-disk"  # it is none that a record knows
 
 
 def check_start(

@@ -413,9 +413,9 @@ class Mounted:
 
 
 @contextlib.contextmanager
-def _mounted(folder: Path, *mount: str | Path) -> Iterator[Mounted]:
+def mounted(folder: Path, *mount: str | Path) -> Iterator[Mounted]:
     need_root()
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     try:
         _root("mount", *mount, folder)
     except OSError as error:
@@ -440,20 +440,35 @@ def _unmount(folder: Path) -> None:
             time.sleep(0.05)
 
 
+def ext4_image(backing: Path, mib: int = 64) -> None:
+    need_root()
+    _root("mkfs.ext4", "-q", "-F", new_image(backing, mib))
+
+
 @contextlib.contextmanager
 def ext4(work: Path, mib: int = 64) -> Iterator[Mounted]:
     """A small ext4 on a loop device, which can be frozen."""
-    need_root()
-    backing = new_image(work / "ext4.img", mib)
-    _root("mkfs.ext4", "-q", "-F", backing)
-    with _mounted(work / "ext4", "-o", "loop", backing) as it:
+    backing = work / "ext4.img"
+    ext4_image(backing, mib)
+    with mounted(work / "ext4", "-o", "loop", backing) as it:
         yield it
 
 
 @contextlib.contextmanager
 def tmpfs(work: Path, kib: int) -> Iterator[Mounted]:
     """A file system of that size in memory."""
-    with _mounted(work / "tmpfs", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs") as it:
+    with mounted(work / "tmpfs", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs") as it:
+        yield it
+
+
+@contextlib.contextmanager
+def overlay(work: Path) -> Iterator[Mounted]:
+    """A file system without a name of its own."""
+    layers = [work / name for name in ("lower", "upper", "work")]
+    for layer in layers:
+        layer.mkdir()
+    options = "lowerdir={},upperdir={},workdir={}".format(*layers)
+    with mounted(work / "overlay", "-t", "overlay", "overlay", "-o", options) as it:
         yield it
 
 

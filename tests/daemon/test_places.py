@@ -17,9 +17,11 @@ from typing import Final
 import pytest
 
 from tests.daemon.rig import WAIT_S, fill, image, tmpfs
-from vhostsync import cli, daemon, disks
+from vhostsync import cli, daemon
+from vhostsync.disk_identity import DiskIdentity
+from vhostsync.identify import identify
 from vhostsync.state_index import open_state_file
-from vhostsync.state_record import DiskIdentity, StateRecord
+from vhostsync.state_record import StateRecord
 
 NOBODY: Final = 65534
 FORKED: Final = multiprocessing.get_context("fork")  # a start is a moment then, and there are many
@@ -69,7 +71,7 @@ class Place:
             "metrics": at / "sockets" / "m",
         }  # fmt: skip
         fd = os.open(paths["disk"], os.O_RDONLY)
-        identity = disks.identify(fd, paths["disk"])
+        identity = identify(fd, paths["disk"])
         os.close(fd)
         peer = DiskIdentity(str(at / "b.img"), "file", 1, 2, 1 << 20)
         for explicit in (None, paths["record"]):

@@ -16,7 +16,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from tests.unit.control_fakes import GIB, FakeBackend, FakeStatus, running
 from vhostsync import cli, operate, show
-from vhostsync.config import ServeConfig
+from vhostsync.config import Answer, ServeConfig
 from vhostsync.errors import DiskError, SwitchError
 
 ROOT = Path(__file__).parents[2]
@@ -383,7 +383,18 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         for name, field in ServeConfig.__dataclass_fields__.items()
         if getattr(settings, name) != field.default
     }
-    assert set(ServeConfig.__dataclass_fields__) - changed == {"fd", "no_state_file"}
+    assert set(ServeConfig.__dataclass_fields__) - changed == {"fd", "no_state_file", "answer"}
+
+
+@pytest.mark.parametrize("answer", Answer)
+def test_an_answer_is_one_and_can_be_recorded(
+    daemon: list[ServeConfig], run: Run, answer: Answer
+) -> None:
+    words = ["serve", "--socket-path=/run/s", "--blk-file=/a.img", f"--{answer}"]
+    assert run(*words)[0] == 0 and daemon[0].answer is answer
+    others = {f"--{each}" for each in Answer} - {words[-1]}
+    for more in (*others, "--no-state-file", "--read-only"):
+        assert run(*words, more)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_state_record import B, failing
+from tests.unit.disk_fakes import B
+from tests.unit.test_state_record import failing
 from vhostsync import disks
 from vhostsync.disks import Disk
 from vhostsync.engine import probe
 from vhostsync.errors import StateRecordError
+from vhostsync.identify import identify
 from vhostsync.opening import check_record, follow_record
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, Wanted, Worth
@@ -27,7 +29,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def left_by(disk: Disk, record: StateRecord) -> StateRecord:
-    now = disks.identify(disk.fd.fileno(), disk.path, with_ctime=True)
+    now = identify(disk.fd.fileno(), disk.path, with_ctime=True)
     return record.detached(now, record.peer, record.spared)
 
 

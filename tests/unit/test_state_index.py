@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem
+from vhostsync.config import Answer
 from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import StateRecordError
 from vhostsync.state_file import StateFile
@@ -34,7 +35,9 @@ def run(
     """Serves the source, mirrors and switches to the destination."""
     state_file, record = start(directory, source)
     with state_file:
-        record = (record or StateRecord.first(source)).with_peer(destination)
+        record = record or StateRecord.first(source)
+        state_file.write(record)
+        record = record.with_peer(destination)
         state_file.write(record)
         record = record.with_worth(Worth.UP_TO_DATE).switched(keep_mirror=keep)
         state_file.write(record)
@@ -124,13 +127,25 @@ def test_a_disk_overwritten_by_another_lineage_belongs_to_that(tmp_path: Path) -
     start(tmp_path, B)[0].close()
 
 
-def test_a_record_moved_away_starts_anew(tmp_path: Path) -> None:
+def test_a_record_that_is_missing_is_no_licence_to_serve(tmp_path: Path) -> None:
+    """Both disks would be served. A record of one disk alone takes nothing with it."""
     run(tmp_path, A, B)
-    for path in tmp_path.glob("*.record.json"):
-        path.rename(tmp_path / "kept")
-    state_file, found = start(tmp_path, A)
-    state_file.close()
-    assert found is None
+    (record,) = tmp_path.glob("*.record.json")
+    record.rename(tmp_path / "kept")
+    for disk in (A, B):
+        with pytest.raises(StateRecordError, match=r"is missing.*restore it or.*--promote"):
+            start(tmp_path, disk)
+    with open_state_file(None, B, lock_timeout_s=0, directory=tmp_path, answer=Answer.PROMOTE) as promoted:
+        assert promoted.path == record and promoted.load() is None
+        promoted.write(StateRecord.first(B))
+    with pytest.raises(StateRecordError, match="does not know /disks/a"):
+        start(tmp_path, A)
+
+    with start(tmp_path, C)[0] as alone:
+        alone.write(StateRecord.first(C))
+        alone.write(StateRecord.first(C))
+        alone.path.unlink()
+    start(tmp_path, C)[0].close()
 
 
 def test_the_damaged_pointer_of_this_disk_is_refused_and_others_are_passed_over(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, disk
+from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
 from vhostsync.state_record import StateRecord, Wanted, Worth
-from vhostsync.who_may_serve import Answer, check_start
+from vhostsync.who_may_serve import check_start
 
 
 def test_the_superseded_disk_is_refused_and_the_current_one_named() -> None:
