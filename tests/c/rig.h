@@ -29,6 +29,9 @@
 #define F_USUAL (F_BLK_FLUSH | F_VERSION_1)
 
 /* A queue as its driver sees it. A request in slot s uses the descriptors from 3 s on. */
+/* For the next rig; its flushes come by themselves. */
+static uint64_t rig_checkpoint_us = 50000;
+
 struct lane {
     struct ring ring;
     int kick_fd, call_fd;
@@ -139,7 +142,7 @@ static inline struct vs_engine_config rig_config(void)
                                      .block_bytes = 512,
                                      .queues_max = LANES,
                                      .dirty_region_bytes = 65536,
-                                     .checkpoint_us = 50000,
+                                     .checkpoint_us = rig_checkpoint_us,
                                      .copy_depth = 4,
                                      .threads = 1,
                                      .writeback = 1,
