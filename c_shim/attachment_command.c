@@ -208,12 +208,25 @@ static void set_features(struct attachment *a, uint64_t features)
     attachment_map_rings(a, a->memory.current); /* the event fields belong to the rings now, or no more */
 }
 
+static bool another_is_attached(const struct attachment *a)
+{
+    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
+        const struct attachment *other = &a->engine->attachment[i];
+        if (other != a && other->open && !other->closing)
+            return true;
+    }
+    return false;
+}
+
+/* QEMU 10 resets a device when it makes it, also on the receiving side of a live migration: that guest comes with the
+ * mode that it has set on the other side, and would not flush what the default leaves to it. */
 static void reset_device(struct attachment *a)
 {
     a->features = 0;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
         a->queue[i].vq.log = NULL;
-    set_write_cache(a, a->engine->config.writeback);
+    if (!another_is_attached(a))
+        set_write_cache(a, a->engine->config.writeback);
 }
 
 /* Done at once (true, with *rc), or answered later (false). */
@@ -294,6 +307,8 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             break;
         case VS_CMD_RESET:
             reset_device(a);
+            mailbox_done(&e->mailbox, token, 0, a->write_cache);
+            done = false;
             break;
         case VS_CMD_SET_INFLIGHT:
             rc = set_inflight(a, c);

@@ -143,7 +143,8 @@ enum vs_command_kind {
     /* A frontend's attachment. "attachment" is 0 .. VS_MAX_ATTACHMENTS-1 and chosen by the caller. */
     VS_CMD_ATTACH,
     VS_CMD_DETACH,            /* done when its last request is over and its memory unmapped */
-    VS_CMD_RESET,             /* device reset: features 0, write cache mode back to the default */
+    VS_CMD_RESET,             /* device reset: features 0, write cache mode back to the default unless another one is
+                               * attached; value of the completion: that mode */
     VS_CMD_SET_INFLIGHT,      /* fd, value: bytes, desc: offset, used: queues; before the rings start */
     VS_CMD_SET_FEATURES,      /* value: virtio features as negotiated (without bit 30); bit 26 switches dirty logging */
     VS_CMD_SET_LOG_BASE,      /* fd, value: bytes, desc: offset: the dirty log, in the place of a former one */

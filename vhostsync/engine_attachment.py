@@ -30,17 +30,17 @@ class EngineAttachment:
         self._command = command
         self._detach = detach
 
-    async def reset(self) -> None:
+    async def reset(self) -> bool:
         for queue in range(self._num_queues):
             await self.stop_vring(queue)
             await self.set_vring_enable(queue, False)
-        await self._command(lib.VS_CMD_RESET, "resetting the device")
+        return bool(await self._command(lib.VS_CMD_RESET, "resetting the device"))
 
-    async def renew(self) -> None:
+    async def renew(self) -> bool:
         with anyio.CancelScope(shield=True):  # never half: `close` needs one that is attached
             await self._command(lib.VS_CMD_DETACH, "ending the frontend's former session")
             await self._command(lib.VS_CMD_ATTACH, "attaching the frontend anew")
-        await self._command(lib.VS_CMD_RESET, "resetting the device")
+        return bool(await self._command(lib.VS_CMD_RESET, "resetting the device"))
 
     async def set_features(self, features: int) -> None:
         await self._command(lib.VS_CMD_SET_FEATURES, "setting the features", value=features)

@@ -169,7 +169,7 @@ class BlkDevice:
     """The device that all attachments share: its shape and the write cache mode that the guest chose.
 
     The mode outlives a connection (QEMU reconnects without telling the backend again), and goes back to the
-    shape's with a device reset.
+    shape's with a device reset, if no other frontend is connected.
     """
 
     def __init__(self, shape: DeviceShape) -> None:
@@ -181,7 +181,3 @@ class BlkDevice:
         """`size` bytes of the config space at `offset`, both within CONFIG_BYTES."""
         assert offset >= 0 and size >= 0 and offset + size <= CONFIG_BYTES
         return config_space(self.shape, writeback=self.writeback)[offset : offset + size]
-
-    def reset(self) -> None:
-        """The write cache mode of the start."""
-        self.writeback = self.shape.writeback

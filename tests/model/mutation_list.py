@@ -197,6 +197,14 @@ MUTATIONS = [
         "flush.py::test_write_through_by_the_write_cache_switch",
     ),
     _m(
+        "a-new-device-resets-the-mode",
+        "the mode belongs to the guest, also while it moves to another frontend",
+        "attachment_command.c",
+        "if (!another_is_attached(a))\n        set_write_cache",
+        "set_write_cache",
+        "flush.py::test_the_mode_goes_with_the_guest_of_a_live_migration",
+    ),
+    _m(
         "write-through-zeroing-ignored",
         "write-through: discard and write-zeroes too",
         "request_path.c",

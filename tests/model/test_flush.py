@@ -334,6 +334,22 @@ def test_another_attachment_that_comes_and_goes_leaves_the_mode_alone() -> None:
         write_is_durable_when_confirmed(r, 1)
 
 
+def test_the_mode_goes_with_the_guest_of_a_live_migration() -> None:
+    """The receiving QEMU 10 resets its new device while the guest still runs on the other side."""
+    with rig(mirrored=True) as r:
+        r.transport.set_write_cache(False)
+        incoming = EngineTransport(r.driver, attachment=1)
+        incoming.reset()
+        assert not r.driver.snapshot().write_cache
+        r.guest.stop()
+        r.transport.close()
+        r.guest.transport = incoming
+        r.guest.start()
+        write_is_durable_when_confirmed(r, 1)
+        incoming.reset()  # a reset of the guest, which is alone now
+        assert r.driver.snapshot().write_cache
+
+
 def test_write_through_in_passthrough() -> None:
     with rig() as r:
         r.transport.set_write_cache(False)

@@ -41,6 +41,7 @@ class RecordingAttachment:
     hold them until an event."""
 
     base: int = 7
+    writeback_after_reset: bool = True
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     refuse: dict[str, int] = field(default_factory=dict)  # name: errno
     hold: dict[str, anyio.Event] = field(default_factory=dict)
@@ -57,11 +58,13 @@ class RecordingAttachment:
         if name in self.refuse:
             raise EngineError.from_errno(name, self.refuse[name])
 
-    async def reset(self) -> None:
+    async def reset(self) -> bool:
         await self._done("reset")
+        return self.writeback_after_reset
 
-    async def renew(self) -> None:
+    async def renew(self) -> bool:
         await self._done("renew")
+        return self.writeback_after_reset
 
     async def set_features(self, features: int) -> None:
         await self._done("set_features", features)

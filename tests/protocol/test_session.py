@@ -77,12 +77,14 @@ async def test_qemu_s_calls_on_the_engine(desk: Desk) -> None:
         await desk.say(sent.request, sent.payload, sent.fds, need_reply=sent.need_reply)
     features = 0x1_0000_0046
     at = 0x7FD5_F800_0000
-    assert desk.calls[:16] == [
+    given = 2 * INFLIGHT_RING_BYTES
+    assert desk.calls[:17] == [
         ("set_vring_call", 0, FD),
         ("set_vring_err", 0, FD),
         ("set_vring_call", 1, FD),
         ("set_vring_err", 1, FD),
         ("set_features", features),
+        ("set_inflight", FD, given, 0, 2),
         ("set_vring_call", 0, FD),
         ("set_vring_call", 1, FD),
         ("set_features", features),
@@ -250,6 +252,18 @@ async def test_set_owner_where_memory_is_and_no_ring_runs_begins_anew(desk: Desk
     await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
     with pytest.raises(FrontendError, match="KICK for ring 0 before"):
         await desk.say(R.SET_VRING_KICK, VringFile(0, True), 1)
+
+
+async def test_a_reset_takes_the_mode_that_the_engine_says(desk: Desk) -> None:
+    """Which leaves it alone while another frontend is connected."""
+    await desk.negotiate()
+    await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
+    desk.attachment.writeback_after_reset = False
+    await desk.say(R.RESET_DEVICE)
+    assert not desk.blk.writeback
+    desk.attachment.writeback_after_reset = True
+    await desk.say(R.RESET_DEVICE)
+    assert desk.blk.writeback
 
 
 async def test_set_owner_at_the_start_changes_nothing(desk: Desk) -> None:

@@ -125,7 +125,7 @@ def test_the_mode_of_the_write_cache() -> None:
     device.writeback = False
     assert device.read_config(32, 1) == b"\0"
     assert device.read_config(0, 60)[:32] == config_space(device.shape, writeback=True)[:32]
-    device.reset()
+    device.writeback = True
     assert device.read_config(30, 3) == b"\0\0\1"
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What real frontends send, in their order.
 
-QEMU 7.2's were recorded from qemu-system-x86_64 with SeaBIOS. QEMU 10's,
-libblkio's and virtio_uml's follow the order and the oddities seen of them when they ran. cloud-hypervisor's
-(with rust-vmm's vhost crate) and SPDK's were taken from the source of the releases that are named, message by
-message; they did not run here.
+QEMU 7.2's and 10.0's were recorded from qemu-system-x86_64 with SeaBIOS and Linux. libblkio's and
+virtio_uml's follow the order and the oddities seen of them when they ran. cloud-hypervisor's (with rust-vmm's
+vhost crate) and SPDK's were taken from the source of the releases that are named, message by message; they
+did not run here.
 """
 
 from dataclasses import dataclass, replace
@@ -91,8 +91,24 @@ SEABIOS = (
 )
 LINUX = SEABIOS | Feature.FLUSH | Feature.CONFIG_WCE | Feature.MQ | Feature.DISCARD | Feature.WRITE_ZEROES
 QEMU_PROTOCOL = (
-    P.MQ | P.LOG_SHMFD | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS
+    P.MQ
+    | P.LOG_SHMFD
+    | P.REPLY_ACK
+    | P.BACKEND_REQ
+    | P.CONFIG
+    | P.INFLIGHT_SHMFD
+    | P.RESET_DEVICE
+    | P.CONFIGURE_MEM_SLOTS
 )
+
+
+def inflight(queues: int, *, new: bool) -> tuple[Sent, ...]:
+    """A record is kept until the guest resets the device (`new`: there is none)."""
+    ask = Sent(R.GET_INFLIGHT_FD, InflightArea(0, 0, queues, 128, 24))
+    give = Sent(R.SET_INFLIGHT_FD, InflightArea(queues * INFLIGHT_RING_BYTES, 0, queues, 128, 24), 1)
+    return (ask, give) if new else (give,)
+
+
 
 # ---- QEMU 7.2, recorded: two queues, SeaBIOS uses one -----------------------------------------------------
 
@@ -109,12 +125,14 @@ QEMU_REALIZE = (
     *ring_files(1),
     config(60),
 )
-QEMU_FEATURES = (
-    Sent(R.SET_FEATURES, U64(SEABIOS)),
-    call(0),
-    call(1),
-    Sent(R.SET_FEATURES, U64(SEABIOS)),
-)
+
+
+def _qemu_features(features: int = SEABIOS, *, new: bool = True) -> tuple[Sent, ...]:
+    set_features = Sent(R.SET_FEATURES, U64(features))
+    return (set_features, *inflight(2, new=new), call(0), call(1), set_features)
+
+
+QEMU_FEATURES = _qemu_features()
 QEMU_RING_0 = (*layout(0, 256), kick(0), enable(0, 1), enable(1, 1))
 QEMU_STOP = (enable(0, 0), enable(1, 0), stop(0))
 QEMU_7_2 = (
@@ -123,7 +141,7 @@ QEMU_7_2 = (
     Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True),
     *QEMU_RING_0,
     *QEMU_STOP,  # stop
-    *QEMU_FEATURES,  # cont: the memory is not sent again
+    *_qemu_features(new=False),  # cont: the memory is not sent again
     *QEMU_RING_0,
     *QEMU_STOP,  # the guest resets
     *QEMU_FEATURES,
@@ -162,31 +180,38 @@ QEMU_7_2_LOGGING = (
 
 # ---- QEMU 10 ----------------------------------------------------------------------------------------------
 
-QEMU_10 = (
-    *QEMU_REALIZE,
-    Sent(R.SET_FEATURES, U64(LINUX)),
-    call(0),
-    call(1),
-    Sent(R.SET_FEATURES, U64(LINUX)),
+QEMU_10_ENABLE = acked(enable(0, 1), enable(1, 1))
+QEMU_10_STOP = (*acked(enable(0, 0), enable(1, 0)), stop(0))
+QEMU_10_RINGS = tuple(one for queue in (0, 1) for one in (*layout(queue, 1024), kick(queue)))
+QEMU_10_REALIZE = (*QEMU_REALIZE, Sent(R.RESET_DEVICE), Sent(R.RESET_DEVICE))
+QEMU_10_FIRST_DRIVER = (
+    *QEMU_10_REALIZE,
+    *_qemu_features(),
     Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True),
-    *(one for queue in (0, 1) for one in (*layout(queue, 64), kick(queue), call(queue))),
-    enable(0, 1, need_reply=True),
-    enable(1, 1, need_reply=True),
+    *layout(0, 256),  # SeaBIOS uses one ring
+    kick(0),
+    *QEMU_10_ENABLE,
+    *QEMU_10_STOP,
+    Sent(R.RESET_DEVICE),
+)
+QEMU_10 = (
+    *QEMU_10_FIRST_DRIVER,
+    # The next driver: memory is not sent again.
+    *_qemu_features(LINUX),
+    *QEMU_10_RINGS,
+    *QEMU_10_ENABLE,
     Sent(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"), need_reply=True),
     Sent(R.REM_MEM_REG, SingleRegion(RAM), need_reply=True),
     Sent(R.ADD_MEM_REG, SingleRegion(RAM), 1, need_reply=True),
-    enable(0, 0, need_reply=True),
-    enable(1, 0, need_reply=True),
-    stop(0),
+    *QEMU_10_STOP,
+    stop(1),
+    *_qemu_features(LINUX, new=False),  # stop and cont
+    *QEMU_10_RINGS,
+    *QEMU_10_ENABLE,
+    *QEMU_10_STOP,
     stop(1),
     Sent(R.RESET_DEVICE),
-    # The next driver: memory is not sent again, and SeaBIOS has larger rings than before.
-    Sent(R.SET_FEATURES, U64(SEABIOS)),
-    *layout(0, 256),
-    kick(0),
-    call(0),
-    enable(0, 1, need_reply=True),
-    stop(0),
+    *QEMU_10_FIRST_DRIVER,  # device_del and device_add
 )
 
 # ---- cloud-hypervisor, through rust-vmm's vhost crate ------------------------------------------------------

@@ -206,6 +206,8 @@ class FakeBackend:
             "name": "vm1",
             "frontends": 1,
             "active": True,
+            "active-frontend": 1,
+            "waiting-frontends": [{"frontend": 2, "pid": 7, "uid": 0, "since": "2026-11-28T12:00:00+00:00"}],
             "disk": self.mirror.now.source,
             "capacity": GIB,
             "epoch": 3,

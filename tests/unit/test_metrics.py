@@ -65,6 +65,7 @@ async def test_the_page_has_what_there_is_and_not_what_is_undefined() -> None:
     backend = FakeBackend()
     page = samples(await page_of(backend))
     assert page["vhostsync_capacity_bytes"] == 1 << 30
+    assert page["vhostsync_frontends_waiting"] == 1
     assert page['vhostsync_mirror_state{state="passthrough"}'] == 1
     assert page['vhostsync_mirror_state{state="steady"}'] == 0
     assert page["vhostsync_source_generation"] == 7

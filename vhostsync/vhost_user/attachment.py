@@ -29,12 +29,13 @@ class Attachment(Protocol):
     and closed by the engine whatever the outcome.
     """
 
-    async def reset(self) -> None:
-        """Device reset: rings stopped and disabled, features 0, write cache as at the start; memory stays."""
+    async def reset(self) -> bool:
+        """Device reset: rings stopped and disabled, features 0; memory stays. Returns the write cache mode
+        (True: write-back): as at the start, but left alone while another frontend is connected."""
 
-    async def renew(self) -> None:
-        """As of a frontend that has just connected: memory, rings, features, records and logs are gone, the
-        write cache is as at the start."""
+    async def renew(self) -> bool:
+        """As of a frontend that has just connected: memory, rings, features, records and logs are gone.
+        Returns the write cache mode, as `reset` does."""
 
     async def set_features(self, features: int) -> None:
         """Virtio feature bits as negotiated (VHOST_USER_F_PROTOCOL_FEATURES, bit 30, removed). Bit 26,

@@ -222,7 +222,11 @@ def _set_owner(state: State, device: BlkDevice, message: Message, fds: Sequence[
     if not state.regions or any(ring.started for ring in state.rings):
         return Step(state)
     after = State(rings=(Ring(),) * len(state.rings), protocol_features=state.protocol_features)
-    return Step(after, calls=(lambda attachment: attachment.renew(),), effect=device.reset)
+
+    async def renew(attachment: Attachment) -> None:
+        device.writeback = await attachment.renew()
+
+    return Step(after, calls=(renew,))
 
 
 def _nothing(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
@@ -234,7 +238,11 @@ def _reset_device(state: State, device: BlkDevice, message: Message, fds: Sequen
     # Rings, features and the write cache mode go back to the start; memory stays, since QEMU does not send it
     # again. So do the protocol features: they belong to the connection, not to the device.
     after = replace(state, rings=(Ring(),) * len(state.rings), features=None)
-    return Step(after, calls=(lambda attachment: attachment.reset(),), effect=device.reset)
+
+    async def reset(attachment: Attachment) -> None:
+        device.writeback = await attachment.reset()
+
+    return Step(after, calls=(reset,))
 
 
 def _get_queue_num(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
