@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import WAIT_S, Served, image, need_root
+from tests.daemon.rig import WAIT_S, Served, await_true, image, need_root
 from tests.guest.backends import vhostsync_command
 from tests.guest.processes import Process, wait_listening
 from vhostsync.service_manager import ServiceManager
@@ -237,10 +237,17 @@ assert ask(SERVICE, "Result") == "success", ask(SERVICE, "Result")
 
 
 def remove_cgroups(name: str) -> None:
-    for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-        for folder, _, _ in os.walk(hierarchy / name, topdown=False):
-            with contextlib.suppress(OSError):
-                Path(folder).rmdir()
+    """They are busy until the last process of the manager's namespace has ended."""
+
+    def gone() -> bool:
+        for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
+            for folder, _, _ in os.walk(hierarchy / name, topdown=False):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+        root = Path("/sys/fs/cgroup")
+        return not (root / name).exists() and not list(root.glob(f"*/{name}"))
+
+    await_true(gone, "the cgroups of the test's manager are empty")
 
 
 def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work: Path) -> None:
