@@ -6,8 +6,8 @@
  *   - in steady, the count check says that the destination does too (and while
  *     steady begins, nobody is let go who would have to ask it then), and
  *   - the state record is not pending: what is confirmed without the
- *     destination must first be known not to depend on it (durability.md, "Who
- *     is the truth"), and
+ *     destination must first be known not to depend on it (durability.md,
+ *     section 5), and
  *   - no pause holds it: with on_destination_error=pause, a steady destination
  *     was lost, and none has become steady since. The control plane's own are
  *     not held: they are told that there is no mirror.

@@ -4,7 +4,7 @@
  * shared memory may change under our eyes: each field is read once, into a
  * local, and checked there.
  *
- * Not here: what a chain means (blk_request.h), and when to look (queue.h).
+ * Not here: what a chain means (blk_request.h), and when to look (attachment.c).
  * A packed ring will come behind the same face.
  */
 #ifndef VS_VIRTQUEUE_H

@@ -188,6 +188,9 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
         "Failures of the source that were answered by a switch.",
         mirror.get("source-failovers"),
     )
+    unwritten = "1 while the state record cannot be written, when that was last tried."
+    page.one("record_unwritable", "gauge", unwritten, int(mirror.get("record-error") is not None))
+    page.one("flushes_fail", "gauge", "1 while flushes fail because of that.", mirror.get("flushes-fail"))
     paused = mirror.get("paused")
     page.one(
         "paused",

@@ -2,8 +2,8 @@
 """The mirror's policy: attach a destination, let go of it, switch to it.
 
 The engine (C) knows how to copy, replicate and flush; it reports what becomes of the destination. This file
-decides what is allowed when, and what must be durably recorded before what (docs/durability.md, "Who is the
-truth"). Its rooms: `roles` (which disk is what), `record_keeper` (the record follows the engine), `switch`,
+decides what is allowed when, and what must be durably recorded before what (docs/durability.md, section 5).
+Its rooms: `roles` (which disk is what), `record_keeper` (the record follows the engine), `switch`,
 `catch_up`, `mirror_status`. Before the first byte goes to a destination, the record says that it is
 inconsistent.
 
@@ -289,6 +289,8 @@ class Mirror:
             paused_requests=now.pause_held,
             paused_s=now.pause_ns / 1e9,
             paused_released=now.pause_released,
+            record_error=self._keeper.write_error,
+            flushes_fail=self._keeper.flushes_fail,
         )
 
     def _worth(self) -> str | None:

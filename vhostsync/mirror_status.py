@@ -45,6 +45,8 @@ class MirrorStatus:
     paused_requests: int
     paused_s: float
     paused_released: int
+    record_error: str | None  # why the state record could not be written when that was last tried
+    flushes_fail: bool  # the guest's, until it can
 
 
 @dataclass(frozen=True)

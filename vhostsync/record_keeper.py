@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the state record true to what the engine reports (docs/durability.md, "Who is the truth"):
+"""Keeps the state record true to what the engine reports (docs/durability.md, section 5):
 
 * once the engine reports `steady`, it says up to date (late is safe, early would not be);
 * when the engine lost a steady destination, or the guest got ahead of one, the engine holds every flush until
@@ -61,6 +61,8 @@ class RecordKeeper:
         self.record = record
         self.bitmap = bitmap
         self.lock = anyio.Lock()
+        self.write_error: str | None = None  # of the last record that was written; None: it is durable
+        self.flushes_fail = False  # because the record that they need cannot be written
         self._engine = engine
         self._roles = roles
         self._hub = hub
@@ -84,8 +86,13 @@ class RecordKeeper:
         """Durable on return. StateRecordError."""
         assert self.lock.locked()
         if self._state_file is not None:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._state_file.write, record)
+            try:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(self._state_file.write, record)
+            except StateRecordError as error:
+                self.write_error = str(error)
+                raise
+        self.write_error = None
         self.record = record
 
     @asynccontextmanager
@@ -365,6 +372,7 @@ class RecordKeeper:
                 error_number = errno.EIO
                 self._failed(str(error))
                 log.error("flushes fail until the state record can be written", error=str(error))
+            self.flushes_fail = error_number != 0
             await self._engine.record_written(error_number)
             if not error_number:
                 return

@@ -99,7 +99,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--max-lag-ms",
         type=types.number,
         metavar="MS",
-        help="slow the guest's writes before the destination lags more (default 500)",
+        help="in steady, slow the guest's writes so that the destination lags no more (default 500)",
     )
     mirror.add_argument(
         "--on-congestion",
@@ -111,21 +111,21 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         type=types.size,
         dest="congestion_fill_bytes",
         metavar="SIZE",
-        help="with pull-ahead: so much of the log in use is too slow (default 7/8 of it)",
+        help="with pull-ahead: the destination is too slow if so much waits for it in the log (default 7/8)",
     )
     mirror.add_argument(
         "--destination-timeout",
         type=types.seconds,
         dest="destination_timeout_s",
         metavar="TIME",
-        help="nothing waits longer for the destination; then the mirror is degraded (default 10s)",
+        help="a destination for which a request has to wait longer is given up (default 10s)",
     )
     mirror.add_argument(
         "--stop-timeout",
         type=types.seconds,
         dest="stop_timeout_s",
         metavar="TIME",
-        help="the same while the frontend stops a queue (default 1s)",
+        help="the same while the frontend stops a queue and the guest stands still (default 1s)",
     )
     mirror.add_argument(
         "--on-destination-error",

@@ -138,6 +138,9 @@ def status_text(
         rows.append(("Different", f"as a verification has found; known since {mirror['different-since']}"))
     if mirror.get("last-error"):
         rows.append(("Last error", mirror["last-error"]))
+    if mirror.get("record-error"):
+        fail = "; the guest's flushes fail until it can be" if mirror.get("flushes-fail") else ""
+        rows.append(("Record", f"{mirror['record-error']}{fail}"))
     for doubt in mirror.get("doubt") or ():
         rows.append(("In doubt", f"{doubt['length']} bytes of the source from {doubt['offset']} on"))
     if mirror.get("paused"):

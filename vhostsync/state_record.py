@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which disk is the truth: the state record (docs/durability.md, "Who is the truth").
+"""Which disk is the truth: the state record (docs/durability.md, section 5).
 
 Theory of operation
 -------------------

@@ -5,6 +5,7 @@ The guest goes on, and everybody is told the truth (docs/durability.md, rules 7 
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -338,12 +339,22 @@ def test_a_kill_with_a_hanging_destination(work: Path) -> None:
 # ---- a state record that cannot be written -------------------------------------------
 
 
+def scraped(metrics: Path) -> str:
+    """The page of metrics on this unix socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(metrics))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            return answer.read().decode()
+
+
 def test_flushes_fail_while_the_record_cannot_be_written(work: Path) -> None:
     source = image(work / "a.img", 64, filled_mib=2)
     (work / "records").mkdir()
     with tmpfs(work, 8192) as small, tmpfs(work / "records", 64) as tiny:
         other, record = new_image(small.folder / "b.img", 64), tiny.folder / "r.json"
-        with Served(work, source, "--state-file", record) as served, served.guest(queues=2) as guest:
+        options = ("--state-file", record, "--metrics", work / "metrics")
+        with Served(work, source, *options) as served, served.guest(queues=2) as guest:
             served.qmp.execute("mirror-start", destination=str(other))
             served.await_steady()
             await_true(lambda: b'"up-to-date"' in record.read_bytes(), "the record says so")
@@ -360,11 +371,16 @@ def test_flushes_fail_while_the_record_cannot_be_written(work: Path) -> None:
             assert b'"up-to-date"' in record.read_bytes()
             found = served.mirror()
             assert found["state"] == "degraded" and "cannot be written" in found["last-error"]
+            assert found["flushes-fail"] and "cannot be written" in found["record-error"]
+            assert "vhostsync_flushes_fail 1" in scraped(work / "metrics")
             with pytest.raises(QmpError, match="it cannot be written"):
                 served.qmp.execute("mirror-start", destination=str(image(work / "c.img", 64)))
             ballast.unlink()
             await_true(lambda: guest.flush_now().ok, "flushes are confirmed again")
             assert b'"outdated"' in record.read_bytes()
+            found = served.mirror()
+            assert (found["flushes-fail"], found["record-error"]) == (False, None)
+            assert "vhostsync_record_unwritable 0" in scraped(work / "metrics")
             served.qmp.execute("mirror-start", destination=str(work / "c.img"))
             served.await_steady()
             guest.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The count check, exhaustively over small values (docs/durability.md, "The count check")."""
+"""The count check, exhaustively over small values (docs/durability.md, section 2)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a guest's flush is confirmed (docs/durability.md, "The count check")."""
+"""When a guest's flush is confirmed (docs/durability.md, section 2)."""
 
 from __future__ import annotations
 

@@ -59,6 +59,8 @@ class FakeStatus:
     paused_requests: int = 0
     paused_s: float = 0.0
     paused_released: int = 0
+    record_error: str | None = None
+    flushes_fail: bool = False
 
 
 @dataclass(frozen=True)

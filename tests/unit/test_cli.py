@@ -89,6 +89,8 @@ def test_status_for_people(served: Served, run: Run) -> None:
         paused=True,
         paused_requests=3,
         paused_s=12.2,
+        record_error="the state record /r cannot be written: No space left on device",
+        flushes_fail=True,
     )
     code, out, _ = run("status")
     assert code == 0
@@ -102,6 +104,7 @@ def test_status_for_people(served: Served, run: Run) -> None:
     assert "In doubt     512 bytes of the source from 4096 on" in out
     assert "Paused       for 12 s; 3 flushes wait for a mirror, or for mirror cancel" in out
     assert "Unreadable   4096 bytes of the source from 65536 on" in out
+    assert "Record       the state record /r cannot be written: No space left on device; the guest's" in out
     assert "it hung" in out
 
 
