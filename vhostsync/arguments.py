@@ -80,6 +80,24 @@ each event, as the control socket sends it, and {"mirror": …} (query-mirror) a
 """
 
 
+_RECORD: Final = """\
+Show what the state record says: which disk is the current one, where both are and whether they answer, what
+the other one is worth, what is in doubt, who uses it, and the command that comes next. No backend is needed,
+and nothing is changed.
+"""
+
+_RECORD_EXAMPLES: Final = """\
+examples:
+  vhostsync record                                      # all that are in the state directory
+  vhostsync record /disks/a.img                         # by a disk, even if it is gone
+  vhostsync record --json | jq -r '.[].good'
+  vhostsync record /disks/a.img --forget                # both disks are gone for good
+
+The state directory is $STATE_DIRECTORY, else /var/lib/vhostsync for root, else that of the user.
+It exits 0 if a record was found, 1 if not.
+"""
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vhostsync", description=_MAIN, epilog=_MAIN_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"vhostsync {__version__}")
@@ -102,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     resize.add_argument(
         "--size", type=types.size, metavar="SIZE", help="the new size (default: all that the disk has)"
     )
+    _add_record(commands)
     _add_client(commands, "stats", "stats", "show operations, bytes, errors and latencies")
     leave = _add_client(
         commands, "quit", "quit_backend", "end the backend, after the mirror was brought up to date"
@@ -115,6 +134,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="how long to wait for its end (default 30s)",
     )
     return parser
+
+
+def _add_record(commands: "argparse._SubParsersAction[Parser]") -> None:
+    record = commands.add_parser(
+        "record", help="show which disk is the current one, without a backend", description=_RECORD,
+        epilog=_RECORD_EXAMPLES,
+    )  # fmt: skip
+    record.add_argument(
+        "where", type=types.absolute_path, nargs="?", metavar="PATH",
+        help="a disk (also a lost one, by its path), a state record, or a directory of records "
+        "(default: all records in the state directory)",
+    )  # fmt: skip
+    record.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    record.add_argument(
+        "--forget", action="store_true",
+        help="remove the record of PATH: nobody knows any more which of its disks is the current one",
+    )  # fmt: skip
 
 
 def _add_control(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:

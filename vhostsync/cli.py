@@ -80,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "serve":
             return _serve(_or_usage(parser, lambda: serve_config(options)))
+        if options.command == "record":
+            from . import record_report
+
+            return record_report.run(options.where, as_json=options.json, remove=options.forget)
         if options.control is None:
             inherited = os.environ.get("VHOSTSYNC_CONTROL")
             if not inherited:

@@ -48,14 +48,14 @@ def image_format(fd: int) -> str | None:
     """The format of the image on this open disk (which may be open for direct I/O), unless it is raw.
     OSError."""
     size = os.lseek(fd, 0, os.SEEK_END)
-    beginning = _read(fd, 0)
+    beginning = read_block(fd, 0)
     for offset, magic, name in _AT_THE_BEGINNING:
         if beginning[offset : offset + len(magic)] == magic:
             return name
     footer = size - _FOOTER_BYTES
     if footer >= 0:
         aligned = footer - footer % READ_BYTES
-        last = _read(fd, aligned)[footer - aligned :]
+        last = read_block(fd, aligned)[footer - aligned :]
         if last.startswith(_VHD_FOOTER):
             return "VHD"
     return None
@@ -77,7 +77,7 @@ def signatures(fd: int) -> list[str]:
     return words
 
 
-def _read(fd: int, offset: int) -> bytes:
+def read_block(fd: int, offset: int) -> bytes:
     """The block at this offset, in memory that direct I/O can use."""
     with mmap.mmap(-1, READ_BYTES) as memory:
         return memory[: os.preadv(fd, [memory], offset)]

@@ -290,7 +290,7 @@ def _device_users(path: Path) -> str:
         found = users_of_device(path.stat().st_rdev)
     except OSError:
         found = []
-    return ", ".join(found) or f"mounted, part of another device, or open by {_holders(path)}"
+    return ", ".join(found) or f"mounted, part of another device, or open by {holders(path)}"
 
 
 def _check_writable(fd: int, path: Path, *, read_only: bool) -> None:
@@ -347,7 +347,7 @@ def _lock_waiting(fd: int, path: Path, *, read_only: bool, deadline: float) -> N
             return
         if time.monotonic() >= deadline:
             raise DiskError(
-                f"{path} is in use (QEMU's image lock): open by {_holders(path)}; end that use first"
+                f"{path} is in use (QEMU's image lock): open by {holders(path)}; end that use first"
             )
         time.sleep(random.uniform(*RETRY_S))  # noqa: S311 no secret
 
@@ -377,7 +377,13 @@ def _held_by_another(fd: int, byte: int) -> bool:
     return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _holders(path: Path) -> str:
+def is_locked(fd: int) -> bool:
+    """Whether another open file description has QEMU's image locks. Takes none."""
+    places = (base + p for base in (PERMISSION_BASE, UNSHARED_BASE) for p in PERMISSIONS)
+    return any(_held_by_another(fd, byte) for byte in places)
+
+
+def holders(path: Path) -> str:
     """Who has it open, as far as may be seen: the owner of such a lock is not recorded, so every process that
     has the file open is named."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from vhostsync import disks, identify
+from vhostsync import disks, identify, record_report
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import Answer, ServeConfig
 from vhostsync.disk_identity import DiskIdentity, Likeness
@@ -59,13 +59,7 @@ def open_device(
 ) -> Opened:
     """Open and lock the disk as whoever started this; the rest, which is opened again later, after
     `become_user`. Follow the state record. Blocks. DiskError, StateRecordError."""
-    disk = disks.open_disk(
-        config.blk_file,
-        read_only=config.read_only,
-        cache=config.cache,
-        lock_timeout_s=SOURCE_LOCK_S,
-        probe=probe,
-    )
+    disk = _open_source(config, state_directory)
     state_file, bitmap = None, None
     try:
         become_user()
@@ -95,6 +89,26 @@ def open_device(
         if state_file is not None:
             state_file.close()
         raise
+
+
+def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
+    try:
+        return disks.open_disk(
+            config.blk_file,
+            read_only=config.read_only,
+            cache=config.cache,
+            lock_timeout_s=SOURCE_LOCK_S,
+            probe=probe,
+        )
+    except DiskError as error:
+        # The worst day: a record may know where the guest's data is.
+        known = [config.state_file] if config.state_file is not None else []
+        if state_directory is not None:
+            known += record_report.records_in(state_directory)
+        good = record_report.good_copy(config.blk_file, known)
+        if good is None:
+            raise
+        raise DiskError(f"{error}; {good}") from error
 
 
 def check_raw(config: ServeConfig, disk: Disk) -> None:

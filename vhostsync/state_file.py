@@ -168,6 +168,10 @@ class StateFile:
                     ) from error
                 time.sleep(0.02)
             else:
+                if not self._is_the_lock(fd):  # removed with its record while it was waited for
+                    os.close(fd)
+                    fd = self._open_lock()
+                    continue
                 self._lock_fd = fd
                 self._clear_temporary()
                 self._map_mark(fd)
@@ -191,6 +195,12 @@ class StateFile:
                 f"the lock of the state record, {path}, cannot be used: {error.strerror}; {_elsewhere(error)}"
             ) from error
         return fd
+
+    def _is_the_lock(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), self._lock_path.lstat())
+        except FileNotFoundError:
+            return False
 
     @property
     def _lock_path(self) -> Path:
