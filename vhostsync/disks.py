@@ -273,7 +273,12 @@ def _open_error(path: Path, error: OSError, *, read_only: bool) -> DiskError:
         case errno.ENOENT:
             missing = "it does not exist" if path.parent.is_dir() else f"there is no directory {path.parent}"
             return DiskError(f"{path} cannot be opened: {missing}")
-        case errno.EACCES | errno.EPERM | errno.EROFS if not read_only:
+        case errno.EROFS if not read_only:
+            return DiskError(
+                f"{path} cannot be opened for writing: its file system is read-only; mount it for writing "
+                f"(after an error it may have become so by itself: see dmesg), or serve the disk read-only"
+            )
+        case errno.EACCES | errno.EPERM if not read_only:
             return DiskError(
                 f"{path} cannot be opened for writing: {why_denied(error)}; change its permissions, or serve "
                 f"it read-only"
