@@ -21,6 +21,7 @@ from vhostsync.disk_identity import DiskIdentity, Likeness
 from vhostsync.disk_look import Condition, Look, look
 from vhostsync.errors import StateRecordError
 from vhostsync.identify import identify
+from vhostsync.printable import printable_lines
 from vhostsync.state_file import RealFileSystem, StateFile
 from vhostsync.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.state_record import StateRecord, Worth, named
@@ -325,7 +326,7 @@ def run(where: Path | None, *, as_json: bool, remove: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps([in_json(one) for one in reports]) + "\n")
     else:
-        sys.stdout.write("\n".join(in_text(one) for one in reports))
+        sys.stdout.write("\n".join(printable_lines(in_text(one)) for one in reports))
     return 1 if failed else 0
 
 

@@ -16,7 +16,6 @@ from tests.daemon.rig import (
     Load,
     Mounted,
     Served,
-    _mounted,
     _root,
     await_true,
     ext4,
@@ -24,6 +23,7 @@ from tests.daemon.rig import (
     image,
     lacking,
     loop_device,
+    mounted,
     same_content,
     write_block,
 )
@@ -181,7 +181,7 @@ def test_btrfs(work: Path) -> None:
     backing = new_image(work / "btrfs.img", 256)
     _root("mkfs.btrfs", "-q", backing)
     bits = ("--bitmap", work / "bits")
-    with _mounted(work / "btrfs", "-o", "loop", backing) as files:
+    with mounted(work / "btrfs", "-o", "loop", backing) as files:
         source, other = image(files.folder / "a.img"), image(files.folder / "b.img")
         with Served(work, source, *bits) as served, Load(served) as load:
             served.start_mirror(other)
