@@ -16,8 +16,9 @@
  *
  * A hole is looked for before the slot is taken and verified after, so that a
  * write that filled it meanwhile is either seen or captured. On the destination
- * zeroes are only written where there is no hole already. Looking may take as
- * long as a read, so it is a request to the disk like one.
+ * zeroes are only written where there is no hole already, and that in parts like
+ * any other: a disk may have to write them all, and whoever writes there waits.
+ * Looking may take as long as a read, so it is a request to the disk like one.
  *
  * What cannot be read (copy_rescue.c finds it out) is not put on the
  * destination, which may hold it better; neither is what is in doubt after a
@@ -38,13 +39,13 @@
 #include "own_memory.h"
 
 #define BUFFERS_BYTES ((uint64_t)COPY_DEPTH_MAX * COPY_BYTES)
-#define ZERO_AT_ONCE_BYTES ((uint64_t)VS_ZERO_SECTORS_MAX * 512)
 
 static void read_done(struct disk_io *io);
 static void piece_done(struct disk_io *io);
 static void put_next(struct region_copy *c);
 static void destination_looked(struct disk_io *io);
-static void scouted(struct disk_io *io);
+static void displace(struct region_copy *c);
+static void pace(struct vs_engine *e, uint64_t bytes);
 static void slot_granted(struct range_slot *slot);
 
 int copier_init(struct vs_engine *e)
@@ -61,15 +62,20 @@ int copier_init(struct vs_engine *e)
         k->copies[i].buffer = k->buffers + (size_t)i * COPY_BYTES;
         k->copies[i].slot.grant = slot_granted;
     }
-    k->scout.kind = VS_DISK_FIND_DATA;
-    k->scout.to_data_end = true;
-    k->scout.done = scouted;
+    for (unsigned i = 0; i < COPY_DISKS; i++)
+        copy_scout_init(&k->scouts[i], e);
     return 0;
 }
 
 void copier_free(struct vs_engine *e)
 {
     own_memory_unmap(e->copier.buffers, BUFFERS_BYTES);
+}
+
+static void forget_holes(struct copier *k)
+{
+    for (unsigned i = 0; i < COPY_DISKS; i++)
+        copy_scout_forget(&k->scouts[i]);
 }
 
 void copier_start(struct vs_engine *e)
@@ -83,7 +89,7 @@ void copier_start(struct vs_engine *e)
     k->bytes_total = dirty_map_bytes(&e->to_copy);
     k->bytes_done = k->bytes_sparse = 0;
     k->not_before_ns = 0;
-    k->known_from = k->known_end = 0;
+    forget_holes(k);
 }
 
 void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length)
@@ -91,7 +97,8 @@ void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length)
     struct copier *k = &e->copier;
     dirty_map_set(&e->to_copy, offset, length);
     k->cursor = 0;
-    k->bytes_total = dirty_map_bytes(&e->to_copy);
+    k->bytes_total = length;
+    forget_holes(k);
     k->bytes_done = k->bytes_sparse = 0;
 }
 
@@ -239,8 +246,12 @@ static void destination_looked(struct disk_io *io)
         c->sparse += c->piece;
         c->put += c->piece;
         put_next(c);
+    } else if (c->piece > COPY_BYTES) { /* it was a hole on both disks just now */
+        copy_scout_learn(&c->engine->copier.scouts[COPY_DESTINATION], io);
+        displace(c);
     } else {
-        c->piece = c->piece < ZERO_AT_ONCE_BYTES ? c->piece : ZERO_AT_ONCE_BYTES;
+        if (c->hole)
+            pace(c->engine, c->piece);
         c->sparse += c->piece;
         submit_piece(c, VS_DISK_ZERO, piece_done);
     }
@@ -315,6 +326,7 @@ static void read_done(struct disk_io *io)
 static void place(struct region_copy *c, uint64_t offset, uint64_t length)
 {
     struct vs_engine *e = c->engine;
+    uint64_t whole = offset >> e->to_copy.region_shift << e->to_copy.region_shift; /* of a region, a part may do */
     c->epoch = e->mirror.epoch;
     c->step = COPY_READING;
     c->offset = offset;
@@ -327,8 +339,15 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     e->copier.in_use++;
     e->copier.cursor = offset + length;
     difference_mark(e, offset, length);
-    dirty_map_clear(&e->to_copy, offset, length);
+    dirty_map_clear(&e->to_copy, whole, offset + length - whole);
     range_take(&e->mirror.slots, &c->slot, offset, length);
+}
+
+/* By the speed limit. */
+static void pace(struct vs_engine *e, uint64_t bytes)
+{
+    struct copier *k = &e->copier;
+    k->not_before_ns = clock_pace_ns(k->not_before_ns, engine_now(e), bytes, k->speed_bytes_per_s);
 }
 
 static void start_reading(struct region_copy *c)
@@ -342,72 +361,74 @@ static void start_reading(struct region_copy *c)
     c->io.iov = &c->iov;
     c->io.iov_count = 1;
     c->io.done = read_done;
-    e->copier.not_before_ns =
-        clock_pace_ns(e->copier.not_before_ns, engine_now(e), c->length, e->copier.speed_bytes_per_s);
+    pace(e, c->length);
     submit(c, e->source);
 }
 
-static void learn(struct copier *k, const struct disk_io *found)
+/* The first run at or after "from". In steady nothing of what the guest can write to already, and the region across
+ * the old end may begin with such (grow.c). */
+static bool find_run(const struct vs_engine *e, uint64_t from, uint64_t most, uint64_t *offset, uint64_t *run)
 {
-    k->known_hole = found->data_at > found->offset;
-    k->known_from = found->offset;
-    k->known_end = k->known_hole ? found->data_at : found->data_end;
-}
-
-static void scouted(struct disk_io *io)
-{
-    struct copier *k = container_of(io, struct copier, scout);
-    k->scouting = false;
-    learn(k, io);
-}
-
-/* Whether it is known what the source has at offset; else it is asked. */
-static bool is_known(struct vs_engine *e, uint64_t offset)
-{
-    struct copier *k = &e->copier;
-    if (k->scouting)
+    uint64_t first = e->mirror.state == VS_STEADY ? e->config.capacity_bytes : 0;
+    if (!dirty_map_find(&e->to_copy, from, most, offset, run))
         return false;
-    if (offset >= k->known_from && offset < k->known_end)
-        return true;
-    k->scouting = true;
-    k->scout.offset = offset;
-    k->scout.length = e->to_copy.capacity_bytes - offset;
-    disk_submit(e->source, &k->scout);
-    return false;
+    if (*offset < first) {
+        assert(*run > first - *offset);
+        *run -= first - *offset;
+        *offset = first;
+    }
+    return true;
+}
+
+/* ---- holes ------------------------------------------------------------- */
+
+/* It is as if it had never been placed. */
+static void displace(struct region_copy *c)
+{
+    struct vs_engine *e = c->engine;
+    range_release(&e->mirror.slots, &c->slot);
+    dirty_map_set(&e->to_copy, c->offset, c->length);
+    e->copier.cursor = c->offset;
+    copier_end(c);
 }
 
 /* Whether it still was a hole when it had its place. */
 static void hole_looked(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io);
-    struct vs_engine *e = c->engine;
     if (!copier_current(c)) {
         copier_end(c);
     } else if (disk_found_hole(io)) {
         c->hole = true;
         copier_was_read(c);
-    } else { /* a write has filled it: as if it had never been placed */
-        learn(&e->copier, io);
-        range_release(&e->mirror.slots, &c->slot);
-        dirty_map_set(&e->to_copy, c->offset, c->length);
-        e->copier.cursor = c->offset;
-        copier_end(c);
+    } else { /* a write has filled it */
+        copy_scout_learn(&c->engine->copier.scouts[COPY_SOURCE], io);
+        displace(c);
     }
 }
 
-/* A hole of at least a region at a run's beginning is passed over as a whole. */
-static bool start_hole(struct region_copy *c, uint64_t offset)
+/* How much of the run lies before "end", in whole regions. */
+static uint64_t whole_regions(const struct vs_engine *e, uint64_t offset, uint64_t run, uint64_t end)
+{
+    if (end >= offset + run)
+        return run;
+    end = end >> e->to_copy.region_shift << e->to_copy.region_shift;
+    return end > offset ? end - offset : 0;
+}
+
+/* Where the run begins with a hole of the source: if the destination has one too there is nothing to do, and it is passed
+ * over in large steps; else zeroes are put there, in parts like any other. */
+static bool start_hole(struct region_copy *c, uint64_t offset, uint64_t run)
 {
     struct vs_engine *e = c->engine;
-    uint64_t region = 1ull << e->to_copy.region_shift, run, length;
-    if (!e->copier.known_hole)
+    const struct copy_scout *source = &e->copier.scouts[COPY_SOURCE], *there = &e->copier.scouts[COPY_DESTINATION];
+    uint64_t length = 0, large;
+    if (!source->hole)
         return false;
-    dirty_map_find(&e->to_copy, offset, COPY_HOLE_BYTES, &offset, &run);
-    length = e->copier.known_end - offset;
-    if (length < run)
-        length -= length % region;
-    else
-        length = run;
+    if (there->hole && find_run(e, offset, COPY_HOLE_BYTES, &offset, &large))
+        length = whole_regions(e, offset, large, source->end < there->end ? source->end : there->end);
+    if (length == 0)
+        length = whole_regions(e, offset, run, source->end);
     if (length == 0)
         return false;
     place(c, offset, length);
@@ -420,6 +441,16 @@ static bool start_hole(struct region_copy *c, uint64_t offset)
     submit(c, e->source);
     return true;
 }
+
+/* What the source has at offset, and where that is a hole the destination too; else they are asked. */
+static bool is_known(struct vs_engine *e, uint64_t offset)
+{
+    struct copy_scout *scouts = e->copier.scouts;
+    return copy_scout_knows(&scouts[COPY_SOURCE], e->source, offset) &&
+           (!scouts[COPY_SOURCE].hole || copy_scout_knows(&scouts[COPY_DESTINATION], e->mirror.disk, offset));
+}
+
+/* ---- what is begun ------------------------------------------------------- */
 
 static unsigned reads_in_flight(const struct copier *k)
 {
@@ -445,8 +476,7 @@ static bool may_begin(const struct vs_engine *e)
 static bool next_run(const struct vs_engine *e, uint64_t *offset, uint64_t *run)
 {
     uint64_t most = yields(e) ? copy_pace_part_bytes(&e->copier.pace) : COPY_BYTES;
-    return dirty_map_find(&e->to_copy, e->copier.cursor, most, offset, run) ||
-           dirty_map_find(&e->to_copy, 0, most, offset, run);
+    return find_run(e, e->copier.cursor, most, offset, run) || find_run(e, 0, most, offset, run);
 }
 
 static struct region_copy *free_copy(struct copier *k)
@@ -479,7 +509,7 @@ void copier_pump(struct vs_engine *e)
         return;
     while (may_begin(e) && next_run(e, &offset, &run) && is_known(e, offset)) {
         struct region_copy *c = free_copy(k);
-        if (start_hole(c, offset))
+        if (start_hole(c, offset, run))
             continue;
         place(c, offset, run);
         start_reading(c);

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "copy_pace.h"
+#include "copy_scout.h"
 #include "disk.h"
 #include "limits.h"
 #include "range_set.h"
@@ -46,11 +47,9 @@ struct copier {
     bool granted;       /* a copy that was read has got its turn on the destination */
     struct copy_pace pace; /* while the guest works */
     unsigned in_use;
-    /* What the source has said last: a hole, or data, from here to there. It may be one no more: data is read as it
-     * is then, and a hole is looked at again when it has its place. */
-    struct disk_io scout;
-    bool scouting, known_hole;
-    uint64_t known_from, known_end;
+    /* What the disks have said last. It may be outdated: data is read as it is then, and a hole is looked at again when
+     * it has its place. */
+    struct copy_scout scouts[COPY_DISKS];
     uint64_t cursor;
     uint64_t bytes_total, bytes_done, bytes_sparse;
     uint64_t speed_bytes_per_s; /* 0: no limit */

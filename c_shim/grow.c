@@ -5,7 +5,9 @@
  *      control plane has made the file long enough). The new range may differ
  *      between the disks, so all its regions are marked (rule 4).
  *   2. With a destination, the copier copies the new range to it, in the one order
- *      (rule 3), while the mirror stays steady for the old one. Then the
+ *      (rule 3), while the mirror stays steady for the old one: of the region
+ *      across the old end it copies the new part alone, and every write of the
+ *      guest's is replicated, there too (replicator.c). Then the
  *      destination is flushed: what the guest has never written is durable there
  *      too, and a flush with R <= F stays true.
  *   3. Only now is the capacity raised: a request beyond the old end was refused

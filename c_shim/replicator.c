@@ -98,10 +98,14 @@ static void add(struct replica *p, struct repl_log *log, const struct log_entry 
 
 /* In syncing, a write to a region that the copy has not begun is not replicated:
  * the copy will read it from the source, which has completed it already. If the
- * copy was cut off (ahead), the region is still known to differ. */
+ * copy was cut off (ahead), the region is still known to differ. Where something
+ * is promised of the destination, every write is: in steady, though the disk
+ * grows (grow.c), and in ahead, if steady came before it. */
 static bool left_to_the_copy(const struct vs_engine *e, const struct log_entry *entry)
 {
-    return e->to_copy.dirty && dirty_map_all_dirty(&e->to_copy, entry->offset, entry->length);
+    enum vs_mirror_state state = e->mirror.state;
+    bool worth_nothing = state == VS_SYNCING || (state == VS_AHEAD && !e->ahead.consistent);
+    return worth_nothing && e->to_copy.dirty && dirty_map_all_dirty(&e->to_copy, entry->offset, entry->length);
 }
 
 void replicator_pump(struct vs_engine *e)

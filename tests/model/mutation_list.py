@@ -852,6 +852,38 @@ MUTATIONS = [
         "e->mirror.state == VS_STEADY && e->counts",
         "grow.py::test_the_bits_stay_until_the_new_range_is_durable_there",
     ),
+    _m(
+        "steady-leaves-writes-to-the-copy",
+        "in steady every write is replicated, where the disk grows too",
+        "replicator.c",
+        "state == VS_SYNCING || (state == VS_AHEAD",
+        "state == VS_SYNCING || state == VS_STEADY || (state == VS_AHEAD",
+        "grow.py::test_in_steady_no_write_is_left_to_the_copy",
+    ),
+    _m(
+        "steady-leaves-writes-to-the-copy-until-a-power-cut",
+        "in steady every write is replicated, where the disk grows too",
+        "replicator.c",
+        "bool worth_nothing = state == VS_SYNCING ||",
+        "bool worth_nothing = state == VS_STEADY || state == VS_SYNCING ||",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[grow]",
+    ),
+    _m(
+        "ahead-of-steady-leaves-writes-to-the-copy",
+        "ahead: a destination that was steady becomes a moment of the source",
+        "replicator.c",
+        "(state == VS_AHEAD && !e->ahead.consistent)",
+        "state == VS_AHEAD",
+        "ahead.py::test_a_grow_that_is_cut_off_leaves_the_moment_whole",
+    ),
+    _m(
+        "the-copy-in-steady-takes-what-the-guest-writes",
+        "in steady the copy keeps to what the disk has grown by: no flush waits for it",
+        "copier.c",
+        "uint64_t first = e->mirror.state == VS_STEADY ? e->config.capacity_bytes : 0;",
+        "uint64_t first = 0;",
+        "grow.py::test_in_steady_no_write_is_left_to_the_copy",
+    ),
     # -- power cuts (tests/powercut) ---------------------------------------------------------
     _m(
         "steady-without-the-confirmed",

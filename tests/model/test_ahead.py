@@ -541,3 +541,31 @@ def await_answers(r: Rig, slow: SlowDestination, requests: list[Request]) -> Non
         assert time.monotonic() < until, "the guest's requests are not answered"
         slow.step()
         r.guest.poll()
+
+
+def test_a_grow_that_is_cut_off_leaves_the_moment_whole() -> None:
+    """Steady while the disk grew: what the log still brings to the region across the old end is part of the
+    moment, and nothing that the copy reads there later is."""
+    old = 4 * MIB - 3 * 512
+    with rig(mirrored=False, size_bytes=old, disk_bytes=8 * MIB) as r:
+        r.source.load(old - 5 * 512, b"last" * 640)  # what is copied last
+        r.driver.call(lib.VS_CMD_MIRROR_SPEED, value=16)  # and after it nothing for minutes
+        r.mirror()
+        token = r.driver.submit(lib.VS_CMD_GROW, value=5 * MIB, desc=8 * MIB, used=8 * MIB)
+        r.destination.hold(WRITE)
+        before, after = b"before" * 256, b"later!" * 256
+        request = r.guest.write(old - len(before), before)
+        r.guest.wait(request)
+        fill_log(r)
+        await_ahead(r)
+        r.record_written()
+        assert r.driver.wait(token).result == 0
+        r.guest.wait(r.guest.write(old - len(after), after))
+        let_go(r)
+        drained(r)
+        assert r.destination.read(old - len(before), len(before), Cut.EVERYTHING) == before
+        r.driver.call(lib.VS_CMD_MIRROR_SPEED, value=0)
+        catch_up(r)
+        r.driver.await_state(State.STEADY)
+        r.assert_same_content()
+        assert r.destination.read(old - len(after), len(after)) == after

@@ -8,7 +8,7 @@ import errno
 
 import pytest
 
-from tests.engine_driver import DiskOp, State
+from tests.engine_driver import Cut, DiskOp, State
 from tests.frontend import Status
 from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
 from vhostsync._shim import lib
@@ -66,6 +66,35 @@ def test_the_old_range_stays_mirrored_meanwhile() -> None:
         assert r.durable(r.destination, OLD // BLOCK - 1) == pattern(7)
         r.source.release_all()
         assert r.driver.wait(token).result == 0
+        assert r.source.read(0, NEW) == r.destination.read(0, NEW)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("region_bytes", [4096, 64 << 10, 4 * MIB])
+def test_in_steady_no_write_is_left_to_the_copy(region_bytes: int, begun: bool) -> None:
+    """The old size is no whole number of regions: the region across the old end is to be copied, and what the
+    guest writes in its old part waits for that copy neither before it has `begun` nor afterwards."""
+    old = OLD + 3 * 512
+    data = b"flushed!" * 64
+    with rig(size_bytes=old, disk_bytes=ROOM, dirty_region_bytes=region_bytes) as r:
+        r.source.load(OLD, b"last" * 384)  # what is copied last
+        if not begun:
+            r.driver.call(lib.VS_CMD_MIRROR_SPEED, value=16)  # after that the copy has to wait for minutes
+        r.mirror()
+        r.source.load(old, b"x" * MIB)
+        r.source.hold(DiskOp.READ)
+        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        if begun:
+            r.driver.await_held(r.source, DiskOp.READ)
+        last = r.guest.write(old - 512, data)
+        r.guest.wait(last)
+        r.write_now(0, 2)
+        r.flush_now()
+        assert r.destination.read(old - 512, 512, Cut.EVERYTHING) == data
+        r.source.release_all()
+        r.driver.call(lib.VS_CMD_MIRROR_SPEED, value=0)
+        assert r.driver.wait(token).result == 0
+        assert r.destination.read(old - 512, 512, Cut.EVERYTHING) == data
         assert r.source.read(0, NEW) == r.destination.read(0, NEW)
 
 

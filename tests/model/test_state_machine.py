@@ -41,9 +41,12 @@ MIB = 1 << 20
 BLOCK = 512
 CAPACITY = 2 * MIB + 65536 + BLOCK
 BLOCKS = CAPACITY // BLOCK
+GROWS_BY = 56
+"""Blocks, in all; at first the guest sees a disk without them, which ends amid a region."""
 # Where the guest writes: the ends of the disk, and both sides of where one region copy ends and the next one
 # begins.
-WINDOWS = [(0, 24), (2040, 2056), (4088, 4104), (BLOCKS - 16, BLOCKS)]
+AT_THE_END = (BLOCKS - GROWS_BY - 16, BLOCKS)
+WINDOWS = [(0, 24), (2040, 2056), (4088, 4104), AT_THE_END]
 QUEUES = 3
 LONG_US, SHORT_US = 30_000_000, 40_000
 EXAMPLES = int(os.environ.get("VHOSTSYNC_MODEL_EXAMPLES", "60"))
@@ -93,6 +96,13 @@ class Contract(RuleBasedStateMachine):
         self.all_disks: list[MemoryDisk] = []
         self.lacking: dict[MemoryDisk, set[int]] = {}
         """Blocks of a destination that the source could not give."""
+        self.visible = BLOCKS - GROWS_BY
+        """Blocks of the disk that the guest sees."""
+        self.filled = False
+        self.growing: tuple[int, int] | None = None
+        """The token of a grow under way, and what is visible after it."""
+        self.extent: dict[MemoryDisk, int] = {}
+        """Blocks of a destination that were visible when it was last equal."""
         self.driver: EngineDriver | None = None
 
     @initialize(
@@ -103,11 +113,12 @@ class Contract(RuleBasedStateMachine):
     )
     def begin(self, filled: bool, depth: int, mirrored: bool, pause: bool) -> None:
         self.source = self._disk()
+        self.filled = filled
         half = BLOCKS // 2
         self.source.load(0, self.history.initial(0, half, zero=False))
-        self.source.load(half * BLOCK, self.history.initial(half, BLOCKS, zero=not filled))
+        self.source.load(half * BLOCK, self.history.initial(half, self.visible, zero=not filled))
         options = EngineOptions(
-            CAPACITY,
+            self.visible * BLOCK,
             destination_timeout_us=self.timeout_us,
             copy_depth=depth,
             pause_on_destination_error=pause,
@@ -141,6 +152,8 @@ class Contract(RuleBasedStateMachine):
     # -- the guest ---------------------------------------------------------------
 
     def _range(self, window: tuple[int, int], start: int, length: int) -> tuple[int, int]:
+        if window == AT_THE_END:
+            return self.visible - 1 - start, min(self.visible - 1 - start + length, self.visible)
         first = min(window[0] + start, window[1] - 1)
         return first, min(first + length, window[1])
 
@@ -216,6 +229,40 @@ class Contract(RuleBasedStateMachine):
         elif what == "time out":
             self._let_the_destination_time_out()
 
+    @rule(blocks=st.integers(1, 24), slowly=st.booleans())
+    def grow(self, blocks: int, slowly: bool) -> None:
+        """By no whole number of regions. `slowly`: what is new has to wait for its copy, and the region across
+        the old end with it."""
+        if self.growing is not None:
+            return
+        if slowly:
+            self._driver().call(lib.VS_CMD_MIRROR_SPEED, value=16)
+            self._begin_to_grow(1)
+        if self.growing is None:
+            self._begin_to_grow(blocks)
+
+    def _begin_to_grow(self, blocks: int) -> None:
+        visible = min(self.visible + blocks, BLOCKS)
+        if visible == self.visible:
+            return
+        new = self.history.initial(self.visible, visible, zero=not self.filled)
+        self.source.load(self.visible * BLOCK, new)
+        token = self._driver().submit(lib.VS_CMD_GROW, value=visible * BLOCK, desc=CAPACITY, used=CAPACITY)
+        self.growing = token, visible
+        self.settle()
+
+    def _take_growth(self) -> None:
+        if self.growing is None or (event := self._driver().done(self.growing[0])) is None:
+            return
+        visible, self.growing = self.growing[1], None
+        self._take_events()
+        if event.result != 0:  # a copy was under way, or the gate closed
+            assert -event.result == errno.EBUSY
+            return
+        self.visible = visible
+        if self.model.peer is not None and self.model.state == State.STEADY:
+            self.extent[self.model.peer] = visible
+
     # -- the disks ---------------------------------------------------------------
 
     def _role(self, role: str) -> MemoryDisk | None:
@@ -247,6 +294,7 @@ class Contract(RuleBasedStateMachine):
     def _let_all_go(self) -> None:
         for disk in self.all_disks:
             disk.release_all()
+        self._driver().call(lib.VS_CMD_MIRROR_SPEED, value=0)
 
     # -- the mirror --------------------------------------------------------------
 
@@ -263,6 +311,7 @@ class Contract(RuleBasedStateMachine):
         if result == 0:
             self.model.attached(disk)
             self.lacking[disk] = set()
+            self.extent[disk] = self.visible
             return
         assert result == errno.EBUSY
         busy = self.model.state in (State.SYNCING, State.STEADY) or free.fenced or free.gated
@@ -317,7 +366,7 @@ class Contract(RuleBasedStateMachine):
 
     @rule()
     def gate(self) -> None:
-        if self.gated_at:
+        if self.gated_at or self.growing is not None:  # the control plane keeps the two apart
             return
         held = any(disk.held(op) for disk in self.all_disks for op in DiskOp)
         event = self._driver().wait(
@@ -342,6 +391,8 @@ class Contract(RuleBasedStateMachine):
     @rule(keep=st.booleans(), work=st.lists(chores, max_size=2))
     def exchange(self, keep: bool, work: list[Chore]) -> None:
         self.gate()
+        if self.growing is not None:
+            return
         self.work(work)
         before = self.settle()
         peer, ceiling = self.model.peer, self.gated_at
@@ -356,6 +407,7 @@ class Contract(RuleBasedStateMachine):
         assert before.gated and before.state == State.STEADY and peer is not None
         assert not before.doubt and not before.unreadable
         self.model.exchanged(self.source, keep=keep, ceiling=ceiling)
+        self.extent[self.source] = self.visible
         self.source = peer
 
     # -- everything comes to an end ----------------------------------------------
@@ -369,6 +421,8 @@ class Contract(RuleBasedStateMachine):
         self.settle()
         self.record(fails=1)
         driver.until(lambda: self._state() != State.SYNCING, "the copy ends")
+        self.record(fails=1)
+        driver.until(lambda: self.settle() is not None and self.growing is None, "the disk has grown")
         self.record(fails=1)
         if self.model.paused:
             self._stop_mirror()
@@ -384,8 +438,8 @@ class Contract(RuleBasedStateMachine):
 
     def _same_content(self, snapshot: Snapshot, cut: Cut) -> None:
         assert self.model.peer is not None
-        left = bytearray(self.source.read(0, CAPACITY))
-        right = bytearray(self.model.peer.read(0, CAPACITY, cut))
+        left = bytearray(self.source.read(0, self.visible * BLOCK))
+        right = bytearray(self.model.peer.read(0, self.visible * BLOCK, cut))
         for offset, length in snapshot.doubt + snapshot.unreadable:
             left[offset : offset + length] = right[offset : offset + length] = bytes(length)
         assert left == right, "the disks differ"
@@ -409,6 +463,7 @@ class Contract(RuleBasedStateMachine):
                 self.model.event(event)
             driver.events.clear()
             self._completed(self.guest.poll())
+            self._take_growth()
             if self.model.peer is not None:
                 self.lacking.setdefault(self.model.peer, set()).update(_blocks(snapshot.unreadable))
             # An event that came after the snapshot belongs to the next one.
@@ -486,7 +541,8 @@ class Contract(RuleBasedStateMachine):
         self, disk: MemoryDisk, cut: Cut, seed: int, floors: Floors, what: str, ceiling: int = 0
     ) -> None:
         options: dict[str, Any] = {"ceiling": ceiling} if ceiling else {}
-        for first, end in WINDOWS:
+        extent = self.visible if disk is self.source else self.extent[disk]
+        for first, end in ((first, min(end, extent)) for first, end in WINDOWS):
             content = disk.read(first * BLOCK, (end - first) * BLOCK, cut, seed)
             lacking = self.lacking.get(disk, set())
             if lacking.isdisjoint(range(first, end)):

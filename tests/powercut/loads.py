@@ -77,6 +77,8 @@ class Load:
 
     def _place(self) -> tuple[int, int]:
         count = self.chance.choice((1, 2, 8, 8, 16, self.chance.randint(1, LONGEST)))
+        if self.chance.random() < 0.1:  # a disk that grows ends amid a region
+            return self.running.sectors - min(count, 8), min(count, 8)
         room = HOT if self.chance.random() < 0.5 else self.running.sectors
         return self.chance.randrange(max(room - count + 1, 1)), count
 

@@ -248,7 +248,24 @@ async def leave_what_is_bad(running: Running, chance: random.Random) -> None:
 
 async def grow(running: Running, chance: random.Random) -> None:
     """By no whole number of regions or extents."""
-    capacity = min(running.sectors + chance.randint(1, SECTORS // 6), SECTORS) * SECTOR
+    await _grow_by(running, chance.randint(1, SECTORS // 6))
+
+
+async def grow_slowly(running: Running, chance: random.Random) -> None:
+    """The second time the region across the old end has to wait for its copy."""
+    await running.engine.mirror_speed(4096)
+    try:
+        await _grow_by(running, 1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(grow, running, chance)
+            await anyio.sleep(0.05)
+            await running.engine.mirror_speed(0)
+    finally:
+        await running.engine.mirror_speed(0)
+
+
+async def _grow_by(running: Running, sectors: int) -> None:
+    capacity = min(running.sectors + sectors, SECTORS) * SECTOR
     running.recorder.note(Enlarged(capacity))
     await running.resizer.resize(capacity)
     with anyio.fail_after(WAIT_S):
