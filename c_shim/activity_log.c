@@ -19,9 +19,11 @@
  * far as there is room. Within the working set (extents x extent_bytes) there
  * is no transaction at all.
  *
- * If the file cannot be written, writes that need an extent are held until the
- * control plane has recorded that the bitmap is void; then tracking goes on in
- * memory alone.
+ * If the file cannot be written, or takes no bits any more, all writes are held,
+ * also those whose extents are active: the bits that they have set may be in
+ * memory only, and a kill would have a restart believe the file without them.
+ * Once the control plane has recorded that the bitmap is void, tracking goes on
+ * in memory alone.
  */
 #include "activity_log.h"
 
@@ -221,10 +223,21 @@ static bool try_enter(struct activity *a, uint64_t offset, uint64_t length)
     return true;
 }
 
+/* Its file takes bits. (A store that went nowhere has been noticed before the next instruction.) */
+static bool is_sound(const struct activity *a)
+{
+    return !a->failed && !bitmap_lost(a->bitmap);
+}
+
+bool activity_tracks(const struct vs_engine *e)
+{
+    return !e->activity.bitmap || is_sound(&e->activity);
+}
+
 bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length)
 {
     struct activity *a = &e->activity;
-    if (try_enter(a, offset, length))
+    if (is_sound(a) && try_enter(a, offset, length))
         return true;
     w->offset = offset;
     w->length = length;

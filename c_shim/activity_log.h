@@ -69,6 +69,8 @@ struct activity {
 
 int activity_init(struct vs_engine *e);
 void activity_free(struct vs_engine *e);
+/* What is marked as different is in the file too, or there is none that a restart would believe. */
+bool activity_tracks(const struct vs_engine *e);
 /* True: go on at once. False: w->entered() is called when its extents are active. */
 bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length);
 /* The disk has grown. 0 or -ENOMEM. */

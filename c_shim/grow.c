@@ -41,11 +41,11 @@ static int grow_maps(struct vs_engine *e, uint64_t capacity_bytes)
 {
     struct difference *d = &e->difference;
     int rc;
-    if ((rc = dirty_map_grow(&e->to_copy, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
-        (rc = dirty_map_grow(&d->settling, capacity_bytes)) < 0)
-        return rc;
     if (e->activity.bitmap && ((rc = activity_grow(e, capacity_bytes)) < 0 ||
                                (rc = bitmap_grow(e->activity.bitmap, capacity_bytes)) < 0))
+        return rc;
+    if ((rc = dirty_map_grow(&e->to_copy, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
+        (rc = dirty_map_grow(&d->settling, capacity_bytes)) < 0)
         return rc;
     return dirty_map_grow(&d->differs, capacity_bytes);
 }
@@ -72,12 +72,10 @@ void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, ui
     e->grow.capacity_bytes = capacity_bytes;
     e->source->bytes = source_bytes;
     difference_mark(e, old, capacity_bytes - old);
-    if (!mirror_attached(&e->mirror)) {
-        finish(e);
-        return;
-    }
-    e->mirror.disk->bytes = destination_bytes;
     e->grow.running = true;
+    if (!mirror_attached(&e->mirror))
+        return; /* the rest is grow_pump()'s */
+    e->mirror.disk->bytes = destination_bytes;
     copier_add(e, old, capacity_bytes - old);
 }
 
@@ -108,7 +106,8 @@ void grow_stop(struct vs_engine *e, int error)
 void grow_pump(struct vs_engine *e)
 {
     struct grow *g = &e->grow;
-    if (!g->running || g->flushing)
+    /* Once it is answered the bitmap's file is told the new size; it must not be believed without the bits of 1. */
+    if (!g->running || g->flushing || !activity_tracks(e))
         return;
     if (e->mirror.state != VS_STEADY) {
         finish(e);

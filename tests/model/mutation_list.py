@@ -884,6 +884,22 @@ MUTATIONS = [
         "uint64_t first = 0;",
         "grow.py::test_in_steady_no_write_is_left_to_the_copy",
     ),
+    _m(
+        "write-without-a-bit-that-lasts",
+        "rule 4: no write goes on while the bitmap's file takes no bits and the record names it",
+        "activity_log.c",
+        "if (is_sound(a) && try_enter(a, offset, length))",
+        "if (try_enter(a, offset, length))",
+        "bitmap_lost.py::test_a_write_whose_bit_goes_nowhere_waits_for_the_record",
+    ),
+    _m(
+        "grown-without-bits-that-last",
+        "rule 4: the bitmap's file is told no new size of which it has no bits",
+        "grow.c",
+        "if (!g->running || g->flushing || !activity_tracks(e))",
+        "if (!g->running || g->flushing)",
+        "bitmap_lost.py::test_a_disk_does_not_grow_by_what_no_bit_is_kept_of",
+    ),
     # -- power cuts (tests/powercut) ---------------------------------------------------------
     _m(
         "steady-without-the-confirmed",

@@ -21,7 +21,7 @@ from tests.engine_driver import (
 )
 from tests.frontend import DEFAULT_FEATURES, Frontend, Request
 from tests.guest_ring import GuestMemory
-from vhostsync._shim import lib
+from vhostsync._shim import ffi, lib
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -130,14 +130,16 @@ def rig(
     memory_bytes: int = 16 * MIB,
     buffered: bool = False,
     doubt: Sequence[tuple[int, int]] = (),
+    bitmap: Any = ffi.NULL,
     **options: Any,
 ) -> Iterator[Rig]:
     """A running guest on a disk of zeroes (`disk_bytes`: larger than the guest sees); `mirrored`: and a
-    steady mirror."""
+    steady mirror. `bitmap`: a vs_bitmap, the engine's from here on."""
     source, destination = MemoryDisk(disk_bytes or size_bytes), MemoryDisk(disk_bytes or size_bytes)
     if buffered:
         source.make_buffered()
-    with EngineDriver(EngineOptions(capacity_bytes=size_bytes, **options), source, doubt=doubt) as driver:
+    engine_options = EngineOptions(capacity_bytes=size_bytes, **options)
+    with EngineDriver(engine_options, source, doubt=doubt, bitmap=bitmap) as driver:
         transport = EngineTransport(driver)
         guest = Frontend(
             transport,

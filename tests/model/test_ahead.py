@@ -547,12 +547,14 @@ def test_a_grow_that_is_cut_off_leaves_the_moment_whole() -> None:
     """Steady while the disk grew: what the log still brings to the region across the old end is part of the
     moment, and nothing that the copy reads there later is."""
     old = 4 * MIB - 3 * 512
-    with rig(mirrored=False, size_bytes=old, disk_bytes=8 * MIB) as r:
+    with rig(mirrored=False, size_bytes=old, disk_bytes=8 * MIB, congestion_fill_bytes=2 * FILL) as r:
         r.source.load(old - 5 * 512, b"last" * 640)  # what is copied last
         r.driver.call(lib.VS_CMD_MIRROR_SPEED, value=16)  # and after it nothing for minutes
         r.mirror()
         token = r.driver.submit(lib.VS_CMD_GROW, value=5 * MIB, desc=8 * MIB, used=8 * MIB)
         r.destination.hold(WRITE)
+        for number in range(64):  # all that may be on its way at once: what comes now stays in the log
+            r.write_now(2 * number, number)
         before, after = b"before" * 256, b"later!" * 256
         request = r.guest.write(old - len(before), before)
         r.guest.wait(request)
