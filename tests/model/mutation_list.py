@@ -832,7 +832,7 @@ MUTATIONS = [
         "larger-before-it-is-copied",
         "the new range is on the destination before the capacity is raised",
         "grow.c",
-        "if (!mirror_attached(&e->mirror)) {",
+        "if (e->mirror.state != VS_STEADY) {",
         "if (true) {",
         "grow.py::test_the_new_range_is_equal_and_durable_before_it_is_used",
     ),
