@@ -34,13 +34,13 @@ void disk_host_free(struct disk_host *host)
 }
 
 void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
-               uint32_t memory_align_bytes, bool direct)
+               uint32_t memory_align_bytes, bool page_cache)
 {
     disk->ops = ops;
     disk->bytes = bytes;
     disk->block_bytes = block_bytes;
     disk->memory_align_bytes = memory_align_bytes;
-    disk->direct = direct;
+    disk->page_cache = page_cache;
     disk->flush_failed = false;
     disk->host = NULL;
     disk->stats = (struct vs_disk_stats){0};
@@ -138,7 +138,7 @@ static void finish(struct disk_io *io)
     if (io->kind < VS_DISK_OPS)
         op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
                      disk->host->now_ns - io->submitted_ns, io->result < 0);
-    if (io->kind == VS_DISK_FLUSH && io->result < 0 && !disk->direct)
+    if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->page_cache)
         disk->flush_failed = true;
     disk_io_restore(io);
     io->done(io); /* the last thing: the disk may be gone after that */

@@ -74,8 +74,8 @@ struct vs_disk {
     uint64_t bytes;
     uint32_t block_bytes;        /* offsets and lengths are multiples of it */
     uint32_t memory_align_bytes; /* buffers are */
-    bool direct;
-    bool flush_failed; /* buffered: a later fdatasync would succeed without the data, so it stays an error */
+    bool page_cache;   /* the disk is behind it, or may be: direct I/O to a file falls back to it here and there */
+    bool flush_failed; /* with it: a later fdatasync would succeed without the data, so it stays an error */
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by progress_ns */
     struct disk_io closing;
@@ -86,7 +86,7 @@ void disk_host_init(struct disk_host *host, struct uring *uring, int wake_fd);
 void disk_host_free(struct disk_host *host);
 
 void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
-               uint32_t memory_align_bytes, bool direct);
+               uint32_t memory_align_bytes, bool page_cache);
 /* An engine takes the disk. */
 void disk_adopt(struct vs_disk *disk, struct disk_host *host);
 /* Not on the data thread: it may take as long as the disk likes. */

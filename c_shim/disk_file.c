@@ -351,6 +351,7 @@ vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
     f->inline_io = probe->inline_io;
     f->may_block = probe->may_block;
     f->is_block_device = probe->is_block_device;
-    disk_init(&f->disk, &file_ops, probe->bytes, probe->logical_block_bytes, probe->memory_align_bytes, direct);
+    disk_init(&f->disk, &file_ops, probe->bytes, probe->logical_block_bytes, probe->memory_align_bytes,
+              !direct || !probe->is_block_device);
     return &f->disk;
 }

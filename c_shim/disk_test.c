@@ -289,7 +289,7 @@ static int take_effect(struct test_disk *t, struct disk_io *io)
     t->stamp++;
     if (io->kind == VS_DISK_FLUSH) {
         if (take_fault(t, io->kind, &error) && error) {
-            if (!t->disk.direct)
+            if (t->disk.page_cache)
                 lose(t, io->transferred);
             return -error;
         }
@@ -368,7 +368,7 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
     assert(logical_block_bytes >= 512 && logical_block_bytes <= 4096 && bytes % logical_block_bytes == 0);
     uint64_t count = bytes / logical_block_bytes;
     struct test_disk *t = checked(calloc(1, sizeof *t));
-    disk_init(&t->disk, &test_ops, bytes, logical_block_bytes, logical_block_bytes, true);
+    disk_init(&t->disk, &test_ops, bytes, logical_block_bytes, logical_block_bytes, false);
     pthread_mutex_init(&t->lock, NULL);
     t->references = 1;
     t->durable = checked(calloc(1, bytes));
@@ -382,7 +382,7 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
 void vs_test_disk_buffered(vs_disk *disk)
 {
     assert(!disk->host);
-    disk->direct = false;
+    disk->page_cache = true;
 }
 
 void vs_test_disk_record(vs_disk *disk, vs_test_record *record, uint32_t number)

@@ -164,6 +164,14 @@ MUTATIONS = [
         "faults.py::test_a_failed_flush_of_a_buffered_source_stays_an_error_until_a_switch",
     ),
     _m(
+        "failed-flush-of-a-direct-file-forgotten",
+        "an image file is behind the page cache, with direct I/O too",
+        "disk_file.c",
+        "!direct || !probe->is_block_device);",
+        "!direct);",
+        "file_disk.py::test_a_failed_flush_of_a_file_stays_an_error",
+    ),
+    _m(
         "failed-destination-flush-counts",
         "a failed destination flush degrades the mirror",
         "guest_flush.c",
