@@ -231,8 +231,8 @@ class Contract(RuleBasedStateMachine):
 
     @rule(blocks=st.integers(1, 24), slowly=st.booleans())
     def grow(self, blocks: int, slowly: bool) -> None:
-        """By no whole number of regions. `slowly`: what is new waits for its copy, and with it the region across
-        the old end."""
+        """By no whole number of regions. `slowly`: what is new waits for its copy, and with it the region
+        across the old end."""
         if self.growing is not None:
             return
         if slowly:
