@@ -46,6 +46,7 @@ struct disk_io {
     uint64_t transferred;
     size_t iov_taken; /* off the first of the iov that are left */
     int step;
+    uint64_t step_bytes; /* at most so much is zeroed in this step */
 };
 
 /* What an engine lends to its disks. */

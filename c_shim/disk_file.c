@@ -34,6 +34,10 @@
 #define ZERO_BYTES (64u << 10)
 #define ZERO_IOV 16
 static _Alignas(4096) uint8_t zeroes[ZERO_BYTES];
+/* A block device may have to write what it is told to zero, and within one call nobody sees it come on: so it is told
+ * so much at a time, and twice as much as long as that was quick. */
+#define ZERO_STEP_BYTES (1u << 20)
+#define ZERO_QUICK_NS 10000000u
 
 enum zero_step { ZERO_PUNCH, ZERO_RANGE, ZERO_WRITE };
 
@@ -51,6 +55,13 @@ static void stepped(struct disk_io *io, int result);
 
 /* A whole array of zeroes; shared, so nobody changes it. */
 static struct iovec zero_iov[ZERO_IOV] = {[0 ... ZERO_IOV - 1] = {zeroes, ZERO_BYTES}};
+
+/* Of a zeroing, what its next step is to cover. */
+static uint64_t zero_bytes(const struct disk_io *io)
+{
+    uint64_t left = io->length - io->transferred;
+    return left < io->step_bytes ? left : io->step_bytes;
+}
 
 static int zero_mode(int step)
 {
@@ -77,7 +88,7 @@ static int perform(const struct file_disk *f, const struct disk_io *io)
         break;
     default:
         if (io->step != ZERO_WRITE)
-            n = fallocate(f->fd, zero_mode(io->step), at, (off_t)left);
+            n = fallocate(f->fd, zero_mode(io->step), at, (off_t)zero_bytes(io));
         else if (left >= sizeof zeroes * ZERO_IOV)
             n = pwritev(f->fd, zero_iov, ZERO_IOV, at);
         else
@@ -110,7 +121,7 @@ static void prepare(const struct file_disk *f, struct disk_io *io, struct uring 
         break;
     default:
         if (io->step != ZERO_WRITE)
-            io_uring_prep_fallocate(sqe, f->fd, zero_mode(io->step), (off_t)at, (off_t)left);
+            io_uring_prep_fallocate(sqe, f->fd, zero_mode(io->step), (off_t)at, (off_t)zero_bytes(io));
         else if (left >= sizeof zeroes * ZERO_IOV)
             io_uring_prep_writev(sqe, f->fd, zero_iov, ZERO_IOV, at);
         else
@@ -161,6 +172,20 @@ static bool zero_fall_back(struct file_disk *f, struct disk_io *io, int error)
     return true;
 }
 
+/* A step that was no write. */
+static void zeroed(struct file_disk *f, struct disk_io *io)
+{
+    io->transferred += zero_bytes(io);
+    if (io->transferred == io->length) {
+        disk_complete(io, 0);
+        return;
+    }
+    if (f->disk.host->now_ns - io->progress_ns < ZERO_QUICK_NS)
+        io->step_bytes *= 2;
+    disk_progress(io);
+    issue(f, io);
+}
+
 static void stepped(struct disk_io *io, int result)
 {
     struct file_disk *f = container_of(io->disk, struct file_disk, disk);
@@ -175,8 +200,12 @@ static void stepped(struct disk_io *io, int result)
             disk_complete(io, result);
         return;
     }
-    if (io->kind == VS_DISK_FLUSH || (io->kind == VS_DISK_ZERO && io->step != ZERO_WRITE)) {
+    if (io->kind == VS_DISK_FLUSH) {
         disk_complete(io, 0);
+        return;
+    }
+    if (io->kind == VS_DISK_ZERO && io->step != ZERO_WRITE) {
+        zeroed(f, io);
         return;
     }
     if (result == 0) { /* the file is shorter than it was, or takes no more */
@@ -262,6 +291,7 @@ static void file_submit(struct vs_disk *disk, struct disk_io *io)
         io->job.start = start_job;
         io->job.over = job_over;
     }
+    io->step_bytes = f->is_block_device ? ZERO_STEP_BYTES : UINT64_MAX;
     if (io->kind == VS_DISK_ZERO)
         io->step = io->may_unmap && !f->no_punch ? ZERO_PUNCH : !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
     issue(f, io);

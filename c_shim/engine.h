@@ -172,7 +172,8 @@ struct vs_engine {
     struct list watches; /* every kick_watch whose poll is not over */
     uint64_t throttle_until_ns; /* stalled writes may be tried again then; 0: nothing waits for time */
     uint64_t throttled_since_ns, throttled_ns;
-    struct request *requests;
+    struct request *requests; /* REQUEST_SLOTS, of which so many were ever used */
+    unsigned requests_made;
     struct list free_requests;
     /* What is shown. */
     struct vs_queue_stats queue_stats[VS_MAX_QUEUES];

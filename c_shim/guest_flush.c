@@ -40,6 +40,10 @@ void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t gene
     w->since_ns = engine_now(e);
     list_append(&e->flush.waiters, &w->link);
     e->flush.waiting++;
+    if (w->owner) {
+        e->flush.guest_waiting++;
+        e->room = true; /* it counts as at work no more (REQUESTS_MAX) */
+    }
     e->flush.dirty = true;
 }
 
@@ -47,6 +51,8 @@ static void let_go(struct vs_engine *e, struct flush_waiter *w, int result)
 {
     list_remove(&w->link);
     e->flush.waiting--;
+    e->flush.guest_waiting -= w->owner != NULL;
+    e->flush.guest_released -= w->released;
     e->flush.answered_ns = engine_now(e);
     w->done(w, result);
 }
@@ -154,10 +160,12 @@ unsigned guest_flush_paused(const struct vs_engine *e, const void *owner)
     unsigned held = 0;
     if (!e->mirror.paused)
         return 0;
+    if (!owner)
+        return e->flush.guest_waiting - e->flush.guest_released;
     list_each(node, &e->flush.waiters)
     {
         const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        held += (!owner || w->owner == owner) && held_by_pause(e, w);
+        held += w->owner == owner && held_by_pause(e, w);
     }
     return held;
 }
@@ -171,6 +179,7 @@ unsigned guest_flush_release(struct vs_engine *e, const void *owner)
         if (w->owner != owner || !held_by_pause(e, w))
             continue;
         w->released = e->flush.dirty = true;
+        e->flush.guest_released++;
         released++;
     }
     return released;

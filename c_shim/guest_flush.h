@@ -30,6 +30,7 @@ struct flush_waiter {
 struct guest_flush {
     struct list waiters;
     unsigned waiting;
+    unsigned guest_waiting, guest_released; /* of these: a guest's, and those that no pause holds */
     bool dirty; /* something changed that may let waiters go */
     struct disk_io source_io, destination_io;
     bool source_in_flight, destination_in_flight;

@@ -10,9 +10,10 @@
 
 #include "shim.h"
 
-/* Requests taken up and not yet answered, over all queues: what no slot is
- * left for stays in its ring. */
+/* Requests that are at work, over all queues: what would be one more stays in its ring. Those that wait for durability
+ * do not count: a pause may hold whatever the rings hold, and reads are to go on. */
 #define REQUESTS_MAX 1024
+#define REQUEST_SLOTS (VS_MAX_QUEUES * VS_MAX_QUEUE_SIZE)
 /* Segments of one request as the guest laid them out, plus those that a region
  * border cuts in two. */
 #define REQUEST_IOV_MAX 160

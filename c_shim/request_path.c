@@ -36,10 +36,12 @@
 
 #include <errno.h>
 #include <linux/virtio_blk.h>
-#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "attachment.h"
+
+#define REQUESTS_BYTES (REQUEST_SLOTS * sizeof(struct request))
 
 static void source_done(struct disk_io *io);
 static void slot_granted(struct range_slot *slot);
@@ -51,23 +53,34 @@ int request_path_init(struct vs_engine *e)
     list_init(&e->free_requests);
     if (ring_alloc_init(&e->bounce, BOUNCE_BYTES, LOG_UNIT_BYTES, REQUESTS_MAX) < 0)
         return -ENOMEM;
-    e->requests = calloc(REQUESTS_MAX, sizeof *e->requests);
-    if (!e->requests)
-        return -ENOMEM;
-    for (unsigned i = REQUESTS_MAX; i-- > 0;) {
-        e->requests[i].engine = e;
-        list_push(&e->free_requests, &e->requests[i].link);
-    }
-    return 0;
+    e->requests = mmap(NULL, REQUESTS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (e->requests == MAP_FAILED)
+        e->requests = NULL;
+    return e->requests ? 0 : -ENOMEM;
+}
+
+/* One that was used before, else the next one of memory that was never touched: it costs as much as is in use. */
+static struct request *free_request(struct vs_engine *e)
+{
+    struct request *r;
+    if (!list_empty(&e->free_requests))
+        return container_of(e->free_requests.next, struct request, link);
+    if (e->requests_made == REQUEST_SLOTS)
+        return NULL;
+    r = &e->requests[e->requests_made++];
+    r->engine = e;
+    list_push(&e->free_requests, &r->link);
+    return r;
 }
 
 void request_path_free(struct vs_engine *e)
 {
     /* What still waits for durability is not answered: the guest has no promise, and will ask again. */
-    for (unsigned i = 0; e->requests && i < REQUESTS_MAX; i++)
+    for (unsigned i = 0; i < e->requests_made; i++)
         if (e->requests[i].table)
             mem_table_unpin(&e->requests[i].queue->attachment->memory, e->requests[i].table);
-    free(e->requests);
+    if (e->requests)
+        munmap(e->requests, REQUESTS_BYTES);
     ring_alloc_free(&e->bounce);
 }
 
@@ -78,7 +91,7 @@ static bool changes_content(uint32_t op)
 
 void request_path_mark_in_flight(struct vs_engine *e)
 {
-    for (unsigned i = 0; i < REQUESTS_MAX; i++)
+    for (unsigned i = 0; i < e->requests_made; i++)
         if (e->requests[i].table && changes_content(e->requests[i].blk.op))
             difference_mark(e, e->requests[i].blk.offset, e->requests[i].blk.length);
 }
@@ -104,14 +117,20 @@ static void log_written(struct request *r, uint8_t status)
     dirty_log_mark_host(log, r->table, r->blk.status, 1);
 }
 
+static void give_bounce(struct request *r)
+{
+    if (r->bounce)
+        ring_give(&r->engine->bounce, r->bounce_slot);
+    r->bounce = NULL;
+}
+
 static void finish(struct request *r, uint8_t status)
 {
     struct queue *q = r->queue;
     struct vs_engine *e = r->engine;
     op_stats_add(&e->queue_stats[q->index].op[r->blk.op], r->blk.length, engine_now(e) - r->taken_ns,
                  status != VIRTIO_BLK_S_OK);
-    if (r->bounce)
-        ring_give(&e->bounce, r->bounce_slot);
+    give_bounce(r);
     *(volatile uint8_t *)r->blk.status = status;
     if (q->attachment->features & FEATURE_LOG_ALL)
         log_written(r, status);
@@ -175,6 +194,7 @@ static void write_completed(struct request *r)
     if (e->mirror.state == VS_AHEAD)
         e->ahead.bytes += r->blk.length;
     if (r->write_through) {
+        give_bounce(r); /* it may wait for long, and others need the room */
         counts_flush_requested(&e->counts);
         guest_flush_wait(e, &r->flush, r->generation);
     } else {
@@ -448,10 +468,9 @@ static void start(struct request *r, int verdict)
 static int take_up(struct queue *q, uint16_t head)
 {
     struct vs_engine *e = q->attachment->engine;
-    struct list *node = e->free_requests.next;
-    struct request *r = container_of(node, struct request, link);
+    struct request *r;
     int verdict;
-    if (node == &e->free_requests)
+    if (e->requests_in_flight - e->flush.guest_waiting >= REQUESTS_MAX || !(r = free_request(e)))
         return 0;
     verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &e->limits);
     if (verdict < 0)
@@ -464,7 +483,7 @@ static int take_up(struct queue *q, uint16_t head)
         return 0;
     }
     virtqueue_take(&q->vq, head);
-    list_remove(node);
+    list_remove(&r->link);
     r->queue = q;
     r->head = head;
     r->table = mem_table_pin(&q->attachment->memory);

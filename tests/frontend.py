@@ -119,7 +119,8 @@ class Request:
     header_addr: int = 0
     payload_addr: int = 0
     payload_bytes: int = 0
-    payload_align: int = 16
+    payload_align: int = 4096
+    """Below a sector: it is aligned to that and to no more (large pieces of guest memory are, by themselves)."""
     memory: GuestMemory | None = None
     chain: list[Segment] = field(default_factory=list)
 
@@ -130,6 +131,10 @@ class Request:
     @property
     def ok(self) -> bool:
         return self.done and self.status == Status.OK
+
+    @property
+    def payload_shift(self) -> int:
+        return self.payload_align if self.payload_align < SECTOR_BYTES else 0
 
     def scribble(self, data: bytes, at: int = 0) -> None:
         """Overwrites the payload in guest memory, as a guest may do while the request is in flight."""
@@ -308,7 +313,8 @@ class Frontend:
         if size:
             request.payload_bytes = size
             request.payload_align = align
-            request.payload_addr = memory.alloc(size, align=align)
+            shift = request.payload_shift
+            request.payload_addr = memory.alloc(size + shift, align=align) + shift
             if payload:
                 memory.write(request.payload_addr, payload)
             for start, end in _split(size, segments):
@@ -365,7 +371,10 @@ class Frontend:
         """Gives a finished request's payload back to the allocator."""
         assert request.done
         if request.payload_bytes:
-            self.memory.free(request.payload_addr, request.payload_bytes, align=request.payload_align)
+            shift = request.payload_shift
+            self.memory.free(
+                request.payload_addr - shift, request.payload_bytes + shift, align=request.payload_align
+            )
             request.payload_bytes = 0
 
     def wait(self, *requests: Request, timeout_s: float | None = None) -> list[Request]:

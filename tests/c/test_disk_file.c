@@ -343,6 +343,31 @@ static void failed_flushes(void)
     }
 }
 
+/* A block device is told to zero a little at a time, so that it is seen to come on, and more as long as it is quick. */
+static void zeroing_of_block_devices(void)
+{
+    const uint64_t bytes = 64u << 20;
+    for (uint64_t takes_ns = 0; takes_ns <= 1000000000; takes_ns += 1000000000) {
+        struct vs_disk_probe probe = {bytes, 1, 512, 512, 512, 0, 512};
+        int fd = open(".", O_TMPFILE | O_RDWR, 0600);
+        struct call c = {0};
+        unsigned steps = 1;
+        CHECK_EQUAL(ftruncate(fd, (off_t)bytes), 0);
+        vs_disk *disk = vs_disk_file(fd, &probe, 0);
+        disk_adopt(disk, &host);
+        start(disk, &c, VS_DISK_ZERO, 0, bytes, NULL);
+        for (uint64_t seen = 0; !c.done; steps += c.io.transferred != seen && !c.done) {
+            seen = c.io.transferred;
+            host.now_ns += takes_ns;
+            turn();
+            CHECK(c.done || disk_oldest_ns(disk) == host.now_ns || c.io.transferred == seen);
+        }
+        CHECK_EQUAL(c.io.result, 0);
+        CHECK_EQUAL(steps, takes_ns ? 64 : 7); /* 1, 2, 4 … MiB */
+        disk_close(disk);
+    }
+}
+
 /* Which disks are behind it: all files, since direct I/O to a file goes through the page cache where it has to (zeroing a
  * part of a block, checksums), and block devices that are not opened for direct I/O. */
 static void failed_flushes_of_files(void)
@@ -433,6 +458,7 @@ int main(void)
     test("closed later", closed_later);
     test("failed flushes", failed_flushes);
     test("failed flushes of files", failed_flushes_of_files);
+    test("zeroing of block devices", zeroing_of_block_devices);
     test("iovecs", iovecs);
     test("latencies", latencies);
     CHECK_EQUAL(uring.in_flight, 1); /* the watch */

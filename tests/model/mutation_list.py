@@ -908,6 +908,39 @@ MUTATIONS = [
         "if (!g->running || g->flushing)",
         "bitmap_lost.py::test_a_disk_does_not_grow_by_what_no_bit_is_kept_of",
     ),
+    # -- what may not take from others --------------------------------------------------
+    _m(
+        "hole-zeroed-as-a-whole",
+        "a hole is zeroed in parts that count as any other",
+        "copier.c",
+        "        length = whole_regions(e, offset, run, source->end);",
+        "        length = find_run(e, offset, COPY_HOLE_BYTES, &offset, &large) ? large : 0;",
+        "holes.py::test_a_hole_is_zeroed_in_parts_and_no_more_of_them_at_once_than_of_any_others",
+    ),
+    _m(
+        "writes-wait-for-a-whole-hole",
+        "a write waits for one part of a hole at most",
+        "copier.c",
+        "        length = whole_regions(e, offset, run, source->end);",
+        "        length = find_run(e, offset, COPY_HOLE_BYTES, &offset, &large) ? large : 0;",
+        "holes.py::test_a_write_waits_for_one_part_of_the_hole",
+    ),
+    _m(
+        "held-flushes-count-as-at-work",
+        "paused: other writes and reads go on, however many flushes are held",
+        "request_path.c",
+        "if (e->requests_in_flight - e->flush.guest_waiting >= REQUESTS_MAX",
+        "if (e->requests_in_flight >= REQUESTS_MAX",
+        "pause.py::test_however_many_are_held_all_else_goes_on",
+    ),
+    _m(
+        "held-writes-keep-their-buffers",
+        "paused: other writes and reads go on, however many write-through writes are held",
+        "request_path.c",
+        "        give_bounce(r); /* it may wait",
+        "        (void)0; /* it may wait",
+        "pause.py::test_however_many_are_held_all_else_goes_on",
+    ),
     # -- power cuts (tests/powercut) ---------------------------------------------------------
     _m(
         "steady-without-the-confirmed",

@@ -78,6 +78,37 @@ def test_flushes_wait_for_a_mirror_and_all_else_goes_on() -> None:
         assert r.durable(second, 6) == pattern(6)
 
 
+@pytest.mark.parametrize("write_through", [False, True])
+def test_however_many_are_held_all_else_goes_on(write_through: bool) -> None:
+    """More requests than may be at work at once, and (since they are not aligned) more bytes than the backend's own
+    buffers take."""
+    with rig(queues=4, queue_size=1024, memory_bytes=64 * MIB) as r:
+        lose_destination(r)
+        r.transport.set_write_cache(not write_through)
+        requests = []
+        for queue in (1, 2, 3):
+            for number in range(160 if write_through else 330):
+                if write_through:
+                    data = pattern(number, 10)
+                    request = r.guest.write(number * BLOCK, data, queue=queue, align=16, kick=False)
+                else:
+                    request = r.guest.flush(queue=queue, kick=False)
+                requests.append(request)
+            r.guest.kick(queue)
+        r.driver.settle()
+        r.transport.set_write_cache(True)
+        assert held(r, *requests)
+        more = [r.guest.flush(queue=0) for _ in range(100)]
+        assert held(r, *requests, *more)
+        for queue in (0, 1):  # also behind those that are held
+            read = r.guest.read(0, 16 * BLOCK, queue=queue, align=16)
+            r.guest.wait(read)
+            assert read.ok
+            r.write_now(500 + queue, queue, queue=queue)
+        r.driver.mirror(r.other_disk())
+        released(r, *requests, *more)
+
+
 def test_a_flush_of_the_copy_is_not_confirmed_by_the_source_before_steady() -> None:
     """Not even one whose generation the steady flush is bound to cover: that flush may still fail."""
     with rig() as r:
