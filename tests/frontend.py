@@ -120,7 +120,7 @@ class Request:
     payload_addr: int = 0
     payload_bytes: int = 0
     payload_align: int = 4096
-    """Below a sector: it is aligned to that and to no more (large pieces of guest memory are, by themselves)."""
+    """Below a sector: it is aligned to that and to no more (large pieces of guest memory would be)."""
     memory: GuestMemory | None = None
     chain: list[Segment] = field(default_factory=list)
 

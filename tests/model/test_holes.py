@@ -21,6 +21,10 @@ def copied(r: Rig) -> int:
     return r.snapshot().copy_bytes_done
 
 
+def await_copied(r: Rig, count: int) -> None:
+    r.driver.until(lambda: copied(r) == count, "a part is zeroed")
+
+
 def test_a_hole_is_zeroed_in_parts_and_no_more_of_them_at_once_than_of_any_others() -> None:
     with rig(size_bytes=SIZE, copy_depth=DEPTH) as r:
         r.destination.load(0, b"rubbish!" * (SIZE // 8))
@@ -29,7 +33,7 @@ def test_a_hole_is_zeroed_in_parts_and_no_more_of_them_at_once_than_of_any_other
         await_zeroing(r, DEPTH)
         for parts in range(1, 4):
             assert r.destination.release(ZERO, 1) == 1
-            r.driver.until(lambda parts=parts: copied(r) == parts * MIB, "a part is zeroed")
+            await_copied(r, parts * MIB)
             await_zeroing(r, DEPTH)
         r.destination.release_all()
         r.driver.await_state(State.STEADY)

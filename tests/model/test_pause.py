@@ -80,8 +80,8 @@ def test_flushes_wait_for_a_mirror_and_all_else_goes_on() -> None:
 
 @pytest.mark.parametrize("write_through", [False, True])
 def test_however_many_are_held_all_else_goes_on(write_through: bool) -> None:
-    """More requests than may be at work at once, and (since they are not aligned) more bytes than the backend's own
-    buffers take."""
+    """More requests than may be at work at once, and (since they are not aligned) more bytes than the
+    backend's own buffers take."""
     with rig(queues=4, queue_size=1024, memory_bytes=64 * MIB) as r:
         lose_destination(r)
         r.transport.set_write_cache(not write_through)
