@@ -129,6 +129,8 @@ class BitmapFile:
                 if crashed:
                     # Until the engine has made its bits durable, they are those of the old boot.
                     header = replace(header, boot_id=found.boot_id)
+                if not (found.clean and record.clean):
+                    _warn_after_crash(path, record)
             else:
                 trust = Trust.FRESH
                 log.info("the dirty bitmap begins anew", path=str(path), reason=why)
@@ -241,6 +243,17 @@ def _read_header(fd: int) -> Header | str:
         return Header.decode(block)
     except ValueError as error:
         return f"its first block is of no use: {error}"
+
+
+def _warn_after_crash(path: Path, record: StateRecord) -> None:
+    """Only an end in order notes how both disks look: what the backend wrote last before a crash cannot be told
+    from what somebody else has written after it."""
+    assert record.peer is not None
+    log.warning(
+        "the last run did not end in order: the dirty bitmap is believed, though it cannot know what somebody "
+        "else has written to the disks since; if anybody has, cancel the mirror and start it with --full",
+        path=str(path), disk=record.current.path, peer=record.peer.path,
+    )  # fmt: skip
 
 
 def _why_not(

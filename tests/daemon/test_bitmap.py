@@ -89,6 +89,28 @@ def test_after_a_kill_only_what_may_differ_is_copied(disks: Disks) -> None:
     assert disks.equal()
 
 
+def test_a_start_after_a_crash_says_what_the_bitmap_cannot_know(disks: Disks) -> None:
+    """What somebody else writes between the two is believed to be equal, until it is verified."""
+    warning = "the last run did not end in order"
+    disks.mirrored_once()
+    with disks.serve() as served:
+        assert warning not in served.process.log.read_text()
+        disks.attach(served)
+        disks.settled(served)
+        served.kill()
+    with disks.destination.open("r+b") as file:
+        file.seek(100 * REGION)
+        file.write(b"somebody else")
+    with disks.serve() as served:
+        said = served.process.log.read_text()
+        assert warning in said and str(disks.destination) in said and "--full" in said
+        assert disks.attach(served) == (0, None)
+        served.qmp.execute("mirror-cancel")
+        served.start_mirror(disks.destination, full=True)
+        served.stop()
+    assert disks.equal()
+
+
 def test_a_kill_amid_the_first_copy_does_not_begin_it_anew(disks: Disks) -> None:
     with disks.serve() as served:
         served.qmp.execute("mirror-start", destination=str(disks.destination), speed=2 << 20)
