@@ -246,12 +246,13 @@ def _read_header(fd: int) -> Header | str:
 
 
 def _warn_after_crash(path: Path, record: StateRecord) -> None:
-    """Only an end in order notes how both disks look: what the backend wrote last before a crash cannot be told
-    from what somebody else has written after it."""
+    """Only an end in order notes how both disks look: what the backend wrote last before a crash cannot be
+    told from what somebody else has written after it."""
     assert record.peer is not None
     log.warning(
-        "the last run did not end in order: the dirty bitmap is believed, though it cannot know what somebody "
-        "else has written to the disks since; if anybody has, cancel the mirror and start it with --full",
+        "the last run did not end in order: the dirty bitmap is believed, though it cannot know what "
+        "somebody else has written to the disks since; if anybody has, cancel the mirror and start it with "
+        "--full",
         path=str(path), disk=record.current.path, peer=record.peer.path,
     )  # fmt: skip
 
