@@ -275,8 +275,8 @@ MUTATIONS = [
         "left-to-a-copy-that-has-begun",
         "rule 3: writes that complete after a copy's place was taken are captured and follow it",
         "replicator.c",
-        "return e->to_copy.dirty && dirty_map_all_dirty(",
-        "return e->mirror.state == VS_SYNCING || dirty_map_all_dirty(",
+        "return worth_nothing && e->to_copy.dirty && dirty_map_all_dirty(",
+        "return worth_nothing || dirty_map_all_dirty(",
         "order.py::test_a_write_during_the_read_of_its_region",
     ),
     _m(
@@ -498,8 +498,8 @@ MUTATIONS = [
         "discard-not-replicated",
         "rule 9: discard reads as zeroes afterwards on both disks",
         "replicator.c",
-        "return e->to_copy.dirty && dirty_map_all_dirty(",
-        "return entry->kind == LOG_ZERO || dirty_map_all_dirty(",
+        "return worth_nothing && e->to_copy.dirty && dirty_map_all_dirty(",
+        "return entry->kind == LOG_ZERO || (worth_nothing && e->to_copy.dirty) || dirty_map_all_dirty(",
         "order.py::test_zeroing_takes_turns_with_writes",
     ),
     _m(
