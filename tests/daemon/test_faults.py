@@ -372,7 +372,7 @@ def test_flushes_fail_while_the_record_cannot_be_written(work: Path) -> None:
             found = served.mirror()
             assert found["state"] == "degraded" and "cannot be written" in found["last-error"]
             assert found["flushes-fail"] and "cannot be written" in found["record-error"]
-            assert "vhostsync_flushes_fail 1" in scraped(work / "metrics")
+            assert 'vhostsync_flushes_fail{vm="vm"} 1\n' in scraped(work / "metrics")
             with pytest.raises(QmpError, match="it cannot be written"):
                 served.qmp.execute("mirror-start", destination=str(image(work / "c.img", 64)))
             ballast.unlink()
@@ -380,7 +380,7 @@ def test_flushes_fail_while_the_record_cannot_be_written(work: Path) -> None:
             assert b'"outdated"' in record.read_bytes()
             found = served.mirror()
             assert (found["flushes-fail"], found["record-error"]) == (False, None)
-            assert "vhostsync_record_unwritable 0" in scraped(work / "metrics")
+            assert 'vhostsync_record_unwritable{vm="vm"} 0\n' in scraped(work / "metrics")
             served.qmp.execute("mirror-start", destination=str(work / "c.img"))
             served.await_steady()
             guest.close()
