@@ -348,7 +348,7 @@ static void zeroing_of_block_devices(void)
 {
     const uint64_t bytes = 64u << 20;
     for (uint64_t takes_ns = 0; takes_ns <= 1000000000; takes_ns += 1000000000) {
-        struct vs_disk_probe probe = {bytes, 1, 512, 512, 512, 0, 512};
+        struct vs_disk_probe probe = {bytes, 1, 512, 512, 512, 0, 512, 0};
         int fd = open(".", O_TMPFILE | O_RDWR, 0600);
         struct call c = {0};
         unsigned steps = 1;
@@ -374,7 +374,7 @@ static void failed_flushes_of_files(void)
 {
     for (int is_block_device = 0; is_block_device < 2; is_block_device++)
         for (int is_direct = 0; is_direct < 2; is_direct++) {
-            struct vs_disk_probe probe = {BYTES, (uint32_t)is_block_device, 512, 512, 512, 0, 512};
+            struct vs_disk_probe probe = {BYTES, (uint32_t)is_block_device, 512, 512, 512, 0, 512, 0};
             int file = open(".", O_TMPFILE | O_RDWR, 0600), fd = dup(file), ends[2];
             vs_disk *disk = vs_disk_file(fd, &probe, is_direct);
             CHECK(disk != NULL);
