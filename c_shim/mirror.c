@@ -230,7 +230,7 @@ uint64_t mirror_deadline_ns(const struct vs_engine *e)
 /* A disk that is left behind with such ranges is no mirror of the other: they may differ there for ever. */
 static bool ranges_forbid(const struct vs_engine *e, uint32_t flags)
 {
-    return (e->doubt.count || e->unreadable.count) && flags != VS_EXCHANGE_ACCEPT;
+    return (e->doubt.count || e->unreadable.count) && (flags & ~VS_EXCHANGE_DIFFERENT) != VS_EXCHANGE_ACCEPT;
 }
 
 int mirror_exchange(struct vs_engine *e, uint32_t flags)
@@ -242,6 +242,8 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
         return -ENOTCONN;
     if (e->gate != GATE_CLOSED || ranges_forbid(e, flags) || (keep && !e->counts.source_flush_known))
         return -EBUSY;
+    if (m->differs && !(flags & VS_EXCHANGE_DIFFERENT))
+        return -EBADE;
     if (e->source->stats.in_flight || m->disk->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */
     assert((e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log));

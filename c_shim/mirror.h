@@ -48,7 +48,7 @@ struct mirror {
     uint64_t steady_epoch, steady_capture_epoch;
     /* on_destination_error=pause: a steady destination was lost, and none has become steady since. Whoever waits for
      * durability waits on, in whatever state (guest_flush.c). */
-    bool differs; /* found by a verification; nothing but the control plane knows when that ends */
+    bool differs; /* found by a verification (from then on); nothing but the control plane knows when that ends */
     bool paused;
     uint64_t paused_since_ns, pause_released;
 };

@@ -184,7 +184,8 @@ enum vs_command_kind {
                                * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
     VS_CMD_FAILOVER_GIVE_UP,  /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
     VS_CMD_PEER_DIFFERS,      /* value 1: a verification has found the destination different, so it stands in for the source
-                               * in nothing (vs_engine_config.read_fallback, switch_on_source_error); 0: not any more */
+                               * in nothing (vs_engine_config.read_fallback, switch_on_source_error, VS_CMD_EXCHANGE), as
+                               * from when one that runs finds so; 0: not any more */
     VS_CMD_DISK_FD,           /* value: role; the event's value is a descriptor of the open disk, which the caller closes */
     VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after its end */
 };
@@ -196,7 +197,8 @@ enum vs_start_flags {
 
 enum vs_exchange_flags {
     VS_EXCHANGE_KEEP = 1,  /* keeps the mirror: the roles swap */
-    VS_EXCHANGE_ACCEPT = 2 /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
+    VS_EXCHANGE_ACCEPT = 2, /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
+    VS_EXCHANGE_DIFFERENT = 4 /* although a verification has found the destination different; else -EBADE */
 };
 
 struct vs_region {

@@ -180,6 +180,8 @@ static uint64_t list_differences(struct compare *c)
         found += block;
     }
     e->verifier.bytes_differing += found;
+    if (found)
+        e->mirror.differs = true;
     return found;
 }
 

@@ -419,28 +419,33 @@ class Engine:
     async def ungate(self) -> None:
         await self.command(lib.VS_CMD_UNGATE, "letting the guest's requests go on")
 
-    async def exchange(self, *, keep_mirror: bool, accept_unreadable: bool = False) -> int:
+    async def exchange(
+        self, *, keep_mirror: bool, accept_unreadable: bool = False, accept_different: bool = False
+    ) -> int:
         """Change the disks' roles and open the gate; returns the guest's pause in nanoseconds. EngineError:
-        the gate stays closed."""
+        the gate stays closed. EBADE: a verification has found meanwhile that the disks differ."""
         flags = lib.VS_EXCHANGE_KEEP * keep_mirror | lib.VS_EXCHANGE_ACCEPT * accept_unreadable
+        flags |= lib.VS_EXCHANGE_DIFFERENT * accept_different
         return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags)
 
-    async def gate_and_exchange(self, allowed_us: int, mark: Mark | None, *, keep_mirror: bool) -> int:
+    async def gate_and_exchange(
+        self, allowed_us: int, mark: Mark | None, *, keep_mirror: bool, accept_different: bool = False
+    ) -> int:
         """Both, with nothing of ours between them, for the guest waits; the mark is stored with the exchange.
         EngineError of the one that failed: as there. Cancelled: the gate is open."""
+        flags = lib.VS_EXCHANGE_KEEP * keep_mirror | lib.VS_EXCHANGE_DIFFERENT * accept_different
         if mark is None:
-            return await self._gate_and_exchange(allowed_us, 0, 0, keep_mirror=keep_mirror)
+            return await self._gate_and_exchange(allowed_us, flags, 0, 0)
         # Given back whatever happens: an exception would keep it, and the memory could not be closed.
         with ffi.from_buffer("uint64_t *", mark.memory, require_writable=True) as memory:
             at = int(ffi.cast("uintptr_t", memory))
-            return await self._gate_and_exchange(allowed_us, at, mark.value, keep_mirror=keep_mirror)
+            return await self._gate_and_exchange(allowed_us, flags, at, mark.value)
 
-    async def _gate_and_exchange(self, allowed_us: int, at: int, value: int, *, keep_mirror: bool) -> int:
+    async def _gate_and_exchange(self, allowed_us: int, flags: int, at: int, value: int) -> int:
         gate = self._submit(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
         exchange = self._submit(
-            lib.VS_CMD_EXCHANGE, "exchanging the disks", value=lib.VS_EXCHANGE_KEEP * keep_mirror,
-            desc=at, used=value,
-        )  # fmt: skip
+            lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags, desc=at, used=value
+        )
         try:
             await gate.done.wait()
         except anyio.get_cancelled_exc_class():

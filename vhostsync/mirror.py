@@ -472,8 +472,9 @@ class Mirror:
         await self._engine.mirror_speed(bytes_per_s)
         self._speed_bytes_per_s = bytes_per_s
 
-    async def note_verified(self, *, different: bool) -> None:
-        """A verification has found so: one that differs is switched to only if that is accepted."""
+    async def note_verified(self, *, different: bool | None) -> None:
+        """A verification has found so: one that differs is switched to only if that is accepted. None: it has
+        found nothing that lasts."""
         await self._keeper.note_verified(different=different)
 
     # ---- the switch ------------------------------------------------------------------

@@ -102,6 +102,11 @@ class RecordKeeper:
             with anyio.CancelScope(shield=True):
                 yield
 
+    def switched(self, *, keep_mirror: bool) -> StateRecord:
+        """The record for after an exchange, with what could not be written yet."""
+        record = self.record.with_difference(self.different_since)
+        return record.switched(keep_mirror=keep_mirror, since=timestamp())
+
     async def prepare_switch(self, switched: StateRecord) -> Prepared | None:
         """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
         error, too, `take_back`. StateRecordError."""
@@ -321,11 +326,12 @@ class RecordKeeper:
             told = True
             await anyio.sleep(RETRY_S)
 
-    async def note_verified(self, *, different: bool) -> None:
-        """A verification has found so. What forbids a switch holds on return; the record follows."""
+    async def note_verified(self, *, different: bool | None) -> None:
+        """A verification has found so (None: nothing that lasts). What forbids a switch holds on return; the
+        record follows."""
         if different and self.record.peer is not None:
             self.different_since = self.different_since or timestamp()
-        else:
+        elif different is not None:
             self.different_since = None
         await self._engine.peer_differs(self.different_since is not None)
         self._verified.set()

@@ -22,7 +22,7 @@ import structlog
 from vhostsync import events
 from vhostsync.bitmap import BitmapFile
 from vhostsync.engine import Engine, bitmap_file_bytes
-from vhostsync.errors import ConfigError, EngineError, MirrorError
+from vhostsync.errors import ConfigError, EngineError, MirrorError, StateRecordError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
@@ -60,11 +60,23 @@ class Resizer:
             try:
                 await self._engine.grow(capacity, source_bytes, destination_bytes)
             except EngineError as error:
-                await self._mirror.record_capacity(self._device.shape.capacity_bytes)
+                await self._take_back()
                 raise MirrorError(f"the disk stays as large as it is: {error}") from error
+            except anyio.get_cancelled_exc_class():  # by a switch from a failed source, or the end
+                await self._take_back()
+                raise
             with anyio.CancelScope(shield=True):  # the engine takes requests for it already
                 await self._tell(capacity, bitmap)
             return capacity
+
+    async def _take_back(self) -> None:
+        """The record says the old size, or the next start would show the guest the new one. One that cannot
+        be written leaves it so: both disks have the room."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._mirror.record_capacity(self._device.shape.capacity_bytes)
+            except StateRecordError as error:
+                log.error("after a restart the guest's disk will have grown", error=str(error))
 
     async def _tell(self, capacity: int, bitmap: BitmapFile | None) -> None:
         if bitmap is not None:

@@ -23,7 +23,6 @@ from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.roles import Roles
 from vhostsync.state_file import Mark, Prepared
-from vhostsync.state_record import timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -48,12 +47,7 @@ class Switch:
                 how = "the destination was too slow and catches up by itself; wait until it is steady"
             raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
         if self._keeper.different_since is not None and not plan.accept_different:
-            raise SwitchError(
-                f"a verification has found that {self._roles.destination_path} differs from the guest's disk "
-                f"(known since {self._keeper.different_since}); mend it (verify --repair), verify "
-                f"that it is equal by now, or copy everything anew (mirror cancel, mirror start --full); or "
-                f"move the guest there all the same (switch --accept-different)"
-            )
+            raise SwitchError(self._different(f"known since {self._keeper.different_since}"))
         bad = BadRanges.of(await self._engine.snapshot())
         bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
 
@@ -70,13 +64,28 @@ class Switch:
                 f"pause or deadline"
             ) from error
         except VhostsyncError as error:
-            raise self._failed(_why(error)) from error
+            raise self._failed(self._why(error)) from error
         except anyio.get_cancelled_exc_class():
             self._failed("the source has failed, and the switch from it goes first; or the backend ends")
             raise
         log.info("switched", **asdict(result))
         self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
         return result
+
+    def _different(self, when: str) -> str:
+        return (
+            f"a verification has found that {self._roles.destination_path} differs from the guest's disk "
+            f"({when}); mend it (verify --repair), verify that it is equal by now, or copy everything anew "
+            f"(mirror cancel, mirror start --full); or move the guest there all the same (switch "
+            f"--accept-different)"
+        )
+
+    def _why(self, error: VhostsyncError) -> str:
+        if isinstance(error, EngineError) and error.errno == errno.ENOTCONN:
+            return "the mirror did not stay steady meanwhile (`status` says why); try again when it is steady"
+        if isinstance(error, EngineError) and error.errno == errno.EBADE:
+            return self._different("just now: query-verify says where")
+        return str(error)
 
     def _failed(self, reason: str) -> SwitchError:
         log.warning("switch failed", reason=reason)
@@ -125,7 +134,7 @@ class Switch:
         switched: Switched | None = None
         try:
             prepared = await self._keeper.prepare_switch(
-                self._keeper.record.switched(keep_mirror=plan.keep_mirror, since=timestamp())
+                self._keeper.switched(keep_mirror=plan.keep_mirror)
             )
             if plan.accept_unreadable or (prepared is not None and prepared.mark is None):
                 switched = await self._step_by_step(prepared, plan)
@@ -142,8 +151,9 @@ class Switch:
         """While the guest is held, nothing is done here, and no disk waited for."""
         try:
             pause_ns = await self._engine.gate_and_exchange(
-                int(plan.max_pause_ms * 1000), mark, keep_mirror=plan.keep_mirror
-            )
+                int(plan.max_pause_ms * 1000), mark, keep_mirror=plan.keep_mirror,
+                accept_different=plan.accept_different,
+            )  # fmt: skip
             return Switched(pause_ns, BadRanges())
         except EngineError as error:
             with anyio.CancelScope(shield=True):
@@ -185,17 +195,12 @@ class Switch:
             if prepared is not None:
                 await anyio.to_thread.run_sync(prepared.rename)
             pause_ns = await self._engine.exchange(
-                keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable
-            )
+                keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable,
+                accept_different=plan.accept_different,
+            )  # fmt: skip
             return Switched(pause_ns, accepted)
         except VhostsyncError:
             # First the record: what the guest writes from here on goes to the disk that it is to name again.
             await self._keeper.take_back(prepared)
             await self._engine.ungate()
             raise
-
-
-def _why(error: VhostsyncError) -> str:
-    if isinstance(error, EngineError) and error.errno == errno.ENOTCONN:
-        return "the mirror did not stay steady meanwhile (`status` says why); try again when it is steady"
-    return str(error)

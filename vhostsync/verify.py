@@ -49,7 +49,7 @@ class VerifyStatus:
 class Listener(Protocol):
     """Who has to know what was found (mirror.py)."""
 
-    def note_verified(self, *, different: bool) -> Awaitable[None]: ...
+    def note_verified(self, *, different: bool | None) -> Awaitable[None]: ...
 
 
 class Verifier:
@@ -120,7 +120,10 @@ class Verifier:
             if self._over is not None:
                 await self._report_end()
             elif self._state is VerifyState.RUNNING:
-                self._hub.publish(events.VERIFY_PROGRESS, _event_data(await self.status()))
+                found = await self.status()
+                if found.bytes_differing and not self._repair:  # the engine trusts it no more already
+                    await self._listener.note_verified(different=True)
+                self._hub.publish(events.VERIFY_PROGRESS, _event_data(found))
                 with anyio.move_on_after(PROGRESS_S):
                     await changed.wait()
                 continue
@@ -142,6 +145,8 @@ class Verifier:
             await self._listener.note_verified(different=False)
         elif found.bytes_differing > found.bytes_repaired:  # also where it has not come to the end
             await self._listener.note_verified(different=True)
+        else:  # what was found was repaired; of the rest of the disk nothing is known
+            await self._listener.note_verified(different=None)
         found = await self.status()
         say = log.error if found.bytes_differing else log.info
         say(

@@ -14,9 +14,9 @@ from tests.guest.qmp_client import QmpError
 ROTTEN = 9 * MIB
 
 
-def rot(disk: Path) -> None:
+def rot(disk: Path, offset: int = ROTTEN) -> None:
     with disk.open("r+b", buffering=0) as file:
-        file.seek(ROTTEN)
+        file.seek(offset)
         file.write(b"rot")
 
 
@@ -97,6 +97,49 @@ def test_a_switch_to_what_differs_is_refused_until_it_is_mended(work: Path) -> N
         result = served.qmp.execute("switch", keep_mirror=True, accept_different=True)
         assert result["source-path"] == str(destination)
         assert served.mirror()["different-since"] is not None, "the old disk differs as well"
+        served.stop()
+
+
+@pytest.mark.parametrize("accept_unreadable", [False, True], ids=["at once", "step by step"])
+def test_what_a_running_one_has_found_stands_in_the_way_of_a_switch(
+    work: Path, accept_unreadable: bool
+) -> None:
+    """And is remembered over a kill, though it has not come to its end."""
+    source, destination = image(work / "a.img", filled_mib=12), image(work / "b.img")
+    with Served(work, source) as served:
+        served.start_mirror(destination)
+        rot(destination, 0)
+        served.qmp.execute("verify", speed=MIB)
+        await_true(lambda: served.qmp.execute("query-verify")["bytes-differing"] > 0, "it is found")
+        with pytest.raises(QmpError, match=r"a verification has found that .*b\.img differs"):
+            served.qmp.execute("switch", accept_unreadable=accept_unreadable)
+        assert served.qmp.execute("query-verify")["state"] == "running"
+        assert served.qmp.execute("query-status")["disk"] == str(source)
+        await_true(lambda: served.mirror()["different-since"] is not None, "status shows it")
+
+        def recorded() -> bool:
+            record = served.record()
+            return record is not None and record.different_since is not None
+
+        await_true(recorded, "it is recorded")
+        served.kill()
+    with Served(work, source) as served:
+        assert served.mirror()["different-since"] is not None or served.mirror()["full-copy-reason"]
+        served.stop()
+
+
+def test_a_repair_that_is_cancelled_leaves_no_hindrance_where_all_that_it_found_is_repaired(
+    work: Path,
+) -> None:
+    source, destination = image(work / "a.img", filled_mib=12), image(work / "b.img")
+    with Served(work, source) as served:
+        served.start_mirror(destination)
+        rot(destination, 0)
+        served.qmp.execute("verify", repair=True, speed=MIB)
+        await_true(lambda: served.qmp.execute("query-verify")["bytes-repaired"] > 0, "it is repaired")
+        served.qmp.execute("verify-cancel")
+        assert served.qmp.wait_event("VERIFY_COMPLETED", 30)["state"] == "cancelled"
+        served.qmp.execute("switch")
         served.stop()
 
 

@@ -1125,6 +1125,22 @@ MUTATIONS = [
         "e->mirror.state == VS_STEADY &&",
         "read_fallback.py::test_nothing_of_a_destination_that_is_known_to_differ",
     ),
+    _m(
+        "found-and-trusted",
+        "what a verification finds is trusted no more from then on, not from its end on",
+        "verifier.c",
+        "    if (found)\n        e->mirror.differs = true;",
+        "",
+        "verify.py::test_the_guest_is_not_moved_to_what_one_that_runs_has_found_different",
+    ),
+    _m(
+        "exchange-for-what-differs",
+        "no guest is moved to a destination that a verification has found different, unless that is accepted",
+        "mirror.c",
+        "    if (m->differs && !(flags & VS_EXCHANGE_DIFFERENT))\n        return -EBADE;",
+        "",
+        "verify.py::test_the_guest_is_not_moved_to_what_one_that_runs_has_found_different",
+    ),
     # -- the data thread waits for nobody ------------------------------------------
     _m(
         "closes-by-itself",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vhostsync.events import EventHub
 from vhostsync.mirror_state import MirrorState
 from vhostsync.resize import Resizer
 from vhostsync.source_failover import SourceFailover
+from vhostsync.state_record import GuestDisk
 from vhostsync.turns import Turns
 from vhostsync.verify import Verifier
 from vhostsync.virtio_blk import BlkDevice, DeviceShape
@@ -147,6 +149,9 @@ def test_before_a_growth_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         over = anyio.Event()
         it.first.load(SIZE, b"new" * 4096)
         it.first.hold(READ)
+        keeper = it.mirror._keeper
+        async with keeper.lock:
+            keeper.record = replace(keeper.record, guest=GuestDisk(SIZE, 512, 512, 512))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(given_up, partial(resizer(it).resize, None), over)
             await until(lambda: it.first.held(READ) > 0)
@@ -158,6 +163,8 @@ def test_before_a_growth_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert write.ok
         await moved(it)
         assert it.engine.config.capacity_bytes == SIZE
+        guest = it.record().guest
+        assert guest is not None and guest.capacity_bytes == SIZE, "a restart would show the new size"
         beyond = await it.guest_does(partial(it.guest.write_now, SIZE, pattern(3)))
         assert not beyond.ok, "the disk has grown, though nobody was told"
 

@@ -277,6 +277,28 @@ def test_a_switch_that_keeps_the_mirror_does_not_end_it() -> None:
         r.assert_same_content()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_guest_is_not_moved_to_what_one_that_runs_has_found_different(keep: bool) -> None:
+    with rig(size_bytes=SIZE, mirrored=True, switch_on_source_error=True) as r:
+        r.write_now(0, 1)
+        r.driver.settle()
+        r.destination.load(0, b"x" * BLOCK)
+        verify(r, speed=MIB)
+        r.driver.until(lambda: found(r)[2] > 0, "it is found")
+        r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=int(keep))
+        r.gate()
+        r.exchange(keep=keep, expect=errno.EBADE)
+        r.driver.call(lib.VS_CMD_UNGATE)
+        r.source.fault(DiskOp.WRITE, errno.EIO)
+        write = r.write(1, 2)
+        r.guest.wait(write)
+        assert not write.ok, "it is left for a disk that differs"
+        r.write_now(1, 2)
+        r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=int(keep))
+        r.gate()
+        r.driver.call(lib.VS_CMD_EXCHANGE, value=lib.VS_EXCHANGE_KEEP * keep | lib.VS_EXCHANGE_DIFFERENT)
+
+
 def test_the_speed_is_limited() -> None:
     with rig(size_bytes=SIZE, mirrored=True) as r:
         r.write_now(0, 1)
