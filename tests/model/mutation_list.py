@@ -3,26 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from tests.model.mutation import Mutation
+from tests.model.mutation import mutation as _m
+from tests.model.mutation_list_python import PYTHON
 
-
-@dataclass(frozen=True)
-class Mutation:
-    name: str
-    rule: str
-    """What docs/durability.md says, in short."""
-    file: str
-    """In c_shim/."""
-    old: str
-    new: str
-    test: str
-    """pytest's name of the test."""
-
-
-def _m(name: str, rule: str, file: str, old: str, new: str, test: str) -> Mutation:
-    path = test if "/" in test else f"model/test_{test}"
-    return Mutation(name, rule, file, old, new, f"tests/{path}")
-
+__all__ = ["MUTATIONS", "Mutation"]
 
 MUTATIONS = [
     # -- the counts ----------------------------------------------------------------
@@ -1158,4 +1143,6 @@ MUTATIONS = [
         "write(bell->fd, &bell->one, sizeof bell->one) > 0",
         "rings/test_notification.py::test_a_call_that_is_full_and_blocks_stops_nobody[eventfd]",
     ),
+    # -- which disk may be served, and what is known of it --------------------------
+    *PYTHON,
 ]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rule of docs/durability.md broken on purpose, one at a time, in the C core: a quick test must notice.
+"""Each rule of docs/durability.md broken on purpose, one at a time, in the C core or in Python: a quick test
+must notice.
 
     python -m tests.model.mutations [-j N] [name ...]
 
 A copy of the tree is built in a temporary folder for each worker. A mutation replaces one exact piece of text
-in one C file (it must be there exactly once, so that a mutation which the code has outgrown is noticed), the
-extension is built, and the named test is run, which must fail: by an assertion of its own, by one of the
-engine's, or by its time limit. Needs meson, ninja and a C compiler, as the build does.
+in one file of c_shim or vhostsync (it must be there exactly once, so that a mutation which the code has
+outgrown is noticed), the extension is built, and the named test is run, which must fail: by an assertion of
+its own, by one of the engine's, or by its time limit. Needs meson, ninja and a C compiler, as the build does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.model.mutation_list import MUTATIONS, Mutation
+from tests.model.mutation import Mutation
+from tests.model.mutation_list import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
@@ -38,11 +40,15 @@ COPIED = (
 )
 LIMIT_S = 180
 
-# An editable install puts a finder of its own before sys.path; here the copied tree alone is wanted.
-RUN = """
+# Python runs this first, also in the processes that a test starts: an editable install puts a finder of its
+# own before sys.path, and here the copied tree alone is wanted.
+SITE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "eson" not in type(finder).__name__]
-sys.path.insert(0, sys.argv[1])
+"""
+
+RUN = """
+import sys
 import vhostsync._shim
 assert vhostsync._shim.__file__.startswith(sys.argv[1]), vhostsync._shim.__file__
 import pytest
@@ -67,6 +73,7 @@ class Workshop:
                 )
             elif source.exists():
                 shutil.copy2(source, folder / name)
+        (folder / "sitecustomize.py").write_text(SITE)
         self._build_tool(
             "-m",
             "mesonbuild.mesonmain",
@@ -92,21 +99,24 @@ class Workshop:
         shutil.copy2(built, self.folder / "vhostsync")
 
     def test(self, tests: Sequence[str]) -> tuple[int, str]:
-        """pytest's exit status (negative: killed by a signal) and the end of what it said."""
+        """pytest's exit status (negative: killed by a signal) and what it said."""
         command = [sys.executable, "-c", RUN, os.fspath(self.folder)]
         command += ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-o", "timeout=40", *tests]
-        environment = dict(os.environ, VHOSTSYNC_TEST_TIMEOUT_S="2", PYTHONDONTWRITEBYTECODE="1")
+        environment = dict(
+            os.environ, PYTHONPATH=os.fspath(self.folder), VHOSTSYNC_TEST_TIMEOUT_S="2",
+            PYTHONDONTWRITEBYTECODE="1",
+        )  # fmt: skip
         try:
             done = subprocess.run(
                 command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
             )
         except subprocess.TimeoutExpired:
             return -1, "time limit"
-        return done.returncode, (done.stdout + done.stderr)[-2000:]
+        return done.returncode, done.stdout + done.stderr
 
     def try_out(self, mutation: Mutation) -> str | None:
         """How the mutation was caught, or None: it was not. MutationError."""
-        path = self.folder / "c_shim" / mutation.file
+        path = self.folder / mutation.file
         text = path.read_text()
         if text.count(mutation.old) != 1:
             raise MutationError(f"its text is in {mutation.file} {text.count(mutation.old)} times, not once")
@@ -117,7 +127,7 @@ class Workshop:
         finally:
             path.write_text(text)
         if status not in (0, 1) and status > 0:
-            raise MutationError(f"{mutation.test} could not be run:\n{said}")
+            raise MutationError(f"{mutation.test} could not be run:\n{said[-2000:]}")
         return _reason(status, said) if status != 0 else None
 
 
@@ -141,7 +151,7 @@ def run(mutations: Sequence[Mutation], workers: int) -> list[str]:
         status, said = sound.test(sorted({mutation.test for mutation in mutations}))
         workshops.put(sound)
         if status != 0:
-            return [f"the tests fail without any mutation:\n{said}"]
+            return [f"the tests fail without any mutation:\n{said[-2000:]}"]
 
         def one(mutation: Mutation) -> str | None:
             workshop = workshops.get()

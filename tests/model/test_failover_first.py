@@ -284,16 +284,19 @@ def test_who_goes_first_waits_until_the_other_has_undone_it_and_no_third_comes_b
             await turns.free()
             order.append("free")
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(command)
-            await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(waits)
-            tasks.start_soon(first)
-            await anyio.wait_all_tasks_blocked()
-            with pytest.raises(MirrorError, match="resize has to wait: a failover is under way"):
-                async with turns.take("resize"):
-                    raise AssertionError
-            undone.set()
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(command)
+                await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(waits)
+                tasks.start_soon(first)
+                await anyio.wait_all_tasks_blocked()
+                try:
+                    with pytest.raises(MirrorError, match="resize has to wait: a failover is under way"):
+                        async with turns.take("resize"):
+                            raise AssertionError
+                finally:
+                    undone.set()
         assert order == ["undone", "first", "free"]
 
     anyio.run(scene)

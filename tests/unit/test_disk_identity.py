@@ -59,6 +59,7 @@ def test_within_a_boot_the_number_of_the_device_is_good() -> None:
     assert FUSE.likeness(replace(FUSE, bytes=2)) is Likeness.SAME
     assert FUSE.likeness(replace(FUSE, inode=13)) is Likeness.OTHER
     assert FUSE.likeness(replace(FUSE, path="/moved")) is Likeness.UNSURE, "another may have its number"
+    assert FUSE.likeness(replace(FUSE, boot_id=TUESDAY)) is Likeness.UNSURE, "and so may a device"
     marked = replace(FUSE, mark="m")
     assert marked.likeness(replace(marked, path="/moved")) is Likeness.SAME
 

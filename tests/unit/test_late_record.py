@@ -10,6 +10,7 @@ import pytest
 from tests.unit.disk_fakes import B
 from tests.unit.test_state_record import failing
 from vhostsync import disks
+from vhostsync.config import Answer
 from vhostsync.disks import Disk
 from vhostsync.engine import probe
 from vhostsync.errors import StateRecordError
@@ -33,9 +34,9 @@ def left_by(disk: Disk, record: StateRecord) -> StateRecord:
     return record.detached(now, record.peer, record.spared)
 
 
-def start(path: Path, disk: Disk, step: str = "write_durable") -> StateFile:
+def start(path: Path, disk: Disk, step: str = "write_durable", answer: Answer | None = None) -> StateFile:
     state_file = StateFile(path, files=failing(step, 28))
-    found, record = check_record(state_file, disk)
+    found, record = check_record(state_file, disk, answer)
     follow_record(state_file, found, record, disk, None)
     return state_file
 
@@ -70,6 +71,16 @@ def test_where_something_waits_for_it_the_start_is_refused(tmp_path: Path, disk:
     StateFile(path).prepare_announcement(steady, steady.switched(keep_mirror=False)).commit()
     with pytest.raises(StateRecordError, match="speaks of a switch"):
         start(path, disk)
+
+
+def test_a_promotion_that_cannot_be_written_is_refused(tmp_path: Path, disk: Disk) -> None:
+    """What is there would go on to name the disk that was given up, and refuse this one."""
+    path = tmp_path / "record"
+    former = StateRecord.first(B).with_peer(disk.identity).with_worth(Worth.OUTDATED, "then")
+    StateFile(path).write(former)
+    with pytest.raises(StateRecordError, match="what is there calls /disks/b the current disk"):
+        start(path, disk, answer=Answer.PROMOTE)
+    assert StateFile(path).load() == former
 
 
 def test_any_record_that_is_written_ends_it(tmp_path: Path, disk: Disk) -> None:

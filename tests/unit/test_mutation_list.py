@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.mutation_list import MUTATIONS, Mutation
+from tests.model.mutation import Mutation
+from tests.model.mutation_list import MUTATIONS
 
-SOURCES = Path(__file__).parents[2] / "c_shim"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_its_text_is_there_once(mutation: Mutation) -> None:
-    assert (SOURCES / mutation.file).read_text().count(mutation.old) == 1
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seeded faults of the Python part: which disk may be served, and what is known of it."""
+
+from __future__ import annotations
+
+from tests.model.mutation import Mutation, mutation
+
+
+def _m(name: str, rule: str, file: str, old: str, new: str, test: str) -> Mutation:
+    return mutation(name, rule, f"vhostsync/{file}", old, new, test)
+
+
+PYTHON = [
+    # -- which disk is which -------------------------------------------------------
+    _m(
+        "the-mark-alone-decides",
+        "a mark can be copied along with a file, so it proves nothing where the rest speaks against it",
+        "disk_identity.py",
+        "return UNSURE if marks and numbers is OTHER else numbers",
+        "return SAME if marks else numbers",
+        "unit/test_disk_identity.py::test_a_mark_can_be_copied_along_and_so_proves_nothing_alone",
+    ),
+    _m(
+        "another-mark-is-no-other-disk",
+        "a file that bears another mark is another disk",
+        "disk_identity.py",
+        "        if marks is False:\n            return OTHER\n",
+        "",
+        "unit/test_disk_identity.py::test_a_mark_can_be_copied_along_and_so_proves_nothing_alone",
+    ),
+    _m(
+        "a-number-of-any-boot",
+        "the device number of a file system holds until the next boot at most",
+        "disk_identity.py",
+        "        if _equal(self.boot_id, other.boot_id):\n            return True\n",
+        "        if self.device == other.device:\n            return True\n",
+        "unit/test_disk_identity.py::test_within_a_boot_the_number_of_the_device_is_good",
+    ),
+    _m(
+        "a-block-device-of-any-boot",
+        "the number of a block device holds until the next boot at most",
+        "disk_identity.py",
+        "if same_number and _equal(self.boot_id, other.boot_id):",
+        "if same_number:",
+        "unit/test_disk_identity.py::test_a_block_device_that_does_not_name_itself",
+    ),
+    _m(
+        "a-snapshot-is-the-file-system",
+        "the device beneath a file system tells it from a copy of it as a whole",
+        "disk_identity.py",
+        "            if self._below_is_another(other):\n",
+        "            if self._below_is_another(other) and not marked:\n",
+        "unit/test_disk_identity.py::test_a_file_system_that_was_copied_as_a_whole",
+    ),
+    _m(
+        "a-copy-keeps-the-mark",
+        "a copy that is served as a disk of its own gets a mark of its own",
+        "state_index.py",
+        "return bool(alike) and not any(same(pointer.disk, disk) for pointer in alike)",
+        "return not alike",
+        "daemon/test_between_runs.py::test_a_copy_beside_it",
+    ),
+    # -- a disk finds its record ---------------------------------------------------
+    _m(
+        "a-pointer-named-by-the-path",
+        "the pointer to a record is named after what the disk is",
+        "state_index.py",
+        "words = repr((disk.kind, volume, disk.inode, disk.generation, disk.mark))",
+        "words = disk.path",
+        "unit/test_state_index.py::"
+        "test_a_superseded_disk_is_refused_although_the_current_one_has_taken_its_name",
+    ),
+    _m(
+        "a-superseded-disk-found-by-its-name",
+        "a superseded disk is refused under every name",
+        "state_index.py",
+        "for pointer in pointers if pointer.disk.likeness(disk) is likeness}",
+        "for pointer in pointers if (pointer.disk.path == disk.path) is (likeness is Likeness.SAME)}",
+        "unit/test_state_index.py::test_a_renamed_superseded_disk_is_still_refused",
+    ),
+    _m(
+        "a-missing-record-is-a-licence",
+        "a record of two disks that is missing lets neither of them be served",
+        "state_index.py",
+        "if pointer.kept and same(pointer.disk, disk):",
+        "if False:",
+        "unit/test_state_index.py::test_a_record_that_is_missing_is_no_licence_to_serve",
+    ),
+    # -- who may serve -------------------------------------------------------------
+    _m(
+        "the-peer-survives-a-promotion",
+        "once a disk is promoted, the lost one and the peer are superseded for good",
+        "state_record.py",
+        "for each in (self.current, self.peer) if each is not None]",
+        "for each in (self.current,)]",
+        "unit/test_who_may_serve.py::test_a_new_file_at_the_current_path_is_a_question",
+    ),
+    _m(
+        "the-lost-disk-survives-a-promotion",
+        "once a disk is promoted, the lost one is refused when it comes back",
+        "state_record.py",
+        "for each in (self.current, self.peer) if each is not None]",
+        "for each in (self.peer,) if each is not None]",
+        "daemon/test_between_runs.py::test_the_source_is_lost_and_comes_back",
+    ),
+    _m(
+        "half-a-copy-is-promoted",
+        "a copy that did not end is never promoted",
+        "who_may_serve.py",
+        "same(record.peer, disk) and record.peer_worth is Worth.INCONSISTENT:",
+        "same(record.peer, disk) and record.peer_worth is None:",
+        "daemon/test_between_runs.py::test_the_source_is_lost_and_comes_back",
+    ),
+    _m(
+        "half-a-copy-is-offered",
+        "a copy that did not end is not offered",
+        "who_may_serve.py",
+        "    if worth is Worth.INCONSISTENT:\n        return",
+        "    if worth is None:\n        return",
+        "daemon/test_between_runs.py::test_the_source_is_lost_and_comes_back",
+    ),
+    _m(
+        "a-new-file-without-an-answer",
+        "another file at the current disk's path is a question where something is at stake",
+        "who_may_serve.py",
+        "if record.at_stake or (likeness is Likeness.OTHER and disk.path != record.current.path):",
+        "if disk.path != record.current.path:",
+        "unit/test_who_may_serve.py::test_a_new_file_at_the_current_path_is_a_question",
+    ),
+    _m(
+        "same-disk-of-another-file",
+        "--same-disk is refused where it is certainly another file",
+        "who_may_serve.py",
+        "        if likeness is Likeness.OTHER:\n            raise",
+        "        if likeness is None:\n            raise",
+        "unit/test_who_may_serve.py::test_a_new_file_at_the_current_path_is_a_question",
+    ),
+    _m(
+        "the-bitmap-of-a-copied-file",
+        "with --same-disk the bitmap is kept only if the inode is the same",
+        "who_may_serve.py",
+        "kept = record.bitmap if disk.inode == record.current.inode else None",
+        "kept = record.bitmap",
+        "daemon/test_between_runs.py::test_moved_to_another_file_system",
+    ),
+    # -- what a start writes before it serves ----------------------------------------
+    _m(
+        "up-to-date-though-it-serves",
+        "a start records 'outdated' before it serves, since no mirror runs then",
+        "opening.py",
+        "if record.peer_worth is Worth.UP_TO_DATE:",
+        "if record.peer_worth is Worth.UP_TO_DATE and not found.clean:",
+        "daemon/test_between_runs.py::test_nothing_but_a_boot",
+    ),
+    _m(
+        "an-untrue-record-is-served",
+        "a start is refused where a record that calls the destination up to date cannot be replaced",
+        "opening.py",
+        "if found.peer is not None and found.peer_worth is Worth.UP_TO_DATE:",
+        "if found.peer is None and found.peer_worth is Worth.UP_TO_DATE:",
+        "unit/test_late_record.py::test_where_something_waits_for_it_the_start_is_refused",
+    ),
+    _m(
+        "a-bitmap-that-misses-writes",
+        "a start is refused where a record that names a bitmap cannot be replaced",
+        "opening.py",
+        "if found.bitmap is not None:",
+        "if found.bitmap is not None and not found.clean:",
+        "unit/test_late_record.py::test_where_something_waits_for_it_the_start_is_refused",
+    ),
+    _m(
+        "an-epoch-that-can-wait",
+        "a start is refused where the record still calls another disk the current one",
+        "opening.py",
+        "if record.epoch != found.epoch:",
+        "if record.epoch < found.epoch:",
+        "unit/test_late_record.py::test_a_promotion_that_cannot_be_written_is_refused",
+    ),
+    _m(
+        "a-change-that-nobody-sees",
+        "after an end in order a change by somebody else is seen, and everything is copied",
+        "opening.py",
+        "if found.clean and record.bitmap is not None and",
+        "if not found.clean and record.bitmap is not None and",
+        "daemon/test_between_runs.py::test_written_to_by_somebody_else",
+    ),
+    _m(
+        "the-shape-of-the-disk",
+        "capacity and block sizes are those that the guest was told first, on whatever disk it is by now",
+        "opening.py",
+        "told = record.guest if record is not None and record.at_stake else None",
+        "told = None",
+        "daemon/test_between_runs.py::test_grown",
+    ),
+    _m(
+        "a-growth-that-is-not-recorded",
+        "the record has the new size before anybody is told",
+        "resize.py",
+        "            await self._mirror.record_capacity(capacity)\n            try:",
+        "            try:",
+        "daemon/test_guest_disk.py::test_a_resize_is_recorded",
+    ),
+    _m(
+        "measures-the-path",
+        "the disk that is open is measured, and not what has its name by now",
+        "resize.py",
+        'source_bytes = await self._engine.disk_bytes("source")',
+        "source_bytes = self._mirror.source_path.stat().st_size",
+        "daemon/test_resize.py::test_the_open_disk_is_measured_and_not_what_has_its_name_by_now",
+    ),
+    # -- files of our own ----------------------------------------------------------
+    _m(
+        "a-foreign-file-is-ours",
+        "a file that does not begin as ours do is left alone",
+        "own_file.py",
+        "if not (cut_short or head.startswith(begins)):",
+        "if not head:",
+        "unit/test_own_file.py::test_a_name_that_is_taken_is_refused",
+    ),
+    _m(
+        "a-disk-is-a-bitmap",
+        "a bitmap is made of nothing that is not empty and not ours",
+        "own_file.py",
+        "if not stat.S_ISREG(mode):",
+        "if stat.S_ISDIR(mode):",
+        "unit/test_own_file.py::test_a_bitmap_is_made_of_nothing_else",
+    ),
+    # -- what a verification has found ----------------------------------------------
+    _m(
+        "what-differs-is-not-recorded",
+        "the record has it that the destination differs, so a restart knows it",
+        "record_keeper.py",
+        "            record = self.record.with_difference(self.different_since)\n            try:",
+        "            record = self.record\n            try:",
+        "daemon/test_verify.py::test_a_switch_to_what_differs_is_refused_until_it_is_mended",
+    ),
+    _m(
+        "a-resync-forgets-what-differs",
+        "a copy of what differs mends nothing that a verification has found: no bit says where",
+        "mirror.py",
+        "            if not resync:\n                record = record.with_difference(None)",
+        "            record = record.with_difference(None)",
+        "daemon/test_verify.py::test_a_switch_to_what_differs_is_refused_until_it_is_mended",
+    ),
+    # -- one command at a time -------------------------------------------------------
+    _m(
+        "a-failover-waits",
+        "the switch from a failed source interrupts whoever has the turn",
+        "turns.py",
+        "                self._scope.cancel()\n",
+        "",
+        "failover_first.py::test_who_goes_first_waits_until_the_other_has_undone_it_and_no_third_comes_between",
+    ),
+    _m(
+        "a-third-comes-between",
+        "while a switch from a failed source waits for its turn, nobody else gets it",
+        "turns.py",
+        "if (other := self.first or self._name) is not None:",
+        "if (other := self._name) is not None:",
+        "failover_first.py::test_who_goes_first_waits_until_the_other_has_undone_it_and_no_third_comes_between",
+    ),
+    _m(
+        "two-starts-at-once",
+        "of many starts over a leftover socket one wins, and the others are told",
+        "unix_socket.py",
+        "        with _alone(path):\n",
+        "        with suppress():\n",
+        "unit/test_unix_socket.py::test_of_many_that_start_at_once_over_a_leftover_one_wins",
+    ),
+    _m(
+        "a-busy-socket-is-a-leftover",
+        "only a socket on which nobody listens is replaced",
+        "unix_socket.py",
+        "not in (errno.ECONNREFUSED, errno.ENOENT):",
+        "not in (errno.ECONNREFUSED, errno.ENOENT, errno.EAGAIN):",
+        "unit/test_unix_socket.py::test_a_busy_socket_is_not_taken_for_a_leftover",
+    ),
+]
