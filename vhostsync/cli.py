@@ -100,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; the interpreter would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except OSError as error:  # its disk is full, for example; what is left would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _failed(f"The output cannot be written: {error.strerror or error}.", EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -563,6 +563,15 @@ def test_a_reader_that_leaves_is_no_error(served: Served) -> None:
     assert program.returncode == 1
 
 
+def test_output_that_cannot_be_written_is_one_sentence(served: Served) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "status"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    sentence = "vhostsync: The output cannot be written: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
+
+
 def test_a_terminal_gets_a_bar(served: Served) -> None:
     ours, theirs = os.openpty()
     environment = {**os.environ, "COLUMNS": "100", "LINES": "24"}
