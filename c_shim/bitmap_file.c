@@ -2,7 +2,8 @@
  *
  * The file, in blocks of 4096 bytes:
  *
- *   0                 the control plane's: what the bitmap belongs to (bitmap.py)
+ *   0                 the control plane's: what the bitmap belongs to (bitmap.py);
+ *                     at its end, until when changes of the disks are ours (heartbeat.c)
  *   1 .. 2a           two copies of the activity log, of a blocks each
  *   2a+1 ..           bit blocks: a head of 16 bytes and 32640 regions each
  *

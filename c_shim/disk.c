@@ -22,6 +22,7 @@ void disk_host_init(struct disk_host *host, struct uring *uring, int wake_fd)
     host->uring = uring;
     host->threads = (struct io_threads){.count = 1};
     host->now_ns = 0;
+    host->changes = 0;
     host->wake_fd = wake_fd;
     list_init(&host->done);
     list_init(&host->remote);
@@ -51,6 +52,7 @@ void disk_adopt(struct vs_disk *disk, struct disk_host *host)
 {
     assert(list_empty(&disk->in_flight_list));
     disk->host = host;
+    host->changes++; /* whoever opened it may have marked it */
 }
 
 void disk_close(struct vs_disk *disk)
@@ -77,6 +79,13 @@ void vs_disk_close(vs_disk *disk)
     disk_close(disk);
 }
 
+/* A flush, too: on a network file system the server writes then, and gives the times. */
+static void count_change(struct disk_host *host, const struct disk_io *io)
+{
+    if (io->kind != VS_DISK_READ && io->kind < VS_DISK_OPS)
+        host->changes++;
+}
+
 void disk_submit(struct vs_disk *disk, struct disk_io *io)
 {
     assert(io->kind < VS_DISK_KINDS);
@@ -95,6 +104,7 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     io->submitted_ns = io->progress_ns = disk->host->now_ns;
     list_append(&disk->in_flight_list, &io->link);
     disk->stats.in_flight++;
+    count_change(disk->host, io);
     if (io->kind == VS_DISK_FLUSH && disk->flush_failed)
         disk_complete(io, -EIO);
     else
@@ -135,6 +145,7 @@ static void finish(struct disk_io *io)
     struct vs_disk *disk = io->disk;
     assert(disk->stats.in_flight > 0);
     disk->stats.in_flight--;
+    count_change(disk->host, io);
     if (io->kind < VS_DISK_OPS)
         op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
                      disk->host->now_ns - io->submitted_ns, io->result < 0);

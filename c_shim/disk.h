@@ -54,6 +54,7 @@ struct disk_host {
     struct uring *uring;
     struct io_threads threads;
     uint64_t now_ns; /* CLOCK_MONOTONIC, read once per pass of the engine's loop */
+    uint64_t changes; /* counts what may give a disk's file a new time, when it begins and when it is over */
     struct list done;
     /* Completions from other threads (test disks): lock guards remote. */
     pthread_mutex_t lock;

@@ -288,6 +288,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
+    heartbeat_pump(e); /* after all that may change a disk */
     io_threads_wake(&e->host.threads);
 }
 
@@ -303,7 +304,7 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 static bool idle_for_good(const struct vs_engine *e)
 {
     return e->source->stats.in_flight == 0 && (!e->mirror.disk || e->mirror.disk->stats.in_flight == 0) &&
-           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->outside && !e->activity.in_flight && list_empty(&e->host.done);
+           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->outside && !e->activity.in_flight && !e->heartbeat.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
@@ -418,7 +419,8 @@ static int init_engine(struct vs_engine *e, const char **step)
     if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
         (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0 || (rc = verifier_init(e)) < 0)
         return rc;
-    if ((rc = read_fallback_init(e)) < 0 || (rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0)
+    if ((rc = read_fallback_init(e)) < 0 || (rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0 ||
+        (rc = heartbeat_init(e)) < 0)
         return rc;
     /* A region is copied as a whole. */
     return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);

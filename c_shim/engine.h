@@ -28,6 +28,7 @@
 #include "range_set.h"
 #include "guest_flush.h"
 #include "guest_memory.h"
+#include "heartbeat.h"
 #include "inflight.h"
 #include "limits.h"
 #include "list.h"
@@ -151,6 +152,7 @@ struct vs_engine {
     struct dirty_map to_copy; /* regions that this copy has still to do */
     struct difference difference;
     struct activity activity;
+    struct heartbeat heartbeat;
     struct verifier verifier;
     struct grow grow;
     struct pull_ahead ahead;

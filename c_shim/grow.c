@@ -68,6 +68,7 @@ void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, ui
         mailbox_done(&e->mailbox, token, rc, 0);
         return;
     }
+    e->host.changes++; /* the operator has enlarged the files */
     e->grow.token = token;
     e->grow.capacity_bytes = capacity_bytes;
     e->source->bytes = source_bytes;

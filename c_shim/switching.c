@@ -93,6 +93,7 @@ static void exchange_now(struct vs_engine *e, const struct exchange *x)
     if (rc == 0) {
         if (x->mark)
             __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
+        e->host.changes++; /* what the file says of one disk is said of the other from here on */
         source_failover_over(e);
         gate_open(e);
     }

@@ -24,12 +24,14 @@ from vhostsync import kernel
 from vhostsync.disk_identity import DiskIdentity, decode_identity, same
 from vhostsync.disks import WRITER_SHARES, WRITER_USES, try_lock
 from vhostsync.errors import BitmapError
+from vhostsync.heartbeat import HEARTBEAT_BYTES, Heartbeat, this_boot_began_ns, why_changed
 from vhostsync.own_file import ForeignFileError, beginning, open_regular, seems_to_be
 from vhostsync.state_record import StateRecord, decode_checked, encode_checked
 
 log = structlog.get_logger(__name__)
 
 HEADER_BYTES: Final = 4096
+TEXT_BYTES: Final = HEADER_BYTES - HEARTBEAT_BYTES  # the rest is the engine's
 KIND: Final = "dirty-bitmap"
 
 Pair = tuple[DiskIdentity, DiskIdentity]
@@ -66,14 +68,14 @@ class Header:
 
     def encode(self) -> bytes:
         text = encode_checked(KIND, asdict(self))
-        if len(text) > HEADER_BYTES:
+        if len(text) > TEXT_BYTES:
             raise BitmapError("the names of the two disks are too long for the bitmap's first block")
-        return text.ljust(HEADER_BYTES, b"\0")
+        return text.ljust(TEXT_BYTES, b"\0")
 
     @classmethod
     def decode(cls, block: bytes) -> "Header":
         """ValueError with a phrase when the block is none."""
-        body: dict[str, Any] = decode_checked(KIND, block.rstrip(b"\0"))
+        body: dict[str, Any] = decode_checked(KIND, block[:TEXT_BYTES].rstrip(b"\0"))
         try:
             disks = body["disks"]
             if disks is not None:
@@ -90,8 +92,15 @@ class Header:
 class BitmapFile:
     """The open and locked file. Every method blocks."""
 
-    def __init__(self, path: Path, fd: int, header: Header, trust: Trust) -> None:
+    def __init__(
+        self, path: Path, fd: int, header: Header, trust: Trust, changed: str | None = None,
+        peer_until_ns: int | None = None,
+    ) -> None:  # fmt: skip
+        """`changed`: why it is not believed, where somebody has changed the current disk since a crash.
+        `peer_until_ns`: after a crash, until when changes of the peer are the last run's own."""
         self.path = path
+        self.changed = changed
+        self.peer_until_ns = peer_until_ns
         self.fd = fd
         self.header = header
         self.trust = trust
@@ -106,10 +115,12 @@ class BitmapFile:
     def open(
         cls, path: Path, shape: Shape, file_bytes: int, record: StateRecord | None,
         boot_id: str | None = None, lock_timeout_s: float = 0.0, *, known: DiskIdentity | None = None,
+        ctime_ns: int | None = None,
     ) -> "BitmapFile":
         """Open it, or make it anew where it is of no use; the reason is logged. Waits `lock_timeout_s` for a
         process that is ending. `known`: the current disk as the record had it before this start looked at
-        it. BitmapError."""
+        it. `ctime_ns`: of that disk, locked, and not touched by this start yet; None: changes do not show.
+        BitmapError."""
         boot_id = kernel.this_boot() if boot_id is None else boot_id
         fd = _open_locked(path, lock_timeout_s)
         try:
@@ -117,9 +128,14 @@ class BitmapFile:
             now = (record.current, record.peer) if record is not None and record.peer is not None else None
             pair = now if now is None or known is None else (known, now[1])
             why = _why_not(found, shape, file_bytes, fd, record, pair)
+            crashed = isinstance(found, Header) and found.boot_id != boot_id and not found.clean
+            last, changed, peer_until_ns = _last_beat(fd, after_host_crash=crashed), None, None
+            in_order = isinstance(found, Header) and found.clean and record is not None and record.clean
+            if why is None and record is not None and not in_order:
+                peer_until_ns = last.peer_ns
+                why = changed = why_changed(record.current.path, ctime_ns, last.current_ns)
             if why is None:
                 assert isinstance(found, Header)
-                crashed = found.boot_id != boot_id and not found.clean
                 trust = Trust.AFTER_HOST_CRASH if crashed else Trust.SAME_BOOT
                 assert record is not None
                 header = replace(
@@ -129,15 +145,17 @@ class BitmapFile:
                 if crashed:
                     # Until the engine has made its bits durable, they are those of the old boot.
                     header = replace(header, boot_id=found.boot_id)
-                if not (found.clean and record.clean):
+                if not in_order:
                     _warn_after_crash(path, record)
             else:
                 trust = Trust.FRESH
                 log.info("the dirty bitmap begins anew", path=str(path), reason=why)
                 header = Header(shape, secrets.token_hex(16), None, boot_id, False, None)
                 os.ftruncate(fd, 0)
-            file = cls(path, fd, header, trust)
+            file = cls(path, fd, header, trust, changed, peer_until_ns)
             file._write_header(header)  # and the room after it: cut off between, it is known for a bitmap
+            # The current disk is ours as it is now. Its peer is judged later, by the former moment.
+            Heartbeat(time.time_ns(), last.peer_ns).write(fd)
             if why is not None:
                 os.posix_fallocate(fd, 0, file_bytes)
         except BaseException as error:
@@ -245,16 +263,22 @@ def _read_header(fd: int) -> Header | str:
         return f"its first block is of no use: {error}"
 
 
+def _last_beat(fd: int, *, after_host_crash: bool) -> Heartbeat:
+    last = Heartbeat.read(fd)
+    return last.not_before(this_boot_began_ns()) if after_host_crash else last
+
+
 def _warn_after_crash(path: Path, record: StateRecord) -> None:
-    """Only an end in order notes how both disks look: what the backend wrote last before a crash cannot be
-    told from what somebody else has written after it."""
+    """What somebody else writes to a block device cannot be seen."""
     assert record.peer is not None
-    log.warning(
-        "the last run did not end in order: the dirty bitmap is believed, though it cannot know what "
-        "somebody else has written to the disks since; if anybody has, cancel the mirror and start it with "
-        "--full",
-        path=str(path), disk=record.current.path, peer=record.peer.path,
-    )  # fmt: skip
+    blind = [disk.path for disk in (record.current, record.peer) if not disk.changes_show]
+    if blind:
+        log.warning(
+            "the last run did not end in order: the dirty bitmap is believed, though it cannot know what "
+            "somebody else has written to a block device since; if anybody has, cancel the mirror and start "
+            "it with --full",
+            path=str(path), disks=blind,
+        )  # fmt: skip
 
 
 def _why_not(

@@ -339,7 +339,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
     hub = EventHub()
     mirror = Mirror(
         engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left,
-        shape.guest,
+        shape.guest, opened.peer_until_ns,
     )  # fmt: skip
     mirror.reach = started.confinement.reach
     backend = Backend(config, engine, mirror, hub)

@@ -36,7 +36,7 @@ from vhostsync.destination import (
     open_destination,
     was_of_this_guest,
 )
-from vhostsync.disk_identity import DiskIdentity
+from vhostsync.disk_identity import DiskIdentity, same
 from vhostsync.disks import Disk, check_holds_nothing, is_named, remove_image
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
@@ -74,6 +74,7 @@ class Mirror:
         bitmap: BitmapFile | None = None,
         peer_left: DiskIdentity | None = None,
         guest: GuestDisk | None = None,
+        peer_until_ns: int | None = None,
     ) -> None:
         self.state = MirrorState.PASSTHROUGH
         self._engine = engine
@@ -82,7 +83,7 @@ class Mirror:
         self._full_copy_reason: str | None = None
         record = record if record is not None else StateRecord.first(source.identity, guest)
         if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
-            self._roles.peer.known(record.peer, peer_left)
+            self._roles.peer.known(record.peer, peer_left, peer_until_ns)
         self._read_only = source.read_only
         self.reach = Reach()  # where destinations may lie
         self.turns = Turns()
@@ -376,6 +377,9 @@ class Mirror:
         """Why everything has to be copied; how it looks now; and how it is recognised from here on.
         Blocks."""
         why_full, now = self._roles.peer.why_full(disk), look(disk)
+        bitmap, peer = self._keeper.bitmap, self._keeper.record.peer
+        if why_full == NO_EARLIER_COPY and bitmap and peer and same(peer, disk.identity):
+            why_full = bitmap.changed or why_full
         mark = self._keeper.mark_of(disk.identity)
         return why_full, now, Place(disk.path, marked(disk.fd.fileno(), disk.identity, mark))
 

@@ -2,6 +2,7 @@
 """The device before its engine runs: its disk, opened and locked; what the state record says of it; its
 bitmap; what the guest will see. What has to be durable before the guest is served is written here. Blocks."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class Opened:
     bitmap: BitmapFile | None = None
     peer_left: DiskIdentity | None = None  # how the peer looked at the last clean end
     spared: tuple[tuple[int, int], ...] = ()  # what the peer held better when the last run ended
+    peer_until_ns: int | None = None  # after a crash: until when the peer's changes are the last run's own
 
     @property
     def peer_known(self) -> bool:
@@ -76,12 +78,13 @@ def open_device(
             check_raw(config, disk)
         shape = device_shape(config, disk, record)
         if config.bitmap is not None and not config.read_only:
-            bitmap = _open_bitmap(config, shape, found, record)
+            bitmap = _open_bitmap(config, disk, shape, found, record)
         disk, record = recognisable(disk, state_file, found, record, config.answer)
         spared = record.spared if record is not None else ()
         record = follow_record(state_file, found, record, disk, bitmap, shape.guest)
         left = found.peer if found is not None and found.clean else None
-        return Opened(disk, shape, state_file, record, bitmap, left, spared)
+        until_ns = bitmap.peer_until_ns if bitmap is not None else None
+        return Opened(disk, shape, state_file, record, bitmap, left, spared, until_ns)
     except BaseException:
         if bitmap is not None:
             bitmap.close(clean=False)
@@ -196,7 +199,7 @@ def recognisable(
 
 
 def _open_bitmap(
-    config: ServeConfig, shape: DeviceShape, found: StateRecord | None, record: StateRecord | None
+    config: ServeConfig, disk: Disk, shape: DeviceShape, found: StateRecord | None, record: StateRecord | None
 ) -> BitmapFile:
     assert config.bitmap is not None
     capacity = shape.capacity_bytes
@@ -204,8 +207,12 @@ def _open_bitmap(
     bits = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
     return BitmapFile.open(
         config.bitmap, bits, bitmap_file_bytes(bits), record, lock_timeout_s=SOURCE_LOCK_S,
-        known=found.current if found else None,
+        known=found.current if found else None, ctime_ns=_ctime_ns(disk),
     )  # fmt: skip
+
+
+def _ctime_ns(disk: Disk) -> int | None:
+    return os.fstat(disk.fd.fileno()).st_ctime_ns if disk.identity.changes_show else None
 
 
 def follow_record(

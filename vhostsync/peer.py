@@ -11,6 +11,7 @@ from typing import Final
 from vhostsync.destination import Place, look, look_again
 from vhostsync.disk_identity import DiskIdentity, Likeness
 from vhostsync.disks import Disk
+from vhostsync.heartbeat import why_changed
 
 NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 
@@ -21,11 +22,14 @@ class Peer:
     def __init__(self) -> None:
         self.place: Place | None = None
         self._left: DiskIdentity | None = None  # how it looked when the mirror let go of it
+        self._until_ns: int | None = None  # after a crash: until when its changes were the mirror's
+        self._why_changed: str | None = None  # later than that
         self._attached = False
 
     def attached(self, place: Place) -> None:
         """The mirror writes to it from here on."""
-        self.place, self._left, self._attached = place, None, True
+        self.forget()
+        self.place, self._attached = place, True
 
     def detached(self) -> None:
         """The mirror has let go of it; what it has under way may still change it, so `look` comes later."""
@@ -34,10 +38,13 @@ class Peer:
     def forget(self) -> None:
         """No peer is known any more."""
         self.place, self._left, self._attached = None, None, False
+        self._until_ns = self._why_changed = None
 
-    def known(self, identity: DiskIdentity, left: DiskIdentity | None) -> None:
-        """From an earlier process: the peer, and how it was left if that is known (a clean end)."""
-        self.place, self._left, self._attached = Place.of_identity(identity), left, False
+    def known(self, identity: DiskIdentity, left: DiskIdentity | None, until_ns: int | None = None) -> None:
+        """From an earlier process: the peer; how it was left if that is known (a clean end); if it is not,
+        until when its changes were that process's own."""
+        self.forget()
+        self.place, self._left, self._until_ns = Place.of_identity(identity), left, until_ns
 
     def look(self) -> None:
         """The last request to it is over: note how it looks."""
@@ -45,6 +52,8 @@ class Peer:
             self._left = look_again(self.place)
             if self._left is None:
                 self.forget()
+            elif self._until_ns is not None and self._left.changes_show:
+                self._why_changed = why_changed(self._left.path, self._left.ctime_ns, self._until_ns)
 
     def why_full(self, disk: Disk) -> str | None:
         """Why everything has to be copied to `disk`; None: what differs is enough."""
@@ -54,6 +63,8 @@ class Peer:
         if self.place is None:
             return NO_EARLIER_COPY
         if self._left is None:
-            return None  # a crash: nobody could note how it was left
+            return None  # the mirror has not let go of it
+        if self._why_changed is not None:
+            return self._why_changed
         changed = look(disk).changed_since(self._left)
         return None if changed is None else f"{changed} since the mirror let go of it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from tests.daemon.rig import Served, await_true, flush, image, refused_start, write_block
 from vhostsync.bitmap import HEADER_BYTES, Header
+from vhostsync.heartbeat import LANDING_NS
+from vhostsync.heartbeat import WORDS as HEARTBEAT
 
 REGION = 64 << 10
 EXTENT = 4 << 20
@@ -51,8 +54,22 @@ class Disks:
         with self.bitmap.open("r+b") as file:
             file.write(header.encode())
 
+    def last_beat(self) -> int:
+        """Until when changes are the last run's own."""
+        block = self.bitmap.read_bytes()[:HEADER_BYTES]
+        current_ns, peer_ns = HEARTBEAT.unpack(block[-HEARTBEAT.size :])
+        return int(max(current_ns, peer_ns))
+
     def equal(self) -> bool:
         return self.source.read_bytes() == self.destination.read_bytes()
+
+
+def write_later(path: Path, moment_ns: int) -> None:
+    """As somebody else, and later than what can pass for the backend's own."""
+    await_true(lambda: time.time_ns() > moment_ns + LANDING_NS + 20_000_000, "the moment is past")
+    with path.open("r+b") as file:
+        file.seek(100 * REGION)
+        file.write(b"somebody else")
 
 
 @pytest.fixture
@@ -89,24 +106,72 @@ def test_after_a_kill_only_what_may_differ_is_copied(disks: Disks) -> None:
     assert disks.equal()
 
 
-def test_a_start_after_a_crash_says_what_the_bitmap_cannot_know(disks: Disks) -> None:
-    """What somebody else writes between the two is believed to be equal, until it is verified."""
-    warning = "the last run did not end in order"
-    disks.mirrored_once()
+@pytest.mark.parametrize("changed", ["source", "destination"])
+def test_what_somebody_else_writes_after_a_crash_is_noticed(disks: Disks, changed: str) -> None:
+    """Later than what the last run itself can have brought about."""
     with disks.serve() as served:
-        assert warning not in served.process.log.read_text()
         disks.attach(served)
         disks.settled(served)
         served.kill()
-    with disks.destination.open("r+b") as file:
-        file.seek(100 * REGION)
-        file.write(b"somebody else")
+    path = disks.source if changed == "source" else disks.destination
+    write_later(path, disks.last_beat())
     with disks.serve() as served:
-        said = served.process.log.read_text()
-        assert warning in said and str(disks.destination) in said and "--full" in said
-        assert disks.attach(served) == (0, None)
-        served.qmp.execute("mirror-cancel")
-        served.start_mirror(disks.destination, full=True)
+        copied, why = disks.attach(served)
+        assert copied == SIZE and why is not None and f"somebody else has written to {path}" in why
+        assert why in served.process.log.read_text()
+        disks.settled(served)
+        served.stop()
+    assert disks.equal()
+
+
+def test_what_is_written_before_the_peer_is_attached_again_stays_noticed(disks: Disks) -> None:
+    """The guest's writes to the current disk say nothing of a peer that is not attached."""
+    with disks.serve() as served:
+        disks.attach(served)
+        disks.settled(served)
+        served.kill()
+    write_later(disks.destination, disks.last_beat())
+    with disks.serve() as served, served.guest() as guest:
+        write_block(guest, 7, 1)
+        flush(guest)
+        served.kill()
+    with disks.serve() as served:
+        copied, why = disks.attach(served)
+        assert copied == SIZE and why is not None and str(disks.destination) in why
+        served.stop()
+    assert disks.equal()
+
+
+def test_starts_that_are_cut_off_are_nobody_else_s_changes(disks: Disks) -> None:
+    with disks.serve() as served, served.guest() as guest:
+        disks.attach(served)
+        disks.settled(served)
+        write_block(guest, 5, 1)
+        flush(guest)
+        served.kill()
+    for _ in range(2):
+        with disks.serve() as served:
+            served.kill()
+    with disks.serve() as served:
+        copied, why = disks.attach(served)
+        assert why is None and copied <= REGION
+        served.kill()
+    with disks.serve() as served:
+        assert disks.attach(served)[1] is None
+        served.stop()
+    assert disks.equal()
+
+
+def test_a_kill_under_load_leaves_it_believed(disks: Disks) -> None:
+    for turn in range(2):
+        with disks.serve() as served, served.guest() as guest:
+            _, why = disks.attach(served)
+            assert turn == 0 or why is None
+            for number in range(0, 4096, 3):
+                write_block(guest, number, turn + 1)
+            served.kill()
+    with disks.serve() as served:
+        assert disks.attach(served)[1] is None
         served.stop()
     assert disks.equal()
 
