@@ -893,6 +893,22 @@ MUTATIONS = [
         "if (!g->running || g->flushing)",
         "bitmap_lost.py::test_a_disk_does_not_grow_by_what_no_bit_is_kept_of",
     ),
+    _m(
+        "change-without-a-promise",
+        "rule 4: the bitmap's file promises, before it is used up, that changes are the engine's own",
+        "disk.c",
+        "if (io->kind != VS_DISK_READ && io->kind < VS_DISK_OPS)",
+        "if (io->kind == VS_DISK_CLOSE)",
+        "heartbeat.py::test_what_is_written_is_promised",
+    ),
+    _m(
+        "promise-of-a-peer-that-is-gone",
+        "rule 4: of the peer only while it is attached",
+        "heartbeat.c",
+        "    if (both)\n        h->until.destination_ns",
+        "    h->until.destination_ns",
+        "heartbeat.py::test_of_a_peer_that_is_not_attached_nothing_is_promised",
+    ),
     # -- what may not take from others --------------------------------------------------
     _m(
         "hole-zeroed-as-a-whole",

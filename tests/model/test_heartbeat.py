@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Until when changes of the disks are the engine's own, as the bitmap's file says it to the next start."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tests.model.rig import Rig
+from tests.model.test_bitmap_lost import BLOCKS_A_REGION, Bits, rig
+from vhostsync._shim import lib
+from vhostsync.heartbeat import Heartbeat
+
+
+def promised(bits: Bits) -> Heartbeat:
+    with bits.path.open("rb") as file:
+        return Heartbeat.read(file.fileno())
+
+
+def pass_by(r: Rig, moment_ns: int) -> None:
+    r.driver.until(lambda: time.time_ns() > moment_ns, "the moment is past", timeout_s=20)
+
+
+def test_what_is_written_is_promised(tmp_path: Path) -> None:
+    bits = Bits(tmp_path / "bits")
+    with rig(bits) as r:
+        pass_by(r, max(promised(bits).current_ns, promised(bits).peer_ns))
+        r.write_now(0, 1)
+        now_ns = time.time_ns()
+        r.driver.until(lambda: promised(bits).current_ns >= now_ns, "the source's", timeout_s=20)
+        r.driver.until(lambda: promised(bits).peer_ns >= now_ns, "the destination's", timeout_s=20)
+
+
+def test_of_a_peer_that_is_not_attached_nothing_is_promised(tmp_path: Path) -> None:
+    """Somebody else may be changing it."""
+    bits = Bits(tmp_path / "bits")
+    with rig(bits) as r:
+        stopped_ns = time.time_ns()
+        r.driver.call(lib.VS_CMD_MIRROR_STOP)
+        r.driver.until(lambda: promised(bits).peer_ns >= stopped_ns, "ours up to its end", timeout_s=20)
+        r.driver.until(lambda: time.time_ns() > promised(bits).peer_ns, "the moment is past", timeout_s=20)
+        left_ns = promised(bits).peer_ns
+        r.write_now(BLOCKS_A_REGION, 2)
+        r.driver.until(lambda: promised(bits).current_ns > left_ns, "the source's", timeout_s=20)
+        r.write_now(2 * BLOCKS_A_REGION, 3)
+        assert promised(bits).peer_ns == left_ns
