@@ -88,6 +88,16 @@ int dirty_map_grow(struct dirty_map *m, uint64_t capacity_bytes)
     return 0;
 }
 
+void dirty_map_shrink(struct dirty_map *m, uint64_t capacity_bytes)
+{
+    uint64_t regions = regions_of(m, capacity_bytes);
+    assert(capacity_bytes <= m->capacity_bytes);
+    if (regions < m->regions)
+        store_range(m, regions, m->regions - 1, false);
+    m->capacity_bytes = capacity_bytes;
+    m->regions = regions;
+}
+
 void dirty_map_set_all(struct dirty_map *m)
 {
     if (m->regions)

@@ -32,6 +32,8 @@ int dirty_map_init(struct dirty_map *m, uint64_t capacity_bytes, uint32_t region
 void dirty_map_free(struct dirty_map *m);
 /* The disk has grown; what is new begins clean. 0 or -ENOMEM (then nothing has changed). */
 int dirty_map_grow(struct dirty_map *m, uint64_t capacity_bytes);
+/* It has not grown after all: what lies beyond is forgotten. */
+void dirty_map_shrink(struct dirty_map *m, uint64_t capacity_bytes);
 
 void dirty_map_set_all(struct dirty_map *m);
 void dirty_map_clear_all(struct dirty_map *m);

@@ -27,7 +27,7 @@
 static int check(const struct vs_engine *e, uint64_t capacity_bytes, uint64_t source_bytes, uint64_t destination_bytes)
 {
     enum vs_mirror_state state = e->mirror.state;
-    if (e->grow.running || e->grow.flushing || e->gate != GATE_OPEN || e->failover.pending || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
+    if (e->grow.running || e->grow.undoing || e->gate != GATE_OPEN || e->failover.pending || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
         return -EBUSY;
     if (capacity_bytes <= e->config.capacity_bytes || capacity_bytes % e->config.block_bytes)
         return -EINVAL;
@@ -36,18 +36,28 @@ static int check(const struct vs_engine *e, uint64_t capacity_bytes, uint64_t so
     return 0;
 }
 
-/* Fails before anything has changed for anybody: larger maps do no harm. */
+/* The bitmap's file stays as long as it has become: a later growth may need less of it. */
 static int grow_maps(struct vs_engine *e, uint64_t capacity_bytes)
 {
     struct difference *d = &e->difference;
+    struct vs_bitmap *bitmap = e->activity.bitmap;
     int rc;
-    if (e->activity.bitmap && ((rc = activity_grow(e, capacity_bytes)) < 0 ||
-                               (rc = bitmap_grow(e->activity.bitmap, capacity_bytes)) < 0))
+    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes && ((rc = activity_grow(e, capacity_bytes)) < 0 ||
+                               (rc = bitmap_grow(bitmap, capacity_bytes)) < 0))
         return rc;
     if ((rc = dirty_map_grow(&e->to_copy, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
         (rc = dirty_map_grow(&d->settling, capacity_bytes)) < 0)
         return rc;
     return dirty_map_grow(&d->differs, capacity_bytes);
+}
+
+/* What would not fit the disk is not to be copied to the next destination, nor to be asked of it. */
+static void shrink_maps(struct vs_engine *e)
+{
+    struct difference *d = &e->difference;
+    struct dirty_map *maps[] = {&e->to_copy, &d->recent, &d->settling, &d->differs};
+    for (size_t i = 0; i < sizeof maps / sizeof maps[0]; i++)
+        dirty_map_shrink(maps[i], e->config.capacity_bytes);
 }
 
 static void finish(struct vs_engine *e)
@@ -64,6 +74,8 @@ void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, ui
     int rc = check(e, capacity_bytes, source_bytes, destination_bytes);
     if (rc == 0)
         rc = grow_maps(e, capacity_bytes);
+    if (rc == -ENOMEM)
+        shrink_maps(e);
     if (rc < 0) {
         mailbox_done(&e->mailbox, token, rc, 0);
         return;
@@ -94,19 +106,32 @@ static void flushed(struct disk_io *io)
         finish(e);
 }
 
+/* Once nothing is under way that lies beyond the end; whoever has stopped it does not wait for that. */
+static void undo(struct vs_engine *e)
+{
+    if (e->grow.flushing || e->copier.in_use)
+        return;
+    if (e->mirror.state == VS_STEADY)
+        dirty_map_clear_all(&e->to_copy); /* nothing else is copied in steady */
+    shrink_maps(e);
+    e->grow.undoing = false;
+}
+
 void grow_stop(struct vs_engine *e, int error)
 {
     if (!e->grow.running)
         return;
     e->grow.running = false;
-    if (e->mirror.state == VS_STEADY)
-        dirty_map_clear_all(&e->to_copy); /* nothing else is copied in steady */
+    e->grow.undoing = true;
+    undo(e);
     mailbox_done(&e->mailbox, e->grow.token, error, 0);
 }
 
 void grow_pump(struct vs_engine *e)
 {
     struct grow *g = &e->grow;
+    if (g->undoing)
+        undo(e);
     /* Once it is answered the bitmap's file is told the new size; it must not be believed without the bits of 1. */
     if (!g->running || g->flushing || !activity_tracks(e))
         return;

@@ -15,6 +15,7 @@ struct vs_engine;
 struct grow {
     bool running;        /* the new range is being copied to the destination */
     bool flushing;
+    bool undoing;        /* it was stopped, and the maps are still those of the larger disk */
     uint64_t token;
     uint64_t capacity_bytes;
     uint64_t epoch;      /* of the mirror, when the flush began */
@@ -22,7 +23,7 @@ struct grow {
 };
 
 /* Answers the token when the guest may use "capacity_bytes". The disks' own sizes: destination_bytes 0 if there is
- * none. Refused: -EBUSY (copying, switching, growing), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
+ * none. Refused: -EBUSY (copying, switching, growing, or one that was stopped is not over), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
 void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
                 uint64_t destination_bytes);
 /* The disk stays as large as it is, and the token is answered with "error". Nothing, where none is under way. */

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -161,3 +164,50 @@ def test_not_while_it_copies() -> None:
         grow(r, expect=errno.EBUSY)
         r.source.release_all()
         r.driver.await_state(State.STEADY)
+
+
+@contextmanager
+def stopped(**options: Any) -> Iterator[Rig]:
+    """A steady mirror of a disk that was to grow, and does not."""
+    with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True, **options) as r:
+        r.source.load(OLD, b"x" * MIB)
+        r.source.hold(DiskOp.READ)
+        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        r.driver.await_held(r.source, DiskOp.READ)
+        r.driver.call(lib.VS_CMD_GROW_STOP)
+        assert r.driver.wait(token).result == -errno.ECANCELED
+        grow(r, expect=errno.EBUSY)  # what was begun is not over
+        r.source.release_all()
+        r.driver.until(lambda: not r.source.held(DiskOp.READ), "the copy is over")
+        r.driver.settle()
+        assert beyond(r, 1) == Status.IOERR
+        yield r
+
+
+def test_stopped_then_mirrored_to_a_disk_of_the_old_size() -> None:
+    """What lies beyond the end is nobody's: a destination needs no room for it."""
+    with stopped() as r:
+        r.driver.call(lib.VS_CMD_MIRROR_STOP, value=0)
+        r.driver.until(lambda: not r.snapshot().fenced, "the former destination is closed")
+        other = r.other_disk(OLD)
+        r.driver.mirror(other)
+        assert r.source.read(0, OLD) == other.read(0, OLD)
+
+
+def test_stopped_then_grown_less_far() -> None:
+    with stopped() as r:
+        less = OLD + 64 * 1024
+        grow(r, value=less)
+        request = r.write(less // BLOCK - 1, 3)
+        r.guest.wait(request)
+        assert request.status == Status.OK
+        assert beyond(r, 2) == Status.IOERR
+        r.flush_now()
+        assert r.source.read(0, less) == r.destination.read(0, less)
+
+
+def test_stopped_then_a_checkpoint() -> None:
+    with stopped(checkpoint_us=20_000) as r:
+        r.write_now(0, 1)
+        r.flush_now()
+        r.driver.until(lambda: r.snapshot().differing_bytes == 0, "nothing differs that is the guest's")
