@@ -122,7 +122,12 @@ def check_raw(config: ServeConfig, disk: Disk) -> None:
     try:
         found = image_format(disk.fd.fileno())
     except OSError as error:
-        raise DiskError(f"{disk.path} cannot be read: {error.strerror}") from error
+        # Bad sectors are no reason to keep its guest from the rest: the way to save that is a mirror.
+        log.warning(
+            "the disk is taken for a raw one, unseen: where it would show another format, it cannot be read",
+            path=str(disk.path), error=error.strerror,
+        )  # fmt: skip
+        return
     if found is not None:
         raise DiskError(
             f"{disk.path} is a {found} image, and only raw disks can be served; convert it (qemu-img convert "
