@@ -17,6 +17,7 @@ ENDLESS = 1 << 63
 LAYERS_MAX = 8
 
 SYS_BLOCK = Path("/sys/dev/block")
+DEVICES = Path("/dev")
 UDEV_DATA = Path("/run/udev/data")
 
 
@@ -133,8 +134,9 @@ def loop_backing(device: int) -> tuple[Path, int] | None:
 
 
 def lasting_place(device: int, path: Path) -> str | None:
-    """Where a block device is plugged in, or by which lasting name it was given: a symbolic link, which udev
-    or LVM made, and not the kernel's own name, which goes by the order in which devices were found."""
+    """Where a block device is plugged in, or by which lasting name it was given: a symbolic link below /dev,
+    which udev or LVM made, and not the kernel's own name, which goes by the order in which devices were
+    found; nor a link of the operator's own, who may lead it to another device."""
     node = _sys_node(device)
     part = f"+{_sectors(node / 'start')}" if (node / "partition").exists() else ""
     if (place := _udev(device).get("ID_PATH")) is not None:
@@ -142,6 +144,8 @@ def lasting_place(device: int, path: Path) -> str | None:
     slot = re.search(r"/([0-9a-f:.]+|virtio-mmio\.\d+)/virtio\d+/block/", str(node.resolve()))
     if slot is not None:
         return f"virtio:{slot[1]}{part}"
+    while path.is_symlink() and not path.is_relative_to(DEVICES):
+        path = path.parent / path.readlink()
     return f"link:{path}" if path.is_symlink() else None
 
 

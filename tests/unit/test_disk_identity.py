@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a disk is recognised: SAME, OTHER, or not to be told."""
 
+import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 
 from tests.unit.disk_fakes import C, disk, identities
+from vhostsync import disk_layers
 from vhostsync.disk_identity import DiskIdentity, Likeness, decode_identity
 
 
@@ -125,3 +129,20 @@ def test_a_change_after_a_clean_detach_is_seen() -> None:
     assert "size" in (replace(detached, bytes=1).changed_since(detached) or "")
     assert "another disk" in (C.changed_since(detached) or "")
     assert disk("a").changed_since(disk("a")), "never cleanly detached"
+
+
+def test_a_link_of_the_operators_own_is_no_lasting_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lead to another device tomorrow. What it leads through in /dev was made by udev or LVM."""
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    monkeypatch.setattr(disk_layers, "DEVICES", devices)
+    (devices / "lasting").symlink_to(devices / "nbd0")
+    own, through = tmp_path / "own", tmp_path / "through"
+    own.symlink_to(devices / "nbd0")
+    through.symlink_to(devices / "lasting")
+    none_such = os.makedev(4095, 1)
+    assert disk_layers.lasting_place(none_such, own) is None
+    assert disk_layers.lasting_place(none_such, through) == f"link:{devices / 'lasting'}"
+    assert disk_layers.lasting_place(none_such, devices / "lasting") == f"link:{devices / 'lasting'}"
