@@ -46,6 +46,13 @@ def beginning(kind: str) -> bytes:
     return f'{{\n "kind": "{kind}'.encode()
 
 
+def could_be(kind: str, head: bytes, length: int) -> bool:
+    """Whether a text of this length and beginning is of this kind, whole or cut short, as by a power cut."""
+    begins = beginning(kind)
+    cut_short = length <= LOOKED_AT_BYTES and begins.startswith(head.rstrip(b"\0"))
+    return cut_short or head.startswith(begins)
+
+
 def kind_of(mode: int) -> str:
     for test, name in (
         (stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (stat.S_ISFIFO, "a FIFO"),
@@ -78,7 +85,10 @@ def _check_regular(mode: int) -> None:
 
 def seems_to_be(fd: int) -> str:
     """What a regular file holds, by its first bytes, and how much of it."""
-    head, length = os.pread(fd, LOOKED_AT_BYTES, 0), os.fstat(fd).st_size
+    return in_words(os.pread(fd, LOOKED_AT_BYTES, 0), os.fstat(fd).st_size)
+
+
+def in_words(head: bytes, length: int) -> str:
     what = next((name for at, sign, name in _SIGNS if head[at : at + len(sign)] == sign), None)
     if what is None:
         what = "of unknown content" if head.strip(b"\0") else "of zeros"
@@ -94,10 +104,7 @@ def remove_leftover(path: Path, kind: str) -> None:
     except FileNotFoundError:
         return
     try:
-        begins, length = beginning(kind), os.fstat(fd).st_size
-        head = os.pread(fd, LOOKED_AT_BYTES, 0)
-        cut_short = length <= LOOKED_AT_BYTES and begins.startswith(head.rstrip(b"\0"))
-        if not (cut_short or head.startswith(begins)):
+        if not could_be(kind, os.pread(fd, LOOKED_AT_BYTES, 0), os.fstat(fd).st_size):
             raise ForeignFileError(seems_to_be(fd))
     finally:
         os.close(fd)

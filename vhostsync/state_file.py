@@ -42,7 +42,14 @@ import structlog
 from vhostsync import kernel
 from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import DamagedRecordError, StateRecordError
-from vhostsync.own_file import ForeignFileError, open_regular, remove_leftover, seems_to_be
+from vhostsync.own_file import (
+    ForeignFileError,
+    could_be,
+    in_words,
+    open_regular,
+    remove_leftover,
+    seems_to_be,
+)
 from vhostsync.state_record import (
     NewerVersionError,
     StateRecord,
@@ -264,6 +271,12 @@ class StateFile:
         except NewerVersionError as error:
             raise StateRecordError(f"{named(self.path)} cannot be read: {error}") from error
         except ValueError as error:
+            if not could_be("state-record", text, len(text)):
+                # Perhaps not ours, so nothing may be put in its place: --state-file names it by a slip.
+                raise StateRecordError(
+                    f"{self.path} is no state record: it is {in_words(text, len(text))}; name another "
+                    f"--state-file or, if it has been one, move it away"
+                ) from error
             raise DamagedRecordError(
                 f"{named(self.path)} is damaged ({error}), so it cannot be told which disk is the current "
                 f"one; restore the record from a backup, or find that out and begin a new record with "

@@ -25,7 +25,7 @@ import structlog
 
 from vhostsync.config import Answer
 from vhostsync.disk_identity import DiskIdentity, Likeness, decode_identity, same
-from vhostsync.errors import StateRecordError
+from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.state_file import FileSystem, RealFileSystem, StateFile
 from vhostsync.state_record import StateRecord, decode_checked, encode_checked, named
 from vhostsync.who_may_serve import claims
@@ -221,7 +221,10 @@ class Index:
         return there[0] if there else None
 
     def _claims(self, path: Path, disk: DiskIdentity) -> bool:
-        record = StateFile(path, files=self._files).load()
+        try:
+            record = StateFile(path, files=self._files).load()
+        except DamagedRecordError:
+            return True  # the start asks, or has the answer
         return record is not None and claims(record, disk)
 
     def _exists(self, record: Path) -> bool:

@@ -110,7 +110,7 @@ class _Case:
 
     def refuse(self, what: str, *, is_it: bool) -> NoReturn:
         """`what` says what the disk is and, after a semicolon, from when."""
-        of_it, moment = what.split("; ")
+        of_it, moment = what.rsplit("; ", 1)
         own = "" if is_it else " or, if it is a disk of its own, add --new-disk,"
         raise StateRecordError(
             f"{self._disk.path} {of_it}: the current disk is {self._where()}, says {self._named}; start with "
@@ -152,7 +152,7 @@ class _Case:
                 self.refuse(f"may be {old.path}, or a copy of it, which {what}", is_it=False)
         for old, what in self.former():
             if old.path == disk.path:
-                of_it, moment = what.split("; ")
+                of_it, moment = what.rsplit("; ", 1)
                 note = "the file there now is not the one that was recorded"
                 self.refuse(f"{of_it} ({note}); {moment}", is_it=False)
         raise StateRecordError(

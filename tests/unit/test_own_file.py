@@ -14,7 +14,7 @@ from vhostsync import disks
 from vhostsync.bitmap import KIND, BitmapFile, Shape
 from vhostsync.config import ServeConfig
 from vhostsync.engine import bitmap_file_bytes, probe
-from vhostsync.errors import BitmapError, ConfigError, DiskError, StateRecordError
+from vhostsync.errors import BitmapError, ConfigError, DamagedRecordError, DiskError, StateRecordError
 from vhostsync.own_file import ForeignFileError, beginning, remove_leftover
 from vhostsync.state_file import MARK_BYTES, StateFile
 from vhostsync.state_index import open_state_file
@@ -129,6 +129,15 @@ def test_a_disk_is_no_record_and_is_not_read_into_memory(tmp_path: Path) -> None
         file.truncate(1 << 42)
     with pytest.raises(StateRecordError, match=r"cannot be read: it is a file of 4[.]0 TiB of zeros"):
         StateFile(tmp_path / "vm").load()
+
+
+def test_what_is_no_record_is_not_called_a_damaged_one(tmp_path: Path) -> None:
+    """A damaged one may be replaced, on the operator's word (--promote)."""
+    path = tmp_path / "notes"
+    path.write_text("12345\n")
+    with pytest.raises(StateRecordError, match=r"notes is no state record: it is .*move it away") as refused:
+        StateFile(path).load()
+    assert not isinstance(refused.value, DamagedRecordError)
 
 
 @pytest.mark.parametrize("text", [b"", bytes(17), bytes(MARK_BYTES), b"\7" * 8 + bytes(MARK_BYTES - 8)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem
 from vhostsync.config import Answer
 from vhostsync.disk_identity import DiskIdentity
-from vhostsync.errors import StateRecordError
+from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import Index, default_directory, open_state_file
 from vhostsync.state_record import StateRecord, Worth
@@ -146,6 +146,21 @@ def test_a_record_that_is_missing_is_no_licence_to_serve(tmp_path: Path) -> None
         alone.write(StateRecord.first(C))
         alone.path.unlink()
     start(tmp_path, C)[0].close()
+
+
+def test_a_damaged_record_does_not_stand_in_the_way_of_what_its_refusal_advises(tmp_path: Path) -> None:
+    """Also where a backup has taken the current disk's place, and no pointer is certainly its own."""
+    state_file, _ = start(tmp_path, A)
+    with state_file:
+        state_file.write(StateRecord.first(A).with_peer(B))
+        path = state_file.path
+    path.write_bytes(path.read_bytes()[:-20])
+    backup = replace(A, inode=999)
+    for answer in (None, Answer.PROMOTE):
+        with open_state_file(None, backup, lock_timeout_s=0, directory=tmp_path, answer=answer) as found:
+            assert found.path == path
+            with pytest.raises(DamagedRecordError, match="--promote"):
+                found.load()
 
 
 def test_the_damaged_pointer_of_this_disk_is_refused_and_others_are_passed_over(tmp_path: Path) -> None:

@@ -78,9 +78,10 @@ def test_any_damage_is_seen(record: StateRecord, data: st.DataObject) -> None:
     [
         (b"", "empty"),
         (b"{", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b"[]", "not of this program"),
-        (b'{"body": {}}', "checksum"),
+        (bytes(4096), "no JSON"),
+        (b'{\n "kind": "state-record' + b"[" * 100_000, "no JSON"),
+        (b'{\n "kind": "state-record", "body": []}', "not of this program"),
+        (b'{\n "kind": "state-record", "body": {}}', "checksum"),
     ],
 )
 def test_a_damaged_record_is_refused_with_a_sentence(tmp_path: Path, text: bytes, phrase: str) -> None:

@@ -41,6 +41,14 @@ def test_the_peer_is_refused_with_what_it_is_worth() -> None:
         check_start(record, B)
 
 
+def test_a_name_may_hold_what_separates_the_parts_of_a_sentence() -> None:
+    peer = replace(B, path="/disks/b; old", mark="1" * 32)
+    record = StateRecord.first(A).with_peer(peer)
+    copy = replace(peer, inode=999, path="/disks/c")
+    with pytest.raises(StateRecordError, match=r"may be /disks/b; old, or a copy of it.*restore a backup"):
+        check_start(record, copy)
+
+
 def test_a_renamed_current_disk_is_accepted_and_called_by_its_new_name() -> None:
     renamed = replace(A, path="/disks/new")
     assert check_start(StateRecord.first(A).with_peer(B), renamed).current == renamed
