@@ -14,7 +14,10 @@ does not suffice, the answer is UNSURE, and whoever asks must not guess.
 import os
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+# Of file systems that are named by the server and what it exports (identify.py).
+NETWORK_NAMES: Final = frozenset({"nfs", "cifs", "smb3", "ceph", "lustre", "fuse.glusterfs"})
 
 
 class Likeness(Enum):
@@ -87,6 +90,8 @@ class DiskIdentity:
     def _same_file_system(self, other: "DiskIdentity") -> bool | None:
         """None: it cannot be told."""
         names = _equal(self.file_system, other.file_system)
+        if names is False and self.path == other.path and self._remote and other._remote:
+            return None  # one server has many names and addresses, and its clients' configuration changes
         if names is not None:
             return names
         if self.device != other.device:
@@ -97,6 +102,19 @@ class DiskIdentity:
         old = self.boot_id is None or other.boot_id is None
         more = self.path == other.path or _equal(self.generation, other.generation)
         return True if old and more else None
+
+    @property
+    def _remote(self) -> bool:
+        return (self.file_system or "").partition(":")[0] in NETWORK_NAMES
+
+    def lies_elsewhere(self, other: "DiskIdentity") -> bool:
+        """Whether anything says that it is not in its old place, so that it may be a copy, or a snapshot of
+        an earlier moment."""
+        return (
+            self.inode != other.inode
+            or _equal(self.file_system, other.file_system) is False
+            or self._below_is_another(other)
+        )
 
     def _below_is_another(self, other: "DiskIdentity") -> bool:
         """Whether the two file systems of one name lie on two devices."""

@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 
 from vhostsync import kernel
-from vhostsync.disk_identity import DiskIdentity
+from vhostsync.disk_identity import NETWORK_NAMES, DiskIdentity
 from vhostsync.disk_layers import block_identifiers, lasting_place, loop_backing
 
 log = structlog.get_logger(__name__)
@@ -42,7 +42,7 @@ FSID_LASTS: Final = {
 XFS_MAGIC: Final = 0x58465342
 OVERLAY_MAGIC: Final = 0x794C7630
 # Mounts whose source names the server and what it exports, and whose inode numbers are the server's.
-NETWORK_TYPES: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "fuse.glusterfs"})
+NETWORK_TYPES: Final = NETWORK_NAMES | {"nfs4"}
 
 
 def identify(fd: int, path: Path, *, with_ctime: bool = False) -> DiskIdentity:

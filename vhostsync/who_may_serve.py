@@ -87,8 +87,8 @@ class _Case:
                 f"--same-disk"
             )
         log.warning("taken for the current disk, as the operator says", path=disk.path)
-        # A file of another number was copied at some time, and no bitmap knows what was written since.
-        kept = record.bitmap if disk.inode == record.current.inode else None
+        # What was copied, or rolled back to a snapshot, lacks what no bitmap knows of.
+        kept = None if record.current.lies_elsewhere(disk) else record.bitmap
         return replace(record.continued(disk), bitmap=kept)
 
     def take_its_place(self, likeness: Likeness) -> StateRecord:

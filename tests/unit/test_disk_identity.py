@@ -45,6 +45,13 @@ def test_a_host_that_numbers_its_devices_anew_at_boot() -> None:
     assert FUSE.likeness(replace(FUSE, device=28, boot_id=TUESDAY)) is Likeness.UNSURE
 
 
+def test_a_server_that_is_called_otherwise_is_no_proof_of_another_file() -> None:
+    now = replace(NFS, file_system="nfs:10.0.0.1:/export", device=28, boot_id=TUESDAY)
+    assert NFS.likeness(now) is Likeness.UNSURE
+    assert NFS.likeness(replace(now, path="/other/mount/a")) is Likeness.OTHER
+    assert NFS.likeness(replace(now, file_system="ext:1")) is Likeness.OTHER
+
+
 def test_device_numbers_that_changed_places_prove_nothing() -> None:
     one, other = replace(FUSE, path="/one/d"), replace(FUSE, path="/two/d", device=28)
     one_now, other_now = (

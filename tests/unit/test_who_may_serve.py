@@ -82,6 +82,21 @@ def test_a_new_file_at_the_current_path_is_a_question() -> None:
         check_start(steady, restored, answer=Answer.SAME_DISK)
 
 
+def test_no_bitmap_is_kept_for_what_may_be_a_snapshot() -> None:
+    """That of a btrfs subvolume, or of the volume below, has the inode numbers of what it was made of."""
+    here = replace(A, mark="m", file_system="btrfs:1", serial="dm:LVM-1", boot_id="monday")
+    record = StateRecord.first(here).with_peer(B, "token").with_worth(Worth.UP_TO_DATE)
+    for snapshot in (replace(here, file_system="btrfs:2"), replace(here, serial="dm:LVM-2")):
+        with pytest.raises(StateRecordError, match="--same-disk"):
+            check_start(record, snapshot)
+        answered = check_start(record, snapshot, answer=Answer.SAME_DISK)
+        assert answered.peer == B and answered.bitmap is None
+    unnamed = replace(here, file_system=None, serial=None)
+    record = StateRecord.first(unnamed).with_peer(B, "token").with_worth(Worth.UP_TO_DATE)
+    moved = replace(unnamed, path="/other", device=99, boot_id="tuesday")
+    assert check_start(record, moved, answer=Answer.SAME_DISK).bitmap == "token"
+
+
 def test_a_new_file_at_the_current_path_is_accepted_where_nothing_is_at_stake() -> None:
     restored = replace(A, inode=999)
     assert check_start(StateRecord.first(A), restored).current == restored
