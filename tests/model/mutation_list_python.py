@@ -137,9 +137,9 @@ PYTHON = [
     ),
     _m(
         "the-bitmap-of-a-copied-file",
-        "with --same-disk the bitmap is kept only if the inode is the same",
+        "with --same-disk the bitmap is kept only if nothing says that it may be a copy or a snapshot",
         "who_may_serve.py",
-        "kept = record.bitmap if disk.inode == record.current.inode else None",
+        "kept = None if record.current.lies_elsewhere(disk) else record.bitmap",
         "kept = record.bitmap",
         "daemon/test_between_runs.py::test_moved_to_another_file_system",
     ),
