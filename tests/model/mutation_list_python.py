@@ -213,8 +213,8 @@ PYTHON = [
         "a-foreign-file-is-ours",
         "a file that does not begin as ours do is left alone",
         "own_file.py",
-        "if not (cut_short or head.startswith(begins)):",
-        "if not head:",
+        "return cut_short or head.startswith(begins)",
+        "return True",
         "unit/test_own_file.py::test_a_name_that_is_taken_is_refused",
     ),
     _m(
