@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import Load, Served, image, lacking
-from tests.guest.images import new_image
+from tests.daemon.rig import WAIT_S, Load, Served, flush, image, lacking, need_root, write_block
+from tests.guest.images import MIB, new_image
+from tests.hanging_disk import Op, hanging_disk
 
 STOPPED_S = 2.0  # there is nothing to wait for: what is tested is that this time passes
+TIMEOUT_S = 4.0  # of a request that is under way all the time: what is left of it is the machine's to lose
 
 
 @contextmanager
@@ -45,3 +47,27 @@ def test_a_healthy_mirror_is_kept(work: Path, threads: str) -> None:
         served.stop()
     assert not lacking(other, expected)
 
+
+def test_a_request_that_is_under_way_meanwhile_grows_no_older(work: Path) -> None:
+    """Whatever is reaped first when the backend goes on: this request has not been answered."""
+    need_root()
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this machine has no FUSE")
+    source = image(work / "a.img", 16)
+    with (
+        hanging_disk(work / "hanging", 16 * MIB) as destination,
+        Served(work, source, "--destination-timeout", f"{TIMEOUT_S:g}s") as served,
+        served.guest(queues=2) as guest,
+        destination.goes_on_at_the_end(),
+    ):
+        served.start_mirror(destination.path)
+        destination.hang(Op.WRITE)
+        write_block(guest, 0, 1)
+        destination.await_hanging(Op.WRITE, WAIT_S)
+        with stopped(served):
+            time.sleep(TIMEOUT_S + 1)
+        guest.read_now(0, 512)  # so the engine has made a pass
+        assert served.mirror()["state"] == "steady"
+        destination.go_on()
+        flush(guest)
+        assert served.mirror()["state"] == "steady"

@@ -1159,6 +1159,14 @@ MUTATIONS = [
         "write(bell->fd, &bell->one, sizeof bell->one) > 0",
         "rings/test_notification.py::test_a_call_that_is_full_and_blocks_stops_nobody[eventfd]",
     ),
+    _m(
+        "the-clock-runs-on",
+        "time in which the backend was stopped makes no request older",
+        "engine.c",
+        "        clock_missed_ns += passed - slept_ns;\n        now -= passed - slept_ns;\n",
+        "        clock_missed_ns += 0;\n",
+        "daemon/test_stopped.py::test_a_request_that_is_under_way_meanwhile_grows_no_older",
+    ),
     # -- which disk may be served, and what is known of it --------------------------
     *PYTHON,
 ]
