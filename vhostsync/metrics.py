@@ -40,7 +40,8 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_BYTES_MAX: Final = 8 * 1024
 CONNECTION_S: Final = 10.0
 CONNECTIONS_MAX: Final = 32
-HOST_LINE: Final = re.compile(rb"^host[ \t]*:[ \t]*(.*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+# Blanks around the value are cut off afterwards: a search for them, too, takes the cube of a line's length.
+HOST_LINE: Final = re.compile(rb"^host[ \t]*:([^\n]*)$", re.IGNORECASE | re.MULTILINE)
 HOST_AND_PORT: Final = re.compile(r"(?:\[(.*)\]|([^:]*))(?::\d*)?")
 
 _Kind = Literal["counter", "gauge", "histogram"]
@@ -391,7 +392,7 @@ def _names_this_host(head: bytes) -> bool:
     """Whether each Host of the request (HTTP/1.0 has none) is localhost or a loopback address. The port may
     be another one: that of a tunnel to here."""
     for value in HOST_LINE.findall(head):
-        match = HOST_AND_PORT.fullmatch(value.decode("ascii", "replace").lower())
+        match = HOST_AND_PORT.fullmatch(value.strip(b" \t\r").decode("ascii", "replace").lower())
         host = (match[1] or match[2]) if match is not None else ""
         try:
             if host != "localhost" and not ipaddress.ip_address(host).is_loopback:

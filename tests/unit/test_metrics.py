@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -204,6 +205,22 @@ async def test_a_page_of_another_name_reads_nothing(tmp_path: Path, host: bytes,
     async with serving(place_for("unix", tmp_path), FakeBackend()) as place:
         head, _ = await fetch(place, request)
         assert head.startswith("HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Host:" + b" " * 4000 + b"\n\r\n\r\n",
+        b"Host:" + b"\t" * 4000 + b"x\n",
+        b"host" + b" " * 4000 + b"\r\n" * 99,
+    ],
+)
+async def test_no_request_holds_up_the_backend(tmp_path: Path, head: bytes) -> None:
+    """Reading a Host is no search that takes the cube of its length: that would stop all else for hours."""
+    async with serving(place_for("tcp", tmp_path), FakeBackend()) as place:
+        began = time.process_time()
+        await fetch(place, b"GET /metrics HTTP/1.1\r\n" + head + b"\r\n\r\n")
+        assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
