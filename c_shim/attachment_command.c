@@ -57,6 +57,7 @@ static int attach(struct attachment *a)
         return rc;
     a->open = true;
     a->write_cache = a->engine->write_cache;
+    a->write_cache_chosen = false;
     return 0;
 }
 
@@ -159,13 +160,25 @@ static bool vring_enable(struct queue *q, bool enable, uint64_t token)
     return false;
 }
 
-/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. */
-static void set_write_cache(struct attachment *a, bool write_cache)
+static void take_write_cache(struct attachment *a, bool write_cache)
 {
     a->write_cache = write_cache;
     inflight_keep_write_cache(&a->inflight, write_cache);
-    if (!a->engine->active || a->engine->active == a)
-        a->engine->write_cache = write_cache;
+}
+
+/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. But what that
+ * guest sets while the receiving side of its migration is connected is the mode that it arrives with there. */
+static void set_write_cache(struct attachment *a, bool write_cache)
+{
+    struct vs_engine *e = a->engine;
+    a->write_cache_chosen = true;
+    take_write_cache(a, write_cache);
+    if (e->active && e->active != a)
+        return;
+    e->write_cache = write_cache;
+    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++)
+        if (e->attachment[i].open && !e->attachment[i].write_cache_chosen)
+            take_write_cache(&e->attachment[i], write_cache);
 }
 
 /* Requests of the rings that this is for must not have begun. Takes up the write cache mode as well. */
@@ -189,7 +202,10 @@ static int set_inflight(struct attachment *a, const struct vs_command *c)
     }
     if (rc == 0) {
         inflight_write_cache(&a->inflight, &write_cache);
-        set_write_cache(a, write_cache);
+        if (write_cache == a->write_cache)
+            take_write_cache(a, write_cache); /* perhaps the record did not have it */
+        else
+            set_write_cache(a, write_cache);
     }
     return rc;
 }
@@ -227,6 +243,7 @@ static void reset_device(struct attachment *a)
         a->queue[i].vq.log = NULL;
     if (!another_is_attached(a))
         set_write_cache(a, a->engine->config.writeback);
+    a->write_cache_chosen = false;
 }
 
 /* Done at once (true, with *rc), or answered later (false). */

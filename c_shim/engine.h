@@ -84,6 +84,7 @@ struct attachment {
     uint64_t patience_ends_ns; /* 0, or it waits for its end or for memory to be unmapped: a pause holds nothing longer */
     uint64_t features;
     bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
+    bool write_cache_chosen; /* by this guest, since it came or its device was reset; else it follows the one that runs */
     struct guest_memory memory;
     struct inflight_area inflight;
     struct dirty_log dirty_log;

@@ -21,6 +21,7 @@ from typing import Any
 from tests.guest_ring import TIMEOUT_S, Region, RingAddresses
 from vhostsync._shim import ffi, lib
 from vhostsync.snapshot import ranges_of
+from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES
 
 NO_LOG = (1 << 64) - 1
 
@@ -550,6 +551,12 @@ class EngineTransport:
 
     def set_write_cache(self, writeback: bool) -> None:
         self._call(lib.VS_CMD_SET_WRITE_CACHE, value=int(writeback))
+
+    def set_inflight(self) -> None:
+        """A new and empty record for one ring."""
+        fd = os.memfd_create("inflight")
+        os.truncate(fd, INFLIGHT_RING_BYTES)
+        self._call(lib.VS_CMD_SET_INFLIGHT, fd=fd, value=INFLIGHT_RING_BYTES, desc=0, used=1)
 
     def reset(self) -> None:
         self._call(lib.VS_CMD_RESET)

@@ -198,6 +198,14 @@ MUTATIONS = [
         "flush.py::test_the_mode_goes_with_the_guest_of_a_live_migration",
     ),
     _m(
+        "the-receiving-side-keeps-an-old-mode",
+        "the mode belongs to the guest, also while it moves to another frontend",
+        "attachment_command.c",
+        "e->attachment[i].open && !e->attachment[i].write_cache_chosen",
+        "false",
+        "flush.py::test_the_mode_that_the_guest_sets_while_it_is_migrated_goes_with_it",
+    ),
+    _m(
         "write-through-zeroing-ignored",
         "write-through: discard and write-zeroes too",
         "request_path.c",

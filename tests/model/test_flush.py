@@ -350,6 +350,38 @@ def test_the_mode_goes_with_the_guest_of_a_live_migration() -> None:
         assert r.driver.snapshot().write_cache
 
 
+@pytest.mark.parametrize("then", ["starts", "is reset first", "brings an empty record first"])
+def test_the_mode_that_the_guest_sets_while_it_is_migrated_goes_with_it(then: str) -> None:
+    """The receiving side has connected before: it must not go on in the mode of that moment."""
+    with rig(mirrored=True) as r:
+        incoming = EngineTransport(r.driver, attachment=1)
+        incoming.set_features(DEFAULT_FEATURES)
+        r.transport.set_write_cache(False)
+        if then == "is reset first":
+            incoming.reset()
+        elif then == "brings an empty record first":
+            incoming.set_inflight()
+        r.guest.stop()
+        r.transport.close()
+        r.guest.transport = incoming
+        r.guest.start()
+        write_is_durable_when_confirmed(r, 1)
+
+
+def test_who_has_chosen_a_mode_keeps_it() -> None:
+    with rig(mirrored=True) as r:
+        other = EngineTransport(r.driver, attachment=1)
+        other.set_write_cache(False)
+        r.transport.set_write_cache(False)
+        r.transport.set_write_cache(True)
+        assert r.snapshot().write_cache
+        r.guest.stop()
+        r.transport.close()
+        r.guest.transport = other
+        r.guest.start()
+        write_is_durable_when_confirmed(r, 1)
+
+
 def test_write_through_in_passthrough() -> None:
     with rig() as r:
         r.transport.set_write_cache(False)
