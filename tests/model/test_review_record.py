@@ -203,10 +203,10 @@ def test_the_old_disk_fails_right_after_the_exchange(
         await it.steady()
         exchange = it.engine.exchange
 
-        async def exchange_and_fail(*, keep_mirror: bool, accept_unreadable: bool) -> int:
+        async def exchange_and_fail(**how: bool) -> int:
             it.first.fault(DiskOp.WRITE, errno.EIO, count=-1)
             waiting.append(it.guest.write(BLOCK, pattern(2)))  # at the closed gate: goes to the new disk
-            return await exchange(keep_mirror=keep_mirror, accept_unreadable=accept_unreadable)
+            return await exchange(**how)
 
         waiting = [await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))]
         monkeypatch.setattr(it.engine, "exchange", exchange_and_fail)
