@@ -256,8 +256,8 @@ class Contract(RuleBasedStateMachine):
             return
         visible, self.growing = self.growing[1], None
         self._take_events()
-        if event.result != 0:  # a copy was under way, or the gate closed
-            assert -event.result == errno.EBUSY
+        if event.result != 0:  # a copy was under way, or the gate closed; or what is new could not be read
+            assert -event.result in (errno.EBUSY, errno.EIO)
             return
         self.visible = visible
         if self.model.peer is not None and self.model.state == State.STEADY:
