@@ -101,6 +101,7 @@ class Contract(RuleBasedStateMachine):
         self.filled = False
         self.growing: tuple[int, int] | None = None
         """The token of a grow under way, and what is visible after it."""
+        self.read_errors: set[int] = set()  # that a disk was told to give
         self.extent: dict[MemoryDisk, int] = {}
         """Blocks of a destination that were visible when it was last equal."""
         self.driver: EngineDriver | None = None
@@ -257,7 +258,7 @@ class Contract(RuleBasedStateMachine):
         visible, self.growing = self.growing[1], None
         self._take_events()
         if event.result != 0:  # a copy was under way, or the gate closed; or what is new could not be read
-            assert -event.result in (errno.EBUSY, errno.EIO)
+            assert -event.result in {errno.EBUSY, *self.read_errors}
             return
         self.visible = visible
         if self.model.peer is not None and self.model.state == State.STEADY:
@@ -290,6 +291,8 @@ class Contract(RuleBasedStateMachine):
     def fault(self, role: str, op: DiskOp, error: int, skip: int, count: int) -> None:
         if disk := self._role(role):
             disk.fault(op, error, skip=skip, count=count)
+            if op is DiskOp.READ:
+                self.read_errors.add(error)
 
     def _let_all_go(self) -> None:
         for disk in self.all_disks:
