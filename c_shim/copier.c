@@ -231,7 +231,7 @@ static void put_next(struct region_copy *c)
     if (c->put == c->length)
         finish_copy(c);
     else if (next_piece(c, end, &c->piece))
-        submit_piece(c, VS_DISK_FIND_DATA, destination_looked);
+        submit_piece(c, VS_DISK_EXTENTS, destination_looked);
     else
         submit_piece(c, VS_DISK_WRITE, piece_done);
 }
@@ -433,7 +433,7 @@ static bool start_hole(struct region_copy *c, uint64_t offset, uint64_t run)
         return false;
     place(c, offset, length);
     c->step = COPY_LOOKING;
-    c->io.kind = VS_DISK_FIND_DATA;
+    c->io.kind = VS_DISK_EXTENTS;
     c->io.to_data_end = false;
     c->io.offset = offset;
     c->io.length = length;

@@ -15,7 +15,7 @@ static void scouted(struct disk_io *io)
 void copy_scout_init(struct copy_scout *s, struct vs_engine *e)
 {
     s->engine = e;
-    s->io.kind = VS_DISK_FIND_DATA;
+    s->io.kind = VS_DISK_EXTENTS;
     s->io.to_data_end = true;
     s->io.done = scouted;
 }

@@ -35,13 +35,13 @@ void disk_host_free(struct disk_host *host)
 }
 
 void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
-               uint32_t memory_align_bytes, bool page_cache)
+               uint32_t memory_align_bytes, uint32_t can)
 {
     disk->ops = ops;
     disk->bytes = bytes;
     disk->block_bytes = block_bytes;
     disk->memory_align_bytes = memory_align_bytes;
-    disk->page_cache = page_cache;
+    disk->can = can;
     disk->flush_failed = false;
     disk->host = NULL;
     disk->stats = (struct vs_disk_stats){0};
@@ -86,10 +86,34 @@ static void count_change(struct disk_host *host, const struct disk_io *io)
         host->changes++;
 }
 
+static bool leaves_out(const struct vs_disk *disk, uint32_t kind)
+{
+    switch (kind) {
+    case VS_DISK_EXTENTS:
+        return !(disk->can & DISK_TELLS_EXTENTS);
+    case VS_DISK_SIZE:
+        return !(disk->can & DISK_TELLS_SIZE);
+    case VS_DISK_CLOSE:
+        return !(disk->can & DISK_CLOSES_LATER);
+    default:
+        return false;
+    }
+}
+
+/* What the disk's kind leaves out. */
+static void answer_for(const struct vs_disk *disk, struct disk_io *io)
+{
+    if (io->kind == VS_DISK_EXTENTS)
+        disk_all_data(io);
+    else if (io->kind == VS_DISK_SIZE)
+        io->size_bytes = disk->bytes;
+    disk_complete(io, 0);
+}
+
 void disk_submit(struct vs_disk *disk, struct disk_io *io)
 {
     assert(io->kind < VS_DISK_KINDS);
-    if (io->kind != VS_DISK_FLUSH && io->kind != VS_DISK_CLOSE) {
+    if (io->kind != VS_DISK_FLUSH && io->kind != VS_DISK_CLOSE && io->kind != VS_DISK_SIZE) {
         assert(io->length > 0 && io->offset <= disk->bytes && io->length <= disk->bytes - io->offset);
         assert(io->offset % disk->block_bytes == 0 && io->length % disk->block_bytes == 0);
     }
@@ -107,6 +131,8 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     count_change(disk->host, io);
     if (io->kind == VS_DISK_FLUSH && disk->flush_failed)
         disk_complete(io, -EIO);
+    else if (leaves_out(disk, io->kind))
+        answer_for(disk, io);
     else
         disk->ops->submit(disk, io);
 }
@@ -149,7 +175,7 @@ static void finish(struct disk_io *io)
     if (io->kind < VS_DISK_OPS)
         op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
                      disk->host->now_ns - io->submitted_ns, io->result < 0);
-    if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->page_cache)
+    if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->can & DISK_FORGETS_FAILED_FLUSH)
         disk->flush_failed = true;
     disk_io_restore(io);
     io->done(io); /* the last thing: the disk may be gone after that */
@@ -194,11 +220,6 @@ void disk_all_data(struct disk_io *io)
 bool disk_found_hole(const struct disk_io *io)
 {
     return io->data_at == io->offset + io->length;
-}
-
-int disk_dup(const struct vs_disk *disk)
-{
-    return disk->ops->dup ? disk->ops->dup(disk) : -ENOTSUP;
 }
 
 uint64_t disk_oldest_ns(const struct vs_disk *disk)

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A disk behind one small ops struct: files and block devices (disk_file.c),
- * and for tests a volatile-cache disk (disk_test.c).
+ * A disk behind one small ops struct, one file for each kind: files and block
+ * devices (disk_file.c), and for tests a volatile-cache disk (disk_test.c).
+ * Nobody asks which kind a disk is. What it can do, and how it fails, is in one
+ * word (enum disk_can); what a kind leaves out, disk.c answers for it.
  *
  * disk_submit() is the one gate of every operation on a disk: it asserts what
  * the callers promise (bounds, alignment), counts and takes the time. An
@@ -23,7 +25,7 @@
 struct disk_io {
     /* Set by the caller. */
     uint32_t kind; /* enum vs_disk_op, or enum vs_disk_errand */
-    bool to_data_end; /* VS_DISK_FIND_DATA: how far the data goes is wanted, too */
+    bool to_data_end; /* VS_DISK_EXTENTS: how far the data goes is wanted, too */
     bool may_unmap; /* VS_DISK_ZERO: the range may become a hole */
     uint64_t offset;
     uint64_t length;
@@ -33,9 +35,10 @@ struct disk_io {
     void (*done)(struct disk_io *io);
     /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
     int result;
-    /* Of VS_DISK_FIND_DATA, which never fails: up to data_at there is a hole, from there to data_end there may be data.
+    /* Of VS_DISK_EXTENTS, which never fails: up to data_at there is a hole, from there to data_end there may be data.
      * Both lie in the range that was asked about. */
     uint64_t data_at, data_end;
+    uint64_t size_bytes; /* of VS_DISK_SIZE */
     /* The disk's own. */
     struct vs_disk *disk;
     struct io_job job;
@@ -62,13 +65,19 @@ struct disk_host {
     int wake_fd;
 };
 
+/* Errands are asynchronous, and each may be left out. */
+enum disk_can {
+    DISK_TELLS_EXTENTS = 1u << 0, /* VS_DISK_EXTENTS; else all of the disk counts as data */
+    DISK_TELLS_SIZE = 1u << 1,    /* VS_DISK_SIZE; else it stays as large as it was when it was opened */
+    DISK_CLOSES_LATER = 1u << 2,  /* VS_DISK_CLOSE, for closing may block; else ops->close() does all of it */
+    DISK_FORGETS_FAILED_FLUSH = 1u << 3, /* a flush after one that has failed may succeed without the data */
+};
+
 struct disk_ops {
-    /* Ends in disk_complete() or disk_complete_remote(), now or later. */
+    /* Ends in disk_complete() or disk_complete_remote(), now or later. Of the errands, only those that it can do. */
     void (*submit)(struct vs_disk *disk, struct disk_io *io);
     /* Nothing is in flight any more. Closes it, unless that is done, and frees it. */
     void (*close)(struct vs_disk *disk);
-    /* A new descriptor of what is open, or a negative errno. */
-    int (*dup)(const struct vs_disk *disk);
 };
 
 struct vs_disk {
@@ -76,8 +85,8 @@ struct vs_disk {
     uint64_t bytes;
     uint32_t block_bytes;        /* offsets and lengths are multiples of it */
     uint32_t memory_align_bytes; /* buffers are */
-    bool page_cache;   /* the disk is behind it, or may be: direct I/O to a file falls back to it here and there */
-    bool flush_failed; /* with it: a later fdatasync would succeed without the data, so it stays an error */
+    uint32_t can;                /* of enum disk_can */
+    bool flush_failed;           /* and would be forgotten, so it stays an error */
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by progress_ns */
     struct disk_io closing;
@@ -88,7 +97,7 @@ void disk_host_init(struct disk_host *host, struct uring *uring, int wake_fd);
 void disk_host_free(struct disk_host *host);
 
 void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
-               uint32_t memory_align_bytes, bool page_cache);
+               uint32_t memory_align_bytes, uint32_t can);
 /* An engine takes the disk. */
 void disk_adopt(struct vs_disk *disk, struct disk_host *host);
 /* Not on the data thread: it may take as long as the disk likes. */
@@ -111,12 +120,10 @@ void disk_complete_remote(struct disk_io *io, int result);
 unsigned disk_run_done(struct disk_host *host);
 
 bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count);
-/* The answer of a disk that does not know of holes. */
+/* Of VS_DISK_EXTENTS: no holes are known. */
 void disk_all_data(struct disk_io *io);
 /* The whole range is a hole. */
 bool disk_found_hole(const struct disk_io *io);
-/* A descriptor of the open disk for somebody else to look at it with; a negative errno. */
-int disk_dup(const struct vs_disk *disk);
 /* When the operation that has gone longest without progress last made some; UINT64_MAX: none is in flight. */
 uint64_t disk_oldest_ns(const struct vs_disk *disk);
 

@@ -235,7 +235,7 @@ static void job_over(struct io_job *job)
 }
 
 /* Unknown counts as data. */
-static void find_data(const struct file_disk *f, struct disk_io *io)
+static void find_extent(const struct file_disk *f, struct disk_io *io)
 {
     uint64_t end = io->offset + io->length;
     off_t at = lseek(f->fd, (off_t)io->offset, SEEK_DATA);
@@ -251,12 +251,26 @@ static void find_data(const struct file_disk *f, struct disk_io *io)
         io->data_end = (uint64_t)at;
 }
 
+/* Of what is open: another file may have its name by now. */
+static int find_size(const struct file_disk *f, struct disk_io *io)
+{
+    struct stat st;
+    if (f->is_block_device)
+        return ioctl(f->fd, BLKGETSIZE64, &io->size_bytes) < 0 ? -errno : 0;
+    if (fstat(f->fd, &st) < 0)
+        return -errno;
+    io->size_bytes = (uint64_t)st.st_size;
+    return 0;
+}
+
 /* On the worker. */
 static int errand(struct disk_io *io)
 {
     struct file_disk *f = container_of(io->disk, struct file_disk, disk);
-    if (io->kind == VS_DISK_FIND_DATA)
-        find_data(f, io);
+    if (io->kind == VS_DISK_SIZE)
+        return find_size(f, io);
+    if (io->kind == VS_DISK_EXTENTS)
+        find_extent(f, io);
     else
         close(f->fd);
     return 0;
@@ -267,12 +281,8 @@ static void submit_errand(struct file_disk *f, struct disk_io *io)
     if (io->kind == VS_DISK_CLOSE) {
         f->closed = true;
         disk_worker_give_last(&f->worker, io);
-    } else if (f->is_block_device) { /* they do not say */
-        disk_all_data(io);
-        disk_complete(io, 0);
     } else if (f->inline_io) {
-        find_data(f, io);
-        disk_complete(io, 0);
+        disk_complete(io, errand(io));
     } else {
         disk_worker_give(&f->worker, io);
     }
@@ -307,16 +317,9 @@ static void file_close(struct vs_disk *disk)
     free(f);
 }
 
-static int file_dup(const struct vs_disk *disk)
-{
-    int fd = fcntl(container_of(disk, const struct file_disk, disk)->fd, F_DUPFD_CLOEXEC, 0);
-    return fd < 0 ? -errno : fd;
-}
-
 static const struct disk_ops file_ops = {
     .submit = file_submit,
     .close = file_close,
-    .dup = file_dup,
 };
 
 int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out)
@@ -368,6 +371,17 @@ int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out)
     return 0;
 }
 
+static uint32_t abilities(const struct vs_disk_probe *probe, int direct)
+{
+    uint32_t can = DISK_TELLS_SIZE | DISK_CLOSES_LATER;
+    if (!probe->is_block_device)
+        can |= DISK_TELLS_EXTENTS; /* devices do not say */
+    /* The page cache counts as clean what it could not write. Direct I/O to a file falls back to it here and there. */
+    if (!direct || !probe->is_block_device)
+        can |= DISK_FORGETS_FAILED_FLUSH;
+    return can;
+}
+
 vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
 {
     struct file_disk *f = calloc(1, sizeof *f);
@@ -382,6 +396,6 @@ vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
     f->may_block = probe->may_block;
     f->is_block_device = probe->is_block_device;
     disk_init(&f->disk, &file_ops, probe->bytes, probe->logical_block_bytes, probe->memory_align_bytes,
-              !direct || !probe->is_block_device);
+              abilities(probe, direct));
     return &f->disk;
 }

@@ -28,8 +28,6 @@
  */
 #include <assert.h>
 #include <errno.h>
-#include <sys/mman.h>
-#include <unistd.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -268,7 +266,7 @@ static uint64_t end_of(struct test_disk *t, uint64_t at, uint64_t end, bool zero
     return at < end ? at : end;
 }
 
-static void find_data(struct test_disk *t, struct disk_io *io)
+static void find_extent(struct test_disk *t, struct disk_io *io)
 {
     uint64_t end = io->offset + io->length;
     disk_all_data(io);
@@ -282,14 +280,16 @@ static int take_effect(struct test_disk *t, struct disk_io *io)
 {
     int error = 0;
     t->completed[io->kind]++;
-    if (io->kind == VS_DISK_FIND_DATA)
-        find_data(t, io);
+    if (io->kind == VS_DISK_EXTENTS)
+        find_extent(t, io);
+    if (io->kind == VS_DISK_SIZE)
+        io->size_bytes = t->disk.bytes;
     if (io->kind >= VS_DISK_OPS)
         return 0;
     t->stamp++;
     if (io->kind == VS_DISK_FLUSH) {
         if (take_fault(t, io->kind, &error) && error) {
-            if (t->disk.page_cache)
+            if (t->disk.can & DISK_FORGETS_FAILED_FLUSH)
                 lose(t, io->transferred);
             return -error;
         }
@@ -346,19 +346,9 @@ static void test_close(struct vs_disk *disk)
     vs_test_disk_drop(disk);
 }
 
-/* A file of its size. */
-static int test_dup(const struct vs_disk *disk)
-{
-    int fd = memfd_create("test disk", MFD_CLOEXEC);
-    if (fd >= 0 && ftruncate(fd, (off_t)disk->bytes) < 0)
-        abort();
-    return fd < 0 ? -errno : fd;
-}
-
 static const struct disk_ops test_ops = {
     .submit = test_submit,
     .close = test_close,
-    .dup = test_dup,
 };
 
 /* ---- the test's side ---------------------------------------------------- */
@@ -368,7 +358,8 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
     assert(logical_block_bytes >= 512 && logical_block_bytes <= 4096 && bytes % logical_block_bytes == 0);
     uint64_t count = bytes / logical_block_bytes;
     struct test_disk *t = checked(calloc(1, sizeof *t));
-    disk_init(&t->disk, &test_ops, bytes, logical_block_bytes, logical_block_bytes, false);
+    disk_init(&t->disk, &test_ops, bytes, logical_block_bytes, logical_block_bytes,
+              DISK_TELLS_EXTENTS | DISK_TELLS_SIZE | DISK_CLOSES_LATER);
     pthread_mutex_init(&t->lock, NULL);
     t->references = 1;
     t->durable = checked(calloc(1, bytes));
@@ -382,7 +373,7 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
 void vs_test_disk_buffered(vs_disk *disk)
 {
     assert(!disk->host);
-    disk->page_cache = true;
+    disk->can |= DISK_FORGETS_FAILED_FLUSH;
 }
 
 void vs_test_disk_record(vs_disk *disk, vs_test_record *record, uint32_t number)

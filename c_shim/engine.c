@@ -46,13 +46,6 @@ static void record_written(struct vs_engine *e, uint64_t error)
     e->flush.dirty = true;
 }
 
-static void give_disk_fd(struct vs_engine *e, uint64_t token, uint64_t role)
-{
-    const struct vs_disk *disk = role == VS_SOURCE ? e->source : e->mirror.disk;
-    int fd = disk ? disk_dup(disk) : -ENOTCONN;
-    mailbox_done(&e->mailbox, token, fd < 0 ? fd : 0, fd < 0 ? 0 : (uint64_t)fd);
-}
-
 static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *c)
 {
     int rc = 0;
@@ -79,8 +72,8 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
     case VS_CMD_PEER_DIFFERS:
         e->mirror.differs = c->value;
         break;
-    case VS_CMD_DISK_FD:
-        give_disk_fd(e, token, c->value);
+    case VS_CMD_DISK_SIZE:
+        grow_measure(e, token, c->value);
         return;
     case VS_CMD_GROW_STOP:
         grow_stop(e, -ECANCELED);

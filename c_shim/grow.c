@@ -67,6 +67,27 @@ static void finish(struct vs_engine *e)
     mailbox_done(&e->mailbox, e->grow.token, 0, 0);
 }
 
+static void measured(struct disk_io *io)
+{
+    struct size_question *q = container_of(io, struct size_question, io);
+    q->asked = false;
+    mailbox_done(&q->engine->mailbox, q->token, io->result, io->result < 0 ? 0 : io->size_bytes);
+}
+
+void grow_measure(struct vs_engine *e, uint64_t token, uint64_t role)
+{
+    struct vs_disk *disk = role == VS_SOURCE ? e->source : e->mirror.disk;
+    struct size_question *q = &e->grow.size_question[role != VS_SOURCE];
+    if (!disk || q->asked) {
+        mailbox_done(&e->mailbox, token, disk ? -EBUSY : -ENOTCONN, 0);
+        return;
+    }
+    *q = (struct size_question){.engine = e, .token = token, .asked = true};
+    q->io.kind = VS_DISK_SIZE;
+    q->io.done = measured;
+    disk_submit(disk, &q->io);
+}
+
 void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
                 uint64_t destination_bytes)
 {

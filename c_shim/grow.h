@@ -12,6 +12,14 @@
 
 struct vs_engine;
 
+/* How large a disk is by now, which is asked of it. */
+struct size_question {
+    bool asked;
+    uint64_t token;
+    struct vs_engine *engine;
+    struct disk_io io;
+};
+
 struct grow {
     bool running;        /* the new range is being copied to the destination */
     bool flushing;
@@ -20,8 +28,11 @@ struct grow {
     uint64_t capacity_bytes;
     uint64_t epoch;      /* of the mirror, when the flush began */
     struct disk_io flush;
+    struct size_question size_question[2]; /* by enum vs_disk_role */
 };
 
+/* Answers the token with the size that the disk of this role has by now. */
+void grow_measure(struct vs_engine *e, uint64_t token, uint64_t role);
 /* Answers the token when the guest may use "capacity_bytes". The disks' own sizes: destination_bytes 0 if there is
  * none. Refused: -EBUSY (copying, switching, growing, or one that was stopped is not over), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
 void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,

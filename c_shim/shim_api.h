@@ -186,7 +186,8 @@ enum vs_command_kind {
     VS_CMD_PEER_DIFFERS,      /* value 1: a verification has found the destination different, so it stands in for the source
                                * in nothing (vs_engine_config.read_fallback, switch_on_source_error, VS_CMD_EXCHANGE), as
                                * from when one that runs finds so; 0: not any more */
-    VS_CMD_DISK_FD,           /* value: role; the event's value is a descriptor of the open disk, which the caller closes */
+    VS_CMD_DISK_SIZE,         /* value: role; the event's value: how large the open disk is by now. -ENOTCONN: there is none;
+                               * -EBUSY: it was asked and has not answered yet */
     VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after its end */
 };
 
@@ -282,8 +283,8 @@ enum vs_loss {
 
 enum vs_disk_role { VS_SOURCE = 0, VS_DESTINATION = 1 };
 enum vs_disk_op { VS_DISK_READ = 0, VS_DISK_WRITE = 1, VS_DISK_FLUSH = 2, VS_DISK_ZERO = 3, VS_DISK_OPS = 4 };
-/* What a disk is asked beside these, and is not counted: where there is data, and to close. */
-enum vs_disk_errand { VS_DISK_FIND_DATA = 4, VS_DISK_CLOSE = 5, VS_DISK_KINDS = 6 };
+/* What a disk is asked beside these, and is not counted: where there is data, how large it is now, and to close. */
+enum vs_disk_errand { VS_DISK_EXTENTS = 4, VS_DISK_SIZE = 5, VS_DISK_CLOSE = 6, VS_DISK_KINDS = 7 };
 
 struct vs_event {
     uint32_t kind;

@@ -60,7 +60,7 @@ int verifier_init(struct vs_engine *e)
         c->source_data = v->buffers + (size_t)(2 * i) * VERIFY_BYTES;
         c->destination_data = c->source_data + VERIFY_BYTES;
     }
-    v->scout.kind = VS_DISK_FIND_DATA;
+    v->scout.kind = VS_DISK_EXTENTS;
     v->scout.to_data_end = true;
     v->scout.done = scouted;
     return 0;

@@ -44,8 +44,9 @@ class DiskOp(IntEnum):
 class Errand(IntEnum):
     """What a disk is asked beside its operations."""
 
-    FIND_DATA = 4
-    CLOSE = 5
+    EXTENTS = 4
+    SIZE = 5
+    CLOSE = 6
 
 
 class EventKind(IntEnum):

@@ -363,11 +363,7 @@ class Engine:
     async def disk_bytes(self, role: str) -> int:
         """What the open disk ("source", "destination") has now, whatever has its name by now. EngineError;
         ENOTCONN: there is none."""
-        doing = f"measuring the {role}"
-        with anyio.CancelScope(shield=True):  # or the descriptor would be lost
-            fd = OwnedFd(await self.command(lib.VS_CMD_DISK_FD, doing, value=ROLES.index(role)))
-        with fd:
-            return (await anyio.to_thread.run_sync(probe, fd.fileno(), False)).bytes
+        return await self.command(lib.VS_CMD_DISK_SIZE, f"measuring the {role}", value=ROLES.index(role))
 
     async def grow(self, capacity_bytes: int, source_bytes: int, destination_bytes: int) -> None:
         """Returns when the guest may use the new capacity, and the destination (0 bytes: none) has it, too.

@@ -90,7 +90,7 @@ static uint64_t data_at(vs_disk *disk, uint64_t offset, uint64_t length)
     unsigned usual = thread;
     thread = 0;
     c.io.to_data_end = true;
-    start(disk, &c, VS_DISK_FIND_DATA, offset, length, NULL);
+    start(disk, &c, VS_DISK_EXTENTS, offset, length, NULL);
     thread = usual;
     CHECK_EQUAL(finish(&c), 0);
     CHECK(c.io.data_at >= offset && c.io.data_end >= c.io.data_at && c.io.data_end <= offset + length);
@@ -323,13 +323,57 @@ static void told_close(vs_disk *disk)
     (void)disk;
 }
 
+static uint64_t size(vs_disk *disk)
+{
+    struct call c = {0};
+    start(disk, &c, VS_DISK_SIZE, 0, 0, NULL);
+    CHECK_EQUAL(finish(&c), 0);
+    return c.io.size_bytes;
+}
+
+/* What a kind leaves out never comes to it. */
+static void left_out(void)
+{
+    static const struct disk_ops ops = {.submit = told_submit, .close = told_close};
+    vs_disk disk;
+    struct call c = {.io.to_data_end = true};
+    unsigned before = closings;
+    disk_init(&disk, &ops, BYTES, 512, 1, 0);
+    disk_adopt(&disk, &host);
+    told = -EIO;
+    start(&disk, &c, VS_DISK_EXTENTS, 4096, 8192, NULL);
+    CHECK_EQUAL(finish(&c), 0);
+    CHECK(c.io.data_at == 4096 && c.io.data_end == 4096 + 8192);
+    CHECK_EQUAL(size(&disk), BYTES);
+    disk_close_later(&disk, on_closed);
+    CHECK_EQUAL(closings, before);
+    while (closings == before)
+        turn();
+    CHECK_EQUAL(disk.closing.result, 0);
+}
+
+/* Not as it was when it was opened. */
+static void sizes(void)
+{
+    static const struct kind_of_file kinds[] = {{"memory", false, true}, {"buffered", false, false}};
+    for (int i = 0; i < 2; i++) {
+        int fd;
+        vs_disk *disk = open_disk(&kinds[i], &fd);
+        CHECK_EQUAL(size(disk), BYTES);
+        CHECK_EQUAL(ftruncate(fd, BYTES + 4096), 0);
+        CHECK_EQUAL(size(disk), BYTES + 4096);
+        disk_close(disk);
+        close(fd);
+    }
+}
+
 /* Behind the page cache a second fdatasync succeeds without the data, so the first failure stays one. */
 static void failed_flushes(void)
 {
     static const struct disk_ops ops = {.submit = told_submit, .close = told_close};
-    for (int page_cache = 0; page_cache < 2; page_cache++) {
+    for (int forgets = 0; forgets < 2; forgets++) {
         vs_disk disk;
-        disk_init(&disk, &ops, BYTES, 512, 1, page_cache);
+        disk_init(&disk, &ops, BYTES, 512, 1, forgets ? DISK_FORGETS_FAILED_FLUSH : 0);
         disk_adopt(&disk, &host);
         told = 0;
         CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), 0);
@@ -337,7 +381,7 @@ static void failed_flushes(void)
         CHECK_EQUAL(call(&disk, VS_DISK_WRITE, 0, 512, buffer), -EIO);
         CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), -EIO);
         told = 0;
-        CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), page_cache ? -EIO : 0);
+        CHECK_EQUAL(call(&disk, VS_DISK_FLUSH, 0, 0, NULL), forgets ? -EIO : 0);
         CHECK_EQUAL(call(&disk, VS_DISK_WRITE, 0, 512, buffer), 0);
         disk_close(&disk);
     }
@@ -456,6 +500,8 @@ int main(void)
     io_threads_stop(&host.threads);
     thread = 0;
     test("closed later", closed_later);
+    test("what a kind leaves out", left_out);
+    test("sizes", sizes);
     test("failed flushes", failed_flushes);
     test("failed flushes of files", failed_flushes_of_files);
     test("zeroing of block devices", zeroing_of_block_devices);

@@ -82,7 +82,7 @@ static void (*file_submit)(vs_disk *disk, struct disk_io *io);
 
 static void submit_without_holes(vs_disk *disk, struct disk_io *io)
 {
-    if (io->kind != VS_DISK_FIND_DATA) {
+    if (io->kind != VS_DISK_EXTENTS) {
         file_submit(disk, io);
         return;
     }

@@ -152,8 +152,8 @@ MUTATIONS = [
         "failed-flush-of-a-direct-file-forgotten",
         "an image file is behind the page cache, with direct I/O too",
         "disk_file.c",
-        "!direct || !probe->is_block_device);",
-        "!direct);",
+        "if (!direct || !probe->is_block_device)",
+        "if (!direct)",
         "file_disk.py::test_a_failed_flush_of_a_file_stays_an_error",
     ),
     _m(
