@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C engine driven directly through its boundary (c_shim/shim_api.h), for tests: no daemon, no socket.
 
-`MemoryDisk` is the test disk of c_shim/disk_test.c, `EngineDriver` an engine with its events,
+`MemoryDisk` is the test disk of c_shim/testing/disk_test.c, `EngineDriver` an engine with its events,
 `EngineTransport` the way of a tests/frontend.py `Frontend` to it. All waiting is poll on the engine's event
 descriptor.
 """

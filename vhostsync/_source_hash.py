@@ -14,19 +14,23 @@ from pathlib import Path
 
 
 def source_files(directory: Path) -> list[Path]:
-    """The C sources and headers in `directory`, sorted by name."""
-    return sorted(path for path in directory.iterdir() if path.suffix in (".c", ".h"))
+    """The C sources and headers in `directory` and its folders, sorted by path."""
+    return sorted(path for path in directory.rglob("*") if path.suffix in (".c", ".h"))
+
+
+def _folders(directory: Path) -> list[Path]:
+    return [directory, *sorted(path for path in directory.rglob("*") if path.is_dir())]
 
 
 def source_hash(directory: Path) -> str:
-    """sha256, in hexadecimal, over the name, the length and the bytes of every C source in `directory`.
+    """sha256, in hexadecimal, over the path, the length and the bytes of every C source in `directory`.
 
     Raises OSError when a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in source_files(directory):
         content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode())
+        digest.update(f"{path.relative_to(directory).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 
@@ -44,8 +48,8 @@ def _main(directory: Path, output: Path, depfile: Path) -> None:
         f'const char *vs_source_hash(void)\n{{\n    return "{source_hash(directory)}";\n}}\n'
     )
     output.write_text(text)
-    # The directory itself is named too: a file that appears or goes changes its time.
-    names = [str(path).replace(" ", "\\ ") for path in (directory, *source_files(directory))]
+    # The folders are named too: a file that appears or goes changes their times.
+    names = [str(path).replace(" ", "\\ ") for path in (*_folders(directory), *source_files(directory))]
     depfile.write_text(f"{output}: {' '.join(names)}\n")
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dirty bitmap's file: whose it is, and whether it may be believed (docs/durability.md, rule 4).
 
-The engine keeps the bits (c_shim/bitmap_file.c) and the activity log; this file keeps the first block, which
-says what they belong to. A bitmap is believed only if the state record names its token, which changes with
-every run and every new peer, and if both disks are those that it was made for. So one that was left out of a
-run, copied back from yesterday or made for other disks leads to a full copy.
+The engine keeps the bits (c_shim/bitmap/bitmap_file.c) and the activity log; this file keeps the first
+block, which says what they belong to. A bitmap is believed only if the state record names its token, which
+changes with every run and every new peer, and if both disks are those that it was made for. So one that was
+left out of a run, copied back from yesterday or made for other disks leads to a full copy.
 
 Whatever is no bitmap is refused, and stays as it is (own_file.py): --bitmap may name a disk by a slip. The
 file has QEMU's image locks as long as it is used, so that it is nobody's disk meanwhile.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catching up after the guest got ahead of a slow destination (c_shim/pull_ahead.c).
+"""Catching up after the guest got ahead of a slow destination (c_shim/mirror/pull_ahead.c).
 
 While the mirror is ahead, the destination is a moment of the source. As soon as the first region is copied it
 is nothing, so the state record has to say so durably before the engine is told to begin. When that may be is

@@ -2,10 +2,10 @@
 """Whether somebody has changed an image file since a run that did not end in order (docs/durability.md).
 
 Such a run could not note how it left the files. But while it ran, the engine has kept, at the end of the
-bitmap's first block, until when their changes are its own (c_shim/heartbeat.c). What has a later ctime was
-changed by somebody else. Where the whole machine went down, that moment may not have reached the disk; then
-all that is older than this boot is taken for the run's own: nobody else could write while the machine was
-down. Blocks.
+bitmap's first block, until when their changes are its own (c_shim/bitmap/heartbeat.c). What has a later
+ctime was changed by somebody else. Where the whole machine went down, that moment may not have reached the
+disk; then all that is older than this boot is taken for the run's own: nobody else could write while the
+machine was down. Blocks.
 """
 
 import os

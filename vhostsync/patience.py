@@ -3,9 +3,9 @@
 
 A process that is stopped (SIGSTOP, a freezer, a debugger, a hypervisor) and goes on finds every deadline
 passed, though nobody has kept it waiting. The data thread has a clock that stands still meanwhile
-(c_shim/engine.c); here a look every TICK_S finds the gap and moves the deadline. Timers are called in the
-order of their times, so the look comes before the deadline that it moves, unless less than TICK_S of that
-was left.
+(c_shim/engine/engine.c); here a look every TICK_S finds the gap and moves the deadline. Timers are called
+in the order of their times, so the look comes before the deadline that it moves, unless less than TICK_S of
+that was left.
 
 For what gives up for good. Whoever merely tries again, or tells an operator so, needs none of it.
 """

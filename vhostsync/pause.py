@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--on-destination-error pause`: tells what the engine does about a steady destination that was lost.
 
-The engine holds the guest's flushes by itself (c_shim/guest_flush.c), until a mirror is steady again or
-mirror-cancel gives up the promise; and lets those go that a frontend cannot wait for (c_shim/attachment.c).
+The engine holds the guest's flushes by itself (c_shim/mirror/guest_flush.c), until a mirror is steady again
+or mirror-cancel gives up the promise; and lets those go that a frontend cannot wait for
+(c_shim/guest/attachment.c).
 """
 
 import structlog

@@ -2,8 +2,8 @@
 """The peer: the other disk that the engine's difference map speaks of, and whether that map may be believed.
 
 While a peer is known, the engine keeps a map of the regions on which the two disks may differ
-(c_shim/difference.c). It is worth something only for that very disk, in the very state in which the mirror
-has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
+(c_shim/mirror/difference.c). It is worth something only for that very disk, in the very state in which the
+mirror has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
 """
 
 from typing import Final

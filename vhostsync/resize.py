@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk grows while the guest runs (c_shim/grow.c). In this order, so that nothing is promised too early:
+"""The disk grows while the guest runs (c_shim/mirror/grow.c). In this order, so that nothing is promised
+too early:
 
 1. what was asked for is checked against what both disks have;
 2. the bitmap's file becomes long enough; its header still says the old size, so after a crash it is not

@@ -10,9 +10,9 @@ architecture, and guards against a second table of calls (x32, 32 bit). Its Pyth
 those that are there wrap the same calls.
 
 A filter sees the words that a call is given, and no memory that they point to. So what is denied here is
-denied by number: of the terminal's requests, of modes, of processes. Requests in an io_uring that exists pass
-it by: no other ring can be made, and c_shim/uring.c restricts each to the operations that the engine has.
-Which files may be opened is Landlock's matter, which binds a ring, too.
+denied by number: of the terminal's requests, of modes, of processes. Requests in an io_uring that exists
+pass it by: no other ring can be made, and c_shim/base/uring.c restricts each to the operations that the
+engine has. Which files may be opened is Landlock's matter, which binds a ring, too.
 """
 
 import ctypes

@@ -2,9 +2,10 @@
 """The control plane's part when a steady source fails (`--on-source-error switch`).
 
 The engine keeps back what the source has failed, takes up nothing more, and reports it
-(c_shim/source_failover.c). The guest waits. So the switch is made at once: no flush of either disk comes
-first, for what the guest has flushed is on both; the state record is durable before the exchange, as in every
-switch. Whatever goes wrong, the engine is told to give up in the end, and the guest gets the source's error.
+(c_shim/guest/source_failover.c). The guest waits. So the switch is made at once: no flush of either disk
+comes first, for what the guest has flushed is on both; the state record is durable before the exchange, as
+in every switch. Whatever goes wrong, the engine is told to give up in the end, and the guest gets the
+source's error.
 """
 
 from typing import Final, Protocol

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification: are the two disks equal, as `steady` promises? The engine compares (c_shim/verifier.c); this
-file starts it, tells of its progress and its end, and remembers the last result."""
+"""Verification: are the two disks equal, as `steady` promises? The engine compares
+(c_shim/mirror/verifier.c); this file starts it, tells of its progress and its end, and remembers the last
+result."""
 
 import errno
 from collections.abc import Awaitable

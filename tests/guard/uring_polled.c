@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * c_shim/uring.h without io_uring, for guard-count: valgrind runs one thread at a time and gives the next its turn
+ * c_shim/base/uring.h without io_uring, for guard-count: valgrind runs one thread at a time and gives the next its turn
  * only at a system call that it knows may wait, and io_uring_enter is none to it. Here the one that waits is poll().
  *
  * Only what guard-push's works submit: polls, reads, writes, a cancel. Done at once, completed at the next reap.

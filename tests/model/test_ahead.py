@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A destination that is too slow: the guest runs ahead of it, and it catches up (c_shim/pull_ahead.c)."""
+"""A destination that is too slow: the guest runs ahead of it, and it catches up
+(c_shim/mirror/pull_ahead.c)."""
 
 from __future__ import annotations
 

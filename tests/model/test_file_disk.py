@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine on a real file (c_shim/disk_file.c)."""
+"""An engine on a real file (c_shim/disk/disk_file.c)."""
 
 from __future__ import annotations
 

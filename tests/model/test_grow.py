@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disk grows while the guest runs: what is new is on the destination before the guest may use it
-(c_shim/grow.c)."""
+(c_shim/mirror/grow.c)."""
 
 from __future__ import annotations
 

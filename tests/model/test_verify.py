@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both disks are compared while the guest writes: what is equal is found equal under any load, what is not is
-found, and mended if asked for (c_shim/verifier.c)."""
+found, and mended if asked for (c_shim/mirror/verifier.c)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One ordered record of a run: what both disks did, what became of the bitmap's file, and the notes of the
-guest and of the state record (c_shim/test_record.c keeps the order)."""
+guest and of the state record (c_shim/testing/test_record.c keeps the order)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking for work before sleeping (c_shim/poller.c): a ring that is looked at needs no kick, and no wake-up
-is lost where that ends."""
+"""Looking for work before sleeping (c_shim/guest/poller.c): a ring that is looked at needs no kick, and no
+wake-up is lost where that ends."""
 
 from __future__ import annotations
 

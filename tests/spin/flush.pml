@@ -21,7 +21,7 @@ mtype = { STEADY, DEGRADED, WRITTEN, PENDING, UP_TO_DATE, OUTDATED };
 mtype state = STEADY, record = WRITTEN;
 mtype worth = UP_TO_DATE; /* what the state record says durably of the destination */
 
-byte G, M, F, source_flushed; /* c_shim/counts.c */
+byte G, M, F, source_flushed; /* c_shim/order/counts.c */
 byte taken, flushes, reserved;
 bool source_slot[BLOCKS], mirrored[WRITES + 1], captured[WRITES + 1];
 bool hangs;

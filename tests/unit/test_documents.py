@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
     path
-    for folder, pattern in (("c_shim", "*.[ch]"), ("vhostsync", "**/*.py"), ("tests", "**/*.py"))
+    for folder, pattern in (("c_shim", "**/*.[ch]"), ("vhostsync", "**/*.py"), ("tests", "**/*.py"))
     for path in sorted((ROOT / folder).glob(pattern))
 ]
 
@@ -38,15 +38,21 @@ def test_headings_that_are_cited_exist() -> None:
 
 
 def test_sources_that_comments_cite_exist() -> None:
-    there = {path.name for path in (ROOT / "c_shim").iterdir()}
-    for path in (ROOT / "c_shim").glob("*.[ch]"):
+    there = {path.name for path in (ROOT / "c_shim").rglob("*.[ch]")}
+    for path in (ROOT / "c_shim").rglob("*.[ch]"):
         for comment in re.findall(r"/\*.*?\*/", path.read_text(), re.DOTALL):
             for name in re.findall(r"\b(\w+\.[ch])\b", comment):
                 assert name in there or f"/{name}" in comment, f"{path.name} cites {name}"
 
 
+def test_c_files_that_are_cited_by_path_exist() -> None:
+    for path in [*SOURCES, *DOCUMENTS]:
+        for cited in re.findall(r"\bc_shim/[\w/]+\.[ch]\b", path.read_text()):
+            assert (ROOT / cited).exists(), f"{path} cites {cited}"
+
+
 def test_the_list_of_a_pass_is_whole_and_in_order() -> None:
-    body = re.search(r"^static void pass\(.*?^}", (ROOT / "c_shim/engine.c").read_text(), re.M | re.S)
+    body = re.search(r"^static void pass\(.*?^}", (ROOT / "c_shim/engine/engine.c").read_text(), re.M | re.S)
     assert body is not None
     calls = re.findall(r"\b(\w+_pump|queues_notify|attachments_check_\w+)\(", body[0])
     document = (ROOT / "docs/write-path.md").read_text()

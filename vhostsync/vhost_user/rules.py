@@ -59,7 +59,7 @@ from .payloads import (
 QUEUE_ENTRIES_MAX: Final = 1024
 INFLIGHT_RING_BYTES: Final = 16448
 """A ring's part of the inflight region, always for 1024 descriptors: frontends (QEMU 10 with SeaBIOS) name
-the ring's size only afterwards. c_shim/inflight.h has the layout."""
+the ring's size only afterwards. c_shim/virtio/inflight.h has the layout."""
 MEM_SLOTS: Final = 128
 """Memory regions of one attachment. Never less in a later version: QEMU refuses a number that shrank."""
 

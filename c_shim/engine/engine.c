@@ -198,8 +198,6 @@ static uint64_t min_ns(uint64_t a, uint64_t b)
  * though nobody has kept it waiting. So the clock of this thread stands still meanwhile: whatever is compared with it
  * moves by the gap. A gap is what has passed between two looks beyond what was slept on purpose. */
 
-_Thread_local uint64_t clock_missed_ns;
-
 /* Less is the scheduler's. */
 #define GAP_NS 250000000u
 /* While somebody's patience runs, no sleep is longer, or a gap within it would look like sleep. */
@@ -506,12 +504,7 @@ int vs_engine_rings_restricted(const vs_engine *e)
 
 void vs_engine_destroy(vs_engine *e)
 {
-    uint64_t one = 1;
-    pthread_mutex_lock(&e->mailbox.lock);
-    e->mailbox.stop = true;
-    pthread_mutex_unlock(&e->mailbox.lock);
-    if (write(e->mailbox.wake_fd, &one, sizeof one) < 0)
-        assert(errno == EAGAIN);
+    mailbox_stop(&e->mailbox);
     while (sem_wait(&e->ended) < 0)
         ;
     if (!e->quit)

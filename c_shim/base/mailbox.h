@@ -47,6 +47,14 @@ bool mailbox_stopped(struct mailbox *m);
 void mailbox_post(struct mailbox *m, const struct vs_event *event);
 void mailbox_done(struct mailbox *m, uint64_t token, int result, uint64_t value);
 
+/* The control plane's side (shim_api.h has what each promises). */
+uint64_t mailbox_submit(struct mailbox *m, const struct vs_command *command);
+bool mailbox_next_event(struct mailbox *m, struct vs_event *out);
+void mailbox_snapshot(struct mailbox *m, struct vs_snapshot *out);
+void mailbox_queue_stats(struct mailbox *m, uint32_t queue, struct vs_queue_stats *out);
+/* The engine's thread is to end: no command is taken from here on. */
+void mailbox_stop(struct mailbox *m);
+
 /* Closes the descriptors that a command brought. */
 void command_close_fds(const struct vs_command *c);
 

@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "mailbox.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
-
-#include "engine.h"
 
 static void wake(int fd)
 {
@@ -112,9 +111,8 @@ void mailbox_done(struct mailbox *m, uint64_t token, int result, uint64_t value)
 
 /* ---- the control plane's side ------------------------------------------ */
 
-uint64_t vs_engine_submit(vs_engine *e, const struct vs_command *command)
+uint64_t mailbox_submit(struct mailbox *m, const struct vs_command *command)
 {
-    struct mailbox *m = &e->mailbox;
     uint64_t token = 0;
     pthread_mutex_lock(&m->lock);
     if (m->commands_under_way < VS_COMMANDS_MAX && !m->stop) {
@@ -130,11 +128,10 @@ uint64_t vs_engine_submit(vs_engine *e, const struct vs_command *command)
     return token;
 }
 
-int vs_engine_next_event(vs_engine *e, struct vs_event *out)
+bool mailbox_next_event(struct mailbox *m, struct vs_event *out)
 {
-    struct mailbox *m = &e->mailbox;
     uint64_t counter;
-    int found = 0;
+    bool found = false;
     pthread_mutex_lock(&m->lock);
     if (m->event_count > 0) {
         *out = m->events[m->event_head];
@@ -142,7 +139,7 @@ int vs_engine_next_event(vs_engine *e, struct vs_event *out)
         m->event_count--;
         if (out->kind == VS_EV_DONE)
             m->commands_under_way--;
-        found = 1;
+        found = true;
     } else if (read(m->event_fd, &counter, sizeof counter) < 0) {
         assert(errno == EAGAIN || errno == EINTR);
     }
@@ -150,21 +147,24 @@ int vs_engine_next_event(vs_engine *e, struct vs_event *out)
     return found;
 }
 
-int vs_engine_event_fd(vs_engine *e)
+void mailbox_snapshot(struct mailbox *m, struct vs_snapshot *out)
 {
-    return e->mailbox.event_fd;
+    pthread_mutex_lock(&m->lock);
+    *out = m->snapshot;
+    pthread_mutex_unlock(&m->lock);
 }
 
-void vs_engine_snapshot(vs_engine *e, struct vs_snapshot *out)
+void mailbox_queue_stats(struct mailbox *m, uint32_t queue, struct vs_queue_stats *out)
 {
-    pthread_mutex_lock(&e->mailbox.lock);
-    *out = e->mailbox.snapshot;
-    pthread_mutex_unlock(&e->mailbox.lock);
+    pthread_mutex_lock(&m->lock);
+    *out = m->queue_stats[queue < VS_MAX_QUEUES ? queue : 0];
+    pthread_mutex_unlock(&m->lock);
 }
 
-void vs_engine_queue_stats(vs_engine *e, uint32_t queue, struct vs_queue_stats *out)
+void mailbox_stop(struct mailbox *m)
 {
-    pthread_mutex_lock(&e->mailbox.lock);
-    *out = e->mailbox.queue_stats[queue < VS_MAX_QUEUES ? queue : 0];
-    pthread_mutex_unlock(&e->mailbox.lock);
+    pthread_mutex_lock(&m->lock);
+    m->stop = true;
+    pthread_mutex_unlock(&m->lock);
+    wake(m->wake_fd);
 }

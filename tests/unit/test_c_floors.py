@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The floors of c_shim/ (the table in its meson.build): a file includes what lies on its own floor or on
+one that it may use, by name alone; a symbol is taken only from there, too (tests/c/symbols.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.c.symbols import Floor, strays
+
+C_SHIM = Path(__file__).parents[2] / "c_shim"
+TABLE = (C_SHIM / "meson.build").read_text()
+FLOORS = {
+    name: {each.strip(" '") for each in uses.split(",") if each.strip()}
+    for name, uses in re.findall(r"^  \['(\w+)', \[(.*?)\], files\($", TABLE, re.MULTILINE)
+}
+SOURCES = sorted(C_SHIM.rglob("*.[ch]"))
+FOLDER = {path.name: path.parent.name for path in SOURCES}
+"""By the name of a file. That of the border to Python is c_shim itself."""
+
+
+def includes(path: Path) -> Iterator[str]:
+    yield from re.findall(r'^\s*#\s*include\s+"(.*?)"', path.read_text(), re.MULTILINE)
+
+
+def test_a_floor_uses_lower_floors_alone() -> None:
+    assert list(FLOORS)[:4] == ["base", "order", "disk", "virtio"]
+    lower: set[str] = set()
+    for name, uses in FLOORS.items():
+        assert uses <= lower, f"{name} uses {uses - lower}"
+        lower.add(name)
+    for sibling in ("order", "disk", "virtio"):
+        assert FLOORS[sibling] == {"base"}
+
+
+def test_the_name_of_a_file_is_its_own() -> None:
+    assert len(FOLDER) == len(SOURCES)
+
+
+def test_every_c_file_is_built() -> None:
+    built = set(re.findall(r"'(\w+/\w+\.c)'", TABLE))
+    assert built == {path.relative_to(C_SHIM).as_posix() for path in SOURCES if path.suffix == ".c"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_file_includes_what_its_floor_may_use(path: Path) -> None:
+    for name in includes(path):
+        folder = FOLDER.get(name)
+        assert folder is not None, f"{name} is no file of c_shim, or it is named with a folder"
+        if (floor := FLOORS.get(path.parent.name)) is not None:
+            assert folder in {*floor, path.parent.name, C_SHIM.name}, f"{folder}/{name}"
+
+
+def test_a_symbol_that_a_floor_may_not_use_is_named() -> None:
+    def floor(uses: str, defines: str, needs: str) -> Floor:
+        return Floor(*(frozenset(each.split()) for each in (uses, defines, needs)))
+
+    floors = {
+        "base": floor("", "list pass", "malloc"),
+        "order": floor("base", "count", "list free"),
+        "engine": floor("base order", "run", "count list"),
+    }
+    assert strays(floors) == []
+    upward = {**floors, "base": floor("", "list pass", "malloc run")}
+    assert strays(upward) == ["base calls run, which is engine's"]
+    aside = {**floors, "disk": floor("base", "submit", "count pass")}
+    assert strays(aside) == ["disk calls count, which is order's"]
