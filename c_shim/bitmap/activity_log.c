@@ -31,129 +31,20 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
+#include "activity_file.h"
 #include "bitmap_file.h"
-#include "engine.h"
+#include "mailbox.h"
 
-#define ACTIVITY_MAGIC 0x766873416374694cu
 /* What goes out at once where anything has to. */
 #define EVICT_PART 16
 
-struct log_head {
-    uint64_t checksum; /* the exclusive or of bitmap_mix() of all that follows, by place */
-    uint64_t magic;
-    uint64_t sequence;
-    uint64_t count;
-    uint64_t extent[];
-};
-
-/* ---- as it lies in the file ---------------------------------------------- */
-
-uint64_t activity_log_bytes(uint32_t extents)
-{
-    uint64_t bytes = sizeof(struct log_head) + extents * sizeof(uint64_t);
-    return (bytes + BITMAP_BLOCK_BYTES - 1) / BITMAP_BLOCK_BYTES * BITMAP_BLOCK_BYTES;
-}
-
-static uint64_t sum_of(const struct log_head *head)
-{
-    uint64_t sum = bitmap_mix(0, head->magic) ^ bitmap_mix(1, head->sequence) ^ bitmap_mix(2, head->count);
-    for (uint64_t i = 0; i < head->count; i++)
-        sum ^= bitmap_mix(3 + i, head->extent[i]);
-    return sum;
-}
-
-static int transfer_all(int fd, void *buffer, uint64_t bytes, uint64_t offset, bool write)
-{
-    for (uint64_t done = 0; done < bytes;) {
-        char *at = (char *)buffer + done;
-        ssize_t n = write ? pwrite(fd, at, bytes - done, (off_t)(offset + done))
-                          : pread(fd, at, bytes - done, (off_t)(offset + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        done += (uint64_t)n;
-    }
-    return 0;
-}
-
-/* 1: the copy is whole. */
-static int read_copy(int fd, const struct vs_bitmap *b, uint64_t which, struct log_head *head)
-{
-    uint64_t most = (b->log_bytes - sizeof *head) / sizeof(uint64_t);
-    int rc = transfer_all(fd, head, b->log_bytes, bitmap_log_offset(b, which), false);
-    if (rc < 0)
-        return rc;
-    return head->magic == ACTIVITY_MAGIC && head->count <= most && head->checksum == sum_of(head);
-}
-
-int activity_log_read(int fd, struct vs_bitmap *b, struct activity_list *out)
-{
-    struct log_head *copy[2] = {malloc(b->log_bytes), malloc(b->log_bytes)}, *newest = NULL;
-    int rc = copy[0] && copy[1] ? 0 : -ENOMEM;
-    for (uint64_t i = 0; i < 2 && rc >= 0; i++) {
-        rc = read_copy(fd, b, i, copy[i]);
-        if (rc > 0 && (!newest || copy[i]->sequence > newest->sequence))
-            newest = copy[i];
-    }
-    if (rc >= 0 && !newest)
-        rc = -EUCLEAN;
-    if (rc >= 0) {
-        rc = 0;
-        b->log_sequence = newest->sequence;
-        out->count = (uint32_t)newest->count;
-        out->extent = calloc(newest->count + 1, sizeof(uint64_t));
-        if (out->extent)
-            memcpy(out->extent, newest->extent, newest->count * sizeof(uint64_t));
-        else
-            rc = -ENOMEM;
-    }
-    free(copy[0]);
-    free(copy[1]);
-    return rc;
-}
-
-int activity_log_sequence(int fd, struct vs_bitmap *b)
-{
-    struct activity_list list;
-    int rc = activity_log_read(fd, b, &list);
-    if (rc == -EUCLEAN)
-        return activity_log_clear(fd, b);
-    if (rc == 0)
-        free(list.extent);
-    return rc;
-}
-
-static void compose(struct log_head *head, uint64_t sequence)
-{
-    head->magic = ACTIVITY_MAGIC;
-    head->sequence = sequence;
-    head->checksum = sum_of(head);
-}
-
-int activity_log_clear(int fd, struct vs_bitmap *b)
-{
-    struct log_head *head = calloc(1, b->log_bytes);
-    int rc = head ? 0 : -ENOMEM;
-    for (uint64_t sequence = 1; sequence <= 2 && rc == 0; sequence++) {
-        compose(head, sequence);
-        rc = transfer_all(fd, head, b->log_bytes, bitmap_log_offset(b, sequence), true);
-    }
-    b->log_sequence = 2;
-    free(head);
-    return rc;
-}
-
-/* ---- at work --------------------------------------------------------------- */
-
 static void stepped(struct uring_op *op, int result, unsigned flags);
 
-int activity_init(struct vs_engine *e)
+int activity_init(struct activity *a, struct vs_bitmap *b, struct uring *uring, struct mailbox *mailbox)
 {
-    struct activity *a = &e->activity;
-    struct vs_bitmap *b = e->config.bitmap;
+    a->uring = uring;
+    a->mailbox = mailbox;
     list_init(&a->active);
     list_init(&a->idle);
     list_init(&a->waiting);
@@ -171,9 +62,8 @@ int activity_init(struct vs_engine *e)
     return 0;
 }
 
-int activity_grow(struct vs_engine *e, uint64_t capacity_bytes)
+int activity_grow(struct activity *a, uint64_t capacity_bytes)
 {
-    struct activity *a = &e->activity;
     uint64_t extent = a->bitmap->shape.extent_bytes;
     uint64_t before = a->bitmap->shape.capacity_bytes / extent + 1, after = capacity_bytes / extent + 1;
     uint32_t *larger = realloc(a->slot_of, after * sizeof *larger);
@@ -184,11 +74,11 @@ int activity_grow(struct vs_engine *e, uint64_t capacity_bytes)
     return 0;
 }
 
-void activity_free(struct vs_engine *e)
+void activity_free(struct activity *a)
 {
-    free(e->activity.slots);
-    free(e->activity.slot_of);
-    free(e->activity.buffer);
+    free(a->slots);
+    free(a->slot_of);
+    free(a->buffer);
 }
 
 static uint64_t first_extent(const struct activity *a, uint64_t offset)
@@ -229,14 +119,13 @@ static bool is_sound(const struct activity *a)
     return !a->failed && !bitmap_lost(a->bitmap);
 }
 
-bool activity_tracks(const struct vs_engine *e)
+bool activity_tracks(const struct activity *a)
 {
-    return !e->activity.bitmap || is_sound(&e->activity);
+    return !a->bitmap || is_sound(a);
 }
 
-bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length)
+bool activity_enter(struct activity *a, struct activity_wait *w, uint64_t offset, uint64_t length)
 {
-    struct activity *a = &e->activity;
     if (is_sound(a) && try_enter(a, offset, length))
         return true;
     w->offset = offset;
@@ -245,9 +134,8 @@ bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offse
     return false;
 }
 
-void activity_leave(struct vs_engine *e, uint64_t offset, uint64_t length)
+void activity_leave(struct activity *a, uint64_t offset, uint64_t length)
 {
-    struct activity *a = &e->activity;
     if (!a->bitmap)
         return;
     for (uint64_t x = first_extent(a, offset); x <= first_extent(a, offset + length - 1); x++) {
@@ -321,10 +209,9 @@ static void tell_sync(const struct vs_bitmap *b, bool begun)
         b->sync_seen(b->sync_watcher, begun);
 }
 
-static void step(struct vs_engine *e, enum activity_step to)
+static void step(struct activity *a, enum activity_step to)
 {
-    struct activity *a = &e->activity;
-    struct io_uring_sqe *sqe = uring_sqe(&e->uring, &a->op);
+    struct io_uring_sqe *sqe = uring_sqe(a->uring, &a->op);
     a->step = to;
     a->in_flight++;
     if (to == ACTIVITY_WRITE) {
@@ -342,18 +229,17 @@ static void step(struct vs_engine *e, enum activity_step to)
 
 static void compose_log(struct activity *a)
 {
-    struct log_head *head = (struct log_head *)a->buffer;
+    struct activity_head *head = (struct activity_head *)a->buffer;
     memset(a->buffer, 0, a->bitmap->log_bytes);
     list_each(node, &a->active)
         head->extent[head->count++] = container_of(node, struct active_extent, link)->extent;
     a->bitmap->log_sequence++;
     a->written = 0;
-    compose(head, a->bitmap->log_sequence);
+    activity_compose(head, a->bitmap->log_sequence);
 }
 
-static void begin(struct vs_engine *e)
+static void begin(struct activity *a)
 {
-    struct activity *a = &e->activity;
     bool evicted = false, claimed = false;
     struct list *stopped_at = &a->waiting;
     list_each(node, &a->waiting)
@@ -371,7 +257,7 @@ static void begin(struct vs_engine *e)
     if (!claimed)
         return; /* all extents are being written to: when one is left, this is tried again */
     compose_log(a);
-    step(e, evicted ? ACTIVITY_SYNC_BITS : ACTIVITY_WRITE);
+    step(a, evicted ? ACTIVITY_SYNC_BITS : ACTIVITY_WRITE);
 }
 
 static void committed(struct activity *a)
@@ -381,30 +267,29 @@ static void committed(struct activity *a)
         container_of(node, struct active_extent, link)->state = EXTENT_ACTIVE;
 }
 
-static void fail(struct vs_engine *e, int error)
+static void fail(struct activity *a, int error)
 {
     struct vs_event event = {.kind = VS_EV_BITMAP_FAILED, .result = error};
-    e->activity.step = ACTIVITY_IDLE;
-    e->activity.failed = true;
-    mailbox_post(&e->mailbox, &event);
+    a->step = ACTIVITY_IDLE;
+    a->failed = true;
+    mailbox_post(a->mailbox, &event);
 }
 
 static void stepped(struct uring_op *op, int result, unsigned flags)
 {
     struct activity *a = container_of(op, struct activity, op);
-    struct vs_engine *e = container_of(a, struct vs_engine, activity);
     (void)flags;
     a->in_flight--;
     if (result == -EINTR || result == -EAGAIN) {
-        step(e, a->step);
+        step(a, a->step);
     } else if (result < 0 || (a->step == ACTIVITY_WRITE && result == 0) || bitmap_lost(a->bitmap)) {
-        fail(e, result < 0 ? result : -EIO);
+        fail(a, result < 0 ? result : -EIO);
     } else if (a->step == ACTIVITY_SYNC_BITS) {
         tell_sync(a->bitmap, false);
-        step(e, ACTIVITY_WRITE);
+        step(a, ACTIVITY_WRITE);
     } else if (a->step == ACTIVITY_WRITE) {
         a->written += (uint64_t)result;
-        step(e, a->written < a->bitmap->log_bytes ? ACTIVITY_WRITE : ACTIVITY_SYNC_LOG);
+        step(a, a->written < a->bitmap->log_bytes ? ACTIVITY_WRITE : ACTIVITY_SYNC_LOG);
     } else {
         tell_sync(a->bitmap, false);
         committed(a);
@@ -423,28 +308,29 @@ static void let_in(struct activity *a, bool all)
     }
 }
 
-void activity_pump(struct vs_engine *e)
+void activity_pump(struct activity *a)
 {
-    struct activity *a = &e->activity;
     if (!a->bitmap || a->failed || a->step != ACTIVITY_IDLE)
         return;
     if (bitmap_lost(a->bitmap)) {
-        fail(e, -EIO);
+        fail(a, -EIO);
         return;
     }
     if (list_empty(&a->waiting))
         return;
     let_in(a, false);
     if (!list_empty(&a->waiting))
-        begin(e);
+        begin(a);
 }
 
-void activity_void(struct vs_engine *e)
+bool activity_may_void(const struct activity *a)
 {
-    struct activity *a = &e->activity;
-    if (!a->bitmap || a->step != ACTIVITY_IDLE)
-        return;
-    e->difference.differs.stored = NULL;
+    return a->bitmap && a->step == ACTIVITY_IDLE;
+}
+
+void activity_void(struct activity *a)
+{
+    assert(activity_may_void(a));
     a->bitmap = NULL;
     let_in(a, true);
 }

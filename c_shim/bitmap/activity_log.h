@@ -13,26 +13,8 @@
 #include "list.h"
 #include "uring.h"
 
-struct vs_engine;
+struct mailbox;
 struct vs_bitmap;
-
-/* ---- as it lies in the file ---- */
-
-struct activity_list {
-    uint32_t count;
-    uint64_t *extent; /* the caller frees it */
-};
-
-/* Bytes of one copy. */
-uint64_t activity_log_bytes(uint32_t extents);
-/* What the newest whole copy says (0), -EUCLEAN: none is whole; or another negative errno. Sets bitmap's sequence. */
-int activity_log_read(int fd, struct vs_bitmap *bitmap, struct activity_list *out);
-/* The sequence alone: what it says does not matter. */
-int activity_log_sequence(int fd, struct vs_bitmap *bitmap);
-/* Both copies empty. */
-int activity_log_clear(int fd, struct vs_bitmap *bitmap);
-
-/* ---- at work ---- */
 
 enum activity_step { ACTIVITY_IDLE, ACTIVITY_SYNC_BITS, ACTIVITY_WRITE, ACTIVITY_SYNC_LOG };
 enum extent_state { EXTENT_FREE, EXTENT_COMING, EXTENT_ACTIVE, EXTENT_LEAVING };
@@ -53,6 +35,8 @@ struct activity_wait {
 };
 
 struct activity {
+    struct uring *uring;
+    struct mailbox *mailbox;    /* told of a failure */
     struct vs_bitmap *bitmap;   /* NULL: there is none (any more) */
     struct active_extent *slots;
     uint32_t *slot_of;          /* by extent; 0: none, else slot number + 1 */
@@ -67,18 +51,21 @@ struct activity {
     uint64_t syncs;             /* metadata flushes so far */
 };
 
-int activity_init(struct vs_engine *e);
-void activity_free(struct vs_engine *e);
+/* b: NULL, or a bitmap's file that is open. */
+int activity_init(struct activity *a, struct vs_bitmap *b, struct uring *uring, struct mailbox *mailbox);
+void activity_free(struct activity *a);
 /* What is marked as different is in the file too, or there is none that a restart would believe. */
-bool activity_tracks(const struct vs_engine *e);
+bool activity_tracks(const struct activity *a);
 /* True: go on at once. False: w->entered() is called when its extents are active. */
-bool activity_enter(struct vs_engine *e, struct activity_wait *w, uint64_t offset, uint64_t length);
+bool activity_enter(struct activity *a, struct activity_wait *w, uint64_t offset, uint64_t length);
 /* The disk has grown. 0 or -ENOMEM. */
-int activity_grow(struct vs_engine *e, uint64_t capacity_bytes);
+int activity_grow(struct activity *a, uint64_t capacity_bytes);
 /* The write is over. */
-void activity_leave(struct vs_engine *e, uint64_t offset, uint64_t length);
-void activity_pump(struct vs_engine *e);
-/* The control plane has recorded that the bitmap is void: go on without it. */
-void activity_void(struct vs_engine *e);
+void activity_leave(struct activity *a, uint64_t offset, uint64_t length);
+void activity_pump(struct activity *a);
+/* The control plane has recorded that the bitmap is void: go on without it, once its map does not follow it any more
+ * (dirty_map.stored). Only if there is one, and nothing of it is under way. */
+bool activity_may_void(const struct activity *a);
+void activity_void(struct activity *a);
 
 #endif

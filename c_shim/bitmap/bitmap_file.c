@@ -33,21 +33,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "activity_log.h"
+#include "activity_file.h"
 #include "guest_memory.h"
 
 /* The largest request has to fit, and others beside it. */
 #define DISCARD_BYTES_MAX ((uint64_t)VS_ZERO_SECTORS_MAX * 512)
 #define BITMAP_MAGIC 0x7668734269744d31u /* "vhsBitM1" */
-
-/* Any difference in place or value changes about half of the bits (the finalizer of splitmix64). */
-uint64_t bitmap_mix(uint64_t place, uint64_t value)
-{
-    uint64_t z = value + (place + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
 
 static struct bitmap_block *block_at(const struct vs_bitmap *b, uint64_t number)
 {
@@ -83,11 +74,6 @@ void bitmap_store(void *bitmap, uint64_t word, uint64_t value)
 bool bitmap_lost(const struct vs_bitmap *b)
 {
     return guest_memory_watched_lost(b->sigbus_slot);
-}
-
-uint64_t bitmap_log_offset(const struct vs_bitmap *b, uint64_t sequence)
-{
-    return BITMAP_BLOCK_BYTES + (sequence & 1) * b->log_bytes;
 }
 
 bool bitmap_fits(const struct vs_bitmap *b, uint64_t capacity_bytes, uint32_t region_bytes)

@@ -23,8 +23,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "bitmap_file.h"
-#include "engine.h"
+#include "activity_log.h"
+#include "bitmap_layout.h"
 
 /* Somebody else's change within this time after a crash passes for ours. */
 #define AHEAD_NS 500000000u
@@ -54,27 +54,26 @@ static void written(struct uring_op *op, int result, unsigned flags)
         h->until.source_ns = 0; /* the next change tries again */
 }
 
-int heartbeat_init(struct vs_engine *e)
+int heartbeat_init(struct heartbeat *h, struct uring *uring, const struct vs_bitmap *bitmap)
 {
-    struct heartbeat *h = &e->heartbeat;
+    h->uring = uring;
     h->op.complete = written;
-    if (!e->config.bitmap)
+    if (!bitmap)
         return 0;
-    if (pread(e->config.bitmap->fd, &h->until, sizeof h->until, UNTIL_AT) != (ssize_t)sizeof h->until)
+    if (pread(bitmap->fd, &h->until, sizeof h->until, UNTIL_AT) != (ssize_t)sizeof h->until)
         return -EIO;
     return 0;
 }
 
-void heartbeat_pump(struct vs_engine *e)
+void heartbeat_pump(struct heartbeat *h, const struct activity *activity, uint64_t changes, bool attached)
 {
-    struct heartbeat *h = &e->heartbeat;
-    const struct vs_bitmap *b = e->activity.bitmap;
-    bool attached = e->mirror.disk || e->mirror.former, both = attached || h->attached;
+    const struct vs_bitmap *b = activity->bitmap;
+    bool both = attached || h->attached;
     struct io_uring_sqe *sqe;
     uint64_t now;
-    if (!b || !activity_tracks(e) || h->in_flight || (h->changes_seen == e->host.changes && attached == h->attached))
+    if (!b || !activity_tracks(activity) || h->in_flight || (h->changes_seen == changes && attached == h->attached))
         return;
-    h->changes_seen = e->host.changes;
+    h->changes_seen = changes;
     h->attached = attached;
     now = files_clock_ns();
     if (holds(h->until.source_ns, now) && (!both || holds(h->until.destination_ns, now)))
@@ -82,7 +81,7 @@ void heartbeat_pump(struct vs_engine *e)
     h->until.source_ns = now + AHEAD_NS;
     if (both)
         h->until.destination_ns = now + AHEAD_NS;
-    sqe = uring_sqe(&e->uring, &h->op);
+    sqe = uring_sqe(h->uring, &h->op);
     io_uring_prep_write(sqe, b->fd, &h->until, sizeof h->until, UNTIL_AT);
     io_uring_sqe_set_data(sqe, &h->op);
     io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);

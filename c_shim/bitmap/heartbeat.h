@@ -11,7 +11,7 @@
 
 #include "uring.h"
 
-struct vs_engine;
+struct activity;
 struct vs_bitmap;
 
 /* As it lies in the file, at the end of the control plane's block (heartbeat.py): CLOCK_REALTIME. */
@@ -20,6 +20,7 @@ struct heartbeat_until {
 };
 
 struct heartbeat {
+    struct uring *uring;
     struct uring_op op;
     bool in_flight;
     bool attached; /* there was a destination at the last look: one that has gone since is ours up to now, and no longer */
@@ -27,8 +28,9 @@ struct heartbeat {
     struct heartbeat_until until; /* as it is in the file, or on its way there */
 };
 
-/* 0 or a negative errno. */
-int heartbeat_init(struct vs_engine *e);
-void heartbeat_pump(struct vs_engine *e);
+/* bitmap: NULL, there is none. 0 or a negative errno. */
+int heartbeat_init(struct heartbeat *h, struct uring *uring, const struct vs_bitmap *bitmap);
+/* changes: disk_host.changes. attached: there is a destination, or a former one that is not over. */
+void heartbeat_pump(struct heartbeat *h, const struct activity *activity, uint64_t changes, bool attached);
 
 #endif

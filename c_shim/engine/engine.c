@@ -46,6 +46,14 @@ static void record_written(struct vs_engine *e, uint64_t error)
     e->flush.dirty = true;
 }
 
+static void void_bitmap(struct vs_engine *e)
+{
+    if (!activity_may_void(&e->activity))
+        return;
+    e->difference.differs.stored = NULL;
+    activity_void(&e->activity);
+}
+
 static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *c)
 {
     int rc = 0;
@@ -85,7 +93,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
         rc = verifier_stop(e);
         break;
     case VS_CMD_BITMAP_VOID:
-        activity_void(e);
+        void_bitmap(e);
         break;
     case VS_CMD_RECORD_WRITTEN:
         record_written(e, c->value);
@@ -267,7 +275,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     read_fallback_pump(e);
     source_failover_pump(e);
     guest_flush_pump(e);
-    activity_pump(e);
+    activity_pump(&e->activity);
     queues_notify(e);
     replicator_pump(e);
     copier_pump(e);
@@ -279,7 +287,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
-    heartbeat_pump(e); /* after all that may change a disk */
+    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.disk || e->mirror.former); /* after all that may change a disk */
     io_threads_wake(&e->host.threads);
 }
 
@@ -386,7 +394,7 @@ static void free_engine(struct vs_engine *e)
     repl_log_free(&e->log);
     dirty_map_free(&e->to_copy);
     difference_free(e);
-    activity_free(e);
+    activity_free(&e->activity);
     if (e->config.bitmap)
         vs_bitmap_close(e->config.bitmap);
     disk_host_free(&e->host);
@@ -410,8 +418,8 @@ static int init_engine(struct vs_engine *e, const char **step)
     if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
         (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0 || (rc = verifier_init(e)) < 0)
         return rc;
-    if ((rc = read_fallback_init(e)) < 0 || (rc = difference_init(e)) < 0 || (rc = activity_init(e)) < 0 ||
-        (rc = heartbeat_init(e)) < 0)
+    if ((rc = read_fallback_init(e)) < 0 || (rc = difference_init(e)) < 0 || (rc = activity_init(&e->activity, e->config.bitmap, &e->uring, &e->mailbox)) < 0 ||
+        (rc = heartbeat_init(&e->heartbeat, &e->uring, e->config.bitmap)) < 0)
         return rc;
     /* A region is copied as a whole. */
     return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);

@@ -156,7 +156,7 @@ static void leave_source(struct request *r)
     struct mirror *m = &r->engine->mirror;
     range_release(&r->engine->source_slots, &r->slot);
     if (r->in_extents)
-        activity_leave(r->engine, r->blk.offset, r->blk.length);
+        activity_leave(&r->engine->activity, r->blk.offset, r->blk.length);
     if (still_captured(r))
         m->captured_writes--;
     else
@@ -285,7 +285,7 @@ static void enter(struct request *r)
     struct vs_engine *e = r->engine;
     r->activity.entered = entered;
     r->in_extents = e->difference.tracked && e->activity.bitmap;
-    if (!r->in_extents || activity_enter(e, &r->activity, r->blk.offset, r->blk.length))
+    if (!r->in_extents || activity_enter(&e->activity, &r->activity, r->blk.offset, r->blk.length))
         to_source(r);
 }
 

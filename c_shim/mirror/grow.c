@@ -42,7 +42,7 @@ static int grow_maps(struct vs_engine *e, uint64_t capacity_bytes)
     struct difference *d = &e->difference;
     struct vs_bitmap *bitmap = e->activity.bitmap;
     int rc;
-    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes && ((rc = activity_grow(e, capacity_bytes)) < 0 ||
+    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes && ((rc = activity_grow(&e->activity, capacity_bytes)) < 0 ||
                                (rc = bitmap_grow(bitmap, capacity_bytes)) < 0))
         return rc;
     if ((rc = dirty_map_grow(&e->to_copy, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
@@ -154,7 +154,7 @@ void grow_pump(struct vs_engine *e)
     if (g->undoing)
         undo(e);
     /* Once it is answered the bitmap's file is told the new size; it must not be believed without the bits of 1. */
-    if (!g->running || g->flushing || !activity_tracks(e))
+    if (!g->running || g->flushing || !activity_tracks(&e->activity))
         return;
     if (e->mirror.state != VS_STEADY) {
         finish(e);
