@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C engine driven directly through its boundary (c_shim/shim_api.h), for tests: no daemon, no socket.
 
-`MemoryDisk` is the test disk of c_shim/testing/disk_test.c, `EngineDriver` an engine with its events,
+`MemoryDisk` is the test disk of c_shim/testing/test_disk.c, `EngineDriver` an engine with its events,
 `EngineTransport` the way of a tests/frontend.py `Frontend` to it. All waiting is poll on the engine's event
 descriptor.
 """
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.guest_ring import TIMEOUT_S, Region, RingAddresses
-from vhostsync._shim import ffi, lib
+from tests.testing_library import ffi, lib
 from vhostsync.snapshot import ranges_of
 from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES
 

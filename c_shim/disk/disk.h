@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A disk behind one small ops struct, one file for each kind: files and block
- * devices (disk_file.c), and for tests a volatile-cache disk (disk_test.c).
+ * devices (disk_file.c); others come from libraries of their own
+ * (disk_services.h), those of the tests among them (c_shim/testing).
  * Nobody asks which kind a disk is. What it can do, and how it fails, is in one
  * word (enum disk_can); what a kind leaves out, disk.c answers for it.
  *

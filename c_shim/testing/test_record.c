@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 
 #include "bitmap_file.h"
+#include "testing.h"
 
 #define PAGE_BYTES 4096u
 
@@ -28,13 +29,6 @@ struct vs_test_record {
     uint8_t *map, *seen; /* the bitmap's file now, and at the last entry */
     uint64_t pages;
 };
-
-static void *checked(void *memory)
-{
-    if (!memory)
-        abort(); /* a test without memory has nothing to say */
-    return memory;
-}
 
 static struct vs_test_moment *append(vs_test_record *r, enum vs_test_moment_kind kind, uint64_t bytes)
 {

@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "ring.h"
+#include "testing.h"
 
 #define LANES 4
 #ifndef LANE_DEPTH

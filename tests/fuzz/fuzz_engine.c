@@ -14,7 +14,7 @@
 #include <sys/eventfd.h>
 
 #include "driver.h"
-#include "shim.h"
+#include "testing.h"
 
 #define MEMORY_BYTES (1u << 20)
 #define BORDER (MEMORY_BYTES / 2)

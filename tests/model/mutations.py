@@ -95,8 +95,9 @@ class Workshop:
 
     def build(self) -> None:
         self._build_tool("-m", "mesonbuild.mesonmain", "compile", "-C", "build")
-        (built,) = (self.folder / "build" / "c_shim").glob("_shim.*.so")
-        shutil.copy2(built, self.folder / "vhostsync")
+        for name in ("_shim", "_testing"):  # the second is what tests/testing_library.py loads
+            (built,) = (self.folder / "build" / "c_shim").glob(f"{name}.*.so")
+            shutil.copy2(built, self.folder / "vhostsync")
 
     def test(self, tests: Sequence[str]) -> tuple[int, str]:
         """pytest's exit status (negative: killed by a signal) and what it said."""

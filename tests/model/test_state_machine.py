@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hypothesis against the engine: any order of requests, held and failing disks, mirrors and switches.
 
-Source and destination sit behind volatile caches (c_shim/testing/disk_test.c). After every step both are
+Source and destination sit behind volatile caches (c_shim/testing/test_disk.c). After every step both are
 looked at as they would be after a power cut, and the counts are checked. The rules only do things; what
 must hold stands in guest_model.py, mirror_model.py and the invariants here. Rules have no preconditions,
 because what hypothesis draws must not depend on how fast the engine is: a rule that does not fit does

@@ -26,9 +26,9 @@ from tests.guest_ring import GuestMemory
 from tests.model.test_review_record import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
+from tests.testing_library import lib
 from vhostsync import disks, kernel, opening
 from vhostsync import engine as engine_module
-from vhostsync._shim import lib
 from vhostsync.bad_ranges import within
 from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget

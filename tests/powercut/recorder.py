@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Any
 
 from tests.engine_driver import MemoryDisk
-from vhostsync._shim import ffi, lib
+from tests.testing_library import ffi, lib
 
 SECTOR_BITS = 20
 

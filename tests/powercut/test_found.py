@@ -29,7 +29,7 @@ from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, Rig, pattern, rig
 from tests.powercut.checker import BITS_AT
 from tests.powercut.machine import EXTENT, MIB, REGION, SHAPE, SIZE, Site, booted
-from vhostsync._shim import ffi, lib
+from tests.testing_library import ffi, lib
 from vhostsync.bitmap import HEADER_BYTES, BitmapFile, Header, Trust
 from vhostsync.engine import _engine_bitmap, bitmap_file_bytes
 from vhostsync.state_record import StateRecord

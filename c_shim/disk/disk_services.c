@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "disk_services.h"
+
+const struct vs_disk_services *vs_disk_services(void)
+{
+    static const struct vs_disk_services services = {
+        .services_bytes = sizeof services,
+        .disk_bytes = sizeof(struct vs_disk),
+        .io_bytes = sizeof(struct disk_io),
+        .host_bytes = sizeof(struct disk_host),
+        .init = disk_init,
+        .complete = disk_complete,
+        .complete_remote = disk_complete_remote,
+        .progress = disk_progress,
+        .all_data = disk_all_data,
+        .iov_aligned = disk_iov_aligned,
+        .io_advance = disk_io_advance,
+    };
+    return &services;
+}

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The door for kinds of disks that are no part of the core. Such a kind is a
+ * library of its own, so that whoever does not use it need not have it (nor what
+ * it is linked with): the control plane loads it, hands it this table, gets a
+ * vs_disk from it and gives that to the engine, as it does with a file's. The
+ * library is built with disk.h and calls the core by this table alone, for the
+ * core exports no symbols.
+ */
+#ifndef VS_DISK_SERVICES_H
+#define VS_DISK_SERVICES_H
+
+#include "disk.h"
+
+struct vs_disk_services {
+    uint32_t services_bytes, disk_bytes, io_bytes, host_bytes; /* sizeof, as the core was built */
+    void (*init)(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes, uint32_t block_bytes,
+                 uint32_t memory_align_bytes, uint32_t can);
+    void (*complete)(struct disk_io *io, int result);
+    void (*complete_remote)(struct disk_io *io, int result);
+    void (*progress)(struct disk_io *io);
+    void (*all_data)(struct disk_io *io);
+    bool (*iov_aligned)(const struct vs_disk *disk, const struct iovec *iov, int count);
+    void (*io_advance)(struct disk_io *io, uint64_t bytes);
+};
+
+/* The core was built with the same disk.h as the caller. */
+static inline bool disk_services_fit(const struct vs_disk_services *s)
+{
+    return s->services_bytes == sizeof *s && s->disk_bytes == sizeof(struct vs_disk) &&
+           s->io_bytes == sizeof(struct disk_io) && s->host_bytes == sizeof(struct disk_host);
+}
+
+#endif
