@@ -93,6 +93,11 @@ class HangingDisk:
     def go_on(self) -> None:
         with self._lock:
             self._hangs.clear()
+        self.answer_held()
+
+    def answer_held(self) -> None:
+        """What hangs goes on; the next of its kind hangs again."""
+        with self._lock:
             held, self._held = self._held, []
         for request in held:
             self._answer(*request)
@@ -104,6 +109,10 @@ class HangingDisk:
             yield
         finally:
             self.go_on()
+
+    def holds(self, op: Op) -> bool:
+        with self._lock:
+            return any(held[0] is op for held in self._held)
 
     def await_hanging(self, op: Op, timeout_s: float) -> None:
         with self._lock:

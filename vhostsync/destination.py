@@ -41,9 +41,9 @@ class Place:
 
 def open_destination(
     target: MirrorTarget, source: Path, capacity_bytes: int, block_bytes: int, lock_timeout_s: float
-) -> Disk:
+) -> tuple[Disk, os.stat_result | None]:
     """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first
-    if asked to. DiskError, and nothing was changed."""
+    if asked to: then it is told as which file. DiskError, and nothing was changed."""
     disks.check_distinct(source, target.path)
     made = disks.create_image(target.path, capacity_bytes) if target.create else None
     disk = None
@@ -60,7 +60,14 @@ def open_destination(
         if made is not None:
             disks.remove_image(target.path, made)
         raise
-    return disk
+    return disk, made
+
+
+def discard(disk: Disk, made: os.stat_result | None) -> None:
+    """A destination that `open_destination` has opened, and perhaps made, and that is not to be one."""
+    disk.close()
+    if made is not None:
+        disks.remove_image(disk.path, made)
 
 
 def check_former(disk: Disk, former: DiskIdentity) -> None:

@@ -476,10 +476,11 @@ class Engine:
             raise
         return attachment
 
-    async def detach(self, index: int) -> None:
+    async def detach(self, attachment: EngineAttachment) -> None:
         """Ends an attachment; returns when its last request is over."""
-        await self.command(lib.VS_CMD_DETACH, "detaching a frontend", attachment=index)
-        del self._attachments[index]
+        if attachment.attached:
+            await self.command(lib.VS_CMD_DETACH, "detaching a frontend", attachment=attachment.index)
+        del self._attachments[attachment.index]
 
     def attachment(self, index: int) -> EngineAttachment | None:
         """The one that an event names, if it is still there."""

@@ -22,9 +22,10 @@ class EngineAttachment:
         index: int,
         num_queues: int,
         command: Callable[..., Awaitable[int]],
-        detach: Callable[[int], Awaitable[None]],
+        detach: Callable[["EngineAttachment"], Awaitable[None]],
     ) -> None:
         """`command` is Engine.command of this attachment, `detach` Engine.detach."""
+        self.attached = True  # unless a renewal has ended halfway
         self._num_queues = num_queues
         self.index = index
         self._command = command
@@ -37,9 +38,11 @@ class EngineAttachment:
         return bool(await self._command(lib.VS_CMD_RESET, "resetting the device"))
 
     async def renew(self) -> bool:
-        with anyio.CancelScope(shield=True):  # never half: `close` needs one that is attached
+        with anyio.CancelScope(shield=True):
             await self._command(lib.VS_CMD_DETACH, "ending the frontend's former session")
+            self.attached = False
             await self._command(lib.VS_CMD_ATTACH, "attaching the frontend anew")
+            self.attached = True
         return bool(await self._command(lib.VS_CMD_RESET, "resetting the device"))
 
     async def set_features(self, features: int) -> None:
@@ -137,4 +140,4 @@ class EngineAttachment:
         await self._command(lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback))
 
     async def close(self) -> None:
-        await self._detach(self.index)
+        await self._detach(self)

@@ -12,7 +12,6 @@ One command at a time (`turns`): a second one is refused, not queued.
 
 import errno
 import math
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
@@ -32,12 +31,13 @@ from vhostsync.destination import (
     RESUMED_LOCK_S,
     Place,
     check_former,
+    discard,
     look,
     open_destination,
     was_of_this_guest,
 )
 from vhostsync.disk_identity import DiskIdentity, same
-from vhostsync.disks import Disk, check_holds_nothing, is_named, remove_image
+from vhostsync.disks import Disk, check_holds_nothing, is_named
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
@@ -338,11 +338,11 @@ class Mirror:
         await anyio.to_thread.run_sync(self.reach.check, target.path)
         await self._await_fence()
         engine = self._engine.config
-        disk = await anyio.to_thread.run_sync(
+        disk, made = await anyio.to_thread.run_sync(
             open_destination, target, self._roles.source.path, engine.capacity_bytes, engine.block_bytes,
             DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S,
         )  # fmt: skip
-        opened, obeyed = os.fstat(disk.fd.fileno()), False
+        obeyed = False
         try:
             if former is not None:
                 check_former(disk, former)
@@ -352,10 +352,9 @@ class Mirror:
             await self._attach(disk, target)
             obeyed = True
         finally:
-            disk.close()  # what the engine did not take
-            if target.create and not obeyed:
+            if not obeyed:
                 with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(remove_image, target.path, opened)
+                    await anyio.to_thread.run_sync(discard, disk, made)
 
     async def _await_fence(self) -> None:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""

@@ -4,15 +4,29 @@ control plane."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.daemon.rig import BLOCK, WAIT_S, Served, block_of, flush, image, need_root, write_block
+from tests.daemon.rig import (
+    BLOCK,
+    WAIT_S,
+    Served,
+    await_true,
+    block_of,
+    flush,
+    image,
+    need_root,
+    write_block,
+)
 from tests.frontend import Frontend
 from tests.guest.images import MIB
+from tests.guest.qmp_client import QmpError
 from tests.hanging_disk import HangingDisk, Op, hanging_disk
 
 TIMEOUT = ("--destination-timeout", "1s")
@@ -73,6 +87,40 @@ def test_a_destination_that_hangs_in_its_close(work: Path, hanging: HangingDisk)
         assert_both_go_on(served, guest, 1)
         hanging.go_on()
         served.start_mirror(hanging.path)
+
+
+def while_it_hangs(
+    hanging: HangingDisk, op: Op, served: Served, guest: Frontend, command: str, **arguments: Any
+) -> None:
+    """The command, with a look at the others each time when it hangs in this call. QmpError."""
+    hanging.hang(op)
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(served.client().execute, command, **arguments)
+        hangs = 0
+        while not answer.done():
+            await_true(lambda: answer.done() or hanging.holds(op), f"{command} is over or hangs in {op.name}")
+            if hanging.holds(op):
+                hangs += 1
+                try:
+                    assert_both_go_on(served, guest, 10 * hangs)
+                except BaseException:
+                    hanging.go_on()
+                    raise
+                hanging.answer_held()
+    assert hangs > 0
+    hanging.go_on()
+    answer.result()
+
+
+def test_a_destination_that_is_refused_and_hangs_in_its_close(work: Path, hanging: HangingDisk) -> None:
+    source = image(work / "a.img", 16)
+    with hanging.path.open("r+b") as disk:
+        disk.write(b"QFI\xfb" + (3).to_bytes(4))
+    with (
+        running(hanging, work, source) as (served, guest),
+        pytest.raises(QmpError, match="holds something that would be lost"),
+    ):
+        while_it_hangs(hanging, Op.FLUSH, served, guest, "mirror-start", destination=str(hanging.path))
 
 
 def test_a_source_that_hangs_where_it_is_asked_for_holes(work: Path, hanging: HangingDisk) -> None:

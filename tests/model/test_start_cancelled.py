@@ -4,6 +4,7 @@ knows the destination, or nothing is left of it, not even the image that it has 
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def created(it: Stage) -> MirrorTarget:
 def test_cut_off_while_the_image_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, go_on = threading.Event(), threading.Event()
 
-    def open_slowly(target: MirrorTarget, *rest: object) -> Disk:
-        disk = open_destination(target, *rest)  # type: ignore[arg-type]
+    def open_slowly(target: MirrorTarget, *rest: object) -> tuple[Disk, os.stat_result | None]:
+        opened = open_destination(target, *rest)  # type: ignore[arg-type]
         made.set()
         assert go_on.wait(WAIT_S)
-        return disk
+        return opened
 
     async def scene(it: Stage) -> None:
         target = created(it)
