@@ -1,8 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vhostsync`."""
+"""The program: `vhostsync`, and `python -m vhostsync`.
 
+Ctrl-C ends it without a traceback from here on, whatever is being loaded. What a command does about it is its
+own; a second one, while the interpreter winds up, is ignored.
+"""
+
+import os
+import signal
 import sys
+from typing import NoReturn
 
-from .cli import main
+EXIT_INTERRUPTED = 130
 
-sys.exit(main())
+
+def run() -> int:
+    """The exit code of the command line."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
+    if interruptible:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        from .cli import main
+
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    os._exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -3,6 +3,7 @@
 sentence of the ConfigError that it raises."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence, which the whole usage would hide."""
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own is silent about output that cannot be written."""
+        if file is sys.stdout:
+            sys.stdout.write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def _checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -71,40 +72,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Ends the process itself where argparse does (--help, wrong
     usage)."""
     _fill_standard_descriptors()
-    words = _with_serve(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["serve"] and "--print-capabilities" in words:
-        print(json.dumps(CAPABILITIES))
-        return EXIT_OK
-    parser = make_parser()
-    options = parser.parse_args(words)
     try:
-        if options.command == "serve":
-            return _serve(_or_usage(parser, lambda: serve_config(options)))
-        if options.command == "record":
-            from . import record_report
-
-            return record_report.run(options.where, as_json=options.json, remove=options.forget)
-        if options.control is None:
-            inherited = os.environ.get("VHOSTSYNC_CONTROL")
-            if not inherited:
-                parser.error("which backend? Give --control PATH or set VHOSTSYNC_CONTROL")
-            options.control = Path(inherited)
-        return _operate(options)
+        try:
+            return _run(_with_serve(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it has failed
     except UnreachableError as error:
         return _failed(error, EXIT_UNREACHABLE)
     except VhostsyncError as error:
         return _failed(error, EXIT_FAILED)
     except TimeoutError:
         return _failed("The backend did not do that in time; it may still be at it.", EXIT_TIMED_OUT)
-    except BrokenPipeError:
-        # The reader of our output is gone; the interpreter would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output is gone
+        _drop_output()
         return EXIT_FAILED
-    except OSError as error:  # its disk is full, for example; what is left would fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # its disk is full, for example
+        _drop_output()
         return _failed(f"The output cannot be written: {error.strerror or error}.", EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["serve"] and "--print-capabilities" in words:
+        print(json.dumps(CAPABILITIES))
+        return EXIT_OK
+    parser = make_parser()
+    options = parser.parse_args(words)
+    if options.command == "serve":
+        return _serve(_or_usage(parser, lambda: serve_config(options)))
+    if options.command == "record":
+        from . import record_report
+
+        return record_report.run(options.where, as_json=options.json, remove=options.forget)
+    if options.control is None:
+        inherited = os.environ.get("VHOSTSYNC_CONTROL")
+        if not inherited:
+            parser.error("which backend? Give --control PATH or set VHOSTSYNC_CONTROL")
+        options.control = Path(inherited)
+    return _operate(options)
+
+
+def _drop_output() -> None:
+    """What could not be written would be tried again, and complained of, when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _or_usage(parser: argparse.ArgumentParser, make: Callable[[], config.ServeConfig]) -> config.ServeConfig:
@@ -119,5 +130,6 @@ def _usage(parser: argparse.ArgumentParser, text: str) -> NoReturn:
 
 
 def _failed(error: object, code: int) -> int:
-    print(f"vhostsync: {printable(str(error))}", file=sys.stderr)
+    with suppress(OSError):  # the code tells at least that it has failed
+        print(f"vhostsync: {printable(str(error))}", file=sys.stderr, flush=True)
     return code

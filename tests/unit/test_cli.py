@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tests.unit.control_fakes import GIB, FakeBackend, FakeStatus, running
 from vhostsync import cli, operate, show
 from vhostsync.config import Answer, ServeConfig
+from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import DiskError, SwitchError
+from vhostsync.state_file import StateFile
+from vhostsync.state_record import StateRecord
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "vhostsync"]
@@ -563,13 +567,65 @@ def test_a_reader_that_leaves_is_no_error(served: Served) -> None:
     assert program.returncode == 1
 
 
-def test_output_that_cannot_be_written_is_one_sentence(served: Served) -> None:
+SENTENCE = "vhostsync: The output cannot be written: No space left on device.\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"], ["status", "--json"], ["stats"], ["mirror", "start", "/b.img"],
+        ["mirror", "start", "/b.img", "--wait"], ["watch"], ["watch", "--json"], ["record"],
+        ["record", "--json"], ["serve", "--print-capabilities"], ["--print-capabilities"], ["--help"],
+        ["serve", "--help"], ["--version"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_sentence(
+    served: Served, tmp_path: Path, words: list[str]
+) -> None:
+    StateFile(tmp_path / "vm.record.json").write(StateRecord.first(DiskIdentity("/a.img", "file", 1, 2, 3)))
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [*PROGRAM, "status"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    sentence = "vhostsync: The output cannot be written: No space left on device.\n"
-    assert (done.returncode, done.stderr) == (1, sentence)
+            [*PROGRAM, *words], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "STATE_DIRECTORY": str(tmp_path)}, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, SENTENCE)
+
+
+@pytest.mark.parametrize("words", [["status"], ["serve", "--print-capabilities"], ["--help"]], ids=" ".join)
+def test_without_a_standard_output_nothing_is_complained_of(served: Served, words: list[str]) -> None:
+    command = shlex.join([*PROGRAM, *words])
+    done = subprocess.run(
+        ["sh", "-c", f"exec {command} >&-"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SERVE = ["serve", "--blk-file", "/no", "--socket-path", "/no/no"]
+
+
+# What is loaded when the signal comes: -X importtime tells of each module when it is there.
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["--help"], "argparse"), (["status"], "vhostsync.config"), (["status"], "anyio"),
+        (["record"], "vhostsync.state_record"), (SERVE, "structlog"), (SERVE, "vhostsync.engine_event"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each[0],
+)  # fmt: skip
+def test_an_interrupted_start_is_quiet(tmp_path: Path, words: list[str], module: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "vhostsync", *words], cwd=ROOT, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env={**os.environ, "STATE_DIRECTORY": str(tmp_path), "VHOSTSYNC_CONTROL": str(tmp_path / "none")},
+    ) as program:  # fmt: skip
+        assert program.stderr is not None
+        loaded = next(line for line in program.stderr if line.rstrip().endswith(f" {module}"))
+        program.send_signal(signal.SIGINT)
+        rest = [line for line in program.stderr if not line.startswith("import time:")]
+    assert (loaded != "", rest) == (True, [])
+    # By the signal, if it met code that is run from a string (dataclasses): 130 to a shell, too.
+    assert program.returncode in (130, -signal.SIGINT)
 
 
 def test_a_terminal_gets_a_bar(served: Served) -> None:
