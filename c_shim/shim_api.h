@@ -166,6 +166,7 @@ enum vs_command_kind {
     VS_CMD_VRING_ERR,         /* fd or -1 */
     VS_CMD_VRING_ENABLE,      /* value 0 or 1; 0 is done when the ring is quiet */
     VS_CMD_VRING_STOP,        /* done when drained; the event's value is the base */
+    VS_CMD_GET_WRITE_CACHE,   /* the event's value: 0 or 1, as its config space shows it */
     VS_CMD_SET_WRITE_CACHE,   /* value 0 or 1 (config space WCE) */
     /* The mirror. */
     VS_CMD_MIRROR_START,      /* disk: owned on success; value: of vs_start_flags (-EINVAL: resync, and no peer is

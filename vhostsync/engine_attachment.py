@@ -8,6 +8,7 @@ import anyio
 
 from vhostsync._shim import lib
 from vhostsync.vhost_user.attachment import MemoryRegion
+from vhostsync.vhost_user.foreign_fd import check_memory
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
 NO_LOG: Final = (1 << 64) - 1
@@ -31,24 +32,25 @@ class EngineAttachment:
         self._command = command
         self._detach = detach
 
-    async def reset(self) -> bool:
+    async def reset(self) -> None:
         for queue in range(self._num_queues):
             await self.stop_vring(queue)
             await self.set_vring_enable(queue, False)
-        return bool(await self._command(lib.VS_CMD_RESET, "resetting the device"))
+        await self._command(lib.VS_CMD_RESET, "resetting the device")
 
-    async def renew(self) -> bool:
+    async def renew(self) -> None:
         with anyio.CancelScope(shield=True):
             await self._command(lib.VS_CMD_DETACH, "ending the frontend's former session")
             self.attached = False
             await self._command(lib.VS_CMD_ATTACH, "attaching the frontend anew")
             self.attached = True
-        return bool(await self._command(lib.VS_CMD_RESET, "resetting the device"))
+        await self._command(lib.VS_CMD_RESET, "resetting the device")
 
     async def set_features(self, features: int) -> None:
         await self._command(lib.VS_CMD_SET_FEATURES, "setting the features", value=features)
 
     async def set_log_base(self, fd: OwnedFd, size_bytes: int, offset: int) -> None:
+        await check_memory([fd], "the dirty log")
         await self._command(
             lib.VS_CMD_SET_LOG_BASE,
             "mapping the dirty log",
@@ -64,6 +66,7 @@ class EngineAttachment:
         )
 
     async def set_mem_table(self, regions: Sequence[tuple[MemoryRegion, OwnedFd]]) -> None:
+        await check_memory([fd for _, fd in regions], "the guest's memory")
         await self._command(
             lib.VS_CMD_SET_MEM_TABLE,
             "mapping the guest's memory",
@@ -72,6 +75,7 @@ class EngineAttachment:
         )
 
     async def add_mem_region(self, region: MemoryRegion, fd: OwnedFd) -> None:
+        await check_memory([fd], "the guest's memory")
         await self._command(
             lib.VS_CMD_ADD_MEM_REGION, "mapping a region", fds=[fd], regions=[(region, fd.fileno())]
         )
@@ -124,8 +128,9 @@ class EngineAttachment:
     async def stop_vring(self, queue: int) -> int:
         return await self._command(lib.VS_CMD_VRING_STOP, f"stopping ring {queue}", queue=queue)
 
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
-        write_cache = await self._command(
+    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> None:
+        await check_memory([fd], "the record of requests in flight")
+        await self._command(
             lib.VS_CMD_SET_INFLIGHT,
             "mapping the record of requests in flight",
             fd=fd.fileno(),
@@ -134,7 +139,9 @@ class EngineAttachment:
             desc=offset,
             used=queues,
         )
-        return bool(write_cache)
+
+    async def write_cache(self) -> bool:
+        return bool(await self._command(lib.VS_CMD_GET_WRITE_CACHE, "asking for the write cache mode"))
 
     async def set_write_cache(self, writeback: bool) -> None:
         await self._command(lib.VS_CMD_SET_WRITE_CACHE, "setting the write cache mode", value=int(writeback))

@@ -166,18 +166,15 @@ def config_space(shape: DeviceShape, *, writeback: bool) -> bytes:
 
 
 class BlkDevice:
-    """The device that all attachments share: its shape and the write cache mode that the guest chose.
-
-    The mode outlives a connection (QEMU reconnects without telling the backend again), and goes back to the
-    shape's with a device reset, if no other frontend is connected.
-    """
+    """The device that all attachments share. The write cache mode is each attachment's own, in the engine: it
+    outlives a connection (QEMU reconnects without telling the backend again), and goes back to the shape's
+    with a device reset, if no other frontend is connected."""
 
     def __init__(self, shape: DeviceShape) -> None:
         self.shape = shape
-        self.writeback = shape.writeback
         self.features = int(feature_bits(shape))
 
-    def read_config(self, offset: int, size: int) -> bytes:
+    def read_config(self, offset: int, size: int, *, writeback: bool) -> bytes:
         """`size` bytes of the config space at `offset`, both within CONFIG_BYTES."""
         assert offset >= 0 and size >= 0 and offset + size <= CONFIG_BYTES
-        return config_space(self.shape, writeback=self.writeback)[offset : offset + size]
+        return config_space(self.shape, writeback=writeback)[offset : offset + size]

@@ -304,6 +304,15 @@ static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_c
     return done;
 }
 
+static void close_fds(struct vs_engine *e, const struct vs_command *c)
+{
+    if (c->fd >= 0)
+        close_foreign_fd(e, c->fd);
+    for (uint32_t i = 0; i < c->region_count; i++)
+        if (c->regions[i].fd >= 0)
+            close_foreign_fd(e, c->regions[i].fd);
+}
+
 void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c)
 {
     struct attachment *a = &e->attachment[c->attachment < VS_MAX_ATTACHMENTS ? c->attachment : 0];
@@ -311,7 +320,7 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
     bool done = true;
     if (c->attachment >= VS_MAX_ATTACHMENTS || c->queue >= VS_MAX_QUEUES ||
         (c->kind != VS_CMD_ATTACH && (!a->open || a->closing))) {
-        command_close_fds(c);
+        close_fds(e, c);
         rc = -EINVAL;
     } else {
         switch (c->kind) {
@@ -340,6 +349,10 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             break;
         case VS_CMD_SET_LOG_FD:
             bell_hang(e, &a->log_bell, c->fd);
+            break;
+        case VS_CMD_GET_WRITE_CACHE:
+            mailbox_done(&e->mailbox, token, 0, a->write_cache);
+            done = false;
             break;
         case VS_CMD_SET_WRITE_CACHE:
             set_write_cache(a, c->value);

@@ -41,6 +41,7 @@ class RecordingAttachment:
     hold them until an event."""
 
     base: int = 7
+    writeback: bool = True
     writeback_after_reset: bool = True
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     refuse: dict[str, int] = field(default_factory=dict)  # name: errno
@@ -58,13 +59,13 @@ class RecordingAttachment:
         if name in self.refuse:
             raise EngineError.from_errno(name, self.refuse[name])
 
-    async def reset(self) -> bool:
+    async def reset(self) -> None:
         await self._done("reset")
-        return self.writeback_after_reset
+        self.writeback = self.writeback_after_reset
 
-    async def renew(self) -> bool:
+    async def renew(self) -> None:
         await self._done("renew")
-        return self.writeback_after_reset
+        self.writeback = self.writeback_after_reset
 
     async def set_features(self, features: int) -> None:
         await self._done("set_features", features)
@@ -109,12 +110,15 @@ class RecordingAttachment:
         await self._done("stop_vring", queue)
         return self.base
 
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
+    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> None:
         await self._done("set_inflight", FD, size_bytes, offset, queues, fds=[fd])
-        return True
+
+    async def write_cache(self) -> bool:
+        return self.writeback
 
     async def set_write_cache(self, writeback: bool) -> None:
         await self._done("set_write_cache", writeback)
+        self.writeback = writeback
 
     async def close(self) -> None:
         await self._done("close")

@@ -266,7 +266,7 @@ async def test_an_engine_that_takes_nobody(tmp_path: Path) -> None:
 async def test_a_fault_of_ours_ends_one_connection_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(device: BlkDevice, offset: int, size: int) -> bytes:
+    def broken(device: BlkDevice, offset: int, size: int, *, writeback: bool) -> bytes:
         raise RuntimeError("a fault on purpose")
 
     monkeypatch.setattr(BlkDevice, "read_config", broken)

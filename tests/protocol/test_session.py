@@ -180,10 +180,10 @@ async def test_reset_device(desk: Desk) -> None:
     await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
     await desk.start(2)
     await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
-    assert desk.blk.read_config(32, 1) == b"\0"
+    assert await desk.attachment.write_cache() is False
     assert await desk.say(R.RESET_DEVICE, need_reply=True) == encode_u64(0)
     assert desk.calls == [("set_write_cache", False), ("reset",)]
-    assert desk.blk.read_config(32, 1) == b"\1"
+    assert await desk.attachment.write_cache() is True
     assert not any(ring.started or ring.enabled for ring in desk.session.state.rings)
     assert desk.session.state.features is None
     assert desk.session.state.regions == (RAM,)
@@ -247,7 +247,7 @@ async def test_set_owner_where_memory_is_and_no_ring_runs_begins_anew(desk: Desk
     assert await desk.say(R.SET_OWNER) is None
     assert desk.calls == [("renew",)]
     assert desk.session.state == replace(Desk().session.state, protocol_features=QEMU_PROTOCOL)
-    assert desk.blk.writeback  # the next driver finds it as at the start
+    assert desk.attachment.writeback  # the next driver finds it as at the start
     assert [channel.closed for channel in desk.channels] == [True, False]
     await desk.say(R.ADD_MEM_REG, SingleRegion(RAM), 1)
     with pytest.raises(FrontendError, match="KICK for ring 0 before"):
@@ -260,20 +260,20 @@ async def test_a_reset_takes_the_mode_that_the_engine_says(desk: Desk) -> None:
     await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
     desk.attachment.writeback_after_reset = False
     await desk.say(R.RESET_DEVICE)
-    assert not desk.blk.writeback
+    assert not desk.attachment.writeback
     desk.attachment.writeback_after_reset = True
     await desk.say(R.RESET_DEVICE)
-    assert desk.blk.writeback
+    assert desk.attachment.writeback
 
 
 async def test_set_owner_at_the_start_changes_nothing(desk: Desk) -> None:
     """libblkio sends it after the features; and no other connection's end or mode is its business."""
-    desk.blk.writeback = False
+    desk.attachment.writeback = False
     await desk.negotiate()
     before = desk.session.state
     for _ in range(2):
         assert await desk.say(R.SET_OWNER) is None
-    assert (desk.calls, desk.session.state, desk.blk.writeback) == ([], before, False)
+    assert (desk.calls, desk.session.state, desk.attachment.writeback) == ([], before, False)
 
 
 @pytest.mark.parametrize("enabled", [0, 1])
@@ -445,9 +445,9 @@ async def test_stopping_keeps_the_memory_and_answers_the_base(desk: Desk) -> Non
 @pytest.mark.parametrize("size", [1, 8, 16, 24, 33, 36, 57, 60, 256])
 async def test_config_space_is_read(desk: Desk, size: int) -> None:
     await desk.negotiate()
-    expected = desk.blk.read_config(0, size)
+    expected = desk.blk.read_config(0, size, writeback=True)
     assert await desk.say(R.GET_CONFIG, ConfigAccess(0, 0, bytes(size))) == encode_config(0, 0, expected)
-    last = desk.blk.read_config(256 - size, size)
+    last = desk.blk.read_config(256 - size, size, writeback=True)
     reply = await desk.say(R.GET_CONFIG, ConfigAccess(256 - size, 1, bytes(size)))
     assert reply == encode_config(256 - size, 1, last)
 
@@ -466,7 +466,7 @@ async def test_config_space_from_an_old_start_or_with_room_to_spare(
 ) -> None:
     """What is answered has the question's own offset and length."""
     await desk.negotiate()
-    content = desk.blk.read_config(start, len(access.data))
+    content = desk.blk.read_config(start, len(access.data), writeback=True)
     expected = encode_config(access.offset, access.flags, content, access.padding_bytes)
     assert await desk.say(R.GET_CONFIG, access) == expected
     assert len(expected) == 12 + len(access.data) + access.padding_bytes
@@ -481,7 +481,7 @@ async def test_the_write_cache_is_written_wherever_the_frontend_begins_to_count(
         for value in (0, 1):
             access = ConfigAccess(offset, 0, bytes([value]), padding)
             assert await desk.say(R.SET_CONFIG, access, need_reply=True) == encode_u64(0)
-            assert desk.blk.writeback == bool(value)
+            assert desk.attachment.writeback == bool(value)
     assert desk.refusals == []
 
 
@@ -496,12 +496,12 @@ async def test_the_write_cache_is_written(desk: Desk) -> None:
     assert desk.calls == [("set_write_cache", value) for value in (False, True, False)]
 
 
-async def test_the_write_cache_mode_outlives_the_connection(desk: Desk) -> None:
+async def test_each_frontend_is_shown_the_mode_of_its_own_attachment(desk: Desk) -> None:
     await desk.negotiate()
     await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"))
     other = Desk(desk.blk)
     await other.negotiate()
-    assert await other.say(R.GET_CONFIG, ConfigAccess(32, 0, b"\1")) == encode_config(32, 0, b"\0")
+    assert await other.say(R.GET_CONFIG, ConfigAccess(32, 0, b"\0")) == encode_config(32, 0, b"\1")
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ async def test_nothing_else_is_written(desk: Desk, access: ConfigAccess) -> None
     assert await desk.say(R.SET_CONFIG, access) is None
     assert len(desk.refusals) == 2
     assert desk.calls == []
-    assert desk.blk.writeback
+    assert desk.attachment.writeback
 
 
 async def test_the_write_cache_needs_its_feature(desk: Desk) -> None:
@@ -534,7 +534,7 @@ async def test_a_write_cache_that_the_engine_refuses(desk: Desk) -> None:
     await desk.negotiate()
     desk.attachment.refuse["set_write_cache"] = errno.EBUSY
     assert await desk.say(R.SET_CONFIG, ConfigAccess(32, 0, b"\0"), need_reply=True) == encode_u64(1)
-    assert desk.blk.writeback
+    assert desk.attachment.writeback
 
 
 # ---- the backend's own requests ----------------------------------------------------------------------------

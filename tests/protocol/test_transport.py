@@ -233,12 +233,14 @@ async def test_a_channel_whose_frontend_is_gone() -> None:
 
 
 async def test_a_channel_must_be_a_stream_socket() -> None:
-    with pytest.raises(FrontendError, match="no socket"):
-        BackendChannel(OwnedFd(os.eventfd(0)))
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with pytest.raises(FrontendError, match="no stream"):
-        BackendChannel(OwnedFd(ours.detach()))
-    theirs.close()
+    with OwnedFd(os.eventfd(0)) as fd, pytest.raises(FrontendError, match="no socket"):
+        BackendChannel(fd)
+    datagrams, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)  # whose close may linger
+    for sock in (datagrams, tcp):
+        with OwnedFd(sock.detach()) as fd, pytest.raises(FrontendError, match="no Unix stream"):
+            BackendChannel(fd)
+    peer.close()
 
 
 # ---- descriptors with one owner --------------------------------------------------------------------------

@@ -121,12 +121,11 @@ def test_the_features_are_those_that_qemu_passes_on() -> None:
 
 def test_the_mode_of_the_write_cache() -> None:
     device = BlkDevice(DeviceShape(GIB))
-    assert device.read_config(32, 1) == b"\1"
-    device.writeback = False
-    assert device.read_config(32, 1) == b"\0"
-    assert device.read_config(0, 60)[:32] == config_space(device.shape, writeback=True)[:32]
-    device.writeback = True
-    assert device.read_config(30, 3) == b"\0\0\1"
+    assert device.read_config(32, 1, writeback=True) == b"\1"
+    assert device.read_config(32, 1, writeback=False) == b"\0"
+    without = device.read_config(0, 60, writeback=False)
+    assert without[:32] == config_space(device.shape, writeback=True)[:32]
+    assert device.read_config(30, 3, writeback=True) == b"\0\0\1"
 
 
 @given(st.integers(0, 1 << 55))

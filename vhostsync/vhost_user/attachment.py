@@ -26,16 +26,17 @@ class Attachment(Protocol):
     """One frontend's memory and rings.
 
     Every method raises EngineError when it is refused. A descriptor handed over is taken (`OwnedFd.take`)
-    and closed by the engine whatever the outcome.
+    and closed by the engine whatever the outcome; but FrontendError, and it is not taken, where memory is
+    expected and what was sent is none that always answers (foreign_fd.py).
     """
 
-    async def reset(self) -> bool:
-        """Device reset: rings stopped and disabled, features 0; memory stays. Returns the write cache mode
-        (True: write-back): as at the start, but left alone while another frontend is connected."""
+    async def reset(self) -> None:
+        """Device reset: rings stopped and disabled, features 0; memory stays. The write cache mode is as at
+        the start, but left alone while another frontend is connected."""
 
-    async def renew(self) -> bool:
-        """As of a frontend that has just connected: memory, rings, features, records and logs are gone.
-        Returns the write cache mode, as `reset` does."""
+    async def renew(self) -> None:
+        """As of a frontend that has just connected: memory, rings, features, records and logs are gone; the
+        write cache mode is as after `reset`."""
 
     async def set_features(self, features: int) -> None:
         """Virtio feature bits as negotiated (VHOST_USER_F_PROTOCOL_FEATURES, bit 30, removed). Bit 26,
@@ -76,9 +77,12 @@ class Attachment(Protocol):
     async def stop_vring(self, queue: int) -> int:
         """Drains and stops the ring; returns its base, the next available index."""
 
-    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> bool:
+    async def set_inflight(self, fd: OwnedFd, size_bytes: int, offset: int, queues: int) -> None:
         """The record of requests in flight, before the rings start: what it says was not answered is taken
-        up again. Returns the write cache mode (True: write-back), which the record keeps as well."""
+        up again. So is the write cache mode, which the record keeps as well."""
+
+    async def write_cache(self) -> bool:
+        """The write cache mode that this frontend's guest finds (True: write-back)."""
 
     async def set_write_cache(self, writeback: bool) -> None: ...
 

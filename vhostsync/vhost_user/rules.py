@@ -110,7 +110,7 @@ Call = Callable[[Attachment], Awaitable[int | None]]
 class Step:
     """What one message leads to.
 
-    `calls` are made in order; then `state` holds, `effect` happens, and `answer` makes the payload of the
+    `calls` are made in order; then `state` holds, and `answer` makes the payload of the
     request's own reply from the last call's result (None: the request has none, an acknowledgement is due if
     asked for); `share` makes a descriptor to send along with it. `channel` is a descriptor to send the
     backend's own requests on from then on. `refusal` says why a message in good order is not obeyed: no call
@@ -120,7 +120,6 @@ class Step:
     state: State
     calls: tuple[Call, ...] = ()
     answer: Callable[[int | None], bytes] | None = None
-    effect: Callable[[], None] | None = None
     channel: OwnedFd | None = None
     share: Callable[[], OwnedFd] | None = None
     refusal: str | None = None
@@ -223,10 +222,7 @@ def _set_owner(state: State, device: BlkDevice, message: Message, fds: Sequence[
         return Step(state)
     after = State(rings=(Ring(),) * len(state.rings), protocol_features=state.protocol_features)
 
-    async def renew(attachment: Attachment) -> None:
-        device.writeback = await attachment.renew()
-
-    return Step(after, calls=(renew,))
+    return Step(after, calls=(lambda attachment: attachment.renew(),))
 
 
 def _nothing(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
@@ -239,10 +235,7 @@ def _reset_device(state: State, device: BlkDevice, message: Message, fds: Sequen
     # again. So do the protocol features: they belong to the connection, not to the device.
     after = replace(state, rings=(Ring(),) * len(state.rings), features=None)
 
-    async def reset(attachment: Attachment) -> None:
-        device.writeback = await attachment.reset()
-
-    return Step(after, calls=(reset,))
+    return Step(after, calls=(lambda attachment: attachment.reset(),))
 
 
 def _get_queue_num(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
@@ -407,11 +400,12 @@ def _set_inflight(state: State, device: BlkDevice, message: Message, fds: Sequen
     if not 1 <= area.queues <= len(state.rings):
         raise FrontendError(f"SET_INFLIGHT_FD for {area.queues} rings of a device with {len(state.rings)}")
 
-    async def take_up(attachment: Attachment) -> None:
-        # No frontend tells a new backend the write cache mode that the guest has set: the record does.
-        device.writeback = await attachment.set_inflight(fd, area.mmap_bytes, area.mmap_offset, area.queues)
-
-    return Step(state, calls=(take_up,))
+    return Step(
+        state,
+        calls=(
+            lambda attachment: attachment.set_inflight(fd, area.mmap_bytes, area.mmap_offset, area.queues),
+        ),
+    )
 
 
 # ---- the dirty log ---------------------------------------------------------------------------------------
@@ -440,8 +434,13 @@ def _set_log_fd(state: State, device: BlkDevice, message: Message, fds: Sequence
 def _get_config(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     assert isinstance(message.payload, ConfigAccess)
     access = message.payload
-    content = device.read_config(access.start, len(access.data))
-    return Step(state, answer=lambda _: encode_payload(replace(access, data=content)))
+
+    def answer(writeback: int | None) -> bytes:
+        content = device.read_config(access.start, len(access.data), writeback=bool(writeback))
+        return encode_payload(replace(access, data=content))
+
+    # Not a mode that another frontend has set: only the engine knows which of them the guest runs on.
+    return Step(state, calls=(lambda attachment: attachment.write_cache(),), answer=answer)
 
 
 def _set_config(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
@@ -457,11 +456,7 @@ def _set_config(state: State, device: BlkDevice, message: Message, fds: Sequence
     if access.data[0] > 1:
         return Step(state, refusal=f"write cache mode {access.data[0]} (0 and 1 are possible)")
     writeback = access.data[0] == 1
-
-    def remember() -> None:
-        device.writeback = writeback
-
-    return Step(state, calls=(lambda attachment: attachment.set_write_cache(writeback),), effect=remember)
+    return Step(state, calls=(lambda attachment: attachment.set_write_cache(writeback),))
 
 
 RULES: Final[dict[Request, Rule]] = {

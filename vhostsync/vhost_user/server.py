@@ -22,9 +22,9 @@ from ..errors import EngineError, FrontendError
 from ..events import FRONTEND_CONNECTED, FRONTEND_DISCONNECTED
 from ..virtio_blk import BlkDevice
 from .attachment import Attachment
+from .foreign_fd import close_foreign
 from .listener import Endpoint
 from .messages import Request
-from .owned_fd import close_all
 from .ring_watch import Look, RingsSeen, watch_rings
 from .session import Session
 from .transport import BackendChannel, Connection
@@ -208,7 +208,7 @@ class FrontendServer:
                     frontend.before = await self._look()
                 outcome = await session.handle(message, fds, attachment)
             finally:
-                close_all(fds)
+                close_foreign(fds)
             self._note_rings(frontend, attachment, tasks)
             if outcome.refusal is not None:
                 log.warning("frontend refused", frontend=frontend.number, reason=outcome.refusal)

@@ -77,8 +77,6 @@ class Session:
                 if step.channel is not None:
                     self._adopt(self.open_channel(step.channel))
                 self.state = step.state
-                if step.effect is not None:
-                    step.effect()
                 self._notify()
                 if step.answer is not None:
                     share = step.share() if step.share is not None else None

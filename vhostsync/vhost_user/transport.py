@@ -14,8 +14,9 @@ from typing import Final
 import anyio
 
 from ..errors import FrontendError
+from .foreign_fd import close_foreign
 from .messages import HEADER, BackendRequest, Message, encode_request, parse_header, parse_message
-from .owned_fd import OwnedFd, close_all
+from .owned_fd import OwnedFd
 from .payloads import MEM_TABLE_REGIONS_MAX
 
 MESSAGE_TIMEOUT_S: Final = 30.0
@@ -50,16 +51,16 @@ class Connection:
             with anyio.fail_after(self._message_timeout_s):
                 data = await self._read(HEADER.size, fds)
                 if not data:
-                    close_all(fds)
+                    close_foreign(fds)
                     return None
                 header = parse_header(data)
                 payload = await self._read_payload(header.payload_bytes, header.request.name)
             return parse_message(header, payload, len(fds)), fds
         except TimeoutError:
-            close_all(fds)
+            close_foreign(fds)
             raise FrontendError(f"a message took more than {self._message_timeout_s:g} s to arrive") from None
         except BaseException:
-            close_all(fds)
+            close_foreign(fds)
             raise
 
     async def send(self, data: bytes, share: OwnedFd | None = None) -> None:
@@ -100,7 +101,7 @@ class Connection:
             if late:
                 raise FrontendError(f"{name} came with descriptors in the middle of its payload")
         finally:
-            close_all(late)
+            close_foreign(late)
         if len(data) < size:
             raise FrontendError(f"the connection ended within {name}")
         return data
@@ -149,18 +150,19 @@ class BackendChannel:
     """
 
     def __init__(self, fd: OwnedFd) -> None:
-        """Takes `fd`. FrontendError if it is no stream socket (it is then closed)."""
-        number = fd.take()
+        """Takes `fd`. FrontendError if it is no Unix stream socket (it is then the caller's): closing another
+        one may take its time."""
         try:
-            self._sock = socket.socket(fileno=number)
+            sock = socket.socket(fileno=fd.fileno())
         except OSError as error:
-            OwnedFd(number).close()
             raise FrontendError(
                 f"SET_BACKEND_REQ_FD brought a descriptor that is no socket: {error.strerror}"
             ) from error
-        if self._sock.type != socket.SOCK_STREAM:
-            self._sock.close()
-            raise FrontendError("SET_BACKEND_REQ_FD brought a socket that is no stream")
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            sock.detach()
+            raise FrontendError("SET_BACKEND_REQ_FD brought a socket that is no Unix stream")
+        fd.take()
+        self._sock = sock
 
     def config_changed(self) -> None:
         """Tell the frontend to read the config space again."""
