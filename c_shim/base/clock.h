@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <time.h>
 
-/* Of this thread: time that has passed while it was kept from running (engine.c, "time that was not lived through"). */
+/* Of this thread: time that has passed while it was kept from running ("time that was not lived through", below). */
 extern _Thread_local uint64_t clock_missed_ns;
 
 /* CLOCK_MONOTONIC: what others have seen pass. */
@@ -24,6 +24,28 @@ static inline uint64_t clock_ns(void)
 {
     return clock_world_ns() - clock_missed_ns;
 }
+
+/* ---- time that was not lived through ----------------------------------------
+ * A process that is stopped (SIGSTOP, a freezer, a debugger, a hypervisor) and goes on finds every deadline passed,
+ * though nobody has kept it waiting. So the clock of its thread stands still meanwhile: whatever is compared with it
+ * moves by the gap. A gap is what has passed between two looks beyond what was slept on purpose.
+ *
+ * A thread that is merely slow is late as well, pass after pass. Were all of that forgiven, no deadline of its would
+ * ever come. So no more than CLOCK_GAPS_IN_A_ROW gaps are forgiven, and one more for each second lived in time. */
+
+/* Less is the scheduler's. */
+#define CLOCK_GAP_NS 250000000u
+#define CLOCK_GAPS_IN_A_ROW 8
+#define CLOCK_GAP_EARNED_NS 1000000000u
+
+struct clock_gaps {
+    unsigned forgiven; /* lately */
+    uint64_t lived_ns; /* in time, towards the next that may be */
+};
+
+/* What of passed_ns, the time since the last look, was a gap that is forgiven. slept_ns: for so long the thread may
+ * have slept; UINT64_MAX: as long as nothing came. */
+uint64_t clock_gap_ns(struct clock_gaps *g, uint64_t passed_ns, uint64_t slept_ns);
 
 /* When the next part may begin, if one of so many bytes begins now (or at not_before_ns, where that is later).
  * speed_bytes_per_s 0: there is no limit. */

@@ -201,25 +201,16 @@ static uint64_t min_ns(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-/* ---- time that was not lived through ----------------------------------------
- * A process that is stopped (SIGSTOP, a freezer, a debugger, a hypervisor) and goes on finds every deadline passed,
- * though nobody has kept it waiting. So the clock of this thread stands still meanwhile: whatever is compared with it
- * moves by the gap. A gap is what has passed between two looks beyond what was slept on purpose. */
+/* ---- time that was not lived through (clock.h) -------------------------------- */
 
-/* Less is the scheduler's. */
-#define GAP_NS 250000000u
 /* While somebody's patience runs, no sleep is longer, or a gap within it would look like sleep. */
 #define PATIENT_SLEEP_NS 250000000u
 
-/* slept_ns: for so long the thread may have slept since the last look; UINT64_MAX: as long as nothing came. */
 static void look_at_clock(struct vs_engine *e, uint64_t slept_ns)
 {
-    uint64_t now = clock_ns(), passed = now - e->host.now_ns;
-    if (passed > slept_ns && passed - slept_ns > GAP_NS) {
-        clock_missed_ns += passed - slept_ns;
-        now -= passed - slept_ns;
-    }
-    e->host.now_ns = now;
+    uint64_t now = clock_ns(), gap_ns = clock_gap_ns(&e->clock_gaps, now - e->host.now_ns, slept_ns);
+    clock_missed_ns += gap_ns;
+    e->host.now_ns = now - gap_ns;
 }
 
 static uint64_t patience_ends_ns(const struct vs_engine *e)

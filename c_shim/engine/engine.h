@@ -18,6 +18,7 @@
 #include "activity_log.h"
 #include "bell.h"
 #include "blk_request.h"
+#include "clock.h"
 #include "copier.h"
 #include "counts.h"
 #include "difference.h"
@@ -125,6 +126,7 @@ struct vs_engine {
     struct vs_engine_config config;
     struct blk_limits limits;
     struct uring uring;
+    struct clock_gaps clock_gaps;
     bool ring_runs;    /* until the thread has wound up */
     unsigned outside;  /* operations of the ring's workers on descriptors of frontends */
     struct bells bells;
