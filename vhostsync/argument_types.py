@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import config
+from . import config, quantities
 from .errors import ConfigError
 from .printable import printable
 
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def _checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+def checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
     """`parse` as argparse calls it, with its sentence as the error."""
 
     def converted(text: str) -> Any:
@@ -46,21 +46,14 @@ def _checked(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
 
 
 def _positive_seconds(text: str) -> float:
-    seconds = float(config.parse_seconds(text))
+    seconds = float(quantities.parse_seconds(text))
     if seconds <= 0:
         raise ConfigError("It must be longer than nothing.")
     return seconds
 
 
 def _speed(text: str) -> int:
-    return 0 if text == "none" else config.check_speed(config.parse_bytes(text.removesuffix("/s")))
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is no whole number") from error
+    return 0 if text == "none" else config.check_speed(quantities.parse_bytes(text.removesuffix("/s")))
 
 
 def _absolute_path(text: str) -> Path:
@@ -74,11 +67,7 @@ def _absolute_path(text: str) -> Path:
     return path
 
 
-number = _checked(_number, "number")
-size = _checked(config.parse_bytes, "size")
-seconds = _checked(config.parse_seconds, "duration")
-metrics_place = _checked(config.parse_metrics, "place")
-poll_us = _checked(config.parse_poll_us, "time")
-positive_seconds = _checked(_positive_seconds, "duration")
-speed = _checked(_speed, "speed")
-absolute_path = _checked(_absolute_path, "path")
+size = checked(quantities.parse_bytes, "size")
+positive_seconds = checked(_positive_seconds, "duration")
+speed = checked(_speed, "speed")
+absolute_path = checked(_absolute_path, "path")

@@ -7,14 +7,32 @@ ConfigError with a sentence that names the option, so that it can be shown as it
 
 import ipaddress
 import os
-import re
 from dataclasses import dataclass
-from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal, get_args
 
 from .errors import ConfigError
+from .option import (
+    BLOCK_SIZE,
+    FLAG,
+    MILLISECONDS,
+    NUMBER,
+    ON_OFF,
+    PATH,
+    POLLING_US,
+    SECONDS,
+    SIZE,
+    TEXT,
+    Kind,
+    check_options,
+    for_engine,
+    one_of,
+    option,
+    options_of,
+    out_of_range,
+)
+from .quantities import BYTES_MAX, GIB, KIB, MIB
 
 Cache = Literal["none", "writeback"]
 DiskFormat = Literal["raw"]
@@ -33,78 +51,25 @@ class Answer(StrEnum):
     NEW_DISK = "new-disk"  # it is none that a record knows
 
 
-KIB: Final = 1024
-MIB: Final = 1024 * KIB
-GIB: Final = 1024 * MIB
-
 # The limits that the engine has are in c_shim/shim_api.h (enum vs_limit); a unit test compares.
 QUEUES_MAX: Final = 64
 NAME_CHARACTERS_MAX: Final = 128
 SERIAL_BYTES_MAX: Final = 20  # virtio 1.x 5.2.6, VIRTIO_BLK_ID_BYTES
 REQUEST_BYTES_MAX: Final = 8 * MIB
-BLOCK_BYTES: Final = (512, 4096)
+POLL_AUTO: Final = 1_000_000_000  # where it pays
 
 LOG_BYTES_MIN: Final = REQUEST_BYTES_MAX  # durability.md, rule 6: at least the largest request
-LOG_BYTES_MAX: Final = 64 * GIB
 CONGESTION_FILL_MIN: Final = MIB
-MAX_LAG_MS_MAX: Final = 60_000
+TIMEOUT_S_MIN: Final = 0.001
 TIMEOUT_S_MAX: Final = 3600.0
-POLL_US_MAX: Final = 10_000
 THREADS_MAX: Final = 16
-COPY_DEPTH_MAX: Final = 16
 DIRTY_REGION_BYTES_MIN: Final = 4 * KIB
 DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
 DIRTY_REGIONS: Final = 1 << 25  # so many need no larger regions: 4 MiB a map
 AL_EXTENTS_MIN: Final = 64
 AL_EXTENTS_MAX: Final = 65536
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
-SPEED_BYTES_PER_S_MAX: Final = 2**63 - 1
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
-_SIZE_UNIT: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|min|h)?", re.ASCII)
-_DURATION_UNIT_S: Final = {
-    "ms": Decimal("0.001"),
-    "s": Decimal(1),
-    "m": Decimal(60),
-    "min": Decimal(60),
-    "h": Decimal(3600),
-}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "4096", "64M", "64MB", "64MiB", "1.5G" (all of them powers of 1024). ConfigError where it is
-    none, or no whole number."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or len(text) > 40:
-        raise ConfigError(
-            f"{text!r} is not a size; write a number of bytes, or one with K, M, G or T such as 64M or 1GiB."
-        )
-    amount = Decimal(match[1]) * _SIZE_UNIT[(match[2] or "").upper()]
-    if amount != amount.to_integral_value():
-        raise ConfigError(f"{text!r} is not a whole number of bytes.")
-    if amount > SPEED_BYTES_PER_S_MAX:
-        raise ConfigError(f"{text!r} is more than any disk here can have.")
-    return int(amount)
-
-
-def parse_seconds(text: str) -> float:
-    """Seconds from "10", "2.5s", "500ms", "2m", "1h". ConfigError where it is none."""
-    match = _DURATION.fullmatch(text.strip())
-    if match is None or len(text) > 40:
-        raise ConfigError(
-            f"{text!r} is not a duration; write seconds, or a number with ms, s, m or h such as 500ms or 10s."
-        )
-    return float(Decimal(match[1]) * _DURATION_UNIT_S[match[2] or "s"])
-
-
-def parse_poll_us(text: str) -> int | None:
-    """Microseconds from "50"; None from "auto". ConfigError where it is neither."""
-    if text == "auto":
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise ConfigError(f"{text!r} is no time for polling; write auto, 0 (never), or microseconds.")
-    return int(text)
+SPEED_BYTES_PER_S_MAX: Final = BYTES_MAX
 
 
 @dataclass(frozen=True)
@@ -141,64 +106,208 @@ def parse_metrics(text: str) -> Path | TcpAddress:
     return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Everything that `serve` is told. Paths are made absolute. Raises ConfigError."""
+# The headings under which options are shown.
+SOCKET: Final = "the socket (exactly one)"
+DISK: Final = "the disk"
+MIRROR: Final = "the mirror"
+STATE_RECORD: Final = "the state record (which disk is the current one)"
+OPERATION: Final = "operation"
+PRIVILEGES: Final = "privileges"
 
-    blk_file: Path
-    socket_path: Path | None = None  # exactly one of socket_path and fd
-    fd: int | None = None  # a listening or connected unix socket that was inherited
-    read_only: bool = False
-    disk_format: DiskFormat | None = None  # None: as it seems; a disk that a record knows is raw
-    cache: Cache = "none"  # none: direct I/O; writeback: through the page cache
-    destination_cache: Cache = "none"  # for a mirror-start that names none
-    num_queues: int = 4
-    serial: str = ""
-    block_bytes: int | None = None  # None: as the disk has it
-    write_cache: bool = True  # the default of virtio's WCE; False is write-through
-    state_file: Path | None = None  # None: state_index.py finds or names it
-    no_state_file: bool = False
-    answer: Answer | None = None  # of the operator, to what the state record has asked
-    bitmap: Path | None = None  # where the differences outlive the process
-    al_extents: int = 1024
-    al_extent_bytes: int = 4 * MIB
-    control_path: Path | None = None  # None: "<socket_path>.control"
-    log_bytes: int = 64 * MIB
-    max_lag_ms: int = 500
-    on_congestion: OnCongestion = "block"
-    congestion_fill_bytes: int | None = None  # None: 7/8 of the log
-    destination_timeout_s: float = 10.0
-    stop_timeout_s: float = 1.0
-    resume_mirror: bool = True  # begin the mirror again that the last run had
-    on_destination_error: OnDestinationError = "degrade"  # go on without it; or flushes wait for the next one
-    destination_retry_s: float | None = None  # the first pause before one that failed is tried; None: never
-    copy_depth: int = 8  # region copies of 1 MiB in flight
-    dirty_region_bytes: int | None = None  # None: 64 KiB, more for disks above 2 TiB
-    metrics: Path | TcpAddress | None = None
-    name: str = ""  # of the machine, for metrics; where it is empty see `label`
-    poll_us: int | None = None  # look for work so long before sleeping; None: where it pays
-    threads: int = 1  # one keeps the rings, the order and the log; the others do a share of the disks' work
-    log_format: LogFormat = "auto"
-    log_level: LogLevel = "info"
-    user: str | None = None  # NAME[:GROUP] to become; None: as it was started
-    sandbox: Sandbox = "auto"  # privileges.py
-    allow_paths: tuple[Path, ...] = ()  # directories in which later destinations may lie
-    read_fallback: bool = False  # what the source cannot read is read from a steady destination
-    on_source_error: OnSourceError = "report"  # to the guest; or switch to a steady destination
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything that `serve` is told. Paths are made absolute. Raises ConfigError.
+
+    Each option is declared here and nowhere else (option.py)."""
+
+    socket_path: Path | None = option("--socket-path", SOCKET, PATH, "make the vhost-user socket here")
+    fd: int | None = option("--fd", SOCKET, NUMBER, "use this inherited socket, listening or connected")
+
+    blk_file: Path = option("--blk-file", DISK, PATH, "image file or block device", required=True)
+    read_only: bool = option("--read-only", DISK, FLAG, "the guest may not write", False, engine="read_only")
+    disk_format: DiskFormat | None = option(
+        "--format", DISK, one_of("raw"),
+        "raw: serve the disk as it is, although it looks like an image of another format",
+        default_text="as it looks",
+        detail="A disk that a state record knows is raw. See operations.md, \"Disks and locks\".",
+    )
+    cache: Cache = option(
+        "--cache", DISK, one_of("none", "writeback"), "direct I/O, or through the page cache", "none",
+        detail="A file system without direct I/O is used buffered, with a warning.",
+    )
+    num_queues: int = option(
+        "--num-queues", DISK, NUMBER, "queues offered", 4, least=1, most=QUEUES_MAX, engine="queues_max"
+    )
+    serial: str = option("--serial", DISK, TEXT, "what the guest reads as its serial: 20 characters", "")
+    block_bytes: int | None = option(
+        "--block-size", DISK, BLOCK_SIZE, "512 or 4096: the guest's logical block", default_text="the disk's",
+        detail="It is never smaller than the disk's. Once the disk has been mirrored, the guest keeps the "
+        "size that it has had.",
+    )
+    write_cache: bool = option(
+        "--write-cache", DISK, ON_OFF, "off: each write is made durable before it is answered", True,
+        engine="writeback",
+    )
+    poll_us: int | None = option(
+        "--poll-us", DISK, POLLING_US,
+        "look for work so many microseconds before sleeping: 0 never, auto where it pays",
+        least=0, most=10_000, default_text="auto", engine="poll_us",
+    )
+    threads: int = option(
+        "--threads", DISK, NUMBER,
+        "data threads: one keeps rings, order and log, the others do a share of the disks' work, the guest's "
+        "queues spread over all of them",
+        1, least=1, most=THREADS_MAX, engine="threads",
+        detail="More than one is worth it where fast disks are busy and a core is free: see "
+        "[performance.md](performance.md).",
+    )
+
+    destination_cache: Cache = option(
+        "--destination-cache", MIRROR, one_of("none", "writeback"),
+        "for a mirror start that names no cache mode", "none",
+    )
+    log_bytes: int = option(
+        "--log-size", MIRROR, SIZE, "memory for writes on their way to the destination", 64 * MIB,
+        least=LOG_BYTES_MIN, most=64 * GIB, engine="log_bytes",
+    )
+    max_lag_ms: int = option(
+        "--max-lag-ms", MIRROR, MILLISECONDS,
+        "in steady, slow the guest's writes so that the destination lags no more", 500,
+        least=1, most=60_000, engine="max_lag_us",
+        detail="From half of it on, the guest's writes are slowed down, so that the lag stays below it.",
+    )
+    on_congestion: OnCongestion = option(
+        "--on-congestion", MIRROR, one_of("block", "pull-ahead", engine_word="pull-ahead"),
+        "a destination that is too slow: writes wait (block), or the guest gets ahead of it", "block",
+        engine="pull_ahead",
+        detail="Ahead, the guest goes on at full speed and the destination catches up later.",
+    )
+    congestion_fill_bytes: int | None = option(
+        "--congestion-fill", MIRROR, SIZE,
+        "with pull-ahead: the destination is too slow if so much waits for it in the log",
+        default_text="7/8 of the log", engine="congestion_fill_bytes",
+        detail="In `steady` it is also too slow when it lags by `--max-lag-ms`.",
+    )
+    destination_timeout_s: float = option(
+        "--destination-timeout", MIRROR, SECONDS,
+        "a destination for which a request has to wait longer is given up", 10.0,
+        least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX, engine="destination_timeout_us",
+        detail="The state is `degraded` then.",
+    )
+    stop_timeout_s: float = option(
+        "--stop-timeout", MIRROR, SECONDS,
+        "the same while the frontend stops a queue and the guest stands still", 1.0,
+        least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX, engine="stop_timeout_us",
+        detail="QEMU stops queues at a reset, a migration, the guest's end, and waits: the whole machine "
+        "stands still meanwhile.",
+    )
+    on_destination_error: OnDestinationError = option(
+        "--on-destination-error", MIRROR, one_of("degrade", "pause", engine_word="pause"),
+        "when one that was up to date fails: go on without, or flushes wait for the next one", "degrade",
+        engine="pause_on_destination_error",
+    )
+    destination_retry_s: float | None = option(
+        "--destination-retry", MIRROR, SECONDS,
+        "attach one that failed again after so long, then after twice as long",
+        least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX, default_text="never",
+        detail="At most 5 minutes lie between two tries. A mirror that could not be resumed is tried, too. "
+        "Only what differs is copied.",
+    )
+    resume_mirror: bool = option(
+        "--resume-mirror", MIRROR, ON_OFF, "off: do not begin the mirror again that the last run had", True,
+        detail="See operations.md, \"Stopping and restarting\".",
+    )
+    copy_depth: int = option(
+        "--copy-depth", MIRROR, NUMBER, "parts of the copy under way at once, 1 MiB each", 8,
+        least=1, most=16, engine="copy_depth",
+    )
+    dirty_region_bytes: int | None = option(
+        "--dirty-region-size", MIRROR, SIZE, "what one dirty bit stands for",
+        least=DIRTY_REGION_BYTES_MIN, most=DIRTY_REGION_BYTES_MAX, default_text="64K, more above 2 TiB",
+    )
+    bitmap: Path | None = option(
+        "--bitmap", MIRROR, PATH,
+        "keep what differs there, so that after a restart or crash only that is copied",
+    )
+    al_extents: int = option(
+        "--al-extents", MIRROR, NUMBER,
+        "of the bitmap: parts of the disk that may be written to without a flush of it", 1024,
+        least=AL_EXTENTS_MIN, most=AL_EXTENTS_MAX,
+    )
+    al_extent_bytes: int = option(
+        "--al-extent-size", MIRROR, SIZE,
+        "size of such a part; --al-extents times it is copied again after a host crash", 4 * MIB,
+        least=DIRTY_REGION_BYTES_MIN, most=GIB,
+    )
+    read_fallback: bool = option(
+        "--read-fallback", MIRROR, FLAG,
+        "reads that the disk fails are answered from a destination that is up to date", False,
+        engine="read_fallback",
+    )
+    on_source_error: OnSourceError = option(
+        "--on-source-error", MIRROR, one_of("report", "switch", engine_word="switch"),
+        "the guest gets the disk's errors, or moves to a destination that is up to date", "report",
+        engine="switch_on_source_error",
+        detail="After the move the guest sees no error.",
+    )
+
+    state_file: Path | None = option(
+        "--state-file", STATE_RECORD, PATH, "where it is kept, best on neither disk",
+        default_text="in the state directory",
+    )
+    no_state_file: bool = option(
+        "--no-state-file", STATE_RECORD, FLAG,
+        "keep none: after a switch nobody stops you from serving the old disk", False,
+    )
+    answer: Answer | None = None  # of the operator, to what the state record has asked: an option for each
+
+    control_path: Path | None = option(
+        "--control", OPERATION, PATH, "make the control socket here",
+        default_text="the vhost-user socket's path and .control",
+    )
+    metrics: Path | TcpAddress | None = option(
+        "--metrics", OPERATION, Kind("PLACE", lambda text: parse_metrics(text)),
+        "serve Prometheus metrics on this unix socket or 127.0.0.1:PORT",
+    )
+    name: str = option(
+        "--name", OPERATION, TEXT, "the machine's name: the label vm of every metric", "",
+        default_text="of the vhost-user socket, without its suffix",
+    )
+    log_format: LogFormat = option(
+        "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",
+        "auto",
+    )
+    log_level: LogLevel = option(
+        "--log-level", OPERATION, one_of("debug", "info", "warning", "error"), "what is logged", "info"
+    )
+
+    user: str | None = option(
+        "--user", PRIVILEGES, Kind("NAME[:GROUP]"),
+        "become this user once the disk is open; it must own the folders of the sockets and the state",
+        default_text="the user that starts it",
+    )
+    sandbox: Sandbox = option(
+        "--sandbox", PRIVILEGES, one_of("auto", "off", "require"),
+        "drop rights that are not needed: what the kernel has (auto), nothing, or all or fail", "auto",
+    )
+    allow_paths: tuple[Path, ...] = option(
+        "--allow-path", PRIVILEGES, Kind("DIR", Path),
+        "destinations may lie only here and beside the disk; the kernel withholds all else (repeatable)", (),
+        repeatable=True,
+    )
 
     def __post_init__(self) -> None:
-        for name in ("blk_file", "socket_path", "state_file", "control_path", "bitmap"):
-            path = getattr(self, name)
-            if path is not None:
-                object.__setattr__(self, name, _absolute(path, _option(name)))
+        for each, declared in options_of(self):
+            path = getattr(self, each.name)
+            if declared.kind is PATH and path is not None:
+                object.__setattr__(self, each.name, _absolute(path, declared.flag))
         places = tuple(_absolute(path, "--allow-path") for path in self.allow_paths)
         object.__setattr__(self, "allow_paths", places)
+        check_options(self)
         self._check_places()
         self._check_device()
         self._check_mirror()
-        _one_of("--log-format", self.log_format, get_args(LogFormat))
-        _one_of("--log-level", self.log_level, get_args(LogLevel))
-        _one_of("--sandbox", self.sandbox, get_args(Sandbox))
         if self.user is not None and not all(self.user.split(":", 1)):
             raise ConfigError(f"--user {self.user!r} is not NAME or NAME:GROUP.")
         if not self.name.isprintable() or len(self.name) > NAME_CHARACTERS_MAX:
@@ -225,70 +334,42 @@ class ServeConfig:
         sockets = [("--socket-path", self.socket_path), ("--control", self.control_socket)]
         if isinstance(self.metrics, Path):
             sockets.append(("--metrics", self.metrics))
-        for option, path in sockets:
+        for flag, path in sockets:
             if path is not None and len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
                 raise ConfigError(
-                    f"{option}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
+                    f"{flag}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
                 )
         files = [("--blk-file", self.blk_file), ("--bitmap", self.bitmap), ("--state-file", self.state_file)]
         if self.state_file is not None:  # state_file.py makes these beside it
             for end in (".lock", ".new"):
                 files.append((f"the file {end} of --state-file", Path(f"{self.state_file}{end}")))
         seen: dict[Path, str] = {}
-        for option, path in sockets + files:
+        for flag, path in sockets + files:
             if path is None:
                 continue
             if path in seen:
                 raise ConfigError(
-                    f"{option} and {seen[path]} both name {path}; each needs a path of its own."
+                    f"{flag} and {seen[path]} both name {path}; each needs a path of its own."
                 )
-            seen[path] = option
+            seen[path] = flag
 
     def _check_device(self) -> None:
-        _one_of("--cache", self.cache, get_args(Cache))
-        if self.disk_format is not None:
-            _one_of("--format", self.disk_format, get_args(DiskFormat))
-        _one_of("--destination-cache", self.destination_cache, get_args(Cache))
-        _within("--num-queues", self.num_queues, 1, QUEUES_MAX)
-        if self.block_bytes is not None:
-            _one_of("--block-size", self.block_bytes, BLOCK_BYTES)
         if not self.serial.isascii() or (self.serial and not self.serial.isprintable()):
             raise ConfigError(f"--serial {self.serial!r} has characters that are not printable ASCII.")
         if len(self.serial) > SERIAL_BYTES_MAX:
             raise ConfigError(f"--serial {self.serial!r} is longer than {SERIAL_BYTES_MAX} characters.")
 
     def _check_mirror(self) -> None:
-        _within("--log-size", self.log_bytes, LOG_BYTES_MIN, LOG_BYTES_MAX)
-        _within("--max-lag-ms", self.max_lag_ms, 1, MAX_LAG_MS_MAX)
-        _one_of("--on-congestion", self.on_congestion, get_args(OnCongestion))
         if self.congestion_fill_bytes is not None:
             _within("--congestion-fill", self.congestion_fill_bytes, CONGESTION_FILL_MIN, self.log_bytes)
             if self.on_congestion == "block":
                 raise ConfigError("--congestion-fill needs --on-congestion pull-ahead.")
-        _one_of("--on-source-error", self.on_source_error, get_args(OnSourceError))
-        _one_of("--on-destination-error", self.on_destination_error, get_args(OnDestinationError))
-        for option, seconds in (
-            ("--destination-timeout", self.destination_timeout_s),
-            ("--stop-timeout", self.stop_timeout_s),
+        for flag, size in (
+            ("--al-extent-size", self.al_extent_bytes),
+            ("--dirty-region-size", self.dirty_region_bytes),
         ):
-            _within(option, seconds, 0.001, TIMEOUT_S_MAX, " seconds")
-        if self.destination_retry_s is not None:
-            _within("--destination-retry", self.destination_retry_s, 0.001, TIMEOUT_S_MAX, " seconds")
-        _within("--copy-depth", self.copy_depth, 1, COPY_DEPTH_MAX)
-        if self.poll_us is not None:
-            _within("--poll-us", self.poll_us, 0, POLL_US_MAX)
-        _within("--threads", self.threads, 1, THREADS_MAX)
-        _within("--al-extents", self.al_extents, AL_EXTENTS_MIN, AL_EXTENTS_MAX)
-        _within("--al-extent-size", self.al_extent_bytes, DIRTY_REGION_BYTES_MIN, GIB)
-        if self.al_extent_bytes & (self.al_extent_bytes - 1):
-            raise ConfigError(f"--al-extent-size {self.al_extent_bytes} is not a power of two.")
-        if self.dirty_region_bytes is None:
-            return
-        _within(
-            "--dirty-region-size", self.dirty_region_bytes, DIRTY_REGION_BYTES_MIN, DIRTY_REGION_BYTES_MAX
-        )
-        if self.dirty_region_bytes & (self.dirty_region_bytes - 1):
-            raise ConfigError(f"--dirty-region-size {self.dirty_region_bytes} is not a power of two.")
+            if size is not None and size & (size - 1):
+                raise ConfigError(f"{flag} {size} is not a power of two.")
 
     def region_bytes(self, capacity_bytes: int) -> int:
         """What one dirty bit stands for, on a disk of this size."""
@@ -306,6 +387,13 @@ class ServeConfig:
     def congestion_bytes(self) -> int:
         """So much of the log in use is congestion."""
         return self.congestion_fill_bytes or self.log_bytes // 8 * 7
+
+    def for_engine(self) -> dict[str, int]:
+        """What the options say, as members of struct vs_engine_config."""
+        return for_engine(self) | {
+            "congestion_fill_bytes": self.congestion_bytes,
+            "poll_us": POLL_AUTO if self.poll_us is None else self.poll_us,
+        }
 
     @property
     def control_socket(self) -> Path | None:
@@ -332,7 +420,8 @@ class MirrorTarget:
         if not self.path.is_absolute():
             raise ConfigError(f"The destination {str(self.path)!r} must be an absolute path.")
         _no_zero_byte(self.path)
-        _one_of("cache", self.cache, get_args(Cache))
+        if self.cache not in get_args(Cache):
+            raise ConfigError(f"cache {self.cache} is not known here; write none or writeback.")
         check_speed(self.speed_bytes_per_s)
 
 
@@ -340,10 +429,6 @@ def check_speed(bytes_per_s: int) -> int:
     """`bytes_per_s` if it is a speed limit (0: none); else ConfigError."""
     _within("speed", bytes_per_s, 0, SPEED_BYTES_PER_S_MAX, " bytes per second")
     return bytes_per_s
-
-
-def _option(field: str) -> str:
-    return "--control" if field == "control_path" else f"--{field.replace('_', '-')}"
 
 
 def _absolute(path: Path, option: str) -> Path:
@@ -369,14 +454,6 @@ def _no_zero_byte(path: Path) -> None:
         raise ConfigError(f"The path {str(path)!r} has a zero byte in it.")
 
 
-def _one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        choice = " or ".join(map(str, allowed))
-        raise ConfigError(f"{option} {value} is not known here; write {choice}.")
-
-
-def _within(option: str, value: float, least: float, most: float, unit: str = "") -> None:
-    if not least <= value <= most:  # also refuses a NaN
-        raise ConfigError(
-            f"{option} {value:,}{unit} is out of range; it is from {least:,} to {most:,}{unit}."
-        )
+def _within(name: str, value: float, least: float, most: float, unit: str = "") -> None:
+    if wrong := out_of_range(name, value, least, most, unit):
+        raise ConfigError(wrong)

@@ -54,9 +54,9 @@ from vhostsync.virtio_blk import BlkDevice, DeviceShape
 
 log = structlog.get_logger(__name__)
 
-CHECKPOINT_S = 3.0  # of the difference map: two flushes in this time, if the guest writes and does not flush
+CHECKPOINT_US = 3_000_000  # of the difference map: two flushes in this time, if the guest writes unflushed
 
-AHEAD_BACKOFF_S = 1.0  # a destination that was too slow again waits so long to catch up, then twice as long
+AHEAD_BACKOFF_US = 1_000_000  # before a destination that was too slow again catches up, then twice as long
 
 
 def run(config: ServeConfig) -> int:
@@ -136,25 +136,14 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
     return EngineConfig(
         capacity_bytes=shape.capacity_bytes,
         block_bytes=shape.block_bytes,
-        log_bytes=config.log_bytes,
-        destination_timeout_s=config.destination_timeout_s,
-        stop_timeout_s=config.stop_timeout_s,
-        max_lag_ms=config.max_lag_ms,
-        checkpoint_s=CHECKPOINT_S,
         num_queues=config.num_queues,
-        read_only=config.read_only,
-        dirty_region_bytes=config.region_bytes(shape.capacity_bytes),
-        copy_depth=config.copy_depth,
-        writeback=config.write_cache,
         serial=config.serial,
-        pull_ahead=config.on_congestion == "pull-ahead",
-        congestion_fill_bytes=config.congestion_bytes,
-        ahead_backoff_s=AHEAD_BACKOFF_S,
-        poll_us=config.poll_us,
-        threads=config.threads,
-        read_fallback=config.read_fallback,
-        switch_on_source_error=config.on_source_error == "switch",
-        pause_on_destination_error=config.on_destination_error == "pause",
+        options=config.for_engine()
+        | {
+            "checkpoint_us": CHECKPOINT_US,
+            "ahead_backoff_us": AHEAD_BACKOFF_US,
+            "dirty_region_bytes": config.region_bytes(shape.capacity_bytes),
+        },
     )
 
 
@@ -194,7 +183,7 @@ class Backend:
             "capacity": self.engine.config.capacity_bytes,
             "block-size": self.engine.config.block_bytes,
             "queues": self.engine.config.num_queues,
-            "read-only": self.engine.config.read_only,
+            "read-only": self.config.read_only,
             "write-cache": snapshot.write_cache,
             "mirror": str(self.mirror.state),
             "epoch": self.mirror.epoch,
@@ -232,7 +221,7 @@ class Backend:
                 for role, path in paths.items()
             },
             "engine": {
-                "threads": self.engine.config.threads,
+                "threads": self.config.threads,
                 "lent-operations": snapshot.lent_operations,
                 "wakeups": snapshot.wakeups,
                 "syscalls": snapshot.syscalls,
@@ -242,7 +231,7 @@ class Backend:
                 "polled-ms": snapshot.polled_ns / 1e6,
                 "events-lost": snapshot.events_lost,
                 "log-bytes-used": snapshot.log_bytes_used,
-                "log-bytes": self.engine.config.log_bytes,
+                "log-bytes": self.config.log_bytes,
                 "requests-waiting": snapshot.requests_waiting,
                 "bitmap-flushes": snapshot.bitmap_syncs,
             },

@@ -10,7 +10,7 @@ event loop, and no Python object is ever touched by the C threads.
 import errno
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -56,31 +56,30 @@ assert lib.VS_BREACH_NO_STATUS == 6
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """struct vs_engine_config; sizes in bytes, times in seconds."""
+    """struct vs_engine_config. `options`: its other members, most of them from ServeConfig.for_engine."""
 
     capacity_bytes: int
     block_bytes: int
-    log_bytes: int
-    destination_timeout_s: float
-    stop_timeout_s: float
-    max_lag_ms: int
-    checkpoint_s: float
     num_queues: int
-    read_only: bool
-    dirty_region_bytes: int
-    copy_depth: int
-    writeback: bool
-    serial: str
-    poll_us: int | None = 0  # None: where it pays
-    threads: int = 1
-    pull_ahead: bool = False
-    congestion_fill_bytes: int = 0
-    ahead_backoff_s: float = 1.0
-    read_fallback: bool = False
-    switch_on_source_error: bool = False
-    pause_on_destination_error: bool = False
+    options: Mapping[str, int]
+    serial: str = ""
     doubt: tuple[tuple[int, int], ...] = ()  # offset, length: what an earlier run has left in doubt
     spared: tuple[tuple[int, int], ...] = ()  # of these: what the peer held better
+
+    def to_c(self) -> Any:
+        """AttributeError where an option is no member."""
+        made = ffi.new("struct vs_engine_config *")
+        for name, value in self.options.items():
+            setattr(made, name, value)
+        made.capacity_bytes = self.capacity_bytes
+        made.block_bytes = self.block_bytes
+        made.queues_max = self.num_queues
+        made.serial = self.serial.encode("ascii")
+        made.doubt_count, made.spared_count = len(self.doubt), len(self.spared)
+        for c_ranges, ranges in ((made.doubt, self.doubt), (made.spared, self.spared)):
+            for i, (offset, length) in enumerate(ranges):
+                c_ranges[i].offset, c_ranges[i].length = offset, length
+        return made
 
 
 def probe(fd: int, direct: bool) -> DiskProbe:
@@ -209,33 +208,8 @@ class Engine:
         cls, config: EngineConfig, source: Disk, bitmap: BitmapFile | None, peer_known: bool
     ) -> "Engine":
         """`create`, before there is an event loop."""
-        c_config = ffi.new("struct vs_engine_config *")
-        c_config.capacity_bytes = config.capacity_bytes
-        c_config.block_bytes = config.block_bytes
-        c_config.log_bytes = config.log_bytes
-        c_config.destination_timeout_us = int(config.destination_timeout_s * 1e6)
-        c_config.stop_timeout_us = int(config.stop_timeout_s * 1e6)
-        c_config.max_lag_us = config.max_lag_ms * 1000
-        c_config.checkpoint_us = int(config.checkpoint_s * 1e6)
-        c_config.queues_max = config.num_queues
-        c_config.read_only = config.read_only
-        c_config.dirty_region_bytes = config.dirty_region_bytes
-        c_config.copy_depth = config.copy_depth
-        c_config.writeback = config.writeback
-        c_config.serial = config.serial.encode("ascii")
-        c_config.poll_us = lib.VS_POLL_AUTO if config.poll_us is None else config.poll_us
-        c_config.threads = config.threads
+        c_config = config.to_c()
         c_config.peer_tracked = peer_known
-        c_config.pull_ahead = config.pull_ahead
-        c_config.congestion_fill_bytes = config.congestion_fill_bytes
-        c_config.ahead_backoff_us = int(config.ahead_backoff_s * 1e6)
-        c_config.read_fallback = config.read_fallback
-        c_config.switch_on_source_error = config.switch_on_source_error
-        c_config.pause_on_destination_error = config.pause_on_destination_error
-        c_config.doubt_count, c_config.spared_count = len(config.doubt), len(config.spared)
-        for c_ranges, ranges in ((c_config.doubt, config.doubt), (c_config.spared, config.spared)):
-            for i, (offset, length) in enumerate(ranges):
-                c_ranges[i].offset, c_ranges[i].length = offset, length
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
         disk = _engine_disk(source)
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")

@@ -25,6 +25,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
+from tests.engine_options import engine_options
 from tests.fuzz.odd_descriptors import ODD, memory
 from vhostsync import disks
 from vhostsync.engine import Engine, EngineConfig, probe
@@ -404,9 +405,7 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 CONFIG = EngineConfig(
-    capacity_bytes=DISK_BYTES, block_bytes=512, log_bytes=8 * MIB, destination_timeout_s=10, stop_timeout_s=1,
-    max_lag_ms=500, checkpoint_s=3.0, num_queues=QUEUES, read_only=False, dirty_region_bytes=65536,
-    copy_depth=4, writeback=True, serial="hostile",
+    capacity_bytes=DISK_BYTES, block_bytes=512, num_queues=QUEUES, serial="hostile", options=engine_options(),
 )  # fmt: skip
 
 

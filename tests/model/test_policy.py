@@ -27,6 +27,7 @@ import anyio.to_thread
 import pytest
 
 from tests.engine_driver import Cut, DiskOp, MemoryDisk
+from tests.engine_options import engine_options
 from tests.frontend import Frontend, Request
 from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, MIB, pattern
@@ -170,9 +171,8 @@ class Run:
 @asynccontextmanager
 async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tuple[Run, anyio.abc.TaskGroup]]:
     config = EngineConfig(
-        capacity_bytes=SIZE, block_bytes=512, log_bytes=8 * MIB, stop_timeout_s=0.2, max_lag_ms=500,
-        checkpoint_s=0.05, num_queues=1, read_only=False, dirty_region_bytes=65536, copy_depth=4,
-        writeback=True, serial="", ahead_backoff_s=0.05, **world.options,
+        capacity_bytes=SIZE, block_bytes=512, num_queues=1,
+        options=engine_options(stop_timeout_s=0.2, checkpoint_s=0.05, ahead_backoff_s=0.05, **world.options),
     )  # fmt: skip
     source = disks.open_disk(path, read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
     state_file = UnrulyStateFile(world.record_path)

@@ -20,6 +20,7 @@ import anyio.to_thread
 import pytest
 
 from tests.engine_driver import DiskOp, MemoryDisk
+from tests.engine_options import engine_options
 from tests.frontend import Frontend, Status
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.model.rig import BLOCK, MIB, pattern
@@ -151,10 +152,8 @@ async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -
 
     monkeypatch.setattr(engine_module, "_engine_disk", test_disk)
     config = EngineConfig(
-        capacity_bytes=SIZE, block_bytes=512, log_bytes=8 * MIB, destination_timeout_s=30, stop_timeout_s=1,
-        max_lag_ms=30_000, checkpoint_s=3.0, num_queues=1, read_only=False, dirty_region_bytes=65536,
-        copy_depth=4,
-        writeback=True, serial="", **options,
+        capacity_bytes=SIZE, block_bytes=512, num_queues=1,
+        options=engine_options(**{"destination_timeout_s": 30, "max_lag_ms": 30_000, **options}),
     )  # fmt: skip
     source = disks.open_disk(paths[0], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
     state_file = HeldStateFile(folder / "record.json")

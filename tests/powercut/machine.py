@@ -21,6 +21,7 @@ import anyio
 import anyio.to_thread
 
 from tests.engine_driver import MemoryDisk
+from tests.engine_options import engine_options
 from tests.frontend import DEFAULT_FEATURES, Frontend
 from tests.guest_ring import GuestMemory
 from tests.model.test_review_record import AsyncTransport
@@ -263,12 +264,14 @@ def _in_memory(site: Site, held: Sequence[MemoryDisk], recorder: Recorder) -> It
 
 def _config(capacity: int, opened: Opened, **options: Any) -> EngineConfig:
     doubt = opened.record.doubt if opened.record is not None else ()
-    return EngineConfig(**{
-        "capacity_bytes": capacity, "block_bytes": 512, "log_bytes": 8 * MIB, "destination_timeout_s": 30,
-        "stop_timeout_s": 10, "max_lag_ms": 30_000, "checkpoint_s": 0.02, "num_queues": QUEUES,
-        "read_only": False, "dirty_region_bytes": REGION, "copy_depth": 4, "writeback": True, "serial": "",
-        "doubt": within(doubt, capacity), "spared": within(opened.spared, capacity), **options,
-    })  # fmt: skip
+    told = {
+        "destination_timeout_s": 30, "stop_timeout_s": 10, "max_lag_ms": 30_000, "checkpoint_s": 0.02,
+        "dirty_region_bytes": REGION, **options,
+    }  # fmt: skip
+    return EngineConfig(
+        capacity_bytes=capacity, block_bytes=512, num_queues=QUEUES, options=engine_options(**told),
+        doubt=within(doubt, capacity), spared=within(opened.spared, capacity),
+    )  # fmt: skip
 
 
 @asynccontextmanager

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostsync import config
-from vhostsync.config import MirrorTarget, ServeConfig, TcpAddress, parse_bytes, parse_metrics, parse_seconds
+from vhostsync.config import MirrorTarget, ServeConfig, TcpAddress, parse_metrics
 from vhostsync.errors import ConfigError
+from vhostsync.quantities import parse_bytes, parse_seconds
 
 DISK = Path("/disks/a.img")
 SOCKET = Path("/run/vm.sock")
@@ -189,3 +190,8 @@ def test_the_limits_are_the_engines() -> None:
     assert limits["VS_MAX_QUEUES"] == config.QUEUES_MAX
     assert limits["VS_REQUEST_BYTES_MAX"] == config.REQUEST_BYTES_MAX
     assert limits["VS_SERIAL_BYTES"] == config.SERIAL_BYTES_MAX
+    assert limits["VS_POLL_AUTO"] == config.POLL_AUTO
+    assert limits["VS_THREADS_MAX"] == config.THREADS_MAX
+    assert limits["VS_EXTENTS_MIN"] == config.AL_EXTENTS_MIN
+    assert limits["VS_EXTENTS_MAX"] == config.AL_EXTENTS_MAX
+    assert limits["VS_DIRTY_REGION_BYTES_MAX"] == config.DIRTY_REGION_BYTES_MAX

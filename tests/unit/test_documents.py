@@ -2,6 +2,8 @@
 """What documents and comments cite is there, and tables are whole."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,10 @@ def test_no_table_is_broken_by_a_blank_line(document: Path) -> None:
         and not re.fullmatch(r"[| :-]+", lines[number + 1])
     ]  # fmt: skip
     assert broken == []
+
+
+def test_what_is_made_from_the_code_is_up_to_date() -> None:
+    subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], check=True)
 
 
 def test_headings_that_are_cited_exist() -> None:

@@ -86,7 +86,8 @@ def test_the_last_words_of_a_start(tmp_path: Path, capsys: pytest.CaptureFixture
             patched.setattr("vhostsync.opening.SOURCE_LOCK_S", 0.0)
             patched.setattr(daemon, "_load_modules", lambda: None)
             config = ServeConfig(
-                image, socket_path=tmp_path / "s", no_state_file=True, cache="writeback", log_format="json"
+                blk_file=image, socket_path=tmp_path / "s", no_state_file=True, cache="writeback",
+                log_format="json",
             )
             assert daemon.run(config) == 1
         child.kill()

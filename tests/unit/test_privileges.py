@@ -65,7 +65,7 @@ class FakeKernel(Kernel):
 
 
 def make(**given: object) -> ServeConfig:
-    return ServeConfig(Path("/disks/a.img"), Path("/run/vm.sock"), **given)  # type: ignore[arg-type]
+    return ServeConfig(blk_file=Path("/disks/a.img"), socket_path=Path("/run/vm.sock"), **given)  # type: ignore[arg-type]
 
 
 def test_without_landlock_auto_goes_on_and_require_does_not() -> None:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the documents that are made from the code: `python docs/generate.py`; --check only compares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+from vhostsync.config import ServeConfig  # noqa: E402
+from vhostsync.option import FLAG, Option, options_of  # noqa: E402
+from vhostsync.serve_arguments import ANSWERS  # noqa: E402
+
+OPTIONS_HEAD = """\
+# The options of `serve`
+
+Made by docs/generate.py from the declarations in vhostsync/config.py. Sizes are bytes, or have a unit: 64M,
+1GiB. Times are seconds, or have a unit: 500ms, 10s.
+"""
+
+
+def options_page() -> str:
+    parts = [OPTIONS_HEAD]
+    declared = [(option, option.default_word(each.default)) for each, option in options_of(ServeConfig)]
+    for group, options in groupby(declared, lambda pair: pair[0].group):
+        rows = [_row(option, default) for option, default in options]
+        if group.startswith("the state record"):
+            rows += [f"| `--{answer}` |  | for one start, the answer to a start that was refused: {meaning} |"
+                     for answer, meaning in ANSWERS.items()]  # fmt: skip
+        head = f"## {group[0].upper()}{group[1:]}\n\n| option | default | meaning |\n| --- | --- | --- |\n"
+        parts.append(head + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _row(option: Option, default: str) -> str:
+    word = f" {option.kind.metavar}" if option.kind is not FLAG else ""
+    flag = f"`{option.flag}{word}`".replace("|", "\\|")
+    detail = f". {option.detail}" if option.detail else ""
+    return f"| {flag} | {default} | {option.help}{_bounds(option)}{detail} |"
+
+
+def _bounds(option: Option) -> str:
+    if option.least is None or option.most is None:
+        return ""
+    return f" ({option.kind.text(option.least)} to {option.kind.text(option.most)})"
+
+
+DOCUMENTS: dict[str, Callable[[], str]] = {"options.md": options_page}
+
+
+def main() -> None:
+    """With --check nothing is written, and the exit code is 1 if something would change."""
+    for name, page in DOCUMENTS.items():
+        path, text = DOCS / name, page()
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"docs/{name} is not what the code says; run python docs/generate.py")
+
+
+if __name__ == "__main__":
+    main()
