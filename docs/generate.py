@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from itertools import groupby
@@ -12,8 +13,12 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from vhostsync.config import ServeConfig  # noqa: E402
+from vhostsync.events import EVENTS  # noqa: E402
+from vhostsync.mirror_status import MirrorStatus  # noqa: E402
 from vhostsync.option import FLAG, Option, options_of  # noqa: E402
 from vhostsync.serve_arguments import ANSWERS  # noqa: E402
+from vhostsync.snapshot import EngineFigures, QueueFigures  # noqa: E402
+from vhostsync.statistic import statistics_of  # noqa: E402
 
 OPTIONS_HEAD = """\
 # The options of `serve`
@@ -49,7 +54,41 @@ def _bounds(option: Option) -> str:
     return f" ({option.kind.text(option.least)} to {option.kind.text(option.most)})"
 
 
-DOCUMENTS: dict[str, Callable[[], str]] = {"options.md": options_page}
+def statistics_table(shown: type) -> str:
+    rows = [
+        f"| `{each.name.replace('_', '-')}` | {declared.meaning} |" for each, declared in statistics_of(shown)
+    ]
+    return "| member | meaning |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+
+
+def events_table() -> str:
+    rows = [f"| `{name}` | {event.when} | {event.data} |" for name, event in EVENTS.items()]
+    return "| event | when | data |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "query-mirror": lambda: statistics_table(MirrorStatus),
+    "queues": lambda: statistics_table(QueueFigures),
+    "engine": lambda: statistics_table(EngineFigures),
+    "events": events_table,
+}
+
+
+def control_protocol() -> str:
+    """Its tables lie between marks; the rest is written by hand."""
+    text = (DOCS / "control-protocol.md").read_text()
+    for name, table in TABLES.items():
+        mark = rf"(<!-- docs/generate\.py: {name} -->\n\n).*?(\n<!-- end -->)"
+        place = re.search(mark, text, re.DOTALL)
+        assert place is not None, f"control-protocol.md has no place for {name}"
+        text = text[: place.end(1)] + table() + text[place.start(2) :]
+    return text
+
+
+DOCUMENTS: dict[str, Callable[[], str]] = {
+    "options.md": options_page,
+    "control-protocol.md": control_protocol,
+}
 
 
 def main() -> None:

@@ -44,9 +44,10 @@ from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
 from vhostsync.service_manager import ServiceManager
 from vhostsync.signals import watch_signals
-from vhostsync.snapshot import BREACHES, OpStats
+from vhostsync.snapshot import BREACHES, EngineFigures, OpStats, QueueFigures
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_index import default_directory, make_directory
+from vhostsync.statistic import figures_of
 from vhostsync.verify import Verifier
 from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.server import FrontendServer
@@ -200,12 +201,7 @@ class Backend:
             "queues": [
                 {
                     "index": index,
-                    "running": queue.running,
-                    "broken": queue.broken,
-                    "in-flight": queue.in_flight,
-                    "malformed": queue.malformed,
-                    "kicks": queue.kicks,
-                    "notifications": queue.notifications,
+                    **figures_of(QueueFigures, queue),
                     "operations": _operations(queue.operations),
                 }
                 for index, queue in enumerate(queues)
@@ -222,18 +218,8 @@ class Backend:
             },
             "engine": {
                 "threads": self.config.threads,
-                "lent-operations": snapshot.lent_operations,
-                "wakeups": snapshot.wakeups,
-                "syscalls": snapshot.syscalls,
-                "throttled-ms": snapshot.throttled_ns / 1e6,
-                "polls": snapshot.polls,
-                "poll-hits": snapshot.poll_hits,
-                "polled-ms": snapshot.polled_ns / 1e6,
-                "events-lost": snapshot.events_lost,
-                "log-bytes-used": snapshot.log_bytes_used,
+                **figures_of(EngineFigures, snapshot),
                 "log-bytes": self.config.log_bytes,
-                "requests-waiting": snapshot.requests_waiting,
-                "bitmap-flushes": snapshot.bitmap_syncs,
             },
         }
 

@@ -19,32 +19,136 @@ from typing import Any, Final
 
 import anyio
 
-MIRROR_STATE_CHANGE: Final = "MIRROR_STATE_CHANGE"
-MIRROR_PROGRESS: Final = "MIRROR_PROGRESS"
-SWITCH_STARTED: Final = "SWITCH_STARTED"
-SWITCH_COMPLETED: Final = "SWITCH_COMPLETED"
-SWITCH_FAILED: Final = "SWITCH_FAILED"
-FRONTEND_CONNECTED: Final = "FRONTEND_CONNECTED"
-FRONTEND_DISCONNECTED: Final = "FRONTEND_DISCONNECTED"
-IO_ERROR: Final = "IO_ERROR"
-QUEUE_BROKEN: Final = "QUEUE_BROKEN"
-BITMAP_FAILED: Final = "BITMAP_FAILED"
-CAPACITY_CHANGE: Final = "CAPACITY_CHANGE"
-DESTINATION_RETRY: Final = "DESTINATION_RETRY"
-VERIFY_PROGRESS: Final = "VERIFY_PROGRESS"
-VERIFY_COMPLETED: Final = "VERIFY_COMPLETED"
-SHUTDOWN: Final = "SHUTDOWN"
-SOURCE_FAILOVER: Final = "SOURCE_FAILOVER"
-FLUSHES_PAUSED: Final = "FLUSHES_PAUSED"
 
-STATE_EVENTS: Final = frozenset(
-    {MIRROR_STATE_CHANGE, SWITCH_STARTED, SWITCH_COMPLETED, SWITCH_FAILED, QUEUE_BROKEN, BITMAP_FAILED}
-    | {CAPACITY_CHANGE, VERIFY_COMPLETED, SHUTDOWN, SOURCE_FAILOVER, FLUSHES_PAUSED}
+@dataclass(frozen=True)
+class Declared:
+    """An event as docs/control-protocol.md shows it. One that tells a change of state is dropped only where a
+    buffer holds nothing else."""
+
+    when: str
+    data: str
+    tells_state: bool
+
+
+EVENTS: Final[dict[str, Declared]] = {}
+"""Every event that is published, by name."""
+
+
+def _event(name: str, when: str, data: str, *, tells_state: bool = False) -> str:
+    EVENTS[name] = Declared(when, data, tells_state)
+    return name
+
+
+MIRROR_STATE_CHANGE: Final = _event(
+    "MIRROR_STATE_CHANGE",
+    "the mirror's state has changed",
+    "`state`, `former`, `reason`, `destination`, `error`",
+    tells_state=True,
 )
-"""Events that are dropped only where a buffer holds nothing else."""
+MIRROR_PROGRESS: Final = _event(
+    "MIRROR_PROGRESS",
+    "every second while it copies",
+    "`bytes-done`, `bytes-total`, `rate` (bytes per second), `remaining-s`",
+)
+SWITCH_STARTED: Final = _event(
+    "SWITCH_STARTED",
+    "a switch has begun; the guest runs on",
+    "`destination`",
+    tells_state=True,
+)
+SWITCH_COMPLETED: Final = _event(
+    "SWITCH_COMPLETED",
+    "the guest is on the other disk",
+    "as `switch` returns",
+    tells_state=True,
+)
+SWITCH_FAILED: Final = _event(
+    "SWITCH_FAILED",
+    "the switch was given up",
+    "`reason`",
+    tells_state=True,
+)
+FRONTEND_CONNECTED: Final = _event(
+    "FRONTEND_CONNECTED",
+    "a frontend has connected",
+    "`frontend` (number), `pid`, `uid`",
+)
+FRONTEND_DISCONNECTED: Final = _event(
+    "FRONTEND_DISCONNECTED",
+    "it is gone",
+    "`frontend`, `reason` (null: it closed the connection)",
+)
+IO_ERROR: Final = _event(
+    "IO_ERROR",
+    "a request to a disk has failed",
+    "`disk` (\"source\", \"destination\"), `path`, `operation`, `offset`, `length`, `error`",
+)
+QUEUE_BROKEN: Final = _event(
+    "QUEUE_BROKEN",
+    "a queue was given up because of what the guest had put there",
+    "`attachment`, `queue`, `reason`",
+    tells_state=True,
+)
+BITMAP_FAILED: Final = _event(
+    "BITMAP_FAILED",
+    "the dirty bitmap's file cannot be written; what differs is kept in memory alone",
+    "`error`",
+    tells_state=True,
+)
+CAPACITY_CHANGE: Final = _event(
+    "CAPACITY_CHANGE",
+    "the guest's disk has grown",
+    "`capacity`",
+    tells_state=True,
+)
+DESTINATION_RETRY: Final = _event(
+    "DESTINATION_RETRY",
+    "the mirror of the last run is resumed, or, with `--destination-retry`, that of a destination"
+    " that has failed: `what` is `waiting`, `failed` or `attached`",
+    "`destination`, `what`, `attempt`, `next-in-s`, `error`",
+)
+VERIFY_PROGRESS: Final = _event(
+    "VERIFY_PROGRESS",
+    "every second while it compares",
+    "`state`, `bytes-done`, `bytes-total`, `bytes-differing`, `bytes-repaired`",
+)
+VERIFY_COMPLETED: Final = _event(
+    "VERIFY_COMPLETED",
+    "the verification is over",
+    "the same",
+    tells_state=True,
+)
+SHUTDOWN: Final = _event(
+    "SHUTDOWN",
+    "the backend begins to end",
+    "`force`",
+    tells_state=True,
+)
+SOURCE_FAILOVER: Final = _event(
+    "SOURCE_FAILOVER",
+    "a steady source has failed under `--on-source-error switch`, and it was dealt with",
+    "`former`, `source` (where the guest is now), `switched`, `error` (of the source), `reason` "
+    "(why it was not switched; null), `pause-us`",
+    tells_state=True,
+)
+FLUSHES_PAUSED: Final = _event(
+    "FLUSHES_PAUSED",
+    "under `--on-destination-error pause`, flushes begin to wait or do not any more; or some were"
+    " let go that the frontend could not wait for (`released`)",
+    "`paused`, `released`",
+    tells_state=True,
+)
+
+EVENTS_LOST: Final = _event(
+    "EVENTS_LOST", "events were dropped before the next one, because this client was slow", "`count`"
+)
 
 BUFFER_EVENTS: Final = 256
 """Events that one subscriber may lag behind before it loses some."""
+
+
+def tells_state(name: str) -> bool:
+    return name in EVENTS and EVENTS[name].tells_state
 
 
 @dataclass(frozen=True)
@@ -111,7 +215,7 @@ class Subscription:
         self._wake.set()
 
     def _drop_one(self) -> None:
-        victim = next((i for i, event in enumerate(self._events) if event.name not in STATE_EVENTS), 0)
+        victim = next((i for i, event in enumerate(self._events) if not tells_state(event.name)), 0)
         del self._events[victim]
         self._lost += 1
 

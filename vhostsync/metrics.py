@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import anyio
 import anyio.abc
@@ -30,6 +30,9 @@ from .config import TcpAddress
 from .control import sockets
 from .control.commands import Backend, dashed
 from .errors import ConfigError
+from .mirror_status import MirrorStatus
+from .snapshot import EngineFigures, QueueFigures
+from .statistic import MetricKind, statistics_of
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +47,6 @@ CONNECTIONS_MAX: Final = 32
 HOST_LINE: Final = re.compile(rb"^host[ \t]*:([^\n]*)$", re.IGNORECASE | re.MULTILINE)
 HOST_AND_PORT: Final = re.compile(r"(?:\[(.*)\]|([^:]*))(?::\d*)?")
 
-_Kind = Literal["counter", "gauge", "histogram"]
 _Labels = Mapping[str, str]
 
 
@@ -56,7 +58,7 @@ class _Page:
         self._families: dict[str, list[str]] = {}
         self._common = dict(common or {})
 
-    def family(self, name: str, kind: _Kind, text: str) -> Callable[[Any, _Labels], None]:
+    def family(self, name: str, kind: MetricKind, text: str) -> Callable[[Any, _Labels], None]:
         """Begin a family; the result adds a sample, or nothing where the value is None."""
         lines = self._families.setdefault(
             name, [f"# HELP vhostsync_{name} {text}", f"# TYPE vhostsync_{name} {kind}"]
@@ -69,9 +71,19 @@ class _Page:
 
         return add
 
-    def one(self, name: str, kind: _Kind, text: str, value: Any) -> None:
+    def one(self, name: str, kind: MetricKind, text: str, value: Any) -> None:
         """A family of one sample."""
         self.family(name, kind, text)(value, {})
+
+    def statistics(self, shown: type, *rows: tuple[_Labels, Mapping[str, Any]]) -> None:
+        """The metrics that are declared of `shown`, of each row: its labels, and what a query shows."""
+        for each, declared in statistics_of(shown):
+            if (metric := declared.metric) is None:
+                continue
+            add = self.family(metric.name, metric.kind, metric.help)
+            for labels, row in rows:
+                if (key := each.name.replace("_", "-")) in row:
+                    add(metric.value(row[key]), labels)
 
     def histogram(self, name: str, text: str, rows: Mapping[tuple[tuple[str, str], ...], "_Latency"]) -> None:
         """A histogram in seconds from counts by powers of two of nanoseconds."""
@@ -150,87 +162,12 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
     ):
         # Gauges, because they are undefined until the state is steady and start anew with a destination.
         page.one(key.replace("-", "_"), "gauge", text, mirror.get("counts", {}).get(key))
-    page.one("lag_bytes", "gauge", "Bytes that the destination is behind.", mirror.get("lag-bytes"))
-    page.one("lag_writes", "gauge", "Writes that the destination is behind.", mirror.get("lag-writes"))
-    lag_ms = mirror.get("lag-ms")
-    page.one(
-        "lag_seconds",
-        "gauge",
-        "Age of the oldest write not mirrored.",
-        lag_ms / 1000 if lag_ms is not None else None,
-    )
-    page.one("copy_bytes", "gauge", "Bytes that the copy has to go through.", mirror.get("copy-bytes-total"))
-    page.one(
-        "copy_done_bytes", "gauge", "Bytes that the copy is through with.", mirror.get("copy-bytes-done")
-    )
-    page.one("copy_sparse_bytes", "gauge", "Of those, holes and zeroes.", mirror.get("copy-bytes-sparse"))
-    page.one(
-        "differing_bytes",
-        "gauge",
-        "Bytes that a catch-up or a new start would copy.",
-        mirror.get("differing-bytes"),
-    )
-    page.one(
-        "different",
-        "gauge",
-        "1 if a verification has found that the destination differs.",
-        int(mirror.get("different-since") is not None),
-    )
-    page.one("doubt_ranges", "gauge", "Ranges of the source in doubt.", len(mirror.get("doubt") or ()))
-    page.one(
-        "reads_from_destination_total",
-        "counter",
-        "Guest reads that the source failed and the destination answered.",
-        mirror.get("reads-from-destination"),
-    )
-    page.one(
-        "source_failovers_total",
-        "counter",
-        "Failures of the source that were answered by a switch.",
-        mirror.get("source-failovers"),
-    )
-    unwritten = "1 while the state record cannot be written, when that was last tried."
-    page.one("record_unwritable", "gauge", unwritten, int(mirror.get("record-error") is not None))
-    page.one("flushes_fail", "gauge", "1 while flushes fail because of that.", mirror.get("flushes-fail"))
-    paused = mirror.get("paused")
-    page.one(
-        "paused",
-        "gauge",
-        "1 while flushes wait for a mirror.",
-        int(paused) if paused is not None else None,
-    )
-    page.one("paused_requests", "gauge", "Requests that wait for it.", mirror.get("paused-requests"))
-    page.one(
-        "paused_released_total",
-        "counter",
-        "Requests that could not wait, because a frontend did.",
-        mirror.get("paused-released"),
-    )
-    page.one(
-        "unreadable_ranges",
-        "gauge",
-        "Ranges of the source that the copy could not read.",
-        len(mirror.get("unreadable") or ()),
-    )
+    page.statistics(MirrorStatus, ({}, mirror))
 
 
 def _queues(page: _Page, queues: Any) -> None:
-    rows_of_queues: tuple[tuple[str, _Kind, str, str], ...] = (
-        ("queue_running", "gauge", "running", "1 while the guest's driver uses the queue."),
-        ("queue_in_flight", "gauge", "in-flight", "Requests taken up and not answered."),
-        ("queue_malformed_total", "counter", "malformed", "Requests that were malformed."),
-        ("queue_kicks_total", "counter", "kicks", "Kicks by the guest."),
-        ("queue_notifications_total", "counter", "notifications", "Notifications to the guest."),
-    )
-    for name, kind, key, text in rows_of_queues:
-        family = page.family(name, kind, text)
-        for queue in queues:
-            family(queue.get(key), {"queue": str(queue["index"])})
-    broken = page.family(
-        "queue_broken", "gauge", "1 if the queue was given up because of what the guest put there."
-    )
-    for queue in queues:
-        broken(int(queue.get("broken") is not None), {"queue": str(queue["index"])})
+    by_queue = [({"queue": str(queue["index"])}, queue) for queue in queues]
+    page.statistics(QueueFigures, *by_queue)
     rows = [
         ({"queue": str(queue["index"]), "operation": name}, operation)
         for queue in queues
@@ -271,32 +208,7 @@ def _operations(
 
 
 def _engine(page: _Page, engine: Mapping[str, Any]) -> None:
-    page.one("engine_wakeups_total", "counter", "Wake-ups of the engine's thread.", engine.get("wakeups"))
-    page.one(
-        "engine_lent_operations_total",
-        "counter",
-        "Disk operations that threads beside the engine's have done (--threads).",
-        engine.get("lent-operations"),
-    )
-    page.one("engine_syscalls_total", "counter", "System calls of the engine.", engine.get("syscalls"))
-    polled_ms = engine.get("polled-ms")
-    page.one(
-        "engine_polled_seconds_total",
-        "counter",
-        "How long the engine's thread looked for work before it slept.",
-        polled_ms / 1000 if polled_ms is not None else None,
-    )
-    throttled_ms = engine.get("throttled-ms")
-    page.one(
-        "throttled_seconds_total",
-        "counter",
-        "How long guest writes waited for room in the log.",
-        throttled_ms / 1000 if throttled_ms is not None else None,
-    )
-    page.one(
-        "engine_events_lost_total", "counter", "Events that the engine dropped.", engine.get("events-lost")
-    )
-    page.one("log_used_bytes", "gauge", "Bytes in the replication log.", engine.get("log-bytes-used"))
+    page.statistics(EngineFigures, ({}, engine))
     page.one("log_bytes", "gauge", "Size of the replication log.", engine.get("log-bytes"))
 
 

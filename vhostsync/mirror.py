@@ -49,9 +49,10 @@ from vhostsync.peer import NO_EARLIER_COPY
 from vhostsync.privileges import Reach
 from vhostsync.record_keeper import RecordKeeper, outdated
 from vhostsync.roles import Roles
-from vhostsync.snapshot import Snapshot, State
+from vhostsync.snapshot import MirrorFigures, Snapshot, State
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import GuestDisk, StateRecord, Wanted, Worth
+from vhostsync.statistic import figures_of
 from vhostsync.switch import Switch
 from vhostsync.turns import Turns
 
@@ -260,18 +261,12 @@ class Mirror:
             remaining_s = math.ceil(left / rate * 10) / 10 if rate else None
         peer = self._keeper.record.peer
         return MirrorStatus(
+            **figures_of(MirrorFigures, now),
             state=str(self.state),
             worth=self._worth(),
             source=str(self._roles.source.path),
             destination=str(self.destination_path or peer.path) if peer is not None else None,
             counts=asdict(now.counts),
-            lag_bytes=now.lag_bytes,
-            lag_writes=now.lag_writes,
-            lag_ms=now.lag_ns / 1e6,
-            copy_bytes_total=now.copy_bytes_total,
-            copy_bytes_done=now.copy_bytes_done,
-            copy_bytes_sparse=now.copy_bytes_sparse,
-            differing_bytes=now.differing_bytes,
             bitmap=str(self._keeper.bitmap.path) if self._keeper.bitmap is not None else None,
             full_copy_reason=self._full_copy_reason,
             copy_rate_bytes_per_s=rate,
@@ -284,12 +279,6 @@ class Mirror:
             outdated_since=self._keeper.record.outdated_since,
             different_since=self._keeper.different_since,
             unreadable=rows(now.unreadable),
-            reads_from_destination=now.reads_from_destination,
-            source_failovers=now.source_failovers,
-            paused=now.paused,
-            paused_requests=now.pause_held,
-            paused_s=now.pause_ns / 1e9,
-            paused_released=now.pause_released,
             record_error=self._keeper.write_error,
             flushes_fail=self._keeper.flushes_fail,
         )

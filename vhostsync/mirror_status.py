@@ -6,47 +6,71 @@ from dataclasses import dataclass
 from typing import Final
 
 from vhostsync.bad_ranges import BadRanges
+from vhostsync.snapshot import MirrorFigures
+from vhostsync.statistic import Metric, statistic
 
 RATE_WINDOW_S: Final = 10.0
 
 
-@dataclass(frozen=True)
-class MirrorStatus:
+@dataclass(frozen=True, kw_only=True)
+class MirrorStatus(MirrorFigures):
     """What `query-mirror` shows; bytes, milliseconds, bytes per second, seconds. `worth` is what the
     destination is worth if the source were lost now."""
 
-    state: str
-    worth: str | None
-    source: str
-    destination: str | None
-    counts: dict[str, int | None]
-    lag_bytes: int
-    lag_writes: int
-    lag_ms: float
-    copy_bytes_total: int
-    copy_bytes_done: int
-    copy_bytes_sparse: int
-    differing_bytes: int | None  # what a mirror-start to the same destination would copy; None: everything
-    bitmap: str | None  # where that is kept; None: in memory alone
-    full_copy_reason: str | None  # why the last copy was of everything
-    copy_rate_bytes_per_s: float
-    copy_remaining_s: float | None
-    speed_bytes_per_s: int
-    wanted: bool  # somebody has asked for the mirror and nobody has taken it back: a restart resumes it
-    last_error: str | None
-    reason: str | None
-    doubt: list[dict[str, int]]
-    outdated_since: str | None
-    different_since: str | None  # a verification has found that the destination differs
-    unreadable: list[dict[str, int]]
-    reads_from_destination: int
-    source_failovers: int
-    paused: bool
-    paused_requests: int
-    paused_s: float
-    paused_released: int
-    record_error: str | None  # why the state record could not be written when that was last tried
-    flushes_fail: bool  # the guest's, until it can
+    state: str = statistic(
+        "`passthrough` (no destination), `syncing` (copying), `steady`, `ahead`, `degraded`"
+    )
+    worth: str | None = statistic(
+        "of the destination, or of the last one: `up-to-date`, `outdated`, `inconsistent`; null if there was "
+        "none"
+    )
+    source: str = statistic("its path")
+    destination: str | None = statistic(
+        "its path; the last one's where there is none now, null if there was none"
+    )
+    counts: dict[str, int | None] = statistic(
+        "`source-generation`, `source-flushed`, `writes-mirrored`, `flush-request`, `writes-flushed` "
+        "(durability.md); null where undefined"
+    )
+    bitmap: str | None = statistic(
+        "the file of `--bitmap`; null: what differs is known as long as this process lives"
+    )
+    full_copy_reason: str | None = statistic(
+        "why the last copy was of everything; null: it was of what differed"
+    )
+    copy_rate_bytes_per_s: float = statistic("the copy's recent rate")
+    copy_remaining_s: float | None = statistic("an estimate; null: not known")
+    speed_bytes_per_s: int = statistic("the copy's limit; 0: none")
+    wanted: bool = statistic(
+        "`mirror-start` has asked for the mirror and nobody has taken it back: a restart resumes it"
+    )
+    last_error: str | None = statistic("of the last failure; or null")
+    reason: str | None = statistic("of the last change of state; or null")
+    doubt: list[dict[str, int]] = statistic(
+        "ranges of the source (`offset`, `length`, bytes) whose content is in doubt after failed writes; "
+        "they stand in the way of a switch",
+        Metric("doubt_ranges", "gauge", "Ranges of the source in doubt.", len),
+    )
+    unreadable: list[dict[str, int]] = statistic(
+        "the same, of the ranges that the copy could not read: the destination lacks them until the guest "
+        "writes there",
+        Metric("unreadable_ranges", "gauge", "Ranges of the source that the copy could not read.", len),
+    )
+    outdated_since: str | None = statistic("ISO time (or in words, after a restart), or null")
+    different_since: str | None = statistic(
+        "since when a verification is known to have found the destination different (ISO time); a switch is "
+        "refused. Null: none has, or it was repaired, verified equal, or copied anew",
+        Metric("different", "gauge", "1 if a verification has found that the destination differs.", bool, 0),
+    )
+    record_error: str | None = statistic(
+        "why the state record could not be written when that was last tried; null: it was written",
+        Metric("record_unwritable", "gauge",
+               "1 while the state record cannot be written, when that was last tried.", bool, 0),
+    )  # fmt: skip
+    flushes_fail: bool = statistic(
+        "true: the guest's flushes fail until the record can be written (a `steady` destination was lost)",
+        Metric("flushes_fail", "gauge", "1 while flushes fail because of that."),
+    )
 
 
 @dataclass(frozen=True)

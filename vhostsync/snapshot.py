@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
+from vhostsync.statistic import Metric, from_engine, milliseconds, of_milliseconds, seconds, statistic
+
 
 class State(IntEnum):
     """enum vs_mirror_state (engine.py compares)."""
@@ -45,17 +47,43 @@ class OpStats:
     latency_ns_log2: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class QueueStats:
+@dataclass(frozen=True, kw_only=True)
+class QueueFigures:
+    """Of struct vs_queue_stats, what query-stats shows of a queue; `broken` says why, for people."""
+
+    running: bool = statistic(
+        "true while the guest's driver uses the queue",
+        Metric("queue_running", "gauge", "1 while the guest's driver uses the queue."),
+        member="running", of=bool,
+    )
+    broken: str | None = statistic(
+        "null, or why the queue was given up",
+        Metric("queue_broken", "gauge", "1 if the queue was given up because of what the guest put there.",
+               bool, 0),
+        member="broken", of=lambda breach: BREACHES[breach] or None,
+    )
+    in_flight: int = statistic(
+        "requests taken up and not answered",
+        Metric("queue_in_flight", "gauge", "Requests taken up and not answered."), member="in_flight",
+    )
+    malformed: int = statistic(
+        "requests that were malformed",
+        Metric("queue_malformed_total", "counter", "Requests that were malformed."), member="malformed",
+    )
+    kicks: int = statistic(
+        "kicks by the guest", Metric("queue_kicks_total", "counter", "Kicks by the guest."), member="kicks"
+    )
+    notifications: int = statistic(
+        "notifications to the guest",
+        Metric("queue_notifications_total", "counter", "Notifications to the guest."), member="notifications",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueStats(QueueFigures):
     """struct vs_queue_stats."""
 
     operations: dict[str, OpStats]
-    malformed: int
-    kicks: int
-    notifications: int
-    in_flight: int
-    running: bool
-    broken: str | None
 
 
 @dataclass(frozen=True)
@@ -81,9 +109,123 @@ class VerifyProgress:
     differing: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """struct vs_snapshot and the queues' statistics, of one moment."""
+@dataclass(frozen=True, kw_only=True)
+class MirrorFigures:
+    """Of struct vs_snapshot, what query-mirror shows; its units are in the names."""
+
+    lag_bytes: int = statistic(
+        "how far the destination is behind",
+        Metric("lag_bytes", "gauge", "Bytes that the destination is behind."), member="lag_bytes",
+    )
+    lag_writes: int = statistic(
+        "the same in writes",
+        Metric("lag_writes", "gauge", "Writes that the destination is behind."), member="lag_writes",
+    )
+    lag_ms: float = statistic(
+        "the age of the oldest write on its way",
+        Metric("lag_seconds", "gauge", "Age of the oldest write not mirrored.", of_milliseconds),
+        member="lag_ns", of=milliseconds,
+    )
+    copy_bytes_total: int = statistic(
+        "what the copy has to go through",
+        Metric("copy_bytes", "gauge", "Bytes that the copy has to go through."), member="copy_bytes_total",
+    )
+    copy_bytes_done: int = statistic(
+        "of these: what it is through with",
+        Metric("copy_done_bytes", "gauge", "Bytes that the copy is through with."), member="copy_bytes_done",
+    )
+    copy_bytes_sparse: int = statistic(
+        "of those done: holes and zeroes",
+        Metric("copy_sparse_bytes", "gauge", "Of those, holes and zeroes."), member="copy_bytes_sparse",
+    )
+    differing_bytes: int | None = statistic(
+        "where source and destination may differ: what a `mirror-start` to it would copy; null: no "
+        "destination is known",
+        Metric("differing_bytes", "gauge", "Bytes that a catch-up or a new start would copy."),
+        member="differing_bytes",
+    )
+    reads_from_destination: int = statistic(
+        "guest reads that the source failed and the destination answered (`--read-fallback`), since the "
+        "start",
+        Metric("reads_from_destination_total", "counter",
+               "Guest reads that the source failed and the destination answered."),
+        member="reads_from_destination",
+    )  # fmt: skip
+    source_failovers: int = statistic(
+        "switches from a source that had failed (`--on-source-error switch`), since the start",
+        Metric("source_failovers_total", "counter", "Failures of the source that were answered by a switch."),
+        member="source_failovers",
+    )
+    paused: bool = statistic(
+        "true: a steady destination was lost under `--on-destination-error pause`, and flushes wait for a "
+        "mirror or `mirror-cancel`",
+        Metric("paused", "gauge", "1 while flushes wait for a mirror."), member="paused", of=bool,
+    )
+    paused_requests: int = statistic(
+        "how many flushes and write-through writes that holds now",
+        Metric("paused_requests", "gauge", "Requests that wait for it."), member="pause_held",
+    )
+    paused_s: float = statistic(
+        "for how long it has lasted; 0: there is none", member="pause_ns", of=seconds
+    )
+    paused_released: int = statistic(
+        "requests of a pause that were confirmed by the source alone, because the frontend could not wait, "
+        "since the start",
+        Metric("paused_released_total", "counter", "Requests that could not wait, because a frontend did."),
+        member="pause_released",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFigures:
+    """Of struct vs_snapshot, what query-stats shows of the engine."""
+
+    lent_operations: int = statistic(
+        "disk operations that threads beside the data thread have done",
+        Metric("engine_lent_operations_total", "counter",
+               "Disk operations that threads beside the engine's have done (--threads)."),
+        member="lent",
+    )  # fmt: skip
+    wakeups: int = statistic(
+        "wake-ups of the data thread",
+        Metric("engine_wakeups_total", "counter", "Wake-ups of the engine's thread."), member="wakeups",
+    )
+    syscalls: int = statistic(
+        "system calls of the engine",
+        Metric("engine_syscalls_total", "counter", "System calls of the engine."), member="syscalls",
+    )
+    throttled_ms: float = statistic(
+        "how long guest writes waited for room in the log",
+        Metric("throttled_seconds_total", "counter", "How long guest writes waited for room in the log.",
+               of_milliseconds),
+        member="throttled_ns", of=milliseconds,
+    )  # fmt: skip
+    polls: int = statistic("how often the data thread looked for work before it slept", member="polls")
+    poll_hits: int = statistic("of these: something came", member="poll_hits")
+    polled_ms: float = statistic(
+        "time spent so",
+        Metric("engine_polled_seconds_total", "counter",
+               "How long the engine's thread looked for work before it slept.", of_milliseconds),
+        member="polled_ns", of=milliseconds,
+    )  # fmt: skip
+    events_lost: int = statistic(
+        "events that the engine dropped",
+        Metric("engine_events_lost_total", "counter", "Events that the engine dropped."),
+        member="events_lost",
+    )
+    log_bytes_used: int = statistic(
+        "bytes in the replication log",
+        Metric("log_used_bytes", "gauge", "Bytes in the replication log."), member="log_bytes_used",
+    )
+    requests_waiting: int = statistic(
+        "flushes and write-through writes that wait for a disk", member="requests_waiting"
+    )
+    bitmap_flushes: int = statistic("flushes of the bitmap's file", member="bitmap_syncs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(MirrorFigures, EngineFigures):
+    """struct vs_snapshot, of one moment."""
 
     state: State
     gated: bool
@@ -92,39 +234,15 @@ class Snapshot:
     write_cache: bool
     active_attachment: int | None
     counts: Counts
-    lag_bytes: int
-    lag_writes: int
-    lag_ns: int
-    log_bytes_used: int
-    copy_bytes_total: int
-    copy_bytes_done: int
-    copy_bytes_sparse: int
-    differing_bytes: int | None
     bitmap_in_use: bool
-    bitmap_syncs: int
-    throttled_ns: int
-    polled_ns: int
-    polls: int
-    poll_hits: int
     verify: VerifyProgress
-    wakeups: int
-    lent_operations: int
-    syscalls: int
-    requests_waiting: int
-    events_lost: int
     doubt: tuple[tuple[int, int], ...]
     spared: tuple[tuple[int, int], ...]  # of these: what the destination holds better
+    unreadable: tuple[tuple[int, int], ...]
     disks: dict[str, dict[str, OpStats]]
     disks_in_flight: dict[str, int]
-    unreadable: tuple[tuple[int, int], ...]
     ahead_drained: bool
-    reads_from_destination: int
-    source_failovers: int
     failover_pending: bool
-    paused: bool
-    pause_held: int
-    pause_ns: int
-    pause_released: int
 
 
 def ranges_of(c_ranges: Any, count: int) -> tuple[tuple[int, int], ...]:
@@ -138,21 +256,18 @@ def _op_stats(s: Any) -> OpStats:
 
 def queue_stats_of(s: Any) -> QueueStats:
     """From a struct vs_queue_stats."""
-    return QueueStats(
-        operations={name: _op_stats(s.op[i]) for i, name in enumerate(REQUEST_OPS)},
-        malformed=s.malformed,
-        kicks=s.kicks,
-        notifications=s.notifications,
-        in_flight=s.in_flight,
-        running=bool(s.running),
-        broken=BREACHES[s.broken] if s.broken else None,
-    )
+    operations = {name: _op_stats(s.op[i]) for i, name in enumerate(REQUEST_OPS)}
+    return QueueStats(operations=operations, **from_engine(QueueFigures, s))
 
 
 def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
     """From a struct vs_snapshot."""
     c = s.counts
+    figures = from_engine(Snapshot, s)
+    if not s.tracked:
+        figures["differing_bytes"] = None
     return Snapshot(
+        **figures,
         state=State(s.mirror_state),
         gated=bool(s.gated),
         record_pending=bool(s.record_pending),
@@ -166,20 +281,7 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
             writes_mirrored=c.writes_mirrored if c.mirrored_known else None,
             writes_flushed=c.writes_flushed if c.mirrored_known else None,
         ),
-        lag_bytes=s.lag_bytes,
-        lag_writes=s.lag_writes,
-        lag_ns=s.lag_ns,
-        log_bytes_used=s.log_bytes_used,
-        copy_bytes_total=s.copy_bytes_total,
-        copy_bytes_done=s.copy_bytes_done,
-        copy_bytes_sparse=s.copy_bytes_sparse,
         bitmap_in_use=bool(s.bitmap_in_use),
-        bitmap_syncs=s.bitmap_syncs,
-        differing_bytes=s.differing_bytes if s.tracked else None,
-        throttled_ns=s.throttled_ns,
-        polled_ns=s.polled_ns,
-        polls=s.polls,
-        poll_hits=s.poll_hits,
         verify=VerifyProgress(
             running=bool(s.verify_running),
             bytes_done=s.verify_bytes_done,
@@ -188,25 +290,14 @@ def snapshot_of(s: Any, no_attachment: int) -> Snapshot:
             bytes_repaired=s.verify_bytes_repaired,
             differing=ranges_of(s.verify_ranges, s.verify_range_count),
         ),
-        wakeups=s.wakeups,
-        lent_operations=s.lent,
-        syscalls=s.syscalls,
-        requests_waiting=s.requests_waiting,
-        events_lost=s.events_lost,
         doubt=ranges_of(s.doubt, s.doubt_count),
         spared=ranges_of(s.spared, s.spared_count),
+        unreadable=ranges_of(s.unreadable, s.unreadable_count),
         disks={
             role: {name: _op_stats(s.disk[r].op[i]) for i, name in enumerate(DISK_OPS)}
             for r, role in enumerate(ROLES)
         },
         disks_in_flight={role: s.disk[r].in_flight for r, role in enumerate(ROLES)},
-        unreadable=ranges_of(s.unreadable, s.unreadable_count),
         ahead_drained=bool(s.ahead_drained),
-        reads_from_destination=s.reads_from_destination,
-        source_failovers=s.source_failovers,
         failover_pending=bool(s.failover_pending),
-        paused=bool(s.paused),
-        pause_held=s.pause_held,
-        pause_ns=s.pause_ns,
-        pause_released=s.pause_released,
     )

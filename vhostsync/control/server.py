@@ -26,7 +26,7 @@ import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ..config import Cache
-from ..events import Event, Subscription
+from ..events import EVENTS_LOST, Event, Subscription
 from ..unix_socket import bind_unix_socket
 from . import qmp, sockets
 from .commands import Backend, Dispatcher, dashed
@@ -37,8 +37,6 @@ CLIENTS_MAX: Final = 32
 REQUESTS_MAX: Final = 8
 SEND_TIMEOUT_S: Final = 30.0
 CLOSING_S: Final = 1.0
-
-EVENTS_LOST: Final = "EVENTS_LOST"
 
 
 async def serve_control(
