@@ -32,7 +32,8 @@ enum vs_limit {
     VS_RANGES_MAX = 64,
     VS_POLL_AUTO = 1000000000,
     VS_THREADS_MAX = 16,
-    VS_INFLIGHT_RING_BYTES = 16448 /* a ring's part of the inflight region */
+    VS_INFLIGHT_RING_BYTES = 16448, /* a split ring's part of the inflight region */
+    VS_INFLIGHT_PACKED_RING_BYTES = 32832
 };
 
 typedef struct vs_engine vs_engine;

@@ -65,7 +65,7 @@ struct queue {
     struct mem_table *leaving; /* pinned: its rings' memory was taken away while requests were in flight (attachment_map_rings) */
     bool started, enabled, running;
     bool base_set; /* base is to be taken at the next start */
-    uint16_t base;
+    uint32_t base;
     uint32_t broken; /* enum vs_breach */
     struct kick_watch *watch;
     struct bell *call, *err;

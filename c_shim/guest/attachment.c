@@ -74,7 +74,7 @@ void queue_quiet(struct queue *q)
     list_remove(&q->notify_link);
     notify(q); /* the guest sees everything before the frontend hears that the ring is quiet */
     if (q->stop_token)
-        mailbox_done(&e->mailbox, q->stop_token, 0, q->base_set ? q->base : q->vq.next_avail);
+        mailbox_done(&e->mailbox, q->stop_token, 0, q->base_set ? q->base : virtqueue_base(&q->vq));
     if (q->disable_token)
         mailbox_done(&e->mailbox, q->disable_token, 0, 0);
     q->stop_token = q->disable_token = 0;
@@ -83,7 +83,7 @@ void queue_quiet(struct queue *q)
 
 static bool can_run(const struct queue *q)
 {
-    return q->started && q->enabled && !q->broken && q->vq.desc && !q->attachment->closing;
+    return q->started && q->enabled && !q->broken && q->vq.mapped && !q->attachment->closing;
 }
 
 static bool attachment_wants_to_run(const struct attachment *a)
@@ -99,11 +99,14 @@ static void update_rings(struct attachment *a)
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
         bool run = can_run(q) && a->engine->active == a;
+        int rc = 0;
         if (run && q->base_set) {
-            virtqueue_start(&q->vq, q->base);
+            rc = virtqueue_start(&q->vq, q->base);
             q->base_set = false;
         }
-        if (run != q->running)
+        if (rc < 0)
+            queue_break(q, (uint32_t)-rc);
+        else if (run != q->running)
             queue_set_running(q, run);
     }
 }
@@ -140,18 +143,16 @@ void attachment_map_rings(struct attachment *a, struct mem_table *mapped_in)
 {
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
-        struct vring_avail *avail = q->vq.avail;
-        struct vring_used *used = q->vq.used;
         if (!q->vq.num)
             continue;
         if (virtqueue_map(&q->vq, a->memory.current)) {
             forget_old_ring(q);
-        } else if (q->in_flight && used) {
-            q->vq.avail = avail; /* for the answers; without descriptors it does not run */
-            q->vq.used = used;
+        } else if (q->in_flight && virtqueue_answerable(&q->vq)) {
             if (!q->leaving)
                 mapped_in->pins++;
             q->leaving = q->leaving ? q->leaving : mapped_in;
+        } else {
+            virtqueue_unmap(&q->vq);
         }
     }
     attachment_update(a);
@@ -185,7 +186,7 @@ static void queue_reset(struct queue *q)
     bell_hang(q->attachment->engine, &q->err, -1);
     list_remove(&q->ready_link);
     list_remove(&q->notify_link);
-    q->vq = (struct virtqueue){0};
+    virtqueue_reset(&q->vq);
     q->started = q->enabled = q->running = q->base_set = false;
     q->broken = VS_BREACH_NONE;
 }
@@ -243,6 +244,7 @@ void attachments_init(struct vs_engine *e)
             struct queue *q = &a->queue[k];
             q->attachment = a;
             q->index = k;
+            virtqueue_reset(&q->vq);
             list_init(&q->ready_link);
             list_init(&q->notify_link);
         }
@@ -258,6 +260,7 @@ void attachments_free(struct vs_engine *e)
             bell_hang(e, &a->queue[k].call, -1);
             bell_hang(e, &a->queue[k].err, -1);
             forget_old_ring(&a->queue[k]);
+            virtqueue_reset(&a->queue[k].vq);
         }
         inflight_unmap(&a->inflight);
         dirty_log_unmap(&a->dirty_log);

@@ -9,12 +9,14 @@
 #include "attachment_state.h"
 
 #include <errno.h>
+#include <linux/virtio_config.h>
 #include <unistd.h>
 
 #include "kick_watch.h"
 
 #define FEATURE_INDIRECT_DESC (1ull << VIRTIO_RING_F_INDIRECT_DESC)
 #define FEATURE_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
+#define FEATURE_RING_PACKED (1ull << VIRTIO_F_RING_PACKED)
 
 /* ---- coming and going ---------------------------------------------------- */
 
@@ -78,7 +80,7 @@ static void become_quiet(struct queue *q, uint64_t *which, uint64_t token)
 
 static int vring_num(struct queue *q, uint64_t num)
 {
-    if (num == 0 || num > VS_MAX_QUEUE_SIZE || (num & (num - 1)))
+    if (num == 0 || num > VS_MAX_QUEUE_SIZE || (!virtqueue_is_packed(&q->vq) && (num & (num - 1))))
         return -EINVAL;
     if (num == q->vq.num)
         return 0;
@@ -103,11 +105,11 @@ static int vring_addr(struct queue *q, const struct vs_command *c)
 
 static int vring_base(struct queue *q, uint64_t base)
 {
-    if (base > UINT16_MAX)
+    if (base > (virtqueue_is_packed(&q->vq) ? UINT32_MAX : UINT16_MAX))
         return -EINVAL;
     if (q->running || q->in_flight)
         return -EBUSY;
-    q->base = (uint16_t)base;
+    q->base = (uint32_t)base;
     q->base_set = true;
     q->broken = VS_BREACH_NONE; /* set up anew */
     attachment_update(q->attachment);
@@ -181,23 +183,30 @@ static void set_write_cache(struct attachment *a, bool write_cache)
             take_write_cache(&e->attachment[i], write_cache);
 }
 
+static bool is_busy(const struct attachment *a)
+{
+    bool busy = a->in_flight > 0;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
+        busy |= a->queue[i].running;
+    return busy;
+}
+
 /* Requests of the rings that this is for must not have begun. Takes up the write cache mode as well. */
 static int set_inflight(struct attachment *a, const struct vs_command *c)
 {
     int rc = -EBUSY;
-    bool busy = a->in_flight > 0, write_cache = a->write_cache;
-    for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
-        busy |= a->queue[i].running;
+    bool busy = is_busy(a), write_cache = a->write_cache;
     if (busy)
         close(c->fd);
     else
-        rc = inflight_map(&a->inflight, c->fd, c->value, c->desc, c->used > VS_MAX_QUEUES ? 0 : (uint32_t)c->used);
+        rc = inflight_map(&a->inflight, c->fd, c->value, c->desc, c->used > VS_MAX_QUEUES ? 0 : (uint32_t)c->used,
+                          virtqueue_is_packed(&a->queue[0].vq));
     for (unsigned i = 0; !busy && i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
-        q->vq.inflight = inflight_ring_of(&a->inflight, i);
-        if (!q->vq.inflight || q->base_set)
+        q->vq.record = inflight_record(&a->inflight, i);
+        if (!q->vq.record || q->base_set)
             continue;
-        q->base = q->vq.next_avail; /* what GET_VRING_BASE shows until then */
+        q->base = virtqueue_base(&q->vq); /* what GET_VRING_BASE shows until then */
         q->base_set = true; /* begin where the record says, also without a base */
     }
     if (rc == 0) {
@@ -210,9 +219,26 @@ static int set_inflight(struct attachment *a, const struct vs_command *c)
     return rc;
 }
 
-static void set_features(struct attachment *a, uint64_t features)
+/* Another layout makes other rings of them: what was recorded of the former ones is none of theirs. */
+static int choose_layout(struct attachment *a, bool packed)
+{
+    int rc = 0;
+    if (packed == virtqueue_is_packed(&a->queue[0].vq))
+        return 0;
+    if (is_busy(a))
+        return -EBUSY;
+    inflight_unmap(&a->inflight);
+    for (unsigned i = 0; rc == 0 && i < VS_MAX_QUEUES; i++)
+        rc = virtqueue_choose_layout(&a->queue[i].vq, packed);
+    return rc;
+}
+
+static int set_features(struct attachment *a, uint64_t features)
 {
     bool event_idx = features & FEATURE_EVENT_IDX;
+    int rc = choose_layout(a, features & FEATURE_RING_PACKED);
+    if (rc < 0)
+        return rc;
     a->features = features;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         struct virtqueue *vq = &a->queue[i].vq;
@@ -222,6 +248,7 @@ static void set_features(struct attachment *a, uint64_t features)
         vq->event_idx = event_idx;
     }
     attachment_map_rings(a, a->memory.current); /* the event fields belong to the rings now, or no more */
+    return 0;
 }
 
 static bool another_is_attached(const struct attachment *a)
@@ -342,7 +369,7 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             done = false;
             break;
         case VS_CMD_SET_FEATURES:
-            set_features(a, c->value);
+            rc = set_features(a, c->value);
             break;
         case VS_CMD_SET_LOG_BASE:
             rc = dirty_log_map(&a->dirty_log, c->fd, c->value, c->desc);

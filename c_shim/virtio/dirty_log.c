@@ -82,13 +82,5 @@ void dirty_log_mark(struct dirty_log *log, uint64_t addr, uint64_t bytes)
 
 void dirty_log_mark_host(struct dirty_log *log, const struct mem_table *table, const void *host, uint64_t bytes)
 {
-    const uint8_t *at = host;
-    for (unsigned i = 0; i < table->count; i++) {
-        const struct mem_region *r = table->region[i];
-        if (at >= r->host && at < r->host + r->bytes) {
-            dirty_log_mark(log, r->guest_addr + (uint64_t)(at - r->host), bytes);
-            return;
-        }
-    }
-    assert(!"written outside the table that the request was translated with");
+    dirty_log_mark(log, guest_addr_of(table, host), bytes);
 }

@@ -315,6 +315,18 @@ void *guest_at(const struct mem_table *t, uint64_t addr, uint64_t bytes)
     return r->host + (addr - r->guest_addr);
 }
 
+uint64_t guest_addr_of(const struct mem_table *t, const void *host)
+{
+    const uint8_t *at = host;
+    for (unsigned i = 0; i < t->count; i++) {
+        const struct mem_region *r = t->region[i];
+        if (at >= r->host && at < r->host + r->bytes)
+            return r->guest_addr + (uint64_t)(at - r->host);
+    }
+    assert(!"outside the table that it was translated with");
+    return UINT64_MAX;
+}
+
 void *guest_at_user(const struct mem_table *t, uint64_t user_addr, uint64_t bytes)
 {
     for (unsigned i = 0; i < t->count; i++) {

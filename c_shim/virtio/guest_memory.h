@@ -58,6 +58,8 @@ void mem_table_unpin(struct guest_memory *m, struct mem_table *t);
 /* Where [addr, addr + bytes) of guest memory is mapped, if it lies in one
  * region; NULL otherwise. bytes > 0. */
 void *guest_at(const struct mem_table *t, uint64_t addr, uint64_t bytes);
+/* The guest address of what lies mapped in the table. */
+uint64_t guest_addr_of(const struct mem_table *t, const void *host);
 /* The same for a frontend's user address. */
 void *guest_at_user(const struct mem_table *t, uint64_t user_addr, uint64_t bytes);
 /* The same as segments, at most "max" (a range may cross from a region into the

@@ -2,29 +2,20 @@
 #include "inflight.h"
 
 #include <errno.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "guest_memory.h"
-
-/* The frontend shares this memory, and what it holds outlived a process: each
- * field is read once, and every index checked. */
-#define READ_ONCE(x) (*(const volatile __typeof__(x) *)&(x))
-#define WRITE_ONCE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
-
-static void in_program_order(void)
-{
-    atomic_signal_fence(memory_order_seq_cst);
-}
+#include "inflight_packed.h"
+#include "shared_memory.h"
 
 /* Whether all rings' parts are new, or laid out as here: another backend's marks would be read as ours. */
 static bool layout_known(const struct inflight_area *area)
 {
     for (uint32_t i = 0; i < area->queues; i++) {
-        struct inflight_ring *r = inflight_ring_of(area, i);
+        const struct inflight_header *r = inflight_record(area, i);
         uint16_t version = READ_ONCE(r->version);
         if (version && (version != INFLIGHT_VERSION || READ_ONCE(r->desc_num) != VS_MAX_QUEUE_SIZE))
             return false;
@@ -32,10 +23,11 @@ static bool layout_known(const struct inflight_area *area)
     return true;
 }
 
-int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t offset, uint32_t queues)
+int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t offset, uint32_t queues, bool packed)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = offset & ~(page - 1);
-    uint64_t need = (uint64_t)queues * INFLIGHT_RING_BYTES;
+    uint32_t ring_bytes = packed ? VS_INFLIGHT_PACKED_RING_BYTES : VS_INFLIGHT_RING_BYTES;
+    uint64_t need = (uint64_t)queues * ring_bytes;
     struct stat st;
     int rc = 0;
     inflight_unmap(area);
@@ -54,6 +46,8 @@ int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t of
         } else {
             area->base = (uint8_t *)area->map + (offset - start);
             area->queues = queues;
+            area->packed = packed;
+            area->ring_bytes = ring_bytes;
             area->sigbus_slot = guest_memory_watch(area->map, area->map_bytes);
             rc = area->sigbus_slot < 0 ? -ENOSPC : layout_known(area) ? 0 : -EINVAL;
             if (rc < 0)
@@ -78,24 +72,28 @@ bool inflight_lost(const struct inflight_area *area)
     return area->map && guest_memory_watched_lost(area->sigbus_slot);
 }
 
-struct inflight_ring *inflight_ring_of(const struct inflight_area *area, uint32_t queue)
+void *inflight_record(const struct inflight_area *area, uint32_t queue)
 {
-    if (!area->map || queue >= area->queues)
-        return NULL;
-    return (struct inflight_ring *)(void *)(area->base + (uint64_t)queue * INFLIGHT_RING_BYTES);
+    return area->map && queue < area->queues ? area->base + (uint64_t)queue * area->ring_bytes : NULL;
+}
+
+static uint8_t *write_cache_of(const struct inflight_area *area)
+{
+    size_t at = area->packed ? offsetof(struct inflight_packed, write_cache) : offsetof(struct inflight_ring, write_cache);
+    return area->map ? area->base + at : NULL;
 }
 
 void inflight_keep_write_cache(const struct inflight_area *area, bool write_cache)
 {
-    struct inflight_ring *r = inflight_ring_of(area, 0);
-    if (r)
-        WRITE_ONCE(r->write_cache, write_cache ? INFLIGHT_CACHE_WRITEBACK : INFLIGHT_CACHE_WRITETHROUGH);
+    uint8_t *kept = write_cache_of(area);
+    if (kept)
+        WRITE_ONCE(*kept, write_cache ? INFLIGHT_CACHE_WRITEBACK : INFLIGHT_CACHE_WRITETHROUGH);
 }
 
 void inflight_write_cache(const struct inflight_area *area, bool *write_cache)
 {
-    struct inflight_ring *r = inflight_ring_of(area, 0);
-    uint8_t kept = r ? READ_ONCE(r->write_cache) : INFLIGHT_CACHE_UNKNOWN;
+    const uint8_t *at = write_cache_of(area);
+    uint8_t kept = at ? READ_ONCE(*at) : INFLIGHT_CACHE_UNKNOWN;
     if (kept == INFLIGHT_CACHE_WRITETHROUGH || kept == INFLIGHT_CACHE_WRITEBACK)
         *write_cache = kept == INFLIGHT_CACHE_WRITEBACK;
 }

@@ -2,10 +2,13 @@
  *
  * Which requests were taken up and not answered, kept in memory that the
  * frontend holds, so that it outlives this process (vhost-user specification,
- * "Inflight I/O tracking", split virtqueue).
+ * "Inflight I/O tracking"): the region, and the record of a split ring. That of
+ * a packed one is in inflight_packed.h.
  *
- * A killed process leaves its stores in program order, so the order of the
- * stores below is the whole protocol; the fences bind the compiler.
+ * The frontend shares this memory, and what it holds outlived a process: each
+ * field is read once, and every index checked. A killed process leaves its
+ * stores in program order, so the order of the stores below is the whole
+ * protocol; the fences bind the compiler.
  *
  *   taken      counter, then inflight = 1
  *   answered   the head joins the batch's list (next, last_batch_head), then
@@ -51,29 +54,34 @@ static_assert(sizeof(struct inflight_desc) == 16, "the specification's DescState
 static_assert(offsetof(struct inflight_ring, desc) == 16, "the specification's QueueRegionSplit");
 
 #define INFLIGHT_VERSION 1u
-/* A ring's part of the region. Always for the largest ring: a frontend may name
+/* A ring's part of the region is always for the largest ring: a frontend may name
  * its size only after it has got the region. */
-#define INFLIGHT_RING_BYTES 16448u
-static_assert(INFLIGHT_RING_BYTES >= sizeof(struct inflight_ring) && INFLIGHT_RING_BYTES % 64 == 0,
+static_assert(VS_INFLIGHT_RING_BYTES >= sizeof(struct inflight_ring) && VS_INFLIGHT_RING_BYTES % 64 == 0,
               "each ring's part begins on a cache line");
-static_assert(INFLIGHT_RING_BYTES == VS_INFLIGHT_RING_BYTES, "what Python makes the region of");
+
+/* How the parts of both layouts begin. */
+struct inflight_header {
+    uint64_t features;
+    uint16_t version, desc_num;
+};
 
 /* The region of an attachment. */
 struct inflight_area {
     void *map; /* NULL: there is none */
     uint64_t map_bytes;
     uint8_t *base;
-    uint32_t queues;
+    uint32_t queues, ring_bytes;
+    bool packed; /* all rings of an attachment are laid out alike */
     int sigbus_slot;
 };
 
 /* Closes fd. 0 or a negative errno; on failure there is no region. */
-int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t offset, uint32_t queues);
+int inflight_map(struct inflight_area *area, int fd, uint64_t bytes, uint64_t offset, uint32_t queues, bool packed);
 void inflight_unmap(struct inflight_area *area);
 /* The frontend took its memory away (guest_memory.h, SIGBUS). */
 bool inflight_lost(const struct inflight_area *area);
-/* NULL: this queue has none. */
-struct inflight_ring *inflight_ring_of(const struct inflight_area *area, uint32_t queue);
+/* A struct inflight_ring or inflight_packed; NULL: this queue has none. */
+void *inflight_record(const struct inflight_area *area, uint32_t queue);
 
 /* The write cache mode that the record is for; changes nothing where there is none. */
 void inflight_keep_write_cache(const struct inflight_area *area, bool write_cache);

@@ -33,7 +33,7 @@ static void world_make(void)
     CHECK_EQUAL(guest_memory_init(&memory, on_gone), 0);
     struct vs_region r[2] = {guest_region(&guest, 0, BORDER), guest_region(&guest, BORDER, TOP - BORDER)};
     CHECK_EQUAL(guest_memory_set(&memory, r, 2), 0);
-    vq = (struct virtqueue){.num = 256,
+    vq = (struct virtqueue){.layout = &ring_split, .num = 256,
                             .desc_user = USER_ADDR + ring.desc_at,
                             .avail_user = USER_ADDR + ring.avail_at,
                             .used_user = USER_ADDR + ring.used_at,

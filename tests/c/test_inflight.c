@@ -96,19 +96,24 @@ static int area_of(struct inflight_area *a, uint64_t file_bytes, uint64_t bytes,
 {
     int fd = memfd_create("inflight", MFD_CLOEXEC);
     CHECK(fd >= 0 && ftruncate(fd, (off_t)file_bytes) == 0);
-    return inflight_map(a, fd, bytes, offset, queues);
+    return inflight_map(a, fd, bytes, offset, queues, false);
+}
+
+static struct inflight_ring *record_of(const struct inflight_area *a, uint32_t queue)
+{
+    return inflight_record(a, queue);
 }
 
 static void areas(void)
 {
     struct inflight_area a = {.map = NULL};
-    uint64_t two = 2ull * INFLIGHT_RING_BYTES;
-    CHECK(inflight_ring_of(&a, 0) == NULL);
+    uint64_t two = 2ull * VS_INFLIGHT_RING_BYTES;
+    CHECK(inflight_record(&a, 0) == NULL);
     CHECK_EQUAL(area_of(&a, two, two, 0, 2), 0);
-    CHECK((uint8_t *)inflight_ring_of(&a, 1) == a.base + INFLIGHT_RING_BYTES);
-    CHECK(inflight_ring_of(&a, 2) == NULL);
+    CHECK((uint8_t *)inflight_record(&a, 1) == a.base + VS_INFLIGHT_RING_BYTES);
+    CHECK(inflight_record(&a, 2) == NULL);
     CHECK_EQUAL(area_of(&a, two + 64, two, 64, 2), 0); /* replaces the former one */
-    inflight_ring_of(&a, 1)->used_idx = 1;
+    record_of(&a, 1)->used_idx = 1;
     CHECK(area_of(&a, two, two, 64, 2) < 0); /* beyond the file */
     CHECK(a.map == NULL);
     CHECK(area_of(&a, two, two - 1, 0, 2) < 0);
@@ -122,12 +127,12 @@ static void areas(void)
 static int foreign(uint16_t version, uint16_t desc_num)
 {
     struct inflight_area a = {.map = NULL};
-    uint64_t two = 2ull * INFLIGHT_RING_BYTES;
+    uint64_t two = 2ull * VS_INFLIGHT_RING_BYTES;
     int rc, fd = memfd_create("inflight", MFD_CLOEXEC);
     CHECK(fd >= 0 && ftruncate(fd, (off_t)two) == 0);
-    CHECK(pwrite(fd, &version, 2, INFLIGHT_RING_BYTES + offsetof(struct inflight_ring, version)) == 2);
-    CHECK(pwrite(fd, &desc_num, 2, INFLIGHT_RING_BYTES + offsetof(struct inflight_ring, desc_num)) == 2);
-    rc = inflight_map(&a, fd, two, 0, 2);
+    CHECK(pwrite(fd, &version, 2, VS_INFLIGHT_RING_BYTES + offsetof(struct inflight_ring, version)) == 2);
+    CHECK(pwrite(fd, &desc_num, 2, VS_INFLIGHT_RING_BYTES + offsetof(struct inflight_ring, desc_num)) == 2);
+    rc = inflight_map(&a, fd, two, 0, 2, false);
     CHECK((a.map != NULL) == (rc == 0));
     inflight_unmap(&a);
     return rc;
@@ -149,13 +154,13 @@ static void write_cache_mode(void)
     inflight_keep_write_cache(&a, false);
     inflight_write_cache(&a, &mode);
     CHECK(mode); /* there is no region */
-    CHECK_EQUAL(area_of(&a, 2ull * INFLIGHT_RING_BYTES, 2ull * INFLIGHT_RING_BYTES, 0, 2), 0);
+    CHECK_EQUAL(area_of(&a, 2ull * VS_INFLIGHT_RING_BYTES, 2ull * VS_INFLIGHT_RING_BYTES, 0, 2), 0);
     inflight_write_cache(&a, &mode);
     CHECK(mode); /* nobody has said */
     inflight_keep_write_cache(&a, false);
     inflight_write_cache(&a, &mode);
     CHECK(!mode);
-    inflight_ring_of(&a, 0)->write_cache = 7;
+    record_of(&a, 0)->write_cache = 7;
     mode = true;
     inflight_write_cache(&a, &mode);
     CHECK(mode); /* rubbish */
