@@ -6,11 +6,15 @@
 #ifndef VS_FUZZ_DRIVER_H
 #define VS_FUZZ_DRIVER_H
 
-#include "../c/ring.h"
+#include "../c/packed_driver.h"
 #include "choices.h"
 
 struct driver {
-    struct ring *ring;
+    struct guest *guest;
+    uint64_t desc_at; /* the ring's descriptors, in the guest's memory */
+    unsigned num;
+    struct ring *ring;             /* one of these two */
+    struct packed_driver *packed;
     struct choices *choices;
     uint64_t header_at, header_room; /* headers, status bytes, segments of discard: in guest memory */
     uint64_t table_at, table_room;   /* indirect tables */
@@ -59,10 +63,37 @@ static inline void driver_desc(struct driver *d, struct vring_desc *to, const st
               (unsigned)mostly(d->choices, flags), (unsigned)mostly(d->choices, last ? 0 : next));
 }
 
+/* A list of packed descriptors, in the ring or in a table. What the driver does not do by itself: count[] may be a lie. */
+static inline void driver_put_packed(struct driver *d, const struct driver_segment *s, unsigned count)
+{
+    struct packed_driver *ring = d->packed;
+    struct vring_packed_desc list[DRIVER_SEGMENTS], head;
+    unsigned id = (unsigned)mostly(d->choices, d->next_desc % ring->num);
+    for (unsigned i = 0; i < count; i++)
+        list[i] = (struct vring_packed_desc){.addr = mostly(d->choices, s[i].addr),
+                                             .len = (uint32_t)mostly(d->choices, s[i].len),
+                                             .flags = (uint16_t)mostly(d->choices, s[i].device_writes ? VRING_DESC_F_WRITE : 0)};
+    d->next_desc++;
+    if (d->indirect && choose(d->choices, 4) != 3) {
+        uint64_t at = driver_room(d->table_at, d->table_room, &d->table_used, 16ull * count);
+        memcpy(d->guest->base + at, list, 16ull * count);
+        head = (struct vring_packed_desc){.addr = mostly(d->choices, GUEST_ADDR + at),
+                                          .len = (uint32_t)mostly(d->choices, 16ull * count),
+                                          .flags = (uint16_t)mostly(d->choices, VRING_DESC_F_INDIRECT)};
+        packed_put(ring, &head, 1, id & 0xffff);
+    } else if (count <= ring->num) {
+        packed_put(ring, list, count, id & 0xffff);
+    }
+}
+
 static inline void driver_put_chain(struct driver *d, const struct driver_segment *s, unsigned count)
 {
     struct ring *ring = d->ring;
-    uint8_t *memory = ring->guest->base;
+    uint8_t *memory = d->guest->base;
+    if (d->packed) {
+        driver_put_packed(d, s, count);
+        return;
+    }
     unsigned head = d->next_desc % ring->num;
     if (d->indirect && choose(d->choices, 4) != 3) {
         uint64_t at = driver_room(d->table_at, d->table_room, &d->table_used, 16ull * count);
@@ -89,7 +120,7 @@ static inline void driver_put_request(struct driver *d)
                                      VIRTIO_BLK_T_IN};
     struct choices *c = d->choices;
     struct driver_segment s[DRIVER_SEGMENTS];
-    uint8_t *memory = d->ring->guest->base;
+    uint8_t *memory = d->guest->base;
     uint32_t type = types[choose(c, 8)], bytes = 512u * (1 + choose(c, 32)), left;
     bool reads = type == VIRTIO_BLK_T_IN || type == VIRTIO_BLK_T_GET_ID;
     uint64_t at = driver_room(d->header_at, d->header_room, &d->header_used, 64);
@@ -117,11 +148,11 @@ static inline void driver_poke(struct driver *d)
     struct choices *c = d->choices;
     if (!rarely(c))
         return;
-    uint64_t at = choose_raw(c, 3) % (d->ring->guest->bytes - 8);
+    uint64_t at = choose_raw(c, 3) % (d->guest->bytes - 8);
     uint64_t value = choose_raw(c, 4);
     if (choose(c, 2)) /* where it hurts most */
-        at = d->ring->desc_at + at % (16u * d->ring->num);
-    memcpy(d->ring->guest->base + at, &value, 1 + choose(c, 8));
+        at = d->desc_at + at % (16u * d->num);
+    memcpy(d->guest->base + at, &value, 1 + choose(c, 8));
 }
 
 #endif

@@ -9,7 +9,7 @@ top=$(cd "$(dirname "$0")/../.." && pwd)
 build=${VHOSTSYNC_FUZZ_BUILD:-$top/build-fuzz}
 seconds=${1:-60}
 [ $# -gt 0 ] && shift
-names=${*:-ring engine bitmap sessions control}
+names=${*:-ring packed engine bitmap sessions control}
 command -v clang >/dev/null || { echo "run-fuzz.sh: clang and its compiler-rt (libclang-rt-dev) are needed" >&2; exit 2; }
 if ! meson test -C "$build" --no-rebuild --list >/dev/null 2>&1; then
     find "$build" -mindepth 1 -maxdepth 1 ! -name 'corpus-*' ! -name 'findings-*' -exec rm -rf {} + 2>/dev/null || true
