@@ -726,7 +726,7 @@ MUTATIONS = [
     _m(
         "element-not-logged",
         "live migration: every byte that is written into the guest's memory is marked",
-        "virtqueue.c",
+        "virtqueue_split.c",
         "    log_used(vq, e, sizeof *e);\n",
         "",
         "rings/test_dirty_log.py::test_elements_and_index_on_different_pages",
@@ -734,7 +734,7 @@ MUTATIONS = [
     _m(
         "index-not-logged",
         "live migration: every byte that is written into the guest's memory is marked",
-        "virtqueue.c",
+        "virtqueue_split.c",
         "    log_used(vq, &vq->used->idx, sizeof vq->used->idx);\n",
         "",
         "rings/test_dirty_log.py::test_elements_and_index_on_different_pages",
