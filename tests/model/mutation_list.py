@@ -1114,8 +1114,8 @@ MUTATIONS = [
         "answers-lost-with-the-ring",
         "what was taken up from a ring is shown there before its memory is unmapped",
         "attachment.c",
-        "        } else if (q->in_flight && used) {",
-        "        } else if (!q && used) {",
+        "        } else if (q->in_flight && virtqueue_answerable(&q->vq)) {",
+        "        } else if (!q) {",
         "rings/test_memory_exchange.py::test_a_write_in_flight_is_answered_before_the_rings_are_unmapped",
     ),
     _m(
