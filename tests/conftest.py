@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from tests.guest.assets import AssetError, GuestAssets, guest_assets
 
 MARKERS = (
+    "alone: no other test runs meanwhile; what it counts, or is given by the kernel, is the whole machine's",
     "uml: boots Linux's user-mode kernel (Debian's package user-mode-linux)",
     "debian13: runs frontends of a Debian 13 tree in the cache folder (`./run test --debian13`)",
 )
@@ -58,9 +60,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(_failed_stages())
 
 
+def _alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first, so that of two processes neither is left with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The long tests first, so that of two processes neither is left with one at the end; last those beside
+    which nothing may run."""
+    items.sort(key=lambda item: (_alone(item), item.get_closest_marker("slow") is None))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Where several processes run tests of this tree (pytest's -n), one that is to be alone waits until no
+    other is under way, and none begins before it ends.
+
+    tryfirst: the wait is no part of a test's time limit."""
+    with Path(__file__).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if _alone(item) else fcntl.LOCK_SH)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 @pytest.fixture(scope="session")

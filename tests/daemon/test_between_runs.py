@@ -376,6 +376,7 @@ def nameless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identify, "marked", lambda _fd, disk, _mark: disk)
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("nameless")
 @pytest.mark.parametrize("left", LEFT)
 def test_two_file_systems_without_a_name_that_changed_places(
@@ -410,6 +411,7 @@ def test_two_file_systems_without_a_name_that_changed_places(
         pytest.skip("the kernel gave the two file systems other numbers")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("left", LEFT)
 def test_loop_devices_in_another_order(work: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
     """A block device is what lies beneath it or names itself."""

@@ -21,6 +21,7 @@ WORKS = sorted(BOUNDS["syscalls"])
 OF_ONE_THREAD = [work for work in WORKS if not work.endswith("-lent")]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("work", WORKS)
 def test_a_request_takes_no_more_than_it_may(work: str) -> None:
     bounds = {name: each[work] for name, each in BOUNDS.items() if work in each}
@@ -31,6 +32,7 @@ def test_a_request_takes_no_more_than_it_may(work: str) -> None:
     assert not over, f"{work}: more a request than tests/guard/bounds.toml allows: {over}"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("work", WORKS)
 def test_the_kernel_counts_no_more_system_calls(work: str, tmp_path: Path) -> None:
     if not can_trace():

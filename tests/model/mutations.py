@@ -13,15 +13,21 @@ its own, by one of the engine's, or by its time limit. Needs meson, ninja and a 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+
+import pytest
 
 from tests.model.mutation import Mutation
 from tests.model.mutation_list import MUTATIONS
@@ -40,20 +46,17 @@ COPIED = (
 )
 LIMIT_S = 180
 
-# Python runs this first, also in the processes that a test starts: an editable install puts a finder of its
-# own before sys.path, and here the copied tree alone is wanted.
+# Python runs this first in the processes that a test starts: an editable install puts a finder of its own
+# before sys.path, and here the copied tree alone is wanted.
 SITE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "eson" not in type(finder).__name__]
 """
 
-RUN = """
-import sys
-import vhostsync._shim
-assert vhostsync._shim.__file__.startswith(sys.argv[1]), vhostsync._shim.__file__
-import pytest
-raise SystemExit(pytest.main(sys.argv[2:]))
-"""
+# What every test loads and no mutation changes: loaded once, by a process that then forks one for each test.
+LOADED_ONCE = ["pytest", "hypothesis.stateful", "anyio._backends._asyncio", "structlog", "_cffi_backend"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(LOADED_ONCE)
 
 
 class MutationError(Exception):
@@ -80,7 +83,7 @@ class Workshop:
             "setup",
             "build",
             "-Dextension=enabled",
-            "-Dc_tests=false",
+            "-Dcore_tests=false",
             "-Doptimization=0",
             "-Ddebug=false",
         )
@@ -94,26 +97,29 @@ class Workshop:
             raise MutationError(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
 
     def build(self) -> None:
-        self._build_tool("-m", "mesonbuild.mesonmain", "compile", "-C", "build")
-        for name in ("_shim", "_testing"):  # the second is what tests/testing_library.py loads
-            (built,) = (self.folder / "build" / "c_shim").glob(f"{name}.*.so")
-            shutil.copy2(built, self.folder / "vhostsync")
+        """The two extensions alone; the second is what tests/testing_library.py loads."""
+        names = [f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_shim", "_testing")]
+        self._build_tool("-m", "ninja", "-C", "build", *(f"c_shim/{name}" for name in names))
+        for name in names:
+            shutil.copy2(self.folder / "build" / "c_shim" / name, self.folder / "vhostsync")
 
     def test(self, tests: Sequence[str]) -> tuple[int, str]:
         """pytest's exit status (negative: killed by a signal) and what it said."""
-        command = [sys.executable, "-c", RUN, os.fspath(self.folder)]
-        command += ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-o", "timeout=40", *tests]
-        environment = dict(
-            os.environ, PYTHONPATH=os.fspath(self.folder), VHOSTSYNC_TEST_TIMEOUT_S="2",
-            PYTHONDONTWRITEBYTECODE="1",
-        )  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
-            )
-        except subprocess.TimeoutExpired:
+        output = self.folder / "said"
+        process = FORKS.Process(target=_run_pytest, args=(self.folder, output, tests))
+        process.start()
+        process.join(LIMIT_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
             return -1, "time limit"
-        return done.returncode, done.stdout + done.stderr
+        return process.exitcode, output.read_text(errors="replace")
+
+    def fails_unchanged(self, mutations: Sequence[Mutation]) -> str | None:
+        """What the mutations' tests say if they fail on the sound tree."""
+        self.build()
+        status, said = self.test(sorted({mutation.test for mutation in mutations}))
+        return said[-2000:] if status != 0 else None
 
     def try_out(self, mutation: Mutation) -> str | None:
         """How the mutation was caught, or None: it was not. MutationError."""
@@ -132,6 +138,30 @@ class Workshop:
         return _reason(status, said) if status != 0 else None
 
 
+def _run_pytest(folder: Path, output: Path, tests: Sequence[str]) -> None:
+    """In a process of its own, which has loaded nothing of this tree that it would not load again."""
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ |= {
+        "PYTHONPATH": os.fspath(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "VHOSTSYNC_TEST_TIMEOUT_S": "2",
+    }
+    sys.dont_write_bytecode = True
+    sys.path[:] = [os.fspath(folder), *(path for path in sys.path if path not in ("", os.fspath(ROOT)))]
+    exec(SITE)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "vhostsync")]:
+        del sys.modules[name]
+    shim = importlib.import_module("vhostsync._shim")
+    assert str(shim.__file__).startswith(os.fspath(folder)), shim.__file__
+    # Assertions of plugins are not of interest, and some of those are loaded already.
+    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-o", "timeout=40"]
+    words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    raise SystemExit(int(pytest.main([*words, *tests])))
+
+
 def _reason(status: int, said: str) -> str:
     """The first line that says what went wrong."""
     if status < -1:
@@ -142,34 +172,39 @@ def _reason(status: int, said: str) -> str:
 
 def run(mutations: Sequence[Mutation], workers: int) -> list[str]:
     """Tries all of them; what went wrong, a line each. Empty: every one was caught."""
-    failures: list[str] = []
+    # Those of a file share a build of all other files.
+    by_file = sorted(mutations, key=lambda mutation: mutation.file)
+    groups = [list(group) for _, group in itertools.groupby(by_file, key=lambda mutation: mutation.file)]
     with tempfile.TemporaryDirectory(prefix="mutations-") as top:
         workshops: SimpleQueue[Workshop] = SimpleQueue()
         for number in range(workers):
             workshops.put(Workshop(Path(top) / str(number)))
         sound = workshops.get()
-        sound.build()
-        status, said = sound.test(sorted({mutation.test for mutation in mutations}))
+        said = sound.fails_unchanged(mutations)
         workshops.put(sound)
-        if status != 0:
-            return [f"the tests fail without any mutation:\n{said[-2000:]}"]
+        if said is not None:
+            return [f"the tests fail without any mutation:\n{said}"]
 
-        def one(mutation: Mutation) -> str | None:
-            workshop = workshops.get()
+        def one(mutation: Mutation, workshop: Workshop) -> str | None:
             try:
                 caught = workshop.try_out(mutation)
             except MutationError as error:
                 return f"{mutation.name}: {error}"
-            finally:
-                workshops.put(workshop)
             print(f"{mutation.name}: {caught or 'SURVIVED'}"[:160], flush=True)
             return (
                 None if caught else f"{mutation.name}: {mutation.test} does not notice it ({mutation.rule})"
             )
 
+        def one_file(group: list[Mutation]) -> list[str | None]:
+            workshop = workshops.get()
+            try:
+                return [one(mutation, workshop) for mutation in group]
+            finally:
+                workshops.put(workshop)
+
         with ThreadPoolExecutor(workers) as pool:
-            failures = [failure for failure in pool.map(one, mutations) if failure]
-    return failures
+            tried = pool.map(one_file, sorted(groups, key=len, reverse=True))
+            return [failure for group in tried for failure in group if failure]
 
 
 def main() -> int:

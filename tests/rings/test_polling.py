@@ -69,6 +69,7 @@ def _write_and_flush(r: Rig, seed: int, disk_takes_s: float) -> None:
     r.guest.wait(flush)
 
 
+@pytest.mark.alone
 def test_around_flushes_a_quick_disk_is_waited_for_awake_and_a_slow_one_is_not() -> None:
     with rig(poll_us=lib.VS_POLL_AUTO) as r:
         r.source.hold(DiskOp.FLUSH)
