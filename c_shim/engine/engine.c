@@ -27,17 +27,6 @@
 /* How long the end waits for a destination (or source) that does not answer. */
 #define QUIT_PATIENCE_NS 2000000000u
 
-void engine_report_io_error(struct vs_engine *e, uint32_t role, const struct disk_io *io)
-{
-    struct vs_event event = {.kind = VS_EV_IO_ERROR,
-                             .result = io->result,
-                             .disk_role = role,
-                             .op = io->kind,
-                             .offset = io->kind == VS_DISK_FLUSH ? 0 : io->offset,
-                             .length = io->kind == VS_DISK_FLUSH ? 0 : io->length};
-    mailbox_post(&e->mailbox, &event);
-}
-
 /* ---- commands ------------------------------------------------------------ */
 
 static void record_written(struct vs_engine *e, uint64_t error)
@@ -278,7 +267,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     attachments_check_deadlines(e);
     attachments_check_memory(e);
     gate_pump(e);
-    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.disk || e->mirror.former); /* after all that may change a disk */
+    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->destination.disk || e->destination.former); /* after all that may change a disk */
     io_threads_wake(&e->host.threads);
 }
 
@@ -293,8 +282,8 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 
 static bool idle_for_good(const struct vs_engine *e)
 {
-    return e->source->stats.in_flight == 0 && (!e->mirror.disk || e->mirror.disk->stats.in_flight == 0) &&
-           (!e->mirror.former || e->mirror.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->outside && !e->activity.in_flight && !e->heartbeat.in_flight && list_empty(&e->host.done);
+    return e->source->stats.in_flight == 0 && (!e->destination.disk || e->destination.disk->stats.in_flight == 0) &&
+           (!e->destination.former || e->destination.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->outside && !e->activity.in_flight && !e->heartbeat.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
@@ -510,9 +499,9 @@ void vs_engine_destroy(vs_engine *e)
         return; /* a disk still owns buffers: they stay mapped until the process ends */
     pthread_join(e->thread, NULL);
     disk_close(e->source);
-    if (e->mirror.disk)
-        disk_close(e->mirror.disk);
-    if (e->mirror.former)
-        disk_close(e->mirror.former);
+    if (e->destination.disk)
+        disk_close(e->destination.disk);
+    if (e->destination.former)
+        disk_close(e->destination.former);
     free_engine(e);
 }

@@ -21,6 +21,7 @@
 #include "clock.h"
 #include "copier.h"
 #include "counts.h"
+#include "destination.h"
 #include "difference.h"
 #include "dirty_log.h"
 #include "dirty_map.h"
@@ -149,6 +150,7 @@ struct vs_engine {
     struct throttle throttle;
     bool write_cache; /* config space WCE, as the guest on the active attachment has set it */
     struct guest_flush flush;
+    struct destination destination;
     struct mirror mirror;
     struct replicator replicator;
     struct copier copier;

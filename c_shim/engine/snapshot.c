@@ -13,7 +13,7 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->mirror_state = e->mirror.state;
     s->gated = e->gate != GATE_OPEN;
     s->record_pending = e->mirror.record != RECORD_WRITTEN;
-    s->fenced = e->mirror.former ? e->mirror.former->stats.in_flight + !e->mirror.former->stats.in_flight : 0;
+    s->fenced = e->destination.former ? e->destination.former->stats.in_flight + !e->destination.former->stats.in_flight : 0;
     s->write_cache = e->write_cache;
     s->active_attachment = e->active ? (uint32_t)(e->active - e->attachment) : VS_MAX_ATTACHMENTS;
     s->counts = e->counts;
@@ -58,8 +58,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->pause_ns = e->mirror.paused ? engine_now(e) - e->mirror.paused_since_ns : 0;
     s->pause_released = e->mirror.pause_released;
     s->disk[VS_SOURCE] = e->source->stats;
-    if (e->mirror.disk)
-        s->disk[VS_DESTINATION] = e->mirror.disk->stats;
+    if (e->destination.disk)
+        s->disk[VS_DESTINATION] = e->destination.disk->stats;
 }
 
 void snapshot_take(struct vs_engine *e)

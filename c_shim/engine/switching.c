@@ -115,7 +115,7 @@ static bool drained(const struct vs_engine *e)
 {
     /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
     return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&
-           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->mirror.disk->stats.in_flight == 0;
+           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->destination.disk->stats.in_flight == 0;
 }
 
 bool healed_for_good(const struct vs_engine *e)

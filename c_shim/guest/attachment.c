@@ -337,7 +337,7 @@ static void release_paused(struct vs_engine *e)
 
 void attachments_check_deadlines(struct vs_engine *e)
 {
-    if (destination_deadline_ns(e) <= engine_now(e) && mirror_attached(&e->mirror))
+    if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->destination))
         mirror_degrade(e, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
     release_paused(e);
 }

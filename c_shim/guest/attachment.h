@@ -28,7 +28,4 @@ void queue_break(struct queue *q, uint32_t breach);
 /* Shows the guest what was pushed since the last pass, one notification a ring. */
 void queues_notify(struct vs_engine *e);
 
-/* In engine.c. */
-void engine_report_io_error(struct vs_engine *e, uint32_t role, const struct disk_io *io);
-
 #endif

@@ -72,7 +72,7 @@ void poller_init(struct vs_engine *e)
 
 static bool waits_for_disk(const struct vs_engine *e)
 {
-    return e->source->stats.in_flight > 0 || (e->mirror.disk && e->mirror.disk->stats.in_flight > 0);
+    return e->source->stats.in_flight > 0 || (e->destination.disk && e->destination.disk->stats.in_flight > 0);
 }
 
 static bool flushes(const struct vs_engine *e, uint64_t now_ns)

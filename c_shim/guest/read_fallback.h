@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
+#include "destination.h"
 #include "limits.h"
 #include "list.h"
 #include "ring_alloc.h"
@@ -26,7 +26,7 @@ struct fallback_read {
     int64_t slot;
     uint8_t *buffer;
     struct iovec iov;
-    struct disk_io io;
+    struct destination_io io;
 };
 
 struct read_fallback {

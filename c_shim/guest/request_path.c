@@ -232,7 +232,7 @@ static void source_done(struct disk_io *io)
     struct request *r = container_of(io, struct request, io);
     bool writes = changes_content(r->blk.op);
     if (io->result < 0) {
-        engine_report_io_error(r->engine, VS_SOURCE, io);
+        report_io_error(&r->engine->mailbox, VS_SOURCE, io);
         if ((writes || !read_fallback_take(r, io->result)) && !source_failover_park(r, io))
             request_path_source_failed(r);
         return;

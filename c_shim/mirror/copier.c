@@ -41,9 +41,9 @@
 #define BUFFERS_BYTES ((uint64_t)COPY_DEPTH_MAX * COPY_BYTES)
 
 static void read_done(struct disk_io *io);
-static void piece_done(struct disk_io *io);
+static void piece_done(struct destination_io *io, bool current);
 static void put_next(struct region_copy *c);
-static void destination_looked(struct disk_io *io);
+static void destination_looked(struct destination_io *io, bool current);
 static void displace(struct region_copy *c);
 static void pace(struct vs_engine *e, uint64_t bytes);
 static void slot_granted(struct range_slot *slot);
@@ -115,7 +115,7 @@ bool copier_finished(const struct vs_engine *e)
 
 bool copier_current(const struct region_copy *c)
 {
-    return c->epoch == c->engine->mirror.epoch;
+    return c->epoch == c->engine->destination.epoch;
 }
 
 /* Back to the pool; its slot is given back by the caller or by the mirror's end. */
@@ -136,23 +136,35 @@ static bool yields(const struct vs_engine *e)
     return e->flush.waiting > held || e->requests_in_flight > held || engine_took_up_lately(e);
 }
 
-static void submit(struct region_copy *c, struct vs_disk *disk)
+static uint64_t round_now(const struct region_copy *c)
 {
-    const struct vs_engine *e = c->engine;
-    c->pace_round = yields(e) ? e->copier.pace.round : 0;
-    disk_submit(disk, &c->io);
+    return yields(c->engine) ? c->engine->copier.pace.round : 0;
+}
+
+static void ask_source(struct region_copy *c, void (*done)(struct disk_io *io))
+{
+    c->pace_round = round_now(c);
+    c->io.io.done = done;
+    disk_submit(c->engine->source, &c->io.io);
+}
+
+static void ask_destination(struct region_copy *c, void (*done)(struct destination_io *io, bool current))
+{
+    c->pace_round = round_now(c);
+    c->io.done = done;
+    destination_submit(&c->engine->destination, &c->io);
 }
 
 static void succeeded(struct region_copy *c, enum copy_disk disk)
 {
     struct vs_engine *e = c->engine;
-    copy_pace_completed(&e->copier.pace, disk, c->pace_round, engine_now(e) - c->io.submitted_ns, engine_now(e));
+    copy_pace_completed(&e->copier.pace, disk, c->pace_round, engine_now(e) - c->io.io.submitted_ns, engine_now(e));
 }
 
 static void finish_copy(struct region_copy *c)
 {
     struct vs_engine *e = c->engine;
-    range_release(&e->mirror.slots, &c->slot);
+    range_release(&e->destination.slots, &c->slot);
     e->copier.bytes_done += c->length;
     e->copier.bytes_sparse += c->sparse;
     copier_end(c);
@@ -211,18 +223,18 @@ static uint64_t next_good(struct region_copy *c)
 }
 
 /* Of the region, "piece" bytes from "put" on. */
-static void submit_piece(struct region_copy *c, uint32_t kind, void (*done)(struct disk_io *io))
+static void submit_piece(struct region_copy *c, uint32_t kind, void (*done)(struct destination_io *io, bool current))
 {
+    struct disk_io *io = &c->io.io;
     c->iov = (struct iovec){c->buffer + c->put, (size_t)c->piece};
-    c->io.kind = kind;
-    c->io.may_unmap = true;
-    c->io.to_data_end = false;
-    c->io.offset = c->offset + c->put;
-    c->io.length = c->piece;
-    c->io.iov = &c->iov;
-    c->io.iov_count = 1;
-    c->io.done = done;
-    submit(c, c->engine->mirror.disk);
+    io->kind = kind;
+    io->may_unmap = true;
+    io->to_data_end = false;
+    io->offset = c->offset + c->put;
+    io->length = c->piece;
+    io->iov = &c->iov;
+    io->iov_count = 1;
+    ask_destination(c, done);
 }
 
 static void put_next(struct region_copy *c)
@@ -237,17 +249,17 @@ static void put_next(struct region_copy *c)
 }
 
 /* Zeroes are to come where it was looked for a hole. */
-static void destination_looked(struct disk_io *io)
+static void destination_looked(struct destination_io *io, bool current)
 {
     struct region_copy *c = container_of(io, struct region_copy, io);
-    if (!copier_current(c)) {
+    if (!current) {
         copier_end(c);
-    } else if (disk_found_hole(io)) {
+    } else if (disk_found_hole(&io->io)) {
         c->sparse += c->piece;
         c->put += c->piece;
         put_next(c);
     } else if (c->piece > COPY_BYTES) { /* it was a hole on both disks just now */
-        copy_scout_learn(&c->engine->copier.scouts[COPY_DESTINATION], io);
+        copy_scout_learn(&c->engine->copier.scouts[COPY_DESTINATION], &io->io);
         displace(c);
     } else {
         if (c->hole)
@@ -257,22 +269,14 @@ static void destination_looked(struct disk_io *io)
     }
 }
 
-static void piece_done(struct disk_io *io)
+static void piece_done(struct destination_io *io, bool current)
 {
     struct region_copy *c = container_of(io, struct region_copy, io);
-    struct vs_engine *e = c->engine;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
-    if (!copier_current(c)) {
+    if (!current) {
         copier_end(c);
         return;
     }
-    if (io->result < 0) {
-        mirror_degrade(e, VS_REASON_DESTINATION_WRITE, io->result);
-        copier_end(c);
-        return;
-    }
-    if (io->kind == VS_DISK_WRITE)
+    if (io->io.kind == VS_DISK_WRITE)
         succeeded(c, COPY_DESTINATION);
     c->put += c->piece;
     put_next(c);
@@ -301,15 +305,15 @@ void copier_was_read(struct region_copy *c)
 static void new_range_unreadable(struct region_copy *c)
 {
     struct vs_engine *e = c->engine;
-    engine_report_io_error(e, VS_SOURCE, &c->io);
-    range_release(&e->mirror.slots, &c->slot);
+    report_io_error(&e->mailbox, VS_SOURCE, &c->io.io);
+    range_release(&e->destination.slots, &c->slot);
     copier_end(c);
-    grow_stop(e, c->io.result);
+    grow_stop(e, c->io.io.result);
 }
 
 static void read_done(struct disk_io *io)
 {
-    struct region_copy *c = container_of(io, struct region_copy, io);
+    struct region_copy *c = container_of(io, struct region_copy, io.io);
     if (!copier_current(c)) {
         copier_end(c);
     } else if (io->result < 0 && c->engine->mirror.state == VS_STEADY) {
@@ -327,7 +331,7 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
 {
     struct vs_engine *e = c->engine;
     uint64_t whole = offset >> e->to_copy.region_shift << e->to_copy.region_shift; /* of a region, a part may do */
-    c->epoch = e->mirror.epoch;
+    c->epoch = e->destination.epoch;
     c->step = COPY_READING;
     c->offset = offset;
     c->length = length;
@@ -335,12 +339,12 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     c->sparse = 0;
     c->hole = false;
     c->bad.count = 0;
-    c->io.thread = io_thread_beside(&e->host.threads, (unsigned)(c - e->copier.copies));
+    c->io.io.thread = io_thread_beside(&e->host.threads, (unsigned)(c - e->copier.copies));
     e->copier.in_use++;
     e->copier.cursor = offset + length;
     difference_mark(e, offset, length);
     dirty_map_clear(&e->to_copy, whole, offset + length - whole);
-    range_take(&e->mirror.slots, &c->slot, offset, length);
+    range_take(&e->destination.slots, &c->slot, offset, length);
 }
 
 /* By the speed limit. */
@@ -352,17 +356,16 @@ static void pace(struct vs_engine *e, uint64_t bytes)
 
 static void start_reading(struct region_copy *c)
 {
-    struct vs_engine *e = c->engine;
+    struct disk_io *io = &c->io.io;
     assert(c->length <= COPY_BYTES);
     c->iov = (struct iovec){c->buffer, (size_t)c->length};
-    c->io.kind = VS_DISK_READ;
-    c->io.offset = c->offset;
-    c->io.length = c->length;
-    c->io.iov = &c->iov;
-    c->io.iov_count = 1;
-    c->io.done = read_done;
-    pace(e, c->length);
-    submit(c, e->source);
+    io->kind = VS_DISK_READ;
+    io->offset = c->offset;
+    io->length = c->length;
+    io->iov = &c->iov;
+    io->iov_count = 1;
+    pace(c->engine, c->length);
+    ask_source(c, read_done);
 }
 
 /* The first run at or after "from". In steady nothing of what the guest can write to already, and the region across
@@ -386,7 +389,7 @@ static bool find_run(const struct vs_engine *e, uint64_t from, uint64_t most, ui
 static void displace(struct region_copy *c)
 {
     struct vs_engine *e = c->engine;
-    range_release(&e->mirror.slots, &c->slot);
+    range_release(&e->destination.slots, &c->slot);
     dirty_map_set(&e->to_copy, c->offset, c->length);
     e->copier.cursor = c->offset;
     copier_end(c);
@@ -395,7 +398,7 @@ static void displace(struct region_copy *c)
 /* Whether it still was a hole when it had its place. */
 static void hole_looked(struct disk_io *io)
 {
-    struct region_copy *c = container_of(io, struct region_copy, io);
+    struct region_copy *c = container_of(io, struct region_copy, io.io);
     if (!copier_current(c)) {
         copier_end(c);
     } else if (disk_found_hole(io)) {
@@ -433,12 +436,11 @@ static bool start_hole(struct region_copy *c, uint64_t offset, uint64_t run)
         return false;
     place(c, offset, length);
     c->step = COPY_LOOKING;
-    c->io.kind = VS_DISK_EXTENTS;
-    c->io.to_data_end = false;
-    c->io.offset = offset;
-    c->io.length = length;
-    c->io.done = hole_looked;
-    submit(c, e->source);
+    c->io.io.kind = VS_DISK_EXTENTS;
+    c->io.io.to_data_end = false;
+    c->io.io.offset = offset;
+    c->io.io.length = length;
+    ask_source(c, hole_looked);
     return true;
 }
 
@@ -447,7 +449,7 @@ static bool is_known(struct vs_engine *e, uint64_t offset)
 {
     struct copy_scout *scouts = e->copier.scouts;
     return copy_scout_knows(&scouts[COPY_SOURCE], e->source, offset) &&
-           (!scouts[COPY_SOURCE].hole || copy_scout_knows(&scouts[COPY_DESTINATION], e->mirror.disk, offset));
+           (!scouts[COPY_SOURCE].hole || copy_scout_knows(&scouts[COPY_DESTINATION], e->destination.disk, offset));
 }
 
 /* ---- what is begun ------------------------------------------------------- */

@@ -11,7 +11,7 @@
 
 #include "copy_pace.h"
 #include "copy_scout.h"
-#include "disk.h"
+#include "destination.h"
 #include "limits.h"
 #include "range_set.h"
 #include "range_slots.h"
@@ -37,7 +37,7 @@ struct region_copy {
     uint8_t *buffer;   /* COPY_BYTES */
     struct iovec iov;
     struct range_slot slot;
-    struct disk_io io;
+    struct destination_io io; /* of either disk: one after the other */
 };
 
 struct copier {

@@ -26,14 +26,15 @@ static uint64_t at_most(uint64_t a, uint64_t b)
 
 static void read_piece(struct region_copy *c)
 {
+    struct disk_io *io = &c->io.io;
     assert(c->piece > 0 && c->rescued + c->piece <= c->length);
     c->iov = (struct iovec){c->buffer + c->rescued, (size_t)c->piece};
-    c->io.offset = c->offset + c->rescued;
-    c->io.length = c->piece;
-    c->io.iov = &c->iov;
-    c->io.iov_count = 1;
-    c->io.done = piece_read;
-    disk_submit(c->engine->source, &c->io);
+    io->offset = c->offset + c->rescued;
+    io->length = c->piece;
+    io->iov = &c->iov;
+    io->iov_count = 1;
+    io->done = piece_read;
+    disk_submit(c->engine->source, io);
 }
 
 void rescue_start(struct region_copy *c)
@@ -45,25 +46,25 @@ void rescue_start(struct region_copy *c)
 
 static void give_up_piece(struct region_copy *c)
 {
-    c->rescue_error = c->io.result;
-    range_set_add(&c->bad, c->io.offset, c->io.length);
-    range_set_add(&c->engine->unreadable, c->io.offset, c->io.length);
+    c->rescue_error = c->io.io.result;
+    range_set_add(&c->bad, c->io.io.offset, c->io.io.length);
+    range_set_add(&c->engine->unreadable, c->io.io.offset, c->io.io.length);
 }
 
 /* One report for each stretch, not for each piece of it. */
 static void report(struct region_copy *c)
 {
     for (uint32_t i = 0; i < c->bad.count; i++) {
-        c->io.offset = c->bad.range[i].offset;
-        c->io.length = c->bad.range[i].length;
-        c->io.result = c->rescue_error;
-        engine_report_io_error(c->engine, VS_SOURCE, &c->io);
+        c->io.io.offset = c->bad.range[i].offset;
+        c->io.io.length = c->bad.range[i].length;
+        c->io.io.result = c->rescue_error;
+        report_io_error(&c->engine->mailbox, VS_SOURCE, &c->io.io);
     }
 }
 
 static void piece_read(struct disk_io *io)
 {
-    struct region_copy *c = container_of(io, struct region_copy, io);
+    struct region_copy *c = container_of(io, struct region_copy, io.io);
     uint64_t next = RESCUE_BYTES;
     if (!copier_current(c)) {
         copier_end(c);

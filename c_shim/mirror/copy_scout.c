@@ -8,7 +8,7 @@ static void scouted(struct disk_io *io)
 {
     struct copy_scout *s = container_of(io, struct copy_scout, io);
     s->asking = false;
-    if (s->epoch == s->engine->mirror.epoch) /* else it was another disk's answer */
+    if (s->epoch == s->engine->destination.epoch) /* else it was another disk's answer */
         copy_scout_learn(s, io);
 }
 
@@ -37,10 +37,10 @@ bool copy_scout_knows(struct copy_scout *s, struct vs_disk *disk, uint64_t offse
     struct vs_engine *e = s->engine;
     if (s->asking)
         return false;
-    if (s->epoch == e->mirror.epoch && offset >= s->from && offset < s->end)
+    if (s->epoch == e->destination.epoch && offset >= s->from && offset < s->end)
         return true;
     s->asking = true;
-    s->epoch = e->mirror.epoch;
+    s->epoch = e->destination.epoch;
     s->io.offset = offset;
     s->io.length = e->to_copy.capacity_bytes - offset;
     disk_submit(disk, &s->io);

@@ -46,7 +46,7 @@
 #define SETTLE_WORDS 4096u
 
 static void source_flushed(struct disk_io *io);
-static void destination_flushed(struct disk_io *io);
+static void destination_flushed(struct destination_io *io, bool current);
 
 static uint64_t interval_ns(const struct vs_engine *e)
 {
@@ -70,7 +70,7 @@ int difference_init(struct vs_engine *e)
     uint64_t capacity = e->config.capacity_bytes;
     uint32_t region = e->config.dirty_region_bytes;
     int rc;
-    d->source_io.kind = d->destination_io.kind = VS_DISK_FLUSH;
+    d->source_io.kind = d->destination_io.io.kind = VS_DISK_FLUSH;
     d->source_io.done = source_flushed;
     d->destination_io.done = destination_flushed;
     if ((rc = dirty_map_init(&d->differs, capacity, region)) < 0 ||
@@ -95,7 +95,7 @@ void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length)
     if (!d->tracked)
         return;
     dirty_map_set(&d->differs, offset, length);
-    if (!mirror_attached(&e->mirror))
+    if (!destination_attached(&e->destination))
         return; /* it will be copied, and then marked again */
     if (d->recent.dirty == 0 && d->step == CHECKPOINT_NONE && d->next_ns < engine_now(e))
         d->next_ns = engine_now(e) + interval_ns(e);
@@ -185,11 +185,11 @@ static void flush_both(struct vs_engine *e)
     d->step = CHECKPOINT_FLUSHING;
     d->flushes = 2;
     d->flush_failed = false;
-    d->epoch = e->mirror.epoch;
+    d->epoch = e->destination.epoch;
     d->source_generation = e->counts.source_generation;
     d->destination_prefix = e->counts.mirrored_known ? e->counts.writes_mirrored : 0;
     disk_submit(e->source, &d->source_io);
-    disk_submit(e->mirror.disk, &d->destination_io);
+    destination_submit(&e->destination, &d->destination_io);
 }
 
 static void flushed(struct vs_engine *e, bool failed)
@@ -198,7 +198,7 @@ static void flushed(struct vs_engine *e, bool failed)
     d->flushes--;
     d->flush_failed |= failed;
     e->flush.dirty = true;
-    if (d->flushes > 0 || d->step != CHECKPOINT_FLUSHING || d->epoch != e->mirror.epoch)
+    if (d->flushes > 0 || d->step != CHECKPOINT_FLUSHING || d->epoch != e->destination.epoch)
         return;
     if (d->flush_failed) {
         dirty_map_add(&d->recent, &d->settling);
@@ -213,23 +213,18 @@ static void source_flushed(struct disk_io *io)
 {
     struct vs_engine *e = container_of(io, struct vs_engine, difference.source_io);
     if (io->result < 0)
-        engine_report_io_error(e, VS_SOURCE, io);
-    else if (e->difference.epoch == e->mirror.epoch)
+        report_io_error(&e->mailbox, VS_SOURCE, io);
+    else if (e->difference.epoch == e->destination.epoch)
         counts_source_flushed(&e->counts, e->difference.source_generation);
     flushed(e, io->result < 0);
 }
 
-static void destination_flushed(struct disk_io *io)
+static void destination_flushed(struct destination_io *io, bool current)
 {
     struct vs_engine *e = container_of(io, struct vs_engine, difference.destination_io);
-    bool current = e->difference.epoch == e->mirror.epoch;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
-    if (current && io->result < 0)
-        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
-    else if (current && e->counts.mirrored_known)
+    if (current && e->counts.mirrored_known)
         counts_destination_flushed(&e->counts, e->difference.destination_prefix);
-    flushed(e, io->result < 0);
+    flushed(e, io->io.result < 0);
 }
 
 static bool region_is_kept(const struct vs_engine *e, uint64_t region)
@@ -274,7 +269,7 @@ static bool begins(const struct vs_engine *e)
 /* The one that begins with ahead covers all that was on its way then, a repair too. */
 static bool held_up(const struct vs_engine *e)
 {
-    return e->mirror.state == VS_AHEAD && (e->difference.flushes || e->copier.in_use || e->mirror.disk->stats.in_flight);
+    return e->mirror.state == VS_AHEAD && (e->difference.flushes || e->copier.in_use || e->destination.disk->stats.in_flight);
 }
 
 static bool counts_cover(const struct vs_engine *e)

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #include "dirty_map.h"
-#include "disk.h"
+#include "destination.h"
 
 struct vs_engine;
 
@@ -35,7 +35,8 @@ struct difference {
     unsigned flushes;          /* of its own, in flight */
     bool flush_failed;
     uint64_t source_generation, destination_prefix; /* G and M when they began */
-    struct disk_io source_io, destination_io;
+    struct disk_io source_io;
+    struct destination_io destination_io;
 };
 
 int difference_init(struct vs_engine *e);

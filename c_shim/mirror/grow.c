@@ -31,7 +31,7 @@ static int check(const struct vs_engine *e, uint64_t capacity_bytes, uint64_t so
         return -EBUSY;
     if (capacity_bytes <= e->config.capacity_bytes || capacity_bytes % e->config.block_bytes)
         return -EINVAL;
-    if (source_bytes < capacity_bytes || (mirror_attached(&e->mirror) && destination_bytes < capacity_bytes))
+    if (source_bytes < capacity_bytes || (destination_attached(&e->destination) && destination_bytes < capacity_bytes))
         return -ENOSPC;
     return 0;
 }
@@ -76,7 +76,7 @@ static void measured(struct disk_io *io)
 
 void grow_measure(struct vs_engine *e, uint64_t token, uint64_t role)
 {
-    struct vs_disk *disk = role == VS_SOURCE ? e->source : e->mirror.disk;
+    struct vs_disk *disk = role == VS_SOURCE ? e->source : e->destination.disk;
     struct size_question *q = &e->grow.size_question[role != VS_SOURCE];
     if (!disk || q->asked) {
         mailbox_done(&e->mailbox, token, disk ? -EBUSY : -ENOTCONN, 0);
@@ -107,23 +107,17 @@ void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, ui
     e->source->bytes = source_bytes;
     difference_mark(e, old, capacity_bytes - old);
     e->grow.running = true;
-    if (!mirror_attached(&e->mirror))
+    if (!destination_attached(&e->destination))
         return; /* the rest is grow_pump()'s */
-    e->mirror.disk->bytes = destination_bytes;
+    e->destination.disk->bytes = destination_bytes;
     copier_add(e, old, capacity_bytes - old);
 }
 
-static void flushed(struct disk_io *io)
+static void flushed(struct destination_io *io, bool current)
 {
     struct vs_engine *e = container_of(io, struct vs_engine, grow.flush);
     e->grow.flushing = false;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
-    if (!e->grow.running || e->grow.epoch != e->mirror.epoch)
-        return; /* stopped; or grow_pump() finds that it is lost */
-    if (io->result < 0)
-        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
-    else
+    if (e->grow.running && current) /* not stopped; and if it is lost, grow_pump() finds that */
         finish(e);
 }
 
@@ -163,8 +157,7 @@ void grow_pump(struct vs_engine *e)
     if (!copier_finished(e))
         return;
     g->flushing = true;
-    g->epoch = e->mirror.epoch;
-    g->flush.kind = VS_DISK_FLUSH;
+    g->flush.io.kind = VS_DISK_FLUSH;
     g->flush.done = flushed;
-    disk_submit(e->mirror.disk, &g->flush);
+    destination_submit(&e->destination, &g->flush);
 }

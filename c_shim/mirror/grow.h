@@ -8,7 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
+#include "destination.h"
 
 struct vs_engine;
 
@@ -26,8 +26,7 @@ struct grow {
     bool undoing;        /* it was stopped, and the maps are still those of the larger disk */
     uint64_t token;
     uint64_t capacity_bytes;
-    uint64_t epoch;      /* of the mirror, when the flush began */
-    struct disk_io flush;
+    struct destination_io flush;
     struct size_question size_question[2]; /* by enum vs_disk_role */
 };
 

@@ -22,12 +22,12 @@
 #include "engine.h"
 
 static void source_flushed(struct disk_io *io);
-static void destination_flushed(struct disk_io *io);
+static void destination_flushed(struct destination_io *io, bool current);
 
 void guest_flush_init(struct vs_engine *e)
 {
     list_init(&e->flush.waiters);
-    e->flush.source_io.kind = e->flush.destination_io.kind = VS_DISK_FLUSH;
+    e->flush.source_io.kind = e->flush.destination_io.io.kind = VS_DISK_FLUSH;
     e->flush.source_io.done = source_flushed;
     e->flush.destination_io.done = destination_flushed;
 }
@@ -82,7 +82,7 @@ static void source_flushed(struct disk_io *io)
         counts_source_flushed(&e->counts, f->source_generation);
         return;
     }
-    engine_report_io_error(e, VS_SOURCE, io);
+    report_io_error(&e->mailbox, VS_SOURCE, io);
     if (!source_failover_park_flush(e, io, f->source_number))
         guest_flush_source_failed(e, f->source_number, io->result);
 }
@@ -106,23 +106,16 @@ static void flush_destination(struct vs_engine *e)
     struct guest_flush *f = &e->flush;
     f->destination_in_flight = true;
     f->destination_prefix = e->counts.writes_mirrored; /* at its beginning, not at its end */
-    f->destination_epoch = e->mirror.epoch;
-    disk_submit(e->mirror.disk, &f->destination_io);
+    destination_submit(&e->destination, &f->destination_io);
 }
 
-static void destination_flushed(struct disk_io *io)
+static void destination_flushed(struct destination_io *io, bool current)
 {
     struct vs_engine *e = container_of(io, struct vs_engine, flush.destination_io);
     struct guest_flush *f = &e->flush;
     f->destination_in_flight = false;
     f->dirty = true;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
-    if (f->destination_epoch != e->mirror.epoch)
-        return;
-    if (io->result < 0)
-        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
-    else if (e->mirror.state == VS_STEADY) /* not ahead meanwhile */
+    if (current && e->mirror.state == VS_STEADY) /* not ahead meanwhile */
         counts_destination_flushed(&e->counts, f->destination_prefix);
 }
 

@@ -10,7 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
+#include "destination.h"
 #include "list.h"
 
 struct vs_engine;
@@ -32,12 +32,12 @@ struct guest_flush {
     unsigned waiting;
     unsigned guest_waiting, guest_released; /* of these: a guest's, and those that no pause holds */
     bool dirty; /* something changed that may let waiters go */
-    struct disk_io source_io, destination_io;
+    struct disk_io source_io;
+    struct destination_io destination_io;
     bool source_in_flight, destination_in_flight;
     uint64_t source_number;      /* of the source flush that began last */
     uint64_t source_generation;  /* G when it began */
     uint64_t destination_prefix; /* M when it began */
-    uint64_t destination_epoch;
     uint64_t answered_ns; /* when somebody was let go last */
 };
 

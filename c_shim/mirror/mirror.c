@@ -7,14 +7,19 @@
 #include "attachment.h"
 #include "engine.h"
 
-static void steady_flushed(struct disk_io *io);
+static void steady_flushed(struct destination_io *io, bool current);
+
+static void destination_lost(struct destination *d, uint32_t reason, int error)
+{
+    mirror_degrade(container_of(d, struct vs_engine, destination), reason, error);
+}
 
 void mirror_init(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
-    m->epoch = m->capture_epoch = 1;
-    range_slots_init(&m->slots);
-    m->steady_flush.kind = VS_DISK_FLUSH;
+    destination_init(&e->destination, &e->mailbox, destination_lost);
+    m->capture_epoch = 1;
+    m->steady_flush.io.kind = VS_DISK_FLUSH;
     m->steady_flush.done = steady_flushed;
 }
 
@@ -35,16 +40,14 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, uint32_t flags)
 {
     struct mirror *m = &e->mirror;
     bool resync = flags & VS_START_RESYNC;
-    if (mirror_attached(m) || m->former || e->gate != GATE_OPEN || m->record != RECORD_WRITTEN)
+    if (destination_attached(&e->destination) || e->destination.former || e->gate != GATE_OPEN || m->record != RECORD_WRITTEN)
         return -EBUSY;
     if (disk->bytes < e->config.capacity_bytes)
         return -ENOSPC;
     if (disk->block_bytes > e->config.block_bytes || (resync && !e->difference.tracked))
         return -EINVAL;
-    disk_adopt(disk, &e->host);
-    m->disk = disk;
+    destination_attach(&e->destination, disk, &e->host);
     m->capturing = true;
-    range_slots_init(&m->slots);
     throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
     difference_attach(e, resync);
     pull_ahead_reset(e);
@@ -70,22 +73,11 @@ static void set_paused(struct vs_engine *e, bool paused)
 
 /* ---- the end of a destination ------------------------------------------ */
 
-static void former_closed(struct disk_io *closing)
-{
-    struct vs_engine *e = container_of(closing->disk->host, struct vs_engine, host);
-    struct vs_event event = {.kind = VS_EV_FENCE_CLEAR};
-    disk_free(e->mirror.former);
-    e->mirror.former = NULL;
-    mailbox_post(&e->mailbox, &event);
-}
-
-/* Closing may wait for the disk, so it is no work for this thread; the fence holds until it is over, too. */
 static void close_former(struct vs_engine *e)
 {
-    struct mirror *m = &e->mirror;
-    if (!m->former || m->former->stats.in_flight || e->replicator.in_use || e->copier.in_use)
-        return;
-    disk_close_later(m->former, former_closed);
+    const vs_disk *former = e->destination.former;
+    if (former && !former->stats.in_flight && !e->replicator.in_use && !e->copier.in_use)
+        destination_close_former(&e->destination);
 }
 
 static void left_source_closed(struct disk_io *closing)
@@ -115,22 +107,19 @@ void mirror_stop_capture(struct vs_engine *e)
 static void give_up(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
-    m->epoch++;
-    m->former = m->disk;
-    m->disk = NULL;
+    destination_give_up(&e->destination);
     m->steady_flush_in_flight = false;
     mirror_stop_capture(e);
     replicator_drop(e);
     copier_drop(e);
     difference_detach(e);
-    range_slots_init(&m->slots); /* nobody gives back a slot of a former epoch */
 }
 
 void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
 {
     struct mirror *m = &e->mirror;
     bool was_steady = m->state == VS_STEADY;
-    if (!mirror_attached(m))
+    if (!destination_attached(&e->destination))
         return;
     give_up(e);
     if (was_steady) {
@@ -144,7 +133,7 @@ void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
 
 void mirror_stop(struct vs_engine *e, uint32_t reason)
 {
-    if (mirror_attached(&e->mirror))
+    if (destination_attached(&e->destination))
         give_up(e);
     set_paused(e, false);
     if (e->mirror.state != VS_PASSTHROUGH)
@@ -166,25 +155,18 @@ static void begin_steady(struct vs_engine *e)
     if (prefix < m->joining_request)
         return;
     m->steady_flush_in_flight = true;
-    m->steady_epoch = m->epoch;
     m->steady_capture_epoch = m->capture_epoch;
     m->steady_prefix = prefix;
-    disk_submit(m->disk, &m->steady_flush);
+    destination_submit(&e->destination, &m->steady_flush);
 }
 
-static void steady_flushed(struct disk_io *io)
+static void steady_flushed(struct destination_io *io, bool current)
 {
     struct vs_engine *e = container_of(io, struct vs_engine, mirror.steady_flush);
     struct mirror *m = &e->mirror;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
-    if (m->steady_epoch != m->epoch)
+    if (!current)
         return;
     m->steady_flush_in_flight = false;
-    if (io->result < 0) {
-        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);
-        return;
-    }
     if (m->steady_capture_epoch != m->capture_epoch)
         return; /* ahead of it meanwhile */
     m->joining = false;
@@ -214,9 +196,9 @@ void mirror_pump(struct vs_engine *e)
 uint64_t mirror_deadline_ns(const struct vs_engine *e)
 {
     uint64_t oldest;
-    if (!mirror_attached(&e->mirror))
+    if (!destination_attached(&e->destination))
         return UINT64_MAX;
-    oldest = disk_oldest_ns(e->mirror.disk);
+    oldest = disk_oldest_ns(e->destination.disk);
     /* A destination that answers, but too slowly: neither a flush nor a blocked write waits longer (rule 7). */
     if (e->throttled_since_ns && e->throttled_since_ns < oldest)
         oldest = e->throttled_since_ns;
@@ -237,29 +219,26 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
 {
     struct mirror *m = &e->mirror;
     bool keep = flags & VS_EXCHANGE_KEEP;
-    vs_disk *old = e->source;
+    vs_disk *old = e->source, *new = e->destination.disk;
     if (m->state != VS_STEADY)
         return -ENOTCONN;
     if (e->gate != GATE_CLOSED || ranges_forbid(e, flags) || (keep && !e->counts.source_flush_known))
         return -EBUSY;
     if (m->differs && !(flags & VS_EXCHANGE_DIFFERENT))
         return -EBADE;
-    if (e->source->stats.in_flight || m->disk->stats.in_flight)
+    if (e->source->stats.in_flight || new->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */
     assert((e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log));
     counts_exchange(&e->counts, keep);
-    e->source = m->disk;
+    e->source = destination_exchange(&e->destination, keep ? old : NULL);
     e->flush.dirty = true;
     if (keep) {
-        m->disk = old;
         mirror_post(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
         return 0;
     }
     e->doubt.count = e->unreadable.count = 0; /* they spoke of the old source */
     spared_forget(e);
-    m->disk = NULL;
     m->capturing = false;
-    m->epoch++;
     m->capture_epoch++;
     m->uncaptured_writes += m->captured_writes; /* of those that are parked */
     m->captured_writes = 0;

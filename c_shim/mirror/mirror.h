@@ -12,10 +12,9 @@
  * With on_destination_error=pause the guest's flushes wait from a failure in steady
  * on, until steady is reached again or somebody says stop.
  *
- * "epoch" changes whenever a destination is given up: what was captured for a
- * former one finds that out when it completes, and moves no count.
- * "capture_epoch" changes whenever capture ends, and so also when the guest gets
- * ahead of a destination that stays.
+ * "capture_epoch" changes whenever capture ends: what was captured before finds that
+ * out when it completes, and moves no count. So also when the guest gets ahead of a
+ * destination that stays; when one is given up, its epoch changes too (destination.h).
  */
 #ifndef VS_MIRROR_H
 #define VS_MIRROR_H
@@ -23,29 +22,25 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
-#include "range_slots.h"
+#include "destination.h"
 
 enum record { RECORD_WRITTEN, RECORD_PENDING, RECORD_FAILED };
 
 struct mirror {
     enum vs_mirror_state state;
-    vs_disk *disk;      /* the destination; NULL: there is none */
-    vs_disk *former;    /* given up with requests in flight: fenced until they are over, and it is closed */
     unsigned left_sources; /* that are being closed, after a switch */
-    uint64_t epoch, capture_epoch;
+    uint64_t capture_epoch;
     bool capturing;     /* in syncing and steady */
     enum record record; /* pending: flushes are held until the state record says "outdated" */
     unsigned captured_writes, uncaptured_writes; /* writes in flight on the source */
-    struct range_slots slots; /* of the destination */
     /* Syncing, and all is copied: flushes asked for from now on wait for steady. Up to flush request "joining_request"
      * they may have been confirmed by the source alone, so that steady has to begin with a prefix that holds it. */
     bool joining;
     uint64_t joining_request;
-    struct disk_io steady_flush; /* the flush that makes it steady */
+    struct destination_io steady_flush; /* the flush that makes it steady */
     bool steady_flush_in_flight;
     uint64_t steady_prefix; /* what was on the destination when it began */
-    uint64_t steady_epoch, steady_capture_epoch;
+    uint64_t steady_capture_epoch;
     /* on_destination_error=pause: a steady destination was lost, and none has become steady since. Whoever waits for
      * durability waits on, in whatever state (guest_flush.c). */
     bool differs; /* found by a verification (from then on); nothing but the control plane knows when that ends */
@@ -72,10 +67,5 @@ void mirror_pump(struct vs_engine *e);
 int mirror_exchange(struct vs_engine *e, uint32_t flags);
 /* When mirror_pump() has to look again without any completion; UINT64_MAX: never. */
 uint64_t mirror_deadline_ns(const struct vs_engine *e);
-
-static inline bool mirror_attached(const struct mirror *m)
-{
-    return m->disk != NULL;
-}
 
 #endif

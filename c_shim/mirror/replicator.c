@@ -49,20 +49,13 @@ static void release(struct replica *p)
     e->replicator.in_use--;
 }
 
-static void replica_done(struct disk_io *io)
+/* A destination that has failed it is given up by now: no count may pass its entries. */
+static void replica_done(struct destination_io *io, bool current)
 {
     struct replica *p = container_of(io, struct replica, io);
     struct vs_engine *e = p->engine;
-    bool current = p->epoch == e->mirror.epoch;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
     if (current)
-        range_release(&e->mirror.slots, &p->slot);
-    if (current && io->result < 0) {
-        /* Before its entries are released: no count may pass them. */
-        mirror_degrade(e, VS_REASON_DESTINATION_WRITE, io->result);
-        current = false;
-    }
+        range_release(&e->destination.slots, &p->slot);
     release(p); /* of a former destination too: the buffers were its until now */
     if (!current)
         return;
@@ -74,24 +67,22 @@ static void replica_done(struct disk_io *io)
 static void submit(struct range_slot *slot)
 {
     struct replica *p = container_of(slot, struct replica, slot);
-    if (p->epoch != p->engine->mirror.epoch)
-        return; /* replicator_drop() is at it */
     p->submitted = true;
-    p->io.thread = io_thread_beside(&p->engine->host.threads, (unsigned)(p - p->engine->replicator.replicas));
-    disk_submit(p->engine->mirror.disk, &p->io);
+    p->io.io.thread = io_thread_beside(&p->engine->host.threads, (unsigned)(p - p->engine->replicator.replicas));
+    destination_submit(&p->engine->destination, &p->io);
 }
 
 static bool continues(const struct replica *p, const struct log_entry *next)
 {
-    return next && next->kind == LOG_WRITE && p->io.kind == VS_DISK_WRITE && p->count < REPLICA_IOV_MAX &&
-           next->offset == p->io.offset + p->io.length && p->io.length + next->length <= REPLICA_MERGE_BYTES;
+    return next && next->kind == LOG_WRITE && p->io.io.kind == VS_DISK_WRITE && p->count < REPLICA_IOV_MAX &&
+           next->offset == p->io.io.offset + p->io.io.length && p->io.io.length + next->length <= REPLICA_MERGE_BYTES;
 }
 
 static void add(struct replica *p, struct repl_log *log, const struct log_entry *entry)
 {
     if (entry->kind == LOG_WRITE)
         p->iov[p->count] = (struct iovec){entry->data, (size_t)entry->length};
-    p->io.length += entry->length;
+    p->io.io.length += entry->length;
     p->count++;
     log_take(log);
 }
@@ -112,7 +103,7 @@ void replicator_pump(struct vs_engine *e)
 {
     struct repl_log *log = &e->log;
     struct log_entry *entry;
-    if (!mirror_attached(&e->mirror))
+    if (!destination_attached(&e->destination))
         return;
     while ((entry = log_peek(log))) {
         struct replica *p;
@@ -127,22 +118,21 @@ void replicator_pump(struct vs_engine *e)
         p = container_of(list_pop(&e->replicator.free), struct replica, link);
         list_append(&e->replicator.used, &p->link);
         e->replicator.in_use++;
-        p->epoch = e->mirror.epoch;
         p->submitted = false;
         p->first = log->order_next;
         p->count = 0;
         p->slot.grant = submit;
-        p->io.kind = entry->kind == LOG_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
-        p->io.may_unmap = entry->may_unmap;
-        p->io.offset = entry->offset;
-        p->io.length = 0;
+        p->io.io.kind = entry->kind == LOG_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
+        p->io.io.may_unmap = entry->may_unmap;
+        p->io.io.offset = entry->offset;
+        p->io.io.length = 0;
         p->io.done = replica_done;
         add(p, log, entry);
         while (continues(p, entry = log_peek(log)) && !left_to_the_copy(e, entry))
             add(p, log, entry);
-        p->io.iov = p->iov;
-        p->io.iov_count = (int)p->count;
-        if (range_take(&e->mirror.slots, &p->slot, p->io.offset, p->io.length))
+        p->io.io.iov = p->iov;
+        p->io.io.iov_count = (int)p->count;
+        if (range_take(&e->destination.slots, &p->slot, p->io.io.offset, p->io.io.length))
             submit(&p->slot);
     }
 }

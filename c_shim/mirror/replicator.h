@@ -11,7 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
+#include "destination.h"
 #include "limits.h"
 #include "list.h"
 #include "range_slots.h"
@@ -22,12 +22,11 @@ struct vs_engine;
 struct replica {
     struct list link; /* free, or in use */
     struct vs_engine *engine;
-    uint64_t epoch;
     bool submitted;
     uint64_t first;   /* place in the order */
     unsigned count;   /* entries */
     struct range_slot slot;
-    struct disk_io io;
+    struct destination_io io;
     struct iovec iov[REPLICA_IOV_MAX];
 };
 

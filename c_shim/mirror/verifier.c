@@ -39,10 +39,10 @@
 #define BUFFERS_BYTES ((uint64_t)VERIFY_DEPTH * 2 * VERIFY_BYTES)
 
 static void source_read(struct disk_io *io);
-static void destination_read(struct disk_io *io);
-static void repaired(struct disk_io *io);
-static void repair_flushed(struct disk_io *io);
-static void read_back(struct disk_io *io);
+static void destination_read(struct destination_io *io, bool current);
+static void repaired(struct destination_io *io, bool current);
+static void repair_flushed(struct destination_io *io, bool current);
+static void read_back(struct destination_io *io, bool current);
 static void granted(struct range_slot *slot);
 static void scouted(struct disk_io *io);
 
@@ -97,9 +97,9 @@ int verifier_stop(struct vs_engine *e)
     return 0;
 }
 
-static bool current(const struct compare *c)
+static bool is_current(const struct compare *c)
 {
-    return c->epoch == c->engine->mirror.epoch;
+    return c->epoch == c->engine->destination.epoch;
 }
 
 static void end_compare(struct compare *c)
@@ -108,8 +108,8 @@ static void end_compare(struct compare *c)
     assert(c->reads == 0);
     if (c->holds_source)
         range_release(&e->source_slots, &c->source_slot);
-    if (c->holds_destination && current(c)) /* a former mirror's slots were given back as a whole */
-        range_release(&e->mirror.slots, &c->destination_slot);
+    if (c->holds_destination && is_current(c)) /* a former mirror's slots were given back as a whole */
+        range_release(&e->destination.slots, &c->destination_slot);
     c->holds_source = c->holds_destination = false;
     c->step = COMPARE_FREE;
     e->verifier.in_use--;
@@ -140,13 +140,13 @@ static void read_both(struct compare *c, enum compare_step step)
     c->reads = 2;
     c->source_failed = c->destination_failed = false;
     c->source_io.thread = io_thread_beside(&e->host.threads, 0);
-    c->destination_io.thread = io_thread_beside(&e->host.threads, 1);
+    c->destination_io.io.thread = io_thread_beside(&e->host.threads, 1);
     prepare(c, &c->source_io, &c->source_iov, c->source_data);
-    prepare(c, &c->destination_io, &c->destination_iov, c->destination_data);
+    prepare(c, &c->destination_io.io, &c->destination_iov, c->destination_data);
     c->source_io.done = source_read;
     c->destination_io.done = destination_read;
     disk_submit(e->source, &c->source_io);
-    disk_submit(e->mirror.disk, &c->destination_io);
+    destination_submit(&e->destination, &c->destination_io);
 }
 
 static void take_turn(struct compare *c)
@@ -191,66 +191,49 @@ static void repair(struct compare *c)
     bool free;
     c->step = COMPARE_REPAIR;
     difference_mark(e, c->offset, c->length);
-    free = range_take(&e->mirror.slots, &c->destination_slot, c->offset, c->length);
+    free = range_take(&e->destination.slots, &c->destination_slot, c->offset, c->length);
     assert(free); /* all writes of that range are on the destination, and no new one can come */
     c->holds_destination = true;
-    prepare(c, &c->destination_io, &c->destination_iov, c->source_data);
-    c->destination_io.kind = VS_DISK_WRITE;
+    prepare(c, &c->destination_io.io, &c->destination_iov, c->source_data);
+    c->destination_io.io.kind = VS_DISK_WRITE;
     c->destination_io.done = repaired;
-    disk_submit(e->mirror.disk, &c->destination_io);
+    destination_submit(&e->destination, &c->destination_io);
 }
 
-/* Whether the repair goes on. */
-static bool repair_succeeded(struct compare *c, uint32_t reason)
-{
-    struct vs_engine *e = c->engine;
-    int result = c->destination_io.result;
-    if (result < 0) {
-        engine_report_io_error(e, VS_DESTINATION, &c->destination_io);
-        if (current(c))
-            mirror_degrade(e, reason, result);
-    }
-    if (result == 0 && current(c))
-        return true;
-    end_compare(c);
-    return false;
-}
-
-static void repaired(struct disk_io *io)
+static void repaired(struct destination_io *io, bool current)
 {
     struct compare *c = container_of(io, struct compare, destination_io);
-    struct vs_engine *e = c->engine;
-    if (!repair_succeeded(c, VS_REASON_DESTINATION_WRITE))
-        return;
-    io->kind = VS_DISK_FLUSH;
-    io->done = repair_flushed;
-    disk_submit(e->mirror.disk, io);
-}
-
-static void repair_flushed(struct disk_io *io)
-{
-    struct compare *c = container_of(io, struct compare, destination_io);
-    struct vs_engine *e = c->engine;
-    if (!repair_succeeded(c, VS_REASON_DESTINATION_FLUSH))
-        return;
-    c->step = COMPARE_AGAIN;
-    prepare(c, &c->destination_io, &c->destination_iov, c->destination_data);
-    c->destination_io.done = read_back;
-    disk_submit(e->mirror.disk, &c->destination_io);
-}
-
-static void read_back(struct disk_io *io)
-{
-    struct compare *c = container_of(io, struct compare, destination_io);
-    struct vs_engine *e = c->engine;
-    if (io->result < 0)
-        engine_report_io_error(e, VS_DESTINATION, io);
-    if (!current(c)) {
+    if (!current) {
         end_compare(c);
         return;
     }
-    if (io->result == 0 && memcmp(c->source_data, c->destination_data, c->length) == 0)
-        e->verifier.bytes_repaired += c->found;
+    io->io.kind = VS_DISK_FLUSH;
+    io->done = repair_flushed;
+    destination_submit(&c->engine->destination, io);
+}
+
+static void repair_flushed(struct destination_io *io, bool current)
+{
+    struct compare *c = container_of(io, struct compare, destination_io);
+    if (!current) {
+        end_compare(c);
+        return;
+    }
+    c->step = COMPARE_AGAIN;
+    prepare(c, &io->io, &c->destination_iov, c->destination_data);
+    io->done = read_back;
+    destination_submit(&c->engine->destination, io);
+}
+
+static void read_back(struct destination_io *io, bool current)
+{
+    struct compare *c = container_of(io, struct compare, destination_io);
+    if (!current) {
+        end_compare(c);
+        return;
+    }
+    if (io->io.result == 0 && memcmp(c->source_data, c->destination_data, c->length) == 0)
+        c->engine->verifier.bytes_repaired += c->found;
     finish_compare(c);
 }
 
@@ -272,7 +255,7 @@ static void compare_exactly(struct compare *c)
 static void both_read(struct compare *c)
 {
     struct verifier *v = &c->engine->verifier;
-    if (!current(c) || c->engine->mirror.state != VS_STEADY) {
+    if (!is_current(c) || c->engine->mirror.state != VS_STEADY) {
         end_compare(c);
     } else if (c->source_failed) {
         v->bytes_skipped += c->length;
@@ -296,17 +279,16 @@ static void source_read(struct disk_io *io)
 {
     struct compare *c = container_of(io, struct compare, source_io);
     if (io->result < 0)
-        engine_report_io_error(c->engine, VS_SOURCE, io);
+        report_io_error(&c->engine->mailbox, VS_SOURCE, io);
     c->source_failed = io->result < 0;
     one_read(c);
 }
 
-static void destination_read(struct disk_io *io)
+static void destination_read(struct destination_io *io, bool current)
 {
     struct compare *c = container_of(io, struct compare, destination_io);
-    if (io->result < 0)
-        engine_report_io_error(c->engine, VS_DESTINATION, io);
-    c->destination_failed = io->result < 0;
+    (void)current; /* both_read() asks, when the source has answered too */
+    c->destination_failed = io->io.result < 0;
     one_read(c);
 }
 
@@ -318,7 +300,7 @@ static void step_on(struct compare *c)
     struct vs_engine *e = c->engine;
     if (c->step != COMPARE_TURN && c->step != COMPARE_MIRRORED)
         return;
-    if (!current(c) || e->mirror.state != VS_STEADY) {
+    if (!is_current(c) || e->mirror.state != VS_STEADY) {
         end_compare(c);
         return;
     }
@@ -342,7 +324,7 @@ static void scout(struct vs_engine *e, struct vs_disk *disk, uint64_t end)
 {
     struct verifier *v = &e->verifier;
     v->scouting = true;
-    v->scout_epoch = e->mirror.epoch;
+    v->scout_epoch = e->destination.epoch;
     v->scout.offset = v->cursor;
     v->scout.length = end - v->cursor;
     disk_submit(disk, &v->scout);
@@ -353,12 +335,12 @@ static void scouted(struct disk_io *io)
     struct verifier *v = container_of(io, struct verifier, scout);
     struct vs_engine *e = container_of(v, struct vs_engine, verifier);
     v->scouting = false;
-    if (!v->running || v->scout_epoch != e->mirror.epoch || e->mirror.state != VS_STEADY)
+    if (!v->running || v->scout_epoch != e->destination.epoch || e->mirror.state != VS_STEADY)
         return;
     if (io->data_at == io->offset)
         know(v, io->data_end, false);
     else if (io->disk == e->source)
-        scout(e, e->mirror.disk, io->data_at);
+        scout(e, e->destination.disk, io->data_at);
     else
         know(v, io->data_at, true);
 }
@@ -367,7 +349,7 @@ static void begin_compare(struct vs_engine *e, struct compare *c)
 {
     struct verifier *v = &e->verifier;
     uint64_t left = e->config.capacity_bytes - v->cursor;
-    c->epoch = e->mirror.epoch;
+    c->epoch = e->destination.epoch;
     c->offset = v->cursor;
     c->length = left < VERIFY_BYTES ? left : VERIFY_BYTES;
     v->cursor += c->length;
@@ -455,7 +437,7 @@ void verifier_mark_in_flight(struct vs_engine *e)
 {
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
         const struct compare *c = &e->verifier.compares[i];
-        if (c->step == COMPARE_REPAIR && current(c))
+        if (c->step == COMPARE_REPAIR && is_current(c))
             difference_mark(e, c->offset, c->length);
     }
 }

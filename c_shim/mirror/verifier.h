@@ -8,7 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
+#include "destination.h"
 #include "range_set.h"
 #include "limits.h"
 #include "range_slots.h"
@@ -37,7 +37,8 @@ struct compare {
     bool holds_source, holds_destination;
     uint8_t *source_data, *destination_data;
     struct iovec source_iov, destination_iov;
-    struct disk_io source_io, destination_io;
+    struct disk_io source_io;
+    struct destination_io destination_io;
     struct range_slot source_slot, destination_slot;
 };
 

@@ -159,9 +159,9 @@ MUTATIONS = [
     _m(
         "failed-destination-flush-counts",
         "a failed destination flush degrades the mirror",
-        "guest_flush.c",
-        "        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);\n    else if (",
-        "        (void)0;\n    if (",
+        "destination.c",
+        "return kind != VS_DISK_READ && kind < VS_DISK_OPS;",
+        "return kind != VS_DISK_READ && kind != VS_DISK_FLUSH && kind < VS_DISK_OPS;",
         "faults.py::test_a_failed_destination_flush_is_recorded_first_and_then_the_sources_result_decides",
     ),
     _m(
@@ -243,8 +243,8 @@ MUTATIONS = [
         "no-turns-on-the-destination",
         "rule 2: overlapping writes reach both disks in the same order",
         "replicator.c",
-        "if (range_take(&e->mirror.slots, &p->slot, p->io.offset, p->io.length))",
-        "if (range_take(&e->mirror.slots, &p->slot, p->io.offset, 512))",
+        "if (range_take(&e->destination.slots, &p->slot, p->io.io.offset, p->io.io.length))",
+        "if (range_take(&e->destination.slots, &p->slot, p->io.io.offset, 512))",
         "order.py::test_overlapping_writes_of_two_queues_take_turns",
     ),
     _m(
@@ -260,8 +260,8 @@ MUTATIONS = [
         "copy-has-no-place",
         "rule 3: a region copy takes its place in the order before its read starts",
         "copier.c",
-        "range_take(&e->mirror.slots, &c->slot, offset, length);",
-        "range_take(&e->mirror.slots, &c->slot, offset, 512);",
+        "range_take(&e->destination.slots, &c->slot, offset, length);",
+        "range_take(&e->destination.slots, &c->slot, offset, 512);",
         "order.py::test_a_stale_read_never_overtakes_a_write",
     ),
     _m(
@@ -276,7 +276,7 @@ MUTATIONS = [
         "zeroes-left-out",
         "the copy: zeroes are left out only where the destination has them",
         "copier.c",
-        "    } else if (disk_found_hole(io)) {\n        c->sparse += c->piece;",
+        "    } else if (disk_found_hole(&io->io)) {\n        c->sparse += c->piece;",
         "    } else if (true) {\n        c->sparse += c->piece;",
         "order.py::test_the_copy_overwrites_what_the_destination_held_before",
     ),
@@ -318,7 +318,7 @@ MUTATIONS = [
         "unreadable-copied",
         "rule 5: unreadable source data is never copied over a good destination",
         "copy_rescue.c",
-        "    range_set_add(&c->bad, c->io.offset, c->io.length);\n",
+        "    range_set_add(&c->bad, c->io.io.offset, c->io.io.length);\n",
         "",
         "source_failure.py::test_the_copy_goes_on_around_what_it_cannot_read",
     ),
@@ -437,16 +437,16 @@ MUTATIONS = [
         "no-stop-timeout",
         "rule 7: GET_VRING_BASE no longer than stop_timeout",
         "attachment.c",
-        "if (destination_deadline_ns(e) <= engine_now(e) && mirror_attached(&e->mirror))",
-        "if (destination_deadline_ns(e) == 1 && mirror_attached(&e->mirror))",
+        "if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->destination))",
+        "if (destination_deadline_ns(e) == 1 && destination_attached(&e->destination))",
         "faults.py::test_stopping_a_ring_waits_for_the_destination_no_longer_than_the_stop_timeout",
     ),
     _m(
         "failed-destination-write-ignored",
         "states: a destination that failed degrades the mirror",
-        "replicator.c",
-        "if (current && io->result < 0) {",
-        "if (current && io->result == -1) {",
+        "destination.c",
+        "return kind != VS_DISK_READ && kind < VS_DISK_OPS;",
+        "return kind == VS_DISK_FLUSH;",
         "faults.py::test_a_failed_destination_write_degrades_the_mirror_and_not_the_guest",
     ),
     # -- rule 8: late writes are fenced --------------------------------------------
@@ -454,8 +454,8 @@ MUTATIONS = [
         "no-fence",
         "rule 8: it cannot be attached again until every request submitted to it has completed",
         "mirror.c",
-        "if (mirror_attached(m) || m->former ||",
-        "if (mirror_attached(m) ||",
+        "if (destination_attached(&e->destination) || e->destination.former ||",
+        "if (destination_attached(&e->destination) ||",
         "faults.py::test_a_destination_that_hangs_is_given_up_and_fenced",
     ),
     _m(
@@ -470,12 +470,8 @@ MUTATIONS = [
         "late-flush-counts",
         "rule 8: completions after degrading move no count",
         "guest_flush.c",
-        "    if (f->destination_epoch != e->mirror.epoch)\n        return;\n    if (io->result < 0)\n"
-        "        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);\n"
-        "    else if (e->mirror.state == VS_STEADY) /* not ahead meanwhile */",
-        "    if (io->result < 0)\n"
-        "        mirror_degrade(e, VS_REASON_DESTINATION_FLUSH, io->result);\n"
-        "    else",
+        "    if (current && e->mirror.state == VS_STEADY) /* not ahead meanwhile */",
+        "    if (true)",
         "faults.py::test_a_destination_that_hangs_is_given_up_and_fenced",
     ),
     _m(
@@ -518,7 +514,7 @@ MUTATIONS = [
         "switching.c",
         "return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&\n"
         "           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && "
-        "e->mirror.disk->stats.in_flight == 0;",
+        "e->destination.disk->stats.in_flight == 0;",
         "return e->requests_in_flight == 0;",
         "switch.py::test_the_gate_lets_those_in_flight_finish",
     ),
@@ -792,8 +788,9 @@ MUTATIONS = [
         "repair-in-the-counts",
         "rule 4: no count says that a repair is durable, so it is flushed before it is over",
         "verifier.c",
-        "    io->kind = VS_DISK_FLUSH;\n    io->done = repair_flushed;\n    disk_submit(e->mirror.disk, io);",
-        "    repair_flushed(io);",
+        "    io->io.kind = VS_DISK_FLUSH;\n    io->done = repair_flushed;\n"
+        "    destination_submit(&c->engine->destination, io);",
+        "    repair_flushed(io, true);",
         "verify.py::test_no_count_says_that_a_repair_is_durable",
     ),
     _m(
@@ -816,7 +813,7 @@ MUTATIONS = [
         "repair-believed",
         "a repair counts when it was read back",
         "verifier.c",
-        "if (io->result == 0 && memcmp(c->source_data, c->destination_data, c->length) == 0)",
+        "if (io->io.result == 0 && memcmp(c->source_data, c->destination_data, c->length) == 0)",
         "if (true)",
         "verify.py::test_a_repair_that_does_not_stay_is_not_counted",
     ),
@@ -824,8 +821,8 @@ MUTATIONS = [
         "repair-not-flushed",
         "a repair counts when it is durable",
         "verifier.c",
-        "    disk_submit(e->mirror.disk, io);\n}\n\nstatic void repair_flushed",
-        "    io->result = 0;\n    repair_flushed(io);\n}\n\nstatic void repair_flushed",
+        "    destination_submit(&c->engine->destination, io);\n}\n\nstatic void repair_flushed",
+        "    repair_flushed(io, true);\n}\n\nstatic void repair_flushed",
         "powercut/test_found.py::test_what_is_called_repaired_is_durable",
     ),
     # -- growing -------------------------------------------------------------------
@@ -1047,8 +1044,8 @@ MUTATIONS = [
         "grown-and-not-flushed",
         "what the guest has never written is durable on the destination before the disk has grown",
         "grow.c",
-        "    disk_submit(e->mirror.disk, &g->flush);",
-        "    g->flush.result = 0;\n    flushed(&g->flush);",
+        "    destination_submit(&e->destination, &g->flush);",
+        "    flushed(&g->flush, true);",
         "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[grow]",
     ),
     _m(
@@ -1082,7 +1079,7 @@ MUTATIONS = [
         "a pause lasts until steady, not until a destination is attached",
         "guest_flush.c",
         "return e->mirror.paused && w->owner && !w->released;",
-        "return e->mirror.paused && w->owner && !w->released && !mirror_attached(&e->mirror);",
+        "return e->mirror.paused && w->owner && !w->released && !destination_attached(&e->destination);",
         "pause.py::test_a_flush_of_the_copy_is_not_confirmed_by_the_source_before_steady",
     ),
     _m(
