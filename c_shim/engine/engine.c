@@ -459,10 +459,7 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     }
     disk_adopt(source, &e->host);
     e->source = source;
-    for (uint32_t i = 0; i < config->doubt_count; i++)
-        range_set_add(&e->doubt, config->doubt[i].offset, config->doubt[i].length); /* rule 5 knows no restart */
-    for (uint32_t i = 0; i < config->spared_count; i++)
-        range_set_add(&e->spared.ranges, config->spared[i].offset, config->spared[i].length);
+    bad_ranges_load(&e->bad, config);
     start.engine = e;
     sem_init(&start.ready, 0, 0);
     sem_init(&e->ended, 0, 0);

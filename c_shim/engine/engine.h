@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "activity_log.h"
+#include "bad_ranges.h"
 #include "bell.h"
 #include "blk_request.h"
 #include "clock.h"
@@ -43,7 +44,6 @@
 #include "repl_log.h"
 #include "replicator.h"
 #include "source_failover.h"
-#include "spared.h"
 #include "switching.h"
 #include "throttle.h"
 #include "uring.h"
@@ -143,10 +143,7 @@ struct vs_engine {
     struct range_slots source_slots;
     struct repl_log log;
     struct ring_alloc bounce;
-    struct range_set doubt;      /* a write of the source failed there */
-    struct spared spared;        /* what of it no copy brings to the destination */
-    struct range_set unreadable; /* the copy could not read the source there */
-    uint64_t healed_generation;  /* of the last write that has taken something off it */
+    struct bad_ranges bad;
     struct throttle throttle;
     bool write_cache; /* config space WCE, as the guest on the active attachment has set it */
     struct guest_flush flush;

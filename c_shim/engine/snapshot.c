@@ -44,12 +44,12 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->lent = e->host.threads.lent;
     s->syscalls = e->uring.enters + e->notifications + io_threads_syscalls(&e->host.threads);
     s->requests_waiting = e->flush.waiting;
-    s->doubt_count = e->doubt.count;
-    memcpy(s->doubt, e->doubt.range, sizeof s->doubt);
-    s->spared_count = e->spared.ranges.count;
-    memcpy(s->spared, e->spared.ranges.range, sizeof s->spared);
-    s->unreadable_count = e->unreadable.count;
-    memcpy(s->unreadable, e->unreadable.range, sizeof s->unreadable);
+    s->doubt_count = e->bad.doubt.count;
+    memcpy(s->doubt, e->bad.doubt.range, sizeof s->doubt);
+    s->spared_count = e->bad.spared.count;
+    memcpy(s->spared, e->bad.spared.range, sizeof s->spared);
+    s->unreadable_count = e->bad.unreadable.count;
+    memcpy(s->unreadable, e->bad.unreadable.range, sizeof s->unreadable);
     s->reads_from_destination = e->read_fallback.answered;
     s->source_failovers = e->failover.count;
     s->failover_pending = e->failover.pending;

@@ -118,11 +118,6 @@ static bool drained(const struct vs_engine *e)
            e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->destination.disk->stats.in_flight == 0;
 }
 
-bool healed_for_good(const struct vs_engine *e)
-{
-    return e->healed_generation <= e->counts.writes_flushed;
-}
-
 void gate_pump(struct vs_engine *e)
 {
     int rc;
@@ -131,7 +126,7 @@ void gate_pump(struct vs_engine *e)
     if (e->mirror.state != VS_STEADY)
         rc = -ENOTCONN;
     else if (drained(e))
-        rc = healed_for_good(e) ? 0 : -EAGAIN;
+        rc = bad_ranges_healed(&e->bad, &e->counts) ? 0 : -EAGAIN;
     else if (engine_now(e) >= e->gate_deadline_ns)
         rc = -ETIMEDOUT;
     else

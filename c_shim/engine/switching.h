@@ -20,9 +20,6 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us);
 void gate_pump(struct vs_engine *e);
 /* Opens it; also while it closes: whoever asked for it has changed his mind. */
 void gate_cancel(struct vs_engine *e);
-/* Where the source was unreadable, the destination may lack what the guest has flushed. The write that healed it is
- * durable there: else a power cut would bring back what it had before. */
-bool healed_for_good(const struct vs_engine *e);
 
 /* The exchange, as soon as the gate is closed. */
 struct exchange {

@@ -40,8 +40,8 @@ void read_fallback_free(struct vs_engine *e)
 
 static bool trusted(const struct vs_engine *e, const struct request *r)
 {
-    return e->mirror.state == VS_STEADY && !e->mirror.differs && !range_set_overlaps(&e->doubt, r->blk.offset, r->blk.length) &&
-           !range_set_overlaps(&e->unreadable, r->blk.offset, r->blk.length);
+    return e->mirror.state == VS_STEADY && !e->mirror.differs &&
+           !bad_ranges_overlap(&e->bad, r->blk.offset, r->blk.length);
 }
 
 bool read_fallback_take(struct request *r, int error)

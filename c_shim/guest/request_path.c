@@ -166,9 +166,8 @@ static void leave_source(struct request *r)
 static void write_failed(struct request *r)
 {
     struct vs_engine *e = r->engine;
-    range_set_add(&e->doubt, r->blk.offset, r->blk.length); /* rule 5 */
-    if (still_captured(r) && e->mirror.state == VS_STEADY)
-        spared_add(e, r->blk.offset, r->blk.length);
+    bool mirrored = still_captured(r) && e->mirror.state == VS_STEADY;
+    bad_ranges_write_failed(&e->bad, r->blk.offset, r->blk.length, mirrored, &e->counts); /* rule 5 */
     if (r->entry)
         log_abandon(&e->log, r->entry);
     finish(r, VIRTIO_BLK_S_IOERR);
@@ -179,14 +178,7 @@ static void write_completed(struct request *r)
     struct vs_engine *e = r->engine;
     bool captured = still_captured(r);
     r->generation = counts_write_completed(&e->counts);
-    if (e->doubt.count) {
-        range_set_clear(&e->doubt, r->blk.offset, r->blk.length);
-        spared_clear(e, r->blk.offset, r->blk.length);
-    }
-    if (range_set_overlaps(&e->unreadable, r->blk.offset, r->blk.length)) {
-        range_set_clear(&e->unreadable, r->blk.offset, r->blk.length);
-        e->healed_generation = r->generation;
-    }
+    bad_ranges_written(&e->bad, r->blk.offset, r->blk.length, r->generation);
     if (captured)
         log_append(&e->log, r->entry, r->generation, engine_now(e));
     else if (r->entry)

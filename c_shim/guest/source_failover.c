@@ -39,8 +39,8 @@ void source_failover_init(struct vs_engine *e)
  * where the source has none. */
 static bool may_begin(const struct vs_engine *e)
 {
-    return e->config.switch_on_source_error && e->mirror.state == VS_STEADY && !e->doubt.count &&
-           !e->unreadable.count && !e->mirror.differs && healed_for_good(e);
+    return e->config.switch_on_source_error && e->mirror.state == VS_STEADY && !bad_ranges_any(&e->bad) &&
+           !e->mirror.differs && bad_ranges_healed(&e->bad, &e->counts);
 }
 
 static bool begin(struct vs_engine *e, const struct disk_io *io)

@@ -22,7 +22,7 @@
  *
  * What cannot be read (copy_rescue.c finds it out) is not put on the
  * destination, which may hold it better; neither is what is in doubt after a
- * failed write where the destination holds it better (spared.c, rule 5). It is listed and
+ * failed write where the destination holds it better (bad_ranges.c, rule 5). It is listed and
  * stays different until the guest writes there; such a write is replicated like
  * any other.
  */
@@ -82,7 +82,7 @@ void copier_start(struct vs_engine *e)
 {
     struct copier *k = &e->copier;
     dirty_map_add(&e->to_copy, &e->difference.differs);
-    e->unreadable.count = 0; /* all of it is to be copied, and will be found again */
+    bad_ranges_copy_begins(&e->bad);
     copy_pace_init(&k->pace, k->depth, 1ull << e->to_copy.region_shift, engine_now(e));
     /* The cursor stays where the last copy left off: one that always began with what the guest keeps writing
      * would come no further when it is cut off again and again. */
@@ -202,7 +202,7 @@ static bool next_piece(const struct region_copy *c, uint64_t end, uint64_t *piec
 /* Passes over what must not be put; the end of what may be from there on (in the region). */
 static uint64_t next_good(struct region_copy *c)
 {
-    const struct range_set *sets[] = {&c->bad, &c->engine->spared.ranges};
+    const struct range_set *sets[] = {&c->bad, &c->engine->bad.spared};
     bool passed = true;
     uint64_t end = 0;
     while (passed && c->put < c->length) {

@@ -48,7 +48,7 @@ static void give_up_piece(struct region_copy *c)
 {
     c->rescue_error = c->io.io.result;
     range_set_add(&c->bad, c->io.io.offset, c->io.io.length);
-    range_set_add(&c->engine->unreadable, c->io.io.offset, c->io.io.length);
+    bad_ranges_not_read(&c->engine->bad, c->io.io.offset, c->io.io.length);
 }
 
 /* One report for each stretch, not for each piece of it. */

@@ -233,14 +233,13 @@ static bool region_is_kept(const struct vs_engine *e, uint64_t region)
     uint64_t offset = region << m->region_shift, length = 1ull << m->region_shift;
     if (offset + length > m->capacity_bytes)
         length = m->capacity_bytes - offset;
-    return dirty_map_any_dirty(&e->to_copy, offset, length) ||
-           range_set_overlaps(&e->doubt, offset, length) || range_set_overlaps(&e->unreadable, offset, length);
+    return dirty_map_any_dirty(&e->to_copy, offset, length) || bad_ranges_overlap(&e->bad, offset, length);
 }
 
 static void settle(struct vs_engine *e)
 {
     struct difference *d = &e->difference;
-    bool look = e->to_copy.dirty || e->doubt.count || e->unreadable.count;
+    bool look = e->to_copy.dirty || bad_ranges_any(&e->bad);
     for (unsigned n = 0; n < SETTLE_WORDS; n++) {
         uint64_t clean;
         d->word = dirty_map_next_word(&d->settling, d->word);

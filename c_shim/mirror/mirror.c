@@ -52,7 +52,7 @@ int mirror_start(struct vs_engine *e, vs_disk *disk, uint32_t flags)
     difference_attach(e, resync);
     pull_ahead_reset(e);
     if (!(flags & VS_START_SPARE_DOUBT))
-        spared_forget(e);
+        bad_ranges_spare_none(&e->bad);
     copier_start(e);
     mirror_set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
     return 0;
@@ -95,7 +95,7 @@ void mirror_stop_capture(struct vs_engine *e)
     m->uncaptured_writes += m->captured_writes;
     m->captured_writes = 0;
     m->joining = false;
-    spared_leave_steady(e);
+    bad_ranges_leave_steady(&e->bad, &e->counts);
     counts_leave_steady(&e->counts);
     list_splice(&e->ready, &e->stalled);
     e->throttle_until_ns = 0;
@@ -183,7 +183,7 @@ void mirror_pump(struct vs_engine *e)
 {
     struct mirror *m = &e->mirror;
     close_former(e);
-    spared_pump(e);
+    bad_ranges_pump(&e->bad, &e->counts);
     if (list_empty(&e->stalled) || !engine_takes_up(e))
         engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
@@ -212,7 +212,7 @@ uint64_t mirror_deadline_ns(const struct vs_engine *e)
 /* A disk that is left behind with such ranges is no mirror of the other: they may differ there for ever. */
 static bool ranges_forbid(const struct vs_engine *e, uint32_t flags)
 {
-    return (e->doubt.count || e->unreadable.count) && (flags & ~VS_EXCHANGE_DIFFERENT) != VS_EXCHANGE_ACCEPT;
+    return bad_ranges_any(&e->bad) && (flags & ~VS_EXCHANGE_DIFFERENT) != VS_EXCHANGE_ACCEPT;
 }
 
 int mirror_exchange(struct vs_engine *e, uint32_t flags)
@@ -236,8 +236,7 @@ int mirror_exchange(struct vs_engine *e, uint32_t flags)
         mirror_post(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
         return 0;
     }
-    e->doubt.count = e->unreadable.count = 0; /* they spoke of the old source */
-    spared_forget(e);
+    bad_ranges_forget(&e->bad); /* they spoke of the old source */
     m->capturing = false;
     m->capture_epoch++;
     m->uncaptured_writes += m->captured_writes; /* of those that are parked */

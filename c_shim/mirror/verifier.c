@@ -240,7 +240,7 @@ static void read_back(struct destination_io *io, bool current)
 static void compare_exactly(struct compare *c)
 {
     struct vs_engine *e = c->engine;
-    if (range_set_overlaps(&e->doubt, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
+    if (bad_ranges_overlap(&e->bad, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
         e->verifier.bytes_skipped += c->length;
         finish_compare(c);
         return;
@@ -353,8 +353,7 @@ static void begin_compare(struct vs_engine *e, struct compare *c)
     c->offset = v->cursor;
     c->length = left < VERIFY_BYTES ? left : VERIFY_BYTES;
     v->cursor += c->length;
-    if (range_set_overlaps(&e->doubt, c->offset, c->length) ||
-        range_set_overlaps(&e->unreadable, c->offset, c->length)) {
+    if (bad_ranges_overlap(&e->bad, c->offset, c->length)) {
         v->bytes_skipped += c->length;
         v->bytes_done += c->length;
         return;
