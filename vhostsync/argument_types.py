@@ -5,12 +5,12 @@ sentence of the ConfigError that it raises."""
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from . import config, quantities
 from .errors import ConfigError
 from .printable import printable
+from .storage.kinds import absolute_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,18 +56,18 @@ def _speed(text: str) -> int:
     return 0 if text == "none" else config.check_speed(quantities.parse_bytes(text.removesuffix("/s")))
 
 
-def _absolute_path(text: str) -> Path:
+def _disk_name(text: str) -> str:
     if not text:
         raise ConfigError("it is empty, and should name a file or a device")
-    path = config.absolute(Path(text))
+    name = absolute_name(text, "The disk")
     try:
-        str(path).encode()
+        name.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"The path {text!r} is not UTF-8; the control socket cannot carry it.") from error
-    return path
+    return name
 
 
 size = checked(quantities.parse_bytes, "size")
 positive_seconds = checked(_positive_seconds, "duration")
 speed = checked(_speed, "speed")
-absolute_path = checked(_absolute_path, "path")
+disk_name = checked(_disk_name, "path")

@@ -142,7 +142,7 @@ def _add_record(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog=_RECORD_EXAMPLES,
     )  # fmt: skip
     record.add_argument(
-        "where", type=types.absolute_path, nargs="?", metavar="PATH",
+        "where", type=types.disk_name, nargs="?", metavar="PATH",
         help="a disk (also a lost one, by its path), a state record, or a directory of records "
         "(default: all records in the state directory)",
     )  # fmt: skip
@@ -191,7 +191,7 @@ def _add_mirror(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     start.add_argument(
         "destination",
-        type=types.absolute_path,
+        type=types.disk_name,
         metavar="DESTINATION",
         help="an image file or a block device",
     )

@@ -21,12 +21,12 @@ from typing import Any, Final
 import structlog
 
 from vhostsync import kernel
-from vhostsync.disk_identity import DiskIdentity, decode_identity, same
-from vhostsync.disks import WRITER_SHARES, WRITER_USES, try_lock
 from vhostsync.errors import BitmapError
 from vhostsync.heartbeat import HEARTBEAT_BYTES, Heartbeat, this_boot_began_ns, why_changed
 from vhostsync.own_file import ForeignFileError, beginning, open_regular, seems_to_be
 from vhostsync.state_record import StateRecord, decode_checked, encode_checked
+from vhostsync.storage.identity import DiskIdentity, decode_identity, same
+from vhostsync.storage.image_locks import WRITER_SHARES, WRITER_USES, try_lock
 
 log = structlog.get_logger(__name__)
 

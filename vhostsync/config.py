@@ -15,6 +15,7 @@ from typing import Final, Literal, get_args
 from .errors import ConfigError
 from .option import (
     BLOCK_SIZE,
+    DISK_NAME,
     FLAG,
     MILLISECONDS,
     NUMBER,
@@ -33,6 +34,7 @@ from .option import (
     out_of_range,
 )
 from .quantities import BYTES_MAX, GIB, KIB, MIB
+from .storage.kinds import absolute_name, absolute_path, is_absolute
 
 Cache = Literal["none", "writeback"]
 DiskFormat = Literal["raw"]
@@ -124,7 +126,7 @@ class ServeConfig:
     socket_path: Path | None = option("--socket-path", SOCKET, PATH, "make the vhost-user socket here")
     fd: int | None = option("--fd", SOCKET, NUMBER, "use this inherited socket, listening or connected")
 
-    blk_file: Path = option("--blk-file", DISK, PATH, "image file or block device", required=True)
+    blk_file: str = option("--blk-file", DISK, DISK_NAME, "image file or block device", required=True)
     read_only: bool = option("--read-only", DISK, FLAG, "the guest may not write", False, engine="read_only")
     disk_format: DiskFormat | None = option(
         "--format", DISK, one_of("raw"),
@@ -299,9 +301,11 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for each, declared in options_of(self):
-            path = getattr(self, each.name)
-            if declared.kind is PATH and path is not None:
-                object.__setattr__(self, each.name, _absolute(path, declared.flag))
+            value = getattr(self, each.name)
+            if declared.kind is PATH and value is not None:
+                object.__setattr__(self, each.name, _absolute(value, declared.flag))
+            elif declared.kind is DISK_NAME:
+                object.__setattr__(self, each.name, absolute_name(value, declared.flag))
         places = tuple(_absolute(path, "--allow-path") for path in self.allow_paths)
         object.__setattr__(self, "allow_paths", places)
         check_options(self)
@@ -339,19 +343,18 @@ class ServeConfig:
                 raise ConfigError(
                     f"{flag}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
                 )
-        files = [("--blk-file", self.blk_file), ("--bitmap", self.bitmap), ("--state-file", self.state_file)]
+        files = [("--bitmap", self.bitmap), ("--state-file", self.state_file)]
         if self.state_file is not None:  # state_file.py makes these beside it
             for end in (".lock", ".new"):
                 files.append((f"the file {end} of --state-file", Path(f"{self.state_file}{end}")))
-        seen: dict[Path, str] = {}
-        for flag, path in sockets + files:
-            if path is None:
-                continue
-            if path in seen:
+        seen: dict[str, str] = {}
+        named = [(flag, str(path)) for flag, path in sockets + files if path is not None]
+        for flag, name in [*named[: len(sockets)], ("--blk-file", self.blk_file), *named[len(sockets) :]]:
+            if name in seen:
                 raise ConfigError(
-                    f"{flag} and {seen[path]} both name {path}; each needs a path of its own."
+                    f"{flag} and {seen[name]} both name {name}; each needs a path of its own."
                 )
-            seen[path] = flag
+            seen[name] = flag
 
     def _check_device(self) -> None:
         if not self.serial.isascii() or (self.serial and not self.serial.isprintable()):
@@ -409,17 +412,17 @@ class MirrorTarget:
     """The destination of `mirror-start`. `speed_bytes_per_s` bounds the bulk copy; 0 is no bound. Raises
     ConfigError."""
 
-    path: Path
-    create: bool = False  # make the image file, at the right size; it must not exist
+    name: str  # of the disk
+    create: bool = False  # make it, at the right size; it must not exist
     cache: Cache = "none"
     speed_bytes_per_s: int = 0
     full: bool = False  # copy everything, even where less would do
     force: bool = False  # overwrite what it seems to hold
 
     def __post_init__(self) -> None:
-        if not self.path.is_absolute():
-            raise ConfigError(f"The destination {str(self.path)!r} must be an absolute path.")
-        _no_zero_byte(self.path)
+        if not is_absolute(self.name):
+            raise ConfigError(f"The destination {self.name!r} must be an absolute path.")
+        object.__setattr__(self, "name", absolute_name(self.name, "The destination"))
         if self.cache not in get_args(Cache):
             raise ConfigError(f"cache {self.cache} is not known here; write none or writeback.")
         check_speed(self.speed_bytes_per_s)
@@ -432,26 +435,7 @@ def check_speed(bytes_per_s: int) -> int:
 
 
 def _absolute(path: Path, option: str) -> Path:
-    _no_zero_byte(path)
-    if path == Path():  # also what an empty word makes
-        raise ConfigError(f"{option} is empty or the current directory; write a path.")
-    return absolute(path)
-
-
-def absolute(path: Path) -> Path:
-    """ConfigError where the current directory, from which the path starts, has been removed."""
-    try:
-        return path.absolute()
-    except OSError as error:
-        raise ConfigError(
-            f"{path} begins at the current directory, which cannot be told ({error.strerror}); "
-            f"write the whole path."
-        ) from error
-
-
-def _no_zero_byte(path: Path) -> None:
-    if "\0" in str(path):
-        raise ConfigError(f"The path {str(path)!r} has a zero byte in it.")
+    return Path(absolute_path(str(path), option))
 
 
 def _within(name: str, value: float, least: float, most: float, unit: str = "") -> None:

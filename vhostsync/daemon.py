@@ -16,7 +16,6 @@ there is an event loop, in the only thread.
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -29,7 +28,6 @@ from vhostsync import log as logging
 from vhostsync.bad_ranges import within
 from vhostsync.config import ServeConfig
 from vhostsync.control.server import serve_control
-from vhostsync.disk_signatures import load_library
 from vhostsync.engine import LOSSES, Engine, EngineConfig
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import VhostsyncError
@@ -39,7 +37,7 @@ from vhostsync.mirror import Mirror
 from vhostsync.opening import Opened, open_device
 from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
 from vhostsync.printable import printable
-from vhostsync.privileges import Confinement, change_user, find_user, is_block_device, places_of
+from vhostsync.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.resize import Resizer
 from vhostsync.retry import DestinationRetry
 from vhostsync.service_manager import ServiceManager
@@ -48,6 +46,7 @@ from vhostsync.snapshot import BREACHES, EngineFigures, OpStats, QueueFigures
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_index import default_directory, make_directory
 from vhostsync.statistic import figures_of
+from vhostsync.storage.signatures import load_library
 from vhostsync.verify import Verifier
 from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.server import FrontendServer
@@ -119,11 +118,8 @@ def _start(config: ServeConfig) -> Started:
         shape = opened.shape
         endpoint = _open_endpoint(config)
         undo.callback(endpoint.close)
-        disks_known = [opened.disk.path]
         peer = opened.record.peer if opened.record is not None else None
-        # Of a device that is missing, the place would be all of /dev.
-        if peer is not None and (peer.kind == "file" or is_block_device(Path(peer.path))):
-            disks_known.append(Path(peer.path))
+        disks_known = [opened.disk.identity] if peer is None else [opened.disk.identity, peer]
         confinement = Confinement(config, places_of(config, disks_known, state_directory))
         confinement.confine()
         engine = Engine.create_blocking(
@@ -299,7 +295,7 @@ async def _serve(config: ServeConfig, started: Started) -> None:
     finally:
         await anyio.to_thread.run_sync(opened.close)
         started.manager.close()
-    log.info("ended", disk=str(mirror.source_path))
+    log.info("ended", disk=mirror.source_path)
 
 
 def _open_endpoint(config: ServeConfig) -> listener.Endpoint:
@@ -340,7 +336,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
             serving.start_soon(DestinationRetry(mirror, hub, config.destination_retry_s, resume=resume).run)
             log.info(
                 "serving",
-                disk=str(opened.disk.path),
+                disk=opened.disk.name,
                 capacity_bytes=shape.capacity_bytes,
                 block_bytes=shape.block_bytes,
                 direct=opened.disk.direct,

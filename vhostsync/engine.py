@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data plane as Python sees it: commands that are awaited, events, snapshots.
 
-The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h), with
-engine_attachment.py and engine_event.py. A command is handed to the engine's thread and returns a token at
-once; its completion arrives through the event descriptor, which `pump` watches. So nothing here blocks the
-event loop, and no Python object is ever touched by the C threads.
+The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h), with engine_attachment.py,
+engine_event.py and, for the disks of this host, storage/native.py. A command is handed to the engine's thread
+and returns a token at once; its completion arrives through the event descriptor, which `pump` watches. So
+nothing here blocks the event loop, and no Python object is ever touched by the C threads.
 """
 
 import errno
@@ -21,12 +21,12 @@ import structlog
 from vhostsync._shim import ffi, lib
 from vhostsync._source_hash import expected_source_hash
 from vhostsync.bitmap import BitmapFile, Shape, Trust
-from vhostsync.disks import Disk, DiskProbe
 from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.engine_event import EngineEvent, event_of
 from vhostsync.errors import ConfigError, EngineError
 from vhostsync.snapshot import ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
 from vhostsync.state_file import Mark
+from vhostsync.storage.kinds import Disk
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 from vhostsync.vhost_user.ring_watch import RingsSeen
@@ -80,47 +80,6 @@ class EngineConfig:
             for i, (offset, length) in enumerate(ranges):
                 c_ranges[i].offset, c_ranges[i].length = offset, length
         return made
-
-
-def probe(fd: int, direct: bool) -> DiskProbe:
-    """Look at an open disk. Blocks. EngineError."""
-    found = ffi.new("struct vs_disk_probe *")
-    rc = lib.vs_disk_probe_fd(fd, direct, found)
-    if rc < 0:
-        raise EngineError.from_errno("examining the disk", rc)
-    return DiskProbe(
-        bytes=found.bytes,
-        is_block_device=bool(found.is_block_device),
-        logical_block_bytes=found.logical_block_bytes,
-        physical_block_bytes=found.physical_block_bytes,
-        memory_align_bytes=found.memory_align_bytes,
-        inline_io=bool(found.inline_io),
-        may_block=bool(found.may_block),
-        discard_granularity_bytes=found.discard_granularity_bytes,
-    )
-
-
-def _engine_disk(disk: Disk) -> Any:
-    """A vs_disk that owns the descriptor of `disk`."""
-    found = disk.probe
-    c_probe = ffi.new(
-        "struct vs_disk_probe *",
-        {
-            "bytes": found.bytes,
-            "is_block_device": found.is_block_device,
-            "logical_block_bytes": found.logical_block_bytes,
-            "physical_block_bytes": found.physical_block_bytes,
-            "memory_align_bytes": found.memory_align_bytes,
-            "inline_io": found.inline_io,
-            "may_block": found.may_block,
-            "discard_granularity_bytes": found.discard_granularity_bytes,
-        },
-    )
-    handle = lib.vs_disk_file(disk.fd.fileno(), c_probe, disk.direct)
-    if handle == ffi.NULL:
-        raise EngineError.from_errno(f"opening {disk.path}", errno.ENOMEM)
-    disk.fd.take()
-    return handle
 
 
 def _c_shape(shape: Shape) -> Any:
@@ -211,7 +170,7 @@ class Engine:
         c_config = config.to_c()
         c_config.peer_tracked = peer_known
         c_config.bitmap = ffi.NULL if bitmap is None else _engine_bitmap(bitmap)
-        disk = _engine_disk(source)
+        disk = source.to_engine()
         out, step = ffi.new("vs_engine **"), ffi.new("const char **")
         rc = lib.vs_engine_create(c_config, disk, out, step)
         if rc < 0:
@@ -307,10 +266,10 @@ class Engine:
         tracked; not what is spared (`spare_doubt`: it is the last one, as the mirror has left it). The engine
         owns its descriptor on success."""
         flags = lib.VS_START_RESYNC * resync | lib.VS_START_SPARE_DOUBT * spare_doubt
-        disk = _engine_disk(destination)
+        disk = destination.to_engine()
         try:
             await self.command(
-                lib.VS_CMD_MIRROR_START, f"attaching {destination.path}", disk=disk, value=flags
+                lib.VS_CMD_MIRROR_START, f"attaching {destination.name}", disk=disk, value=flags
             )
         except EngineError:
             await anyio.to_thread.run_sync(lib.vs_disk_close, disk)

@@ -13,7 +13,6 @@ One command at a time (`turns`): a second one is refused, not queued.
 import errno
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Final
 
 import anyio
@@ -31,18 +30,15 @@ from vhostsync.destination import (
     RESUMED_LOCK_S,
     Place,
     check_former,
+    check_holds_nothing,
     discard,
-    look,
     open_destination,
     was_of_this_guest,
 )
-from vhostsync.disk_identity import DiskIdentity, same
-from vhostsync.disks import Disk, check_holds_nothing, is_named
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.identify import marked
 from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchResult
 from vhostsync.peer import NO_EARLIER_COPY
@@ -53,6 +49,8 @@ from vhostsync.snapshot import MirrorFigures, Snapshot, State
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import GuestDisk, StateRecord, Wanted, Worth
 from vhostsync.statistic import figures_of
+from vhostsync.storage.identity import DiskIdentity, same
+from vhostsync.storage.kinds import Disk, is_named
 from vhostsync.switch import Switch
 from vhostsync.turns import Turns
 
@@ -101,19 +99,19 @@ class Mirror:
         self._catch_up = CatchUp(engine, self._begin_catch_up)
 
     @property
-    def source_path(self) -> Path:
+    def source_path(self) -> str:
         """The disk that the guest is on."""
-        return self._roles.source.path
+        return self._roles.source.name
 
     def source_is_named(self) -> bool:
-        """Whether its path still leads to it. Blocks."""
-        return is_named(self._roles.source.path, self._roles.source.identity)
+        """Whether its name still leads to it. Blocks."""
+        return is_named(self._roles.source.name, self._roles.source.identity)
 
     @property
-    def destination_path(self) -> Path | None:
+    def destination_path(self) -> str | None:
         """The destination that is attached."""
         destination = self._roles.destination
-        return destination.path if destination is not None else None
+        return destination.name if destination is not None else None
 
     @property
     def wanted(self) -> MirrorTarget | None:
@@ -122,7 +120,7 @@ class Mirror:
         wanted = self._keeper.record.wanted
         if wanted is None:
             return None
-        return MirrorTarget(Path(wanted.path), False, wanted.cache, wanted.speed_bytes_per_s)
+        return MirrorTarget(wanted.path, False, wanted.cache, wanted.speed_bytes_per_s)
 
     @property
     def fenced(self) -> bool:
@@ -156,7 +154,7 @@ class Mirror:
         elif event.kind is EventKind.FENCE_CLEAR:
             former, self._roles.fenced_path = self._roles.fenced_path, None
             if former is not None:
-                log.info("the last request of the former destination is over", path=str(former))
+                log.info("the last request of the former destination is over", path=former)
         self._wake()
 
     def _wake(self) -> None:
@@ -164,7 +162,7 @@ class Mirror:
         self._changed = anyio.Event()
 
     def _note_io_error(self, event: EngineEvent) -> None:
-        path = str(self._roles.source.path if event.role == "source" else self._roles.destination_path)
+        path = self._roles.source.name if event.role == "source" else self._roles.destination_path
         name = EngineError.from_errno(f"{event.op} of {path} at byte {event.offset}", event.error)
         self._last_error = str(name)
         data = {
@@ -202,7 +200,7 @@ class Mirror:
                 "state": str(state),
                 "former": str(former),
                 "reason": self._reason,
-                "destination": str(destination) if destination is not None else None,
+                "destination": destination,
                 "error": failure,
             },
         )
@@ -264,8 +262,8 @@ class Mirror:
             **figures_of(MirrorFigures, now),
             state=str(self.state),
             worth=self._worth(),
-            source=str(self._roles.source.path),
-            destination=str(self.destination_path or peer.path) if peer is not None else None,
+            source=self._roles.source.name,
+            destination=self.destination_path or peer.path if peer is not None else None,
             counts=asdict(now.counts),
             bitmap=str(self._keeper.bitmap.path) if self._keeper.bitmap is not None else None,
             full_copy_reason=self._full_copy_reason,
@@ -324,11 +322,11 @@ class Mirror:
             )
         if self._read_only:
             raise MirrorError("a disk that is served read-only has nothing to mirror")
-        await anyio.to_thread.run_sync(self.reach.check, target.path)
+        await anyio.to_thread.run_sync(self.reach.check, target.name)
         await self._await_fence()
         engine = self._engine.config
         disk, made = await anyio.to_thread.run_sync(
-            open_destination, target, self._roles.source.path, engine.capacity_bytes, engine.block_bytes,
+            open_destination, target, self._roles.source.name, engine.capacity_bytes, engine.block_bytes,
             DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S,
         )  # fmt: skip
         obeyed = False
@@ -364,12 +362,12 @@ class Mirror:
     def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Place]:
         """Why everything has to be copied; how it looks now; and how it is recognised from here on.
         Blocks."""
-        why_full, now = self._roles.peer.why_full(disk), look(disk)
+        why_full, now = self._roles.peer.why_full(disk), disk.as_it_is()
         bitmap, peer = self._keeper.bitmap, self._keeper.record.peer
         if why_full == NO_EARLIER_COPY and bitmap and peer and same(peer, disk.identity):
             why_full = bitmap.changed or why_full
         mark = self._keeper.mark_of(disk.identity)
-        return why_full, now, Place(disk.path, marked(disk.fd.fileno(), disk.identity, mark))
+        return why_full, now, Place.of(disk.marked(mark))
 
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
@@ -384,7 +382,7 @@ class Mirror:
         async with self._keeper.lock_for_good():
             former = self._keeper.record
             spare_doubt = as_left and former.peer_is(now)
-            wanted = Wanted(str(target.path), target.cache, target.speed_bytes_per_s)
+            wanted = Wanted(target.name, target.cache, target.speed_bytes_per_s)
             record = former.with_peer(place.identity, former.bitmap if resync else None)
             if not resync:
                 record = record.with_difference(None)
@@ -403,7 +401,7 @@ class Mirror:
             self._keeper.different_since = record.different_since
         self._full_copy_reason = full_copy_reason
         self._speed_bytes_per_s = target.speed_bytes_per_s
-        log.info("copying", destination=str(place.path), everything_because=full_copy_reason)
+        log.info("copying", destination=place.name, everything_because=full_copy_reason)
 
     async def cancel(self, *, force: bool) -> None:
         """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first, and in

@@ -2,24 +2,22 @@
 """The device before its engine runs: its disk, opened and locked; what the state record says of it; its
 bitmap; what the guest will see. What has to be durable before the guest is served is written here. Blocks."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
-from vhostsync import disks, identify, record_report
+from vhostsync import record_report
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import Answer, ServeConfig
-from vhostsync.disk_identity import DiskIdentity, Likeness
-from vhostsync.disk_signatures import image_format
-from vhostsync.disks import Disk
-from vhostsync.engine import bitmap_file_bytes, probe
+from vhostsync.engine import bitmap_file_bytes
 from vhostsync.errors import DamagedRecordError, DiskError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import GuestDisk, StateRecord, Worth, timestamp
+from vhostsync.storage.identity import DiskIdentity, Likeness
+from vhostsync.storage.kinds import Disk, open_disk
 from vhostsync.virtio_blk import DeviceShape
 from vhostsync.who_may_serve import check_start
 
@@ -96,12 +94,11 @@ def open_device(
 
 def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
     try:
-        return disks.open_disk(
+        return open_disk(
             config.blk_file,
             read_only=config.read_only,
             cache=config.cache,
             lock_timeout_s=SOURCE_LOCK_S,
-            probe=probe,
         )
     except DiskError as error:
         # The worst day: a record may know where the guest's data is.
@@ -120,17 +117,17 @@ def check_raw(config: ServeConfig, disk: Disk) -> None:
     if config.disk_format == "raw":
         return
     try:
-        found = image_format(disk.fd.fileno())
+        found = disk.image_format()
     except OSError as error:
         # Bad sectors are no reason to keep its guest from the rest: the way to save that is a mirror.
         log.warning(
             "the disk is taken for a raw one, unseen: where it would show another format, it cannot be read",
-            path=str(disk.path), error=error.strerror,
+            path=disk.name, error=error.strerror,
         )  # fmt: skip
         return
     if found is not None:
         raise DiskError(
-            f"{disk.path} is a {found} image, and only raw disks can be served; convert it (qemu-img convert "
+            f"{disk.name} is a {found} image, and only raw disks can be served; convert it (qemu-img convert "
             f"-O raw), or attach it to a block device with qemu-nbd and serve that, or, if it is a raw disk "
             f"on which the guest keeps such an image, use --format raw"
         )
@@ -145,21 +142,21 @@ def check_record(
     except DamagedRecordError as error:
         if answer is not Answer.PROMOTE:
             raise
-        log.warning("promoted: a new record is begun", path=str(disk.path), former=str(error))
+        log.warning("promoted: a new record is begun", path=disk.name, former=str(error))
         return None, None
     if found is None:
         return None, None
     if answer is Answer.NEW_DISK:
         raise StateRecordError(
             f"--new-disk begins a record of its own, and there is one already, {state_file.path}; leave the "
-            f"option out to see what that says of {disk.path}, or name another --state-file"
+            f"option out to see what that says of {disk.name}, or name another --state-file"
         )
     record = check_start(found, disk.identity, state_file.path, answer)
-    now = identify.identify(disk.fd.fileno(), disk.path, with_ctime=True)
+    now = disk.as_it_is()
     # The operator may have said that it is the same one, although it does not show.
     left = replace(now, bytes=found.current.bytes, ctime_ns=found.current.ctime_ns)
     if found.clean and record.bitmap is not None and (why := now.changed_since(left)):
-        log.warning("somebody changed the disk: its peer needs a full copy", path=str(disk.path), why=why)
+        log.warning("somebody changed the disk: its peer needs a full copy", path=disk.name, why=why)
         record = record.with_bitmap(None)
     return found, _without_lost_peer(state_file, record)
 
@@ -197,10 +194,10 @@ def recognisable(
         mark = known.mark or mark
     else:
         mark = None if answer is Answer.PROMOTE else record.current.mark
-    identity = identify.marked(disk.fd.fileno(), disk.identity, mark)
+    disk = disk.marked(mark)
     if record is not None:
-        record = replace(record, current=identity)
-    return replace(disk, identity=identity), record
+        record = replace(record, current=disk.identity)
+    return disk, record
 
 
 def _open_bitmap(
@@ -212,12 +209,8 @@ def _open_bitmap(
     bits = Shape(capacity, region_bytes, max(config.al_extent_bytes, region_bytes), config.al_extents)
     return BitmapFile.open(
         config.bitmap, bits, bitmap_file_bytes(bits), record, lock_timeout_s=SOURCE_LOCK_S,
-        known=found.current if found else None, ctime_ns=_ctime_ns(disk),
+        known=found.current if found else None, ctime_ns=disk.as_it_is().ctime_ns,
     )  # fmt: skip
-
-
-def _ctime_ns(disk: Disk) -> int | None:
-    return os.fstat(disk.fd.fileno()).st_ctime_ns if disk.identity.changes_show else None
 
 
 def follow_record(
@@ -303,34 +296,33 @@ def _as_told(config: ServeConfig, disk: Disk, told: GuestDisk) -> GuestDisk:
             f"--block-size {config.block_bytes} would change the guest's disk, which has had blocks of "
             f"{told.block_bytes} bytes; leave the option out"
         )
-    if told.block_bytes < disk.probe.logical_block_bytes:
+    if told.block_bytes < disk.logical_block_bytes:
         raise DiskError(
-            f"{disk.path} can be accessed in {disk.probe.logical_block_bytes} bytes only, and the guest's "
+            f"{disk.name} can be accessed in {disk.logical_block_bytes} bytes only, and the guest's "
             f"disk has had blocks of {told.block_bytes}; serve it from a disk with smaller blocks, or an "
             f"image file with --cache=writeback"
         )
     if disk.bytes < told.capacity_bytes:
         raise DiskError(
-            f"{disk.path} has {disk.bytes} bytes, and the guest's disk has had {told.capacity_bytes} "
+            f"{disk.name} has {disk.bytes} bytes, and the guest's disk has had {told.capacity_bytes} "
             f"({told.capacity_bytes - disk.bytes} more); enlarge it, or restore what was cut off"
         )
     if disk.bytes - told.capacity_bytes >= told.block_bytes:
         log.info(
             "the disk is larger than what the guest was told: `vhostsync resize` shows it the rest",
-            path=str(disk.path), bytes=disk.bytes, capacity_bytes=told.capacity_bytes,
+            path=disk.name, bytes=disk.bytes, capacity_bytes=told.capacity_bytes,
         )  # fmt: skip
     return told
 
 
 def _as_the_disk(config: ServeConfig, disk: Disk) -> GuestDisk:
-    found = disk.probe
-    block = config.block_bytes or max(512, found.logical_block_bytes)
-    if block < found.logical_block_bytes:
+    block = config.block_bytes or max(512, disk.logical_block_bytes)
+    if block < disk.logical_block_bytes:
         raise DiskError(
-            f"--block-size {block} is smaller than the {found.logical_block_bytes} bytes in which "
-            f"{disk.path} can be accessed; leave the option out, or use --cache=writeback"
+            f"--block-size {block} is smaller than the {disk.logical_block_bytes} bytes in which "
+            f"{disk.name} can be accessed; leave the option out, or use --cache=writeback"
         )
     capacity = disk.bytes - disk.bytes % block
     if capacity != disk.bytes:
         log.warning("the end of the disk is no whole block and is not shown", bytes=disk.bytes - capacity)
-    return GuestDisk(capacity, block, found.physical_block_bytes, found.discard_granularity_bytes)
+    return GuestDisk(capacity, block, disk.physical_block_bytes, disk.discard_granularity_bytes)

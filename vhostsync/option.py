@@ -47,6 +47,7 @@ SIZE: Final = Kind("SIZE", parse_bytes, bytes_text)
 SECONDS: Final = Kind("TIME", parse_seconds, seconds_text, " seconds", lambda s: int(s * 1_000_000))
 POLLING_US: Final = Kind("auto|N", parse_poll_us)
 PATH: Final = Kind("PATH", Path)
+DISK_NAME: Final = Kind("PATH")  # the name of a disk: a path, or what another kind has (storage/kinds.py)
 TEXT: Final = Kind("TEXT")
 FLAG: Final = Kind()  # given or not
 ON_OFF: Final = Kind("on|off", _parse_on_off, lambda on: "on" if on else "off")

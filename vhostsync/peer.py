@@ -8,10 +8,10 @@ mirror has left it: a disk that is another one, or that somebody has written to 
 
 from typing import Final
 
-from vhostsync.destination import Place, look, look_again
-from vhostsync.disk_identity import DiskIdentity, Likeness
-from vhostsync.disks import Disk
+from vhostsync.destination import Place, look_again
 from vhostsync.heartbeat import why_changed
+from vhostsync.storage.identity import DiskIdentity, Likeness
+from vhostsync.storage.kinds import Disk
 
 NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 
@@ -58,7 +58,7 @@ class Peer:
     def why_full(self, disk: Disk) -> str | None:
         """Why everything has to be copied to `disk`; None: what differs is enough."""
         if self.place is not None and disk.identity.likeness(self.place.identity) is not Likeness.SAME:
-            return f"the differences are known for {self.place.path} only"
+            return f"the differences are known for {self.place.name} only"
         self.look()  # not at another one, which may be lost in a way that keeps whoever looks at it
         if self.place is None:
             return NO_EARLIER_COPY
@@ -66,5 +66,5 @@ class Peer:
             return None  # the mirror has not let go of it
         if self._why_changed is not None:
             return self._why_changed
-        changed = look(disk).changed_since(self._left)
+        changed = disk.as_it_is().changed_since(self._left)
         return None if changed is None else f"{changed} since the mirror let go of it"

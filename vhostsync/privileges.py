@@ -21,7 +21,6 @@ In this order, because most of it holds only for the thread that asks for it and
 import grp
 import os
 import pwd
-import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -46,6 +45,8 @@ from vhostsync.kernel import (
     Kernel,
 )
 from vhostsync.seccomp import Filter
+from vhostsync.storage import kinds
+from vhostsync.storage.identity import DiskIdentity
 
 log = structlog.get_logger(__name__)
 
@@ -79,16 +80,13 @@ class Reach:
     places: tuple[Path, ...] = ()
     enforced: bool = False
 
-    def check(self, path: Path) -> None:
+    def check(self, disk: str) -> None:
         """MirrorError where the kernel would not let it be opened. Blocks."""
-        if not self.enforced:
-            return
-        real = real_path(path)
-        if not any(real.is_relative_to(place) for place in self.places):
-            wanted = real if is_block_device(real) else real.parent
+        spot = kinds.spot(disk) if self.enforced else None
+        if spot is not None and not any(spot.real.is_relative_to(place) for place in self.places):
             raise MirrorError(
-                f"the destination {path} lies outside the directories that this backend may use "
-                f"({', '.join(map(str, self.places))}); start it with --allow-path {wanted}"
+                f"the destination {disk} lies outside the directories that this backend may use "
+                f"({', '.join(map(str, self.places))}); start it with --allow-path {spot.allow}"
             )
 
 
@@ -123,13 +121,14 @@ def change_user(user: User) -> None:
     os.environ["HOME"] = pwd.getpwuid(user.uid).pw_dir
 
 
-def places_of(config: ServeConfig, disks: Iterable[Path], state_directory: Path | None) -> tuple[Path, ...]:
+def places_of(
+    config: ServeConfig, disks: Iterable[DiskIdentity], state_directory: Path | None
+) -> tuple[Path, ...]:
     """The directories that are written to: of the disks (a block device: it alone, not all of /dev), the
     state record, the bitmap, the sockets, and --allow-path."""
     found: list[Path] = list(config.allow_paths)
     for disk in disks:
-        real = real_path(disk)
-        found += [real] if is_block_device(real) else [disk.parent, real.parent]
+        found += kinds.places(disk)
     metrics = config.metrics if isinstance(config.metrics, Path) else None
     for file in (config.state_file, config.bitmap, config.socket_path, config.control_socket, metrics):
         if file is not None:
@@ -144,14 +143,6 @@ def places_of(config: ServeConfig, disks: Iterable[Path], state_directory: Path 
 def real_path(path: Path) -> Path:
     """Without symbolic links, as far as it can be told: a lost destination is no reason not to serve."""
     return Path(os.path.realpath(path))
-
-
-def is_block_device(path: Path) -> bool:
-    """False, too, where it cannot be told. Blocks."""
-    try:
-        return stat.S_ISBLK(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 class Confinement:

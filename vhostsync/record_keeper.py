@@ -28,7 +28,6 @@ import structlog
 from vhostsync import events
 from vhostsync.bitmap import BitmapFile
 from vhostsync.destination import Place, look_again
-from vhostsync.disk_identity import DiskIdentity
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
@@ -37,6 +36,7 @@ from vhostsync.roles import Roles
 from vhostsync.snapshot import State
 from vhostsync.state_file import Prepared, StateFile
 from vhostsync.state_record import StateRecord, Worth, timestamp
+from vhostsync.storage.identity import DiskIdentity
 
 log = structlog.get_logger(__name__)
 

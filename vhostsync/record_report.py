@@ -17,14 +17,15 @@ from typing import Any, Final
 
 import structlog
 
-from vhostsync.disk_identity import DiskIdentity, Likeness
-from vhostsync.disk_look import Condition, Look, look
 from vhostsync.errors import StateRecordError
-from vhostsync.identify import identify
 from vhostsync.printable import printable_lines
 from vhostsync.state_file import RealFileSystem, StateFile
 from vhostsync.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.state_record import StateRecord, Worth, named
+from vhostsync.storage.condition import Condition, Look
+from vhostsync.storage.identity import DiskIdentity, Likeness
+from vhostsync.storage.kinds import identify
+from vhostsync.storage.look import look
 
 log = structlog.get_logger(__name__)
 
@@ -119,15 +120,15 @@ def _worth(record: StateRecord) -> str:
     return words[record.peer_worth]
 
 
-def good_copy(path: Path, places: Iterable[Path], looker: Looker = look) -> str | None:
-    """What to tell whoever started with the disk at `path`, which cannot be opened: where its guest's data is
-    and how to go on; None where no record has this path for its current disk."""
+def good_copy(disk: str, places: Iterable[Path], looker: Looker = look) -> str | None:
+    """What to tell whoever started with this disk, which cannot be opened: where its guest's data is and
+    how to go on; None where no record has its name for its current disk."""
     for place in places:
         try:
             found = report(place, looker)
         except StateRecordError:
             continue
-        if found is None or found.record.current.path != str(path.absolute()):
+        if found is None or found.record.current.path != disk:
             continue
         if found.backend is None and not found.current.usable:
             return f"{found.advice.text}: {shlex.join(found.advice.command)} (says {named(place)})"
@@ -147,14 +148,14 @@ def records_in(directory: Path) -> list[Path]:
         raise StateRecordError(reason) from error
 
 
-def find(where: Path | None, directory: Path) -> list[Path]:
+def find(where: str | None, directory: Path) -> list[Path]:
     """The records that `where` means: a record itself, a directory of them, a disk, or (None) all."""
     if where is None:
         return records_in(directory)
-    if where.is_dir():
-        return records_in(where)
-    if _is_record(where):
-        return [where]
+    if Path(where).is_dir():
+        return records_in(Path(where))
+    if _is_record(Path(where)):
+        return [Path(where)]
     return [path for path in records_in(directory) if _knows(path, where)]
 
 
@@ -168,7 +169,7 @@ def _is_record(path: Path) -> bool:
         return False
 
 
-def _knows(record_path: Path, disk: Path) -> bool:
+def _knows(record_path: Path, disk: str) -> bool:
     """By what the disk is, or by its name: it may be dead, or gone."""
     try:
         record = StateFile(record_path).load()
@@ -177,21 +178,14 @@ def _knows(record_path: Path, disk: Path) -> bool:
         return False
     if record is None:
         return False
-    name = str(disk.absolute())
-    return any(each.path == name or _is(each, disk) for each in record.disks)
+    return any(each.path == disk or _is(each, disk) for each in record.disks)
 
 
-def _is(known: DiskIdentity, path: Path) -> bool:
+def _is(known: DiskIdentity, disk: str) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return known.likeness(identify(disk)) is Likeness.SAME
     except OSError:
         return False
-    try:
-        return known.likeness(identify(fd, path)) is Likeness.SAME
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def forget(path: Path) -> None:
@@ -303,7 +297,7 @@ def in_text(found: Report) -> str:
     return "".join(f"{name:<12} {text}\n" for name, text in rows)
 
 
-def run(where: Path | None, *, as_json: bool, remove: bool) -> int:
+def run(where: str | None, *, as_json: bool, remove: bool) -> int:
     """`vhostsync record`; the exit code."""
     directory = default_directory()
     found = find(where, directory)
@@ -330,7 +324,7 @@ def run(where: Path | None, *, as_json: bool, remove: bool) -> int:
     return 1 if failed else 0
 
 
-def _forget_one(where: Path | None, found: list[Path]) -> int:
+def _forget_one(where: str | None, found: list[Path]) -> int:
     if where is None or len(found) != 1:
         raise StateRecordError(f"name the one record that is to be forgotten: {', '.join(map(str, found))}")
     forget(found[0])

@@ -14,7 +14,6 @@ The disks themselves are made larger by whoever owns them (truncate, lvextend, â
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -109,7 +108,7 @@ class Resizer:
         return capacity
 
     async def _check_destination(self, capacity: int) -> int:
-        path: Path | None = self._mirror.destination_path
+        path = self._mirror.destination_path
         if path is None:
             return 0
         found = await self._engine.disk_bytes("destination")

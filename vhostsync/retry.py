@@ -95,7 +95,7 @@ class DestinationRetry:
     def _tell(self, what: str, error: str | None = None) -> None:
         target = self._mirror.wanted
         data = {
-            "destination": None if target is None else str(target.path),
+            "destination": None if target is None else target.name,
             "what": what,
             "attempt": self._attempts,
             "next-in-s": self._pause_s if what == "waiting" else None,

@@ -2,8 +2,6 @@
 """Which disk is what to the mirror: the source, the destination, one that was given up and may still be
 written to, and the peer that the difference map speaks of. None of this awaits."""
 
-from pathlib import Path
-
 from vhostsync.destination import Place
 from vhostsync.peer import Peer
 
@@ -12,13 +10,13 @@ class Roles:
     def __init__(self, source: Place) -> None:
         self.source = source
         self.destination: Place | None = None
-        self.fenced_path: Path | None = None  # requests to this former destination are not over (rule 8)
+        self.fenced_path: str | None = None  # requests to this former destination are not over (rule 8)
         self.peer = Peer()
 
     @property
-    def destination_path(self) -> Path | None:
+    def destination_path(self) -> str | None:
         """Of the destination, or of the one that was given up last."""
-        return self.destination.path if self.destination is not None else self.fenced_path
+        return self.destination.name if self.destination is not None else self.fenced_path
 
     def attach(self, place: Place) -> Peer:
         """Before the engine has it, for it may report its loss at once. The peer so far, should that fail."""
@@ -30,7 +28,7 @@ class Roles:
     def fence(self) -> None:
         """The destination is given up; what it has under way may still be written there."""
         if self.destination is not None:
-            self.fenced_path, self.destination = self.destination.path, None
+            self.fenced_path, self.destination = self.destination.name, None
             self.peer.detached()
 
     def exchange(self, *, keep_mirror: bool) -> None:

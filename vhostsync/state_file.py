@@ -40,7 +40,6 @@ from typing import Protocol, Self
 import structlog
 
 from vhostsync import kernel
-from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.own_file import (
     ForeignFileError,
@@ -59,6 +58,7 @@ from vhostsync.state_record import (
     is_announcement,
     named,
 )
+from vhostsync.storage.identity import DiskIdentity
 
 log = structlog.get_logger(__name__)
 

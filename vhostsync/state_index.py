@@ -4,10 +4,10 @@
 In the state directory each disk that was ever current or a peer has a small pointer file (`*.disk.json`: the
 disk's identity and the name of the record). It is made durable before the record that mentions the disk is
 written, so whichever of the two disks `serve` is started with, it finds the same record: the superseded one
-is refused and told which disk is current. A disk is found by what it is (disk_identity.py); where no pointer
-is certainly its own, those of its path and those that may be its own lead to a record that asks. A disk that
-becomes the destination of another lineage is overwritten by it, so its pointer then names that lineage, and
-the former one lets go of it (`other_record`).
+is refused and told which disk is current. A disk is found by what it is (storage/identity.py); where no
+pointer is certainly its own, those of its path and those that may be its own lead to a record that asks. A
+disk that becomes the destination of another lineage is overwritten by it, so its pointer then names that
+lineage, and the former one lets go of it (`other_record`).
 
 A pointer says whether its record knows of more than one disk (`kept`). Such a record that is missing is no
 licence to serve either of them: the start is refused until it is restored, or the operator promotes one. A
@@ -24,10 +24,10 @@ from typing import Any
 import structlog
 
 from vhostsync.config import Answer
-from vhostsync.disk_identity import DiskIdentity, Likeness, decode_identity, same
 from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.state_file import FileSystem, RealFileSystem, StateFile
 from vhostsync.state_record import StateRecord, decode_checked, encode_checked, named
+from vhostsync.storage.identity import DiskIdentity, Likeness, decode_identity, same
 from vhostsync.who_may_serve import claims
 
 log = structlog.get_logger(__name__)
@@ -288,18 +288,8 @@ def _lasting(disk: DiskIdentity) -> DiskIdentity:
 
 
 def _key(disk: DiskIdentity) -> str:
-    """Of what the disk is, whatever it is called. A volume without a name has its number, which may name
-    another one after a boot: then the path tells the two apart."""
-    volume: list[str | None]
-    if disk.kind == "block":
-        volume = [disk.wwn, disk.serial, disk.partuuid]
-        volume += [] if disk.wwn or disk.serial else [disk.place or disk.path]
-    elif disk.file_system is not None:
-        volume = [disk.file_system]
-    else:
-        volume = [str(disk.device), disk.path]
-    words = repr((disk.kind, volume, disk.inode, disk.generation, disk.mark))
-    return hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()[:16]
+    """Of what the disk is, whatever it is called."""
+    return hashlib.sha256(disk.lasting_words().encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _may_be_of(name: str, disk: DiskIdentity) -> bool:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from vhostsync.disk_identity import DiskIdentity, decode_identity, same
+from vhostsync.storage.identity import DiskIdentity, decode_identity, same
 
 RECORD_VERSION = 2
 READ_VERSIONS = (1, 2)  # 1 had no shape of the guest's disk and of a superseded one only the identity

@@ -90,7 +90,7 @@ class Switch:
     def _failed(self, reason: str) -> SwitchError:
         log.warning("switch failed", reason=reason)
         self._hub.publish(events.SWITCH_FAILED, {"reason": reason})
-        return SwitchError(f"the guest is still on {self._roles.source.path}: {reason}")
+        return SwitchError(f"the guest is still on {self._roles.source.name}: {reason}")
 
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
@@ -122,8 +122,8 @@ class Switch:
         return SwitchResult(
             pause_us=switched.pause_ns // 1000,
             attempts=attempts,
-            source_path=str(self._roles.source.path),
-            destination_path=str(destination.path) if destination is not None else None,
+            source_path=self._roles.source.name,
+            destination_path=destination.name if destination is not None else None,
             accepted=switched.accepted.listed(),
         )
 

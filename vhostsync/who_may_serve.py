@@ -13,9 +13,9 @@ from typing import NoReturn
 import structlog
 
 from vhostsync.config import Answer
-from vhostsync.disk_identity import DiskIdentity, Likeness, same
 from vhostsync.errors import StateRecordError
 from vhostsync.state_record import StateRecord, Superseded, Worth, named, timestamp
+from vhostsync.storage.identity import DiskIdentity, Likeness, same
 
 log = structlog.get_logger(__name__)
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import ext4_image, loop_device, mounted, overlay
-from vhostsync import heartbeat, identify, kernel
+from vhostsync import heartbeat, kernel
 from vhostsync.config import Answer, ServeConfig
-from vhostsync.disk_identity import DiskIdentity, Likeness
-from vhostsync.disks import create_image
 from vhostsync.errors import DiskError, StateRecordError
 from vhostsync.opening import Opened, open_device
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, Wanted, Worth
+from vhostsync.storage import identify
+from vhostsync.storage.file import create_image
+from vhostsync.storage.identity import DiskIdentity, Likeness
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -61,7 +62,7 @@ class Machine:
     @contextmanager
     def serve(self, disk: Path, answer: Answer | None = None, *, bits: str = "bits") -> Iterator[Opened]:
         config = ServeConfig(
-            blk_file=disk, socket_path=self.state / "x.sock", bitmap=self.state / bits, answer=answer
+            blk_file=str(disk), socket_path=self.state / "x.sock", bitmap=self.state / bits, answer=answer
         )
         opened = open_device(config, self.state, lambda: None)
         try:

@@ -18,10 +18,10 @@ import pytest
 
 from tests.daemon.rig import WAIT_S, fill, image, tmpfs
 from vhostsync import cli, daemon
-from vhostsync.disk_identity import DiskIdentity
-from vhostsync.identify import identify
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import StateRecord
+from vhostsync.storage.identify import identify
+from vhostsync.storage.identity import DiskIdentity
 
 NOBODY: Final = 65534
 FORKED: Final = multiprocessing.get_context("fork")  # a start is a moment then, and there are many

@@ -27,10 +27,11 @@ import anyio.lowlevel
 
 from tests.engine_options import engine_options
 from tests.fuzz.odd_descriptors import ODD, memory
-from vhostsync import disks
-from vhostsync.engine import Engine, EngineConfig, probe
+from vhostsync.engine import Engine, EngineConfig
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.events import FRONTEND_DISCONNECTED
+from vhostsync.storage import local as disks
+from vhostsync.storage.native import probe
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.listener import Endpoint
 from vhostsync.vhost_user.messages import HEADER, Request

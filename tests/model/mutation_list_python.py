@@ -15,7 +15,7 @@ PYTHON = [
     _m(
         "the-mark-alone-decides",
         "a mark can be copied along with a file, so it proves nothing where the rest speaks against it",
-        "disk_identity.py",
+        "storage/identity.py",
         "return UNSURE if marks and numbers is OTHER else numbers",
         "return SAME if marks else numbers",
         "unit/test_disk_identity.py::test_a_mark_can_be_copied_along_and_so_proves_nothing_alone",
@@ -23,7 +23,7 @@ PYTHON = [
     _m(
         "another-mark-is-no-other-disk",
         "a file that bears another mark is another disk",
-        "disk_identity.py",
+        "storage/identity.py",
         "        if marks is False:\n            return OTHER\n",
         "",
         "unit/test_disk_identity.py::test_a_mark_can_be_copied_along_and_so_proves_nothing_alone",
@@ -31,7 +31,7 @@ PYTHON = [
     _m(
         "a-number-of-any-boot",
         "the device number of a file system holds until the next boot at most",
-        "disk_identity.py",
+        "storage/identity.py",
         "        if _equal(self.boot_id, other.boot_id):\n            return True\n",
         "        if self.device == other.device:\n            return True\n",
         "unit/test_disk_identity.py::test_within_a_boot_the_number_of_the_device_is_good",
@@ -39,7 +39,7 @@ PYTHON = [
     _m(
         "a-block-device-of-any-boot",
         "the number of a block device holds until the next boot at most",
-        "disk_identity.py",
+        "storage/identity.py",
         "if same_number and _equal(self.boot_id, other.boot_id):",
         "if same_number:",
         "unit/test_disk_identity.py::test_a_block_device_that_does_not_name_itself",
@@ -47,7 +47,7 @@ PYTHON = [
     _m(
         "a-snapshot-is-the-file-system",
         "the device beneath a file system tells it from a copy of it as a whole",
-        "disk_identity.py",
+        "storage/identity.py",
         "            if self._below_is_another(other):\n",
         "            if self._below_is_another(other) and not marked:\n",
         "unit/test_disk_identity.py::test_a_file_system_that_was_copied_as_a_whole",
@@ -64,9 +64,9 @@ PYTHON = [
     _m(
         "a-pointer-named-by-the-path",
         "the pointer to a record is named after what the disk is",
-        "state_index.py",
-        "words = repr((disk.kind, volume, disk.inode, disk.generation, disk.mark))",
-        "words = disk.path",
+        "storage/identity.py",
+        "return repr((self.kind, volume, self.inode, self.generation, self.mark))",
+        "return self.path",
         "unit/test_state_index.py::"
         "test_a_superseded_disk_is_refused_although_the_current_one_has_taken_its_name",
     ),

@@ -64,7 +64,7 @@ async def given_up(command: Callable[[], Awaitable[Any]], over: anyio.Event) -> 
 
 async def moved(it: Stage) -> None:
     """The guest may have its answer before the control plane knows."""
-    await until(lambda: it.mirror.source_path == it.paths[1])
+    await until(lambda: it.mirror.source_path == str(it.paths[1]))
 
 
 @pytest.mark.parametrize("op", [WRITE, FLUSH])
@@ -232,7 +232,7 @@ def test_before_a_start_that_has_not_ended(tmp_path: Path, monkeypatch: pytest.M
 
         monkeypatch.setattr(it.mirror._keeper, "begin_bitmap", held)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(it.mirror.start, MirrorTarget(it.paths[1], cache="writeback", full=True))
+            tasks.start_soon(it.mirror.start, MirrorTarget(str(it.paths[1]), cache="writeback", full=True))
             await reached.wait()
             await until(lambda: it.mirror.state is MirrorState.STEADY)
             it.first.fault(WRITE, errno.EIO, count=-1)

@@ -32,11 +32,9 @@ from tests.frontend import Frontend, Request
 from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, MIB, pattern
 from tests.model.test_review_record import AsyncTransport
-from vhostsync import disks
-from vhostsync import engine as engine_module
 from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
-from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
+from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.errors import StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
@@ -47,6 +45,9 @@ from vhostsync.retry import DestinationRetry
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import Prepared, StateFile
 from vhostsync.state_record import StateRecord, Worth, decode_record
+from vhostsync.storage import local as disks
+from vhostsync.storage.kinds import Disk
+from vhostsync.storage.native import probe
 from vhostsync.virtio_blk import DeviceShape
 
 SIZE = 4 * MIB
@@ -162,10 +163,10 @@ class Run:
 
     @property
     def source(self) -> MemoryDisk:
-        return self.world.held[self.mirror.source_path]
+        return self.world.held[Path(self.mirror.source_path)]
 
     def others(self) -> list[Path]:
-        return [path for path in self.world.held if path != self.mirror.source_path]
+        return [path for path in self.world.held if path != Path(self.mirror.source_path)]
 
 
 @asynccontextmanager
@@ -174,7 +175,7 @@ async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tup
         capacity_bytes=SIZE, block_bytes=512, num_queues=1,
         options=engine_options(stop_timeout_s=0.2, checkpoint_s=0.05, ahead_backoff_s=0.05, **world.options),
     )  # fmt: skip
-    source = disks.open_disk(path, read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
+    source: Disk = disks.open_disk(path, read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
     state_file = UnrulyStateFile(world.record_path)
     found, record = check_record(state_file, source)
     bitmap = None
@@ -268,7 +269,7 @@ def step(run: Run, tasks: anyio.abc.TaskGroup) -> str:
 
     def start() -> str:
         path = chance.choice(run.others())
-        target = MirrorTarget(path, cache="writeback", full=chance.random() < 0.2)
+        target = MirrorTarget(str(path), cache="writeback", full=chance.random() < 0.2)
         return commanded(f"start {path.name}", partial(mirror.start, target))
 
     def switch() -> str:
@@ -338,7 +339,7 @@ async def settle(run: Run, tasks: anyio.abc.TaskGroup) -> None:
             while run.mirror.state is not MirrorState.STEADY:
                 if run.mirror.state in (MirrorState.DEGRADED, MirrorState.PASSTHROUGH):
                     with suppress(VhostsyncError):
-                        await run.mirror.start(MirrorTarget(path, cache="writeback"))
+                        await run.mirror.start(MirrorTarget(str(path), cache="writeback"))
                 await anyio.sleep(0.01)
         run.guest.flush()
         while not run.guest.is_idle() or run.world.record().peer_worth is not Worth.UP_TO_DATE:
@@ -348,12 +349,13 @@ async def settle(run: Run, tasks: anyio.abc.TaskGroup) -> None:
     destination = run.mirror.destination_path
     assert destination is not None
     status = await run.mirror.status()
-    one, other = bytearray(run.source.read(0, SIZE)), bytearray(run.world.held[destination].read(0, SIZE))
+    peer = run.world.held[Path(destination)]
+    one, other = bytearray(run.source.read(0, SIZE)), bytearray(peer.read(0, SIZE))
     for row in status.doubt:
         at, length = row["offset"], row["length"]
         one[at : at + length] = other[at : at + length] = bytes(length)
     differ = [at // BLOCK for at in range(0, SIZE, BLOCK) if one[at : at + BLOCK] != other[at : at + BLOCK]]
-    assert not differ, f"{destination.name} differs in blocks {differ}; {status.full_copy_reason=}"
+    assert not differ, f"{destination} differs in blocks {differ}; {status.full_copy_reason=}"
 
 
 async def play(world: World) -> None:
@@ -383,11 +385,11 @@ def test_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -
         (tmp_path / f"{name}.img").write_bytes(bytes(SIZE))
         held[tmp_path / f"{name}.img"] = MemoryDisk(SIZE)
 
-    def test_disk(disk: disks.Disk) -> Any:
+    def test_disk(disk: disks.LocalDisk) -> Any:
         disk.fd.close()
         return held[disk.path].hand_over()
 
-    monkeypatch.setattr(engine_module, "_engine_disk", test_disk)
+    monkeypatch.setattr(disks.LocalDisk, "to_engine", test_disk)
     options: dict[str, Any] = {
         "destination_timeout_s": chance.choice((0.1, 10.0)),
         "pause_on_destination_error": chance.random() < 0.5,

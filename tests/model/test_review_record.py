@@ -24,12 +24,10 @@ from tests.engine_options import engine_options
 from tests.frontend import Frontend, Status
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.model.rig import BLOCK, MIB, pattern
-from vhostsync import disks, peer, record_keeper
-from vhostsync import engine as engine_module
+from vhostsync import peer, record_keeper
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import Place, look_again
-from vhostsync.disk_identity import DiskIdentity
-from vhostsync.engine import Engine, EngineConfig, probe
+from vhostsync.engine import Engine, EngineConfig
 from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import MirrorError, StateRecordError, SwitchError
@@ -38,6 +36,9 @@ from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
 from vhostsync.state_file import Prepared, StateFile
 from vhostsync.state_record import StateRecord, Worth
+from vhostsync.storage import local as disks
+from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.native import probe
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 
@@ -113,7 +114,7 @@ class Stage:
     second: MemoryDisk
 
     async def attach(self) -> None:
-        await self.mirror.start(MirrorTarget(path=self.paths[1], cache="writeback"))
+        await self.mirror.start(MirrorTarget(str(self.paths[1]), cache="writeback"))
         await until(lambda: self.mirror.state is MirrorState.STEADY)
 
     async def steady(self) -> None:
@@ -146,11 +147,11 @@ async def stage(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -
             file.truncate(SIZE)
         held[path] = MemoryDisk(SIZE)
 
-    def test_disk(disk: disks.Disk) -> Any:
+    def test_disk(disk: disks.LocalDisk) -> Any:
         disk.fd.close()
         return held[disk.path].hand_over()
 
-    monkeypatch.setattr(engine_module, "_engine_disk", test_disk)
+    monkeypatch.setattr(disks.LocalDisk, "to_engine", test_disk)
     config = EngineConfig(
         capacity_bytes=SIZE, block_bytes=512, num_queues=1,
         options=engine_options(**{"destination_timeout_s": 30, "max_lag_ms": 30_000, **options}),
@@ -217,7 +218,7 @@ def test_the_old_disk_fails_right_after_the_exchange(
         assert (record.epoch, record.current.path) == (2, str(it.paths[1]))
         assert record.peer is not None and record.peer.path == str(it.paths[0])
         assert record.peer_worth is Worth.OUTDATED
-        assert it.mirror.source_path == it.paths[1] and it.mirror.state is MirrorState.DEGRADED
+        assert it.mirror.source_path == str(it.paths[1]) and it.mirror.state is MirrorState.DEGRADED
 
     play(scene, tmp_path, monkeypatch)
 
@@ -241,7 +242,7 @@ def test_a_cancel_while_the_record_is_being_told_of_steady(
     """R18: the record's last word is that of the cancel."""
 
     async def scene(it: Stage) -> None:
-        await it.mirror.start(MirrorTarget(path=it.paths[1], cache="writeback"))
+        await it.mirror.start(MirrorTarget(str(it.paths[1]), cache="writeback"))
         it.state_file.hold = True
         await until(lambda: it.mirror.state is MirrorState.STEADY)
         await until(it.state_file.reached.is_set)
@@ -350,14 +351,14 @@ def test_a_destination_that_is_lost_as_soon_as_it_is_attached(
         await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
         mirror_start = it.engine.mirror_start
 
-        async def attach_and_lose(disk: disks.Disk, *, resync: bool, spare_doubt: bool) -> None:
+        async def attach_and_lose(disk: disks.LocalDisk, *, resync: bool, spare_doubt: bool) -> None:
             it.second.fault(DiskOp.WRITE, errno.EIO)
             await mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
             await until(lambda: bool(looks))
 
         looks = looks_of(monkeypatch)
         monkeypatch.setattr(it.engine, "mirror_start", attach_and_lose)
-        await it.mirror.start(MirrorTarget(path=it.paths[1], cache="writeback"))
+        await it.mirror.start(MirrorTarget(str(it.paths[1]), cache="writeback"))
         monkeypatch.setattr(it.engine, "mirror_start", mirror_start)
         assert (await it.mirror.status()).full_copy_reason is None
         await anyio.to_thread.run_sync(it.paths[1].write_bytes, bytes(SIZE))

@@ -4,7 +4,6 @@ knows the destination, or nothing is left of it, not even the image that it has 
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -15,21 +14,21 @@ from tests.model.test_review_record import WAIT_S, Stage, play, until
 from vhostsync import mirror
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import open_destination
-from vhostsync.disks import Disk
 from vhostsync.errors import StateRecordError
 from vhostsync.mirror_state import MirrorState
 from vhostsync.state_record import Worth
+from vhostsync.storage.kinds import Disk
 
 
 def created(it: Stage) -> MirrorTarget:
     it.paths[1].unlink()
-    return MirrorTarget(it.paths[1], create=True, cache="writeback")
+    return MirrorTarget(str(it.paths[1]), create=True, cache="writeback")
 
 
 def test_cut_off_while_the_image_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, go_on = threading.Event(), threading.Event()
 
-    def open_slowly(target: MirrorTarget, *rest: object) -> tuple[Disk, os.stat_result | None]:
+    def open_slowly(target: MirrorTarget, *rest: object) -> tuple[Disk, object | None]:
         opened = open_destination(target, *rest)  # type: ignore[arg-type]
         made.set()
         assert go_on.wait(WAIT_S)

@@ -40,10 +40,10 @@ from vhostsync import engine as engine_module
 from vhostsync._shim import lib
 from vhostsync.bad_ranges import within
 from vhostsync.bitmap import HEADER_BYTES
-from vhostsync.disks import Disk
 from vhostsync.peer import Peer
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import Worth, decode_record
+from vhostsync.storage.local import LocalDisk
 
 LOG_BYTES = (24 + 8 * SHAPE.extents + 4095) // 4096 * 4096
 BITS_AT = HEADER_BYTES + 2 * LOG_BYTES
@@ -202,7 +202,7 @@ class Checker:
 
     # ---- restarts ------------------------------------------------------------------
 
-    def _restart(self, state: State, disks: tuple[Disk, Disk], boot: str, place: int) -> None:
+    def _restart(self, state: State, disks: tuple[LocalDisk, LocalDisk], boot: str, place: int) -> None:
         killed = self.chance.random() < 0.25
         if killed:
             one, other = (disk.as_cached() for disk in state.disks)
@@ -223,7 +223,7 @@ class Checker:
         if self.on_cut is not None:
             self.on_cut(left)
 
-    def _start(self, left: Remains, disks: tuple[Disk, Disk], when: str) -> None:
+    def _start(self, left: Remains, disks: tuple[LocalDisk, LocalDisk], when: str) -> None:
         named = current_disk(self.site, left.record, left.boot)
         self.site.bitmap.write_bytes(left.bitmap)
         state_file = StateFile(self.site.record, files=RecordFiles(left.record))
@@ -247,7 +247,7 @@ class Checker:
                 lib.vs_bitmap_close(bitmap)
             opened.bitmap.close(clean=False)
 
-    def _trusted(self, path: str, disks: tuple[Disk, Disk], opened: Any) -> bool:
+    def _trusted(self, path: str, disks: tuple[LocalDisk, LocalDisk], opened: Any) -> bool:
         peer = Peer()
         peer.known(opened.record.peer, opened.peer_left)
         return peer.why_full(disks[self.site.number_of(path)]) is None

@@ -28,13 +28,12 @@ from tests.model.test_review_record import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
 from tests.testing_library import lib
-from vhostsync import disks, kernel, opening
 from vhostsync import engine as engine_module
+from vhostsync import kernel, opening
 from vhostsync.bad_ranges import within
 from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
-from vhostsync.disks import Disk
-from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes, probe
+from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
@@ -43,6 +42,10 @@ from vhostsync.resize import Resizer
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, decode_record
+from vhostsync.storage import local as disks
+from vhostsync.storage.kinds import Disk
+from vhostsync.storage.local import LocalDisk
+from vhostsync.storage.native import probe
 from vhostsync.verify import Verifier
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.virtio_blk import BlkDevice, DeviceShape
@@ -144,7 +147,7 @@ class Site:
     def number_of(self, path: str | Path) -> int:
         return self.paths.index(Path(path))
 
-    def open_disk(self, number: int) -> Disk:
+    def open_disk(self, number: int) -> LocalDisk:
         return disks.open_disk(
             self.paths[number], read_only=False, cache="writeback", lock_timeout_s=1, probe=probe
         )
@@ -211,7 +214,7 @@ class Running:
 
     async def attach(self, *, full: bool = False) -> None:
         path = self.site.paths[1 - self.current]
-        await self.mirror.start(MirrorTarget(path=path, cache="writeback", full=full))
+        await self.mirror.start(MirrorTarget(str(path), cache="writeback", full=full))
 
     async def until(self, state: MirrorState) -> None:
         with anyio.fail_after(20):
@@ -240,7 +243,7 @@ def _in_memory(site: Site, held: Sequence[MemoryDisk], recorder: Recorder) -> It
     """The engine gets test disks, and its bitmap is recorded."""
     engine_bitmap, opened_by_engine = engine_module._engine_bitmap, BitmapFile.opened_by_engine
 
-    def test_disk(disk: Disk) -> Any:
+    def test_disk(disk: LocalDisk) -> Any:
         disk.fd.close()
         return held[site.number_of(disk.path)].hand_over()
 
@@ -255,7 +258,7 @@ def _in_memory(site: Site, held: Sequence[MemoryDisk], recorder: Recorder) -> It
         opened_by_engine(file)
 
     with (
-        mock.patch.object(engine_module, "_engine_disk", test_disk),
+        mock.patch.object(LocalDisk, "to_engine", test_disk),
         mock.patch.object(engine_module, "_engine_bitmap", test_bitmap),
         mock.patch.object(BitmapFile, "opened_by_engine", synced_by_engine),
     ):

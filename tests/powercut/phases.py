@@ -142,7 +142,7 @@ async def resume(running: Running, chance: random.Random) -> None:
     if wanted is None:
         assert running.mirror.state is MirrorState.PASSTHROUGH
         return
-    assert running.mirror.destination_path == wanted.path
+    assert running.mirror.destination_path == wanted.name
     await running.until(MirrorState.STEADY)
 
 

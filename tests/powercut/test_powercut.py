@@ -16,11 +16,11 @@ from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
 from tests.powercut.scenes import SCENES, Scene
 from vhostsync.bad_ranges import BadRanges
-from vhostsync.disk_identity import DiskIdentity
 from vhostsync.mirror_status import Switched, SwitchPlan
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.state_file import Prepared
 from vhostsync.state_record import StateRecord, Worth
+from vhostsync.storage.identity import DiskIdentity
 from vhostsync.switch import Switch
 
 SEEDS = int(os.environ.get("VHOSTSYNC_POWERCUT_SEEDS", "2"))

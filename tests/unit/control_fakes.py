@@ -123,7 +123,7 @@ class FakeMirror:
         self._become(
             state="syncing",
             worth="inconsistent",
-            destination=str(target.path),
+            destination=target.name,
             copy_bytes_total=GIB,
             speed_bytes_per_s=target.speed_bytes_per_s,
         )

@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 
 from hypothesis import strategies as st
 
-from vhostsync.disk_identity import DiskIdentity
+from vhostsync.storage.identity import DiskIdentity
 
 
 def disk(

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit.disk_fakes import A, B, CrashError, VolatileFileSystem
-from vhostsync import disks, kernel
-from vhostsync.engine import probe
+from vhostsync import kernel
 from vhostsync.opening import check_record, follow_record
 from vhostsync.state_file import Prepared, StateFile
 from vhostsync.state_record import StateRecord, Worth
+from vhostsync.storage import local as disks
+from vhostsync.storage.native import probe
 
 FORMER = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE)
 SWITCHED = FORMER.switched(keep_mirror=True)

@@ -18,10 +18,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tests.unit.control_fakes import GIB, FakeBackend, FakeStatus, running
 from vhostsync import cli, operate, show
 from vhostsync.config import Answer, ServeConfig
-from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import DiskError, SwitchError
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord
+from vhostsync.storage.identity import DiskIdentity
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "vhostsync"]
@@ -165,7 +165,7 @@ def test_a_start_that_does_not_wait(
     assert "vhostsync watch" in out
     target = served.backend.mirror.target
     assert target is not None
-    assert target.path == tmp_path / "b.img"  # the backend's directory is not this one
+    assert target.name == str(tmp_path / "b.img")  # the backend's directory is not this one
     assert (target.create, target.cache, target.speed_bytes_per_s) == (True, "writeback", 100 << 20)
     code, _, err = run("mirror", "start", "/c.img")
     assert (code, err) == (1, "vhostsync: There is a destination already; cancel the mirror first.\n")
@@ -339,7 +339,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
 
     def run_daemon(settings: ServeConfig) -> int:
         called.append(settings)
-        if settings.blk_file == Path("/missing"):
+        if settings.blk_file == "/missing":
             raise DiskError("There is no disk /missing; give the path of an image file or a block device.")
         return 0
 
@@ -366,7 +366,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert run(*words)[0] == 0
     [settings] = daemon
     assert settings.socket_path == Path("/run/s")
-    assert settings.blk_file == Path("/a.img")
+    assert settings.blk_file == "/a.img"
     assert settings.read_only and settings.disk_format == "raw"
     assert (settings.cache, settings.destination_cache) == ("writeback", "writeback")
     assert (settings.num_queues, settings.serial, settings.block_bytes) == (8, "vm1", 4096)
@@ -414,7 +414,7 @@ def test_an_answer_is_one_and_can_be_recorded(
 )
 def test_the_word_serve_may_be_left_out(run: Run, daemon: list[ServeConfig], words: list[str]) -> None:
     assert run(*words)[0] == 0
-    assert daemon == [ServeConfig(blk_file=Path("/a.img"), socket_path=Path("/run/s"))]
+    assert daemon == [ServeConfig(blk_file="/a.img", socket_path=Path("/run/s"))]
 
 
 def test_without_the_extension_it_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,8 @@ async def test_a_start_hands_over_its_arguments(backend: FakeBackend) -> None:
     assert await ask(backend, "mirror-start", **start) == {}
     target = backend.mirror.target
     assert target is not None
-    assert (target.path, target.create, target.cache, target.speed_bytes_per_s) == (
-        Path("/b.img"),
+    assert (target.name, target.create, target.cache, target.speed_bytes_per_s) == (
+        "/b.img",
         True,
         "none",
         5,

@@ -14,7 +14,7 @@ from vhostsync.config import MirrorTarget, ServeConfig, TcpAddress, parse_metric
 from vhostsync.errors import ConfigError
 from vhostsync.quantities import parse_bytes, parse_seconds
 
-DISK = Path("/disks/a.img")
+DISK = "/disks/a.img"
 SOCKET = Path("/run/vm.sock")
 
 
@@ -87,8 +87,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 
 def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = make(blk_file=Path("a.img"), socket_path=Path("s"))
-    assert settings.blk_file == tmp_path / "a.img"
+    settings = make(blk_file="a.img", socket_path=Path("s"))
+    assert settings.blk_file == str(tmp_path / "a.img")
     assert settings.control_socket == tmp_path / "s.control"
     with pytest.raises(FrozenInstanceError):
         settings.num_queues = 5  # type: ignore[misc]
@@ -100,8 +100,10 @@ def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch
         ({"fd": 3}, "exactly one of --socket-path and --fd"),
         ({"socket_path": None}, "exactly one of --socket-path and --fd"),
         ({"socket_path": None, "fd": -1}, "--fd -1 is not a file descriptor"),
-        ({"blk_file": Path("/a\0b")}, "zero byte"),
-        ({"blk_file": Path()}, "--blk-file is empty"),
+        ({"blk_file": "/a\0b"}, "zero byte"),
+        ({"blk_file": ""}, "--blk-file is empty"),
+        ({"blk_file": "."}, "--blk-file is empty"),
+        ({"blk_file": "nbd://host/x"}, "there are no disks of the kind nbd here; there are paths of image"),
         ({"control_path": Path()}, "--control is empty"),
         ({"socket_path": Path("/" + "x" * 107)}, "--socket-path: .* longer than the 107 bytes"),
         ({"socket_path": Path("/" + "x" * 100)}, "--control: .* longer than the 107 bytes"),
@@ -173,10 +175,11 @@ def test_metrics_stay_on_this_machine(text: str) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"path": Path("b.img")},
-        {"path": Path("/b\0")},
-        {"path": Path("/b"), "cache": "x"},
-        {"path": Path("/b"), "speed_bytes_per_s": -1},
+        {"name": "b.img"},
+        {"name": "/b\0"},
+        {"name": "/b", "cache": "x"},
+        {"name": "/b", "speed_bytes_per_s": -1},
+        {"name": "nbd://host/x"},
     ],
 )
 def test_a_wrong_destination_is_a_sentence(given: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 
 from tests.unit.disk_fakes import C, disk, identities
-from vhostsync import disk_layers
-from vhostsync.disk_identity import DiskIdentity, Likeness, decode_identity
+from vhostsync.storage import layers as disk_layers
+from vhostsync.storage.identity import DiskIdentity, Likeness, decode_identity
 
 
 @given(identities)

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_disks import MIB, opened
-from vhostsync.disk_signatures import image_format, signatures
-from vhostsync.disks import check_holds_nothing, create_image, open_disk
-from vhostsync.engine import probe
+from vhostsync.destination import check_holds_nothing
 from vhostsync.errors import DiskError
+from vhostsync.storage.file import create_image
+from vhostsync.storage.local import open_disk
+from vhostsync.storage.native import probe
+from vhostsync.storage.signatures import image_format, signatures
 
 
 @pytest.fixture

@@ -11,21 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from vhostsync import disks
 from vhostsync.config import MirrorTarget
-from vhostsync.destination import open_destination
-from vhostsync.disk_identity import Likeness
-from vhostsync.disk_layers import layers
-from vhostsync.disks import (
-    Disk,
-    DiskProbe,
-    check_destination,
-    check_distinct,
-    create_image,
-    open_disk,
-)
+from vhostsync.destination import check_destination, check_distinct, open_destination
 from vhostsync.errors import DiskError
-from vhostsync.identify import identify
+from vhostsync.storage import local as disks
+from vhostsync.storage.file import create_image
+from vhostsync.storage.identify import identify
+from vhostsync.storage.identity import Likeness
+from vhostsync.storage.layers import layers
+from vhostsync.storage.local import LocalDisk, open_disk
+from vhostsync.storage.native import DiskProbe
 
 MIB = 1 << 20
 
@@ -37,7 +32,7 @@ def probe(fd: int, direct: bool) -> DiskProbe:
     return DiskProbe(os.lseek(fd, 0, os.SEEK_END), False, 512, 4096, 512 if direct else 1, False, 0)
 
 
-def opened(path: Path, *, read_only: bool = False, lock_timeout_s: float = 0) -> Disk:
+def opened(path: Path, *, read_only: bool = False, lock_timeout_s: float = 0) -> LocalDisk:
     return open_disk(path, read_only=read_only, cache="writeback", lock_timeout_s=lock_timeout_s, probe=probe)
 
 
@@ -156,7 +151,7 @@ def test_an_image_that_somebody_else_has_taken_is_not_removed(
     """Two mirrors are started to it in the same moment; the one that made it comes too late."""
     source, path = tmp_path / "a.img", tmp_path / "b.img"
     create_image(source, MIB)
-    taken: list[Disk] = []
+    taken: list[LocalDisk] = []
 
     def create_and_lose(image: Path, size_bytes: int) -> os.stat_result:
         made = create_image(image, size_bytes)
@@ -164,15 +159,15 @@ def test_an_image_that_somebody_else_has_taken_is_not_removed(
         return made
 
     monkeypatch.setattr(disks, "create_image", create_and_lose)
-    target = MirrorTarget(path, create=True, cache="writeback")
+    target = MirrorTarget(str(path), create=True, cache="writeback")
     with pytest.raises(DiskError, match="is in use"):
-        open_destination(target, source, MIB, 512, 0)
+        open_destination(target, str(source), MIB, 512, 0)
     assert path.exists()
     taken.pop().close()
     path.unlink()
     monkeypatch.setattr(disks, "create_image", lambda image, _: create_image(image, MIB))
     with pytest.raises(DiskError, match="too small"):
-        open_destination(target, source, 2 * MIB, 512, 0)
+        open_destination(target, str(source), 2 * MIB, 512, 0)
     assert not path.exists()
 
 
@@ -190,7 +185,7 @@ def test_a_file_that_has_taken_the_place_of_a_new_image_is_left_alone(
 
     monkeypatch.setattr(disks, "create_image", create_and_lose)
     with pytest.raises(DiskError, match="another file has taken the place"):
-        open_destination(MirrorTarget(path, create=True, cache="writeback"), source, MIB, 512, 0)
+        open_destination(MirrorTarget(str(path), create=True, cache="writeback"), str(source), MIB, 512, 0)
     assert path.read_bytes() == b"precious" * MIB
 
 
@@ -369,9 +364,9 @@ def test_the_source_under_another_name_is_no_destination(image: Path, tmp_path: 
     create_image(tmp_path / "other", MIB)
     for name in ("image", "symlink", "hardlink"):
         with pytest.raises(DiskError, match="one file under two names"):
-            check_distinct(image, tmp_path / name)
-    check_distinct(image, tmp_path / "other")
-    check_distinct(image, tmp_path / "missing")
+            check_distinct(str(image), str(tmp_path / name))
+    check_distinct(str(image), str(tmp_path / "other"))
+    check_distinct(str(image), str(tmp_path / "missing"))
 
 
 @needs_root
@@ -384,11 +379,11 @@ def test_loop_devices_of_the_source_are_no_destination(image: Path, tmp_path: Pa
     ):
         for one, other in ((image, whole), (whole, image), (low, whole), (whole, high), (image, low)):
             with pytest.raises(DiskError, match="lies upon the other"):
-                check_distinct(one, other)
-        check_distinct(low, high)
+                check_distinct(str(one), str(other))
+        check_distinct(str(low), str(high))
         (tmp_path / "name").symlink_to(whole)
         with pytest.raises(DiskError, match="one device under two names"):
-            check_distinct(whole, tmp_path / "name")
+            check_distinct(str(whole), str(tmp_path / "name"))
         assert layers(high)[-1].start == half
 
 
@@ -489,6 +484,6 @@ def test_swap_space_is_in_use(image: Path, tmp_path: Path, monkeypatch: pytest.M
     swaps = tmp_path / "swaps"
     name = str(image).replace("/image", r"/im\141ge")
     swaps.write_text(f"Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n{name} file\t1020\t0\t-2\n")
-    monkeypatch.setattr("vhostsync.disk_users.SWAPS", swaps)
+    monkeypatch.setattr("vhostsync.storage.users.SWAPS", swaps)
     with pytest.raises(DiskError, match="it is swap space"):
         opened(image)

@@ -30,7 +30,7 @@ GIVEN: dict[str, tuple[Any, int]] = {
 
 
 def told(**given: Any) -> Any:
-    config = ServeConfig(blk_file=Path("/a.img"), socket_path=Path("/run/s"), **given)
+    config = ServeConfig(blk_file="/a.img", socket_path=Path("/run/s"), **given)
     return EngineConfig(1 << 30, 512, config.num_queues, config.for_engine()).to_c()
 
 

@@ -9,19 +9,18 @@ import pytest
 
 from tests.unit.disk_fakes import B
 from tests.unit.test_state_record import failing
-from vhostsync import disks
 from vhostsync.config import Answer
-from vhostsync.disks import Disk
-from vhostsync.engine import probe
 from vhostsync.errors import StateRecordError
-from vhostsync.identify import identify
 from vhostsync.opening import check_record, follow_record
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, Wanted, Worth
+from vhostsync.storage import local as disks
+from vhostsync.storage.local import LocalDisk
+from vhostsync.storage.native import probe
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
+def disk(tmp_path: Path) -> Iterator[LocalDisk]:
     image = tmp_path / "a.img"
     image.write_bytes(bytes(1 << 20))
     it = disks.open_disk(image, read_only=False, cache="writeback", lock_timeout_s=0, probe=probe)
@@ -29,12 +28,13 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     it.close()
 
 
-def left_by(disk: Disk, record: StateRecord) -> StateRecord:
-    now = identify(disk.fd.fileno(), disk.path, with_ctime=True)
-    return record.detached(now, record.peer, record.spared)
+def left_by(disk: LocalDisk, record: StateRecord) -> StateRecord:
+    return record.detached(disk.as_it_is(), record.peer, record.spared)
 
 
-def start(path: Path, disk: Disk, step: str = "write_durable", answer: Answer | None = None) -> StateFile:
+def start(
+    path: Path, disk: LocalDisk, step: str = "write_durable", answer: Answer | None = None
+) -> StateFile:
     state_file = StateFile(path, files=failing(step, 28))
     found, record = check_record(state_file, disk, answer)
     follow_record(state_file, found, record, disk, None)
@@ -42,7 +42,7 @@ def start(path: Path, disk: Disk, step: str = "write_durable", answer: Answer | 
 
 
 @pytest.mark.parametrize("step", ["write_durable", "rename", "sync_directory"])
-def test_where_nothing_waits_for_it_the_disk_is_served(tmp_path: Path, disk: Disk, step: str) -> None:
+def test_where_nothing_waits_for_it_the_disk_is_served(tmp_path: Path, disk: LocalDisk, step: str) -> None:
     path = tmp_path / "record"
     assert start(path, disk, step).late, "the first record"
     first = StateRecord.first(disk.identity)
@@ -55,7 +55,7 @@ def test_where_nothing_waits_for_it_the_disk_is_served(tmp_path: Path, disk: Dis
         assert StateFile(path).load() in (record, replace(record, clean=False, current=disk.identity))
 
 
-def test_where_something_waits_for_it_the_start_is_refused(tmp_path: Path, disk: Disk) -> None:
+def test_where_something_waits_for_it_the_start_is_refused(tmp_path: Path, disk: LocalDisk) -> None:
     path = tmp_path / "record"
     mirrored = StateRecord.first(disk.identity).with_peer(B)
     steady = mirrored.with_worth(Worth.UP_TO_DATE)
@@ -73,7 +73,7 @@ def test_where_something_waits_for_it_the_start_is_refused(tmp_path: Path, disk:
         start(path, disk)
 
 
-def test_a_promotion_that_cannot_be_written_is_refused(tmp_path: Path, disk: Disk) -> None:
+def test_a_promotion_that_cannot_be_written_is_refused(tmp_path: Path, disk: LocalDisk) -> None:
     """What is there would go on to name the disk that was given up, and refuse this one."""
     path = tmp_path / "record"
     former = StateRecord.first(B).with_peer(disk.identity).with_worth(Worth.OUTDATED, "then")
@@ -83,7 +83,7 @@ def test_a_promotion_that_cannot_be_written_is_refused(tmp_path: Path, disk: Dis
     assert StateFile(path).load() == former
 
 
-def test_any_record_that_is_written_ends_it(tmp_path: Path, disk: Disk) -> None:
+def test_any_record_that_is_written_ends_it(tmp_path: Path, disk: LocalDisk) -> None:
     state_file = start(tmp_path / "record", disk)
     state_file._files = StateFile(tmp_path / "record")._files
     state_file.prepare(StateRecord.first(disk.identity)).discard()

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.unit.disk_fakes import A, B
-from vhostsync import disks
 from vhostsync.bitmap import KIND, BitmapFile, Shape
 from vhostsync.config import ServeConfig
-from vhostsync.engine import bitmap_file_bytes, probe
+from vhostsync.engine import bitmap_file_bytes
 from vhostsync.errors import BitmapError, ConfigError, DamagedRecordError, DiskError, StateRecordError
 from vhostsync.own_file import ForeignFileError, beginning, remove_leftover
 from vhostsync.state_file import MARK_BYTES, StateFile
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import StateRecord, encode_checked, encode_record
+from vhostsync.storage import local as disks
+from vhostsync.storage.native import probe
 
 MIB = 1 << 20
 SHAPE = Shape(16 * MIB, 65536, 4 * MIB, 1024)
@@ -255,4 +256,5 @@ def test_a_bitmap_that_is_used_is_no_disk(tmp_path: Path) -> None:
 def test_one_path_for_two_purposes_is_refused(options: dict[str, str], named: str) -> None:
     paths = {"blk_file": "a", "socket_path": "s", **options}
     with pytest.raises(ConfigError, match=f"{named} both name"):
-        ServeConfig(**{name: Path("/x") / path for name, path in paths.items()})  # type: ignore[arg-type]
+        disk = f"/x/{paths.pop('blk_file')}"
+        ServeConfig(blk_file=disk, **{name: Path("/x") / path for name, path in paths.items()})  # type: ignore[arg-type]

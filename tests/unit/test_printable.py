@@ -24,9 +24,9 @@ from tests.unit.test_disks import opened
 from vhostsync import cli, daemon, log, service_manager, show
 from vhostsync.config import ServeConfig
 from vhostsync.control.commands import dashed
-from vhostsync.disks import create_image
 from vhostsync.errors import DiskError
 from vhostsync.printable import printable, printable_lines
+from vhostsync.storage.file import create_image
 
 EVIL = "/x\x1b]0;title\x07\x9b2J\r\nvhostsync: all is well\u202e\udcff"
 SHOWN = r"/x\x1b]0;title\x07\x9b2J\x0d\x0avhostsync: all is well\u202e\xff"
@@ -86,7 +86,7 @@ def test_the_last_words_of_a_start(tmp_path: Path, capsys: pytest.CaptureFixture
             patched.setattr("vhostsync.opening.SOURCE_LOCK_S", 0.0)
             patched.setattr(daemon, "_load_modules", lambda: None)
             config = ServeConfig(
-                blk_file=image, socket_path=tmp_path / "s", no_state_file=True, cache="writeback",
+                blk_file=str(image), socket_path=tmp_path / "s", no_state_file=True, cache="writeback",
                 log_format="json",
             )
             assert daemon.run(config) == 1

@@ -16,6 +16,7 @@ from vhostsync.config import ServeConfig
 from vhostsync.errors import ConfigError, MirrorError
 from vhostsync.kernel import PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_SET_NO_NEW_PRIVS, Kernel
 from vhostsync.privileges import Confinement, Reach, places_of
+from vhostsync.storage.identity import DiskIdentity
 
 
 class FakeKernel(Kernel):
@@ -65,7 +66,7 @@ class FakeKernel(Kernel):
 
 
 def make(**given: object) -> ServeConfig:
-    return ServeConfig(blk_file=Path("/disks/a.img"), socket_path=Path("/run/vm.sock"), **given)  # type: ignore[arg-type]
+    return ServeConfig(blk_file="/disks/a.img", socket_path=Path("/run/vm.sock"), **given)  # type: ignore[arg-type]
 
 
 def test_without_landlock_auto_goes_on_and_require_does_not() -> None:
@@ -166,16 +167,20 @@ def test_the_reach(tmp_path: Path) -> None:
     outside.mkdir()
     (inside / "link").symlink_to(outside)
     reach = Reach((inside,), enforced=True)
-    reach.check(inside / "b.img")
+    reach.check(str(inside / "b.img"))
     for path in (outside / "b.img", inside / "link" / "b.img", inside / ".." / "out" / "b.img"):
         with pytest.raises(MirrorError, match=f"--allow-path {outside}"):
-            reach.check(path)
-    Reach((inside,)).check(outside / "b.img")
+            reach.check(str(path))
+    Reach((inside,)).check(str(outside / "b.img"))
+
+
+def image_at(path: Path) -> DiskIdentity:
+    return DiskIdentity(str(path), "file", 1, 2, 1 << 20)
 
 
 def test_the_places(tmp_path: Path) -> None:
     config = make(bitmap=Path("/maps/a"), allow_paths=(tmp_path,), metrics=Path("/metrics/m.sock"))
-    found = places_of(config, [Path("/disks/a.img")], Path("/state"))
+    found = places_of(config, [image_at(Path("/disks/a.img"))], Path("/state"))
     assert set(map(str, found)) == {str(tmp_path), "/disks", "/run", "/maps", "/metrics", "/state"} or (
         Path("/run").is_symlink()
     )
@@ -189,9 +194,9 @@ def test_a_disk_that_cannot_be_looked_at_is_a_place_all_the_same(tmp_path: Path)
     file.touch()
     kernel = FakeKernel(6)
     for lost in (loop, loop / "b.img", file / "b.img", tmp_path / ("b" * 300)):
-        found = places_of(make(), [lost], None)
+        found = places_of(make(), [image_at(lost)], None)
         assert tmp_path in found or lost.parent in found
-        Reach((tmp_path,), enforced=True).check(lost)
+        Reach((tmp_path,), enforced=True).check(str(lost))
         kernel.steps.append("no_new_privs")
         landlock.restrict(kernel, 6, landlock.Grants((), found))
 

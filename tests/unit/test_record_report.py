@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_disks import MIB, opened
-from vhostsync import disk_look, record_report
-from vhostsync.disk_identity import DiskIdentity
-from vhostsync.disk_look import Condition, Look, look, look_here
-from vhostsync.disks import create_image
+from vhostsync import record_report
 from vhostsync.errors import StateRecordError
-from vhostsync.identify import identify
 from vhostsync.record_report import advise, find, forget, good_copy, lock_holder, report
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import StateRecord, Worth
+from vhostsync.storage import signatures
+from vhostsync.storage.condition import Condition, Look
+from vhostsync.storage.file import create_image
+from vhostsync.storage.identify import identify
+from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.local import look_here
+from vhostsync.storage.look import look
 
 THERE, GONE = Look(Condition.THERE), Look(Condition.MISSING)
 DEAD = Look(Condition.FAILING, "Input/output error")
@@ -93,9 +96,9 @@ def test_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(fd: int, offset: int) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(disk_look, "read_block", fail)
+    monkeypatch.setattr(signatures, "read_block", fail)
     assert look(record.current) == DEAD
-    monkeypatch.setattr(disk_look, "read_block", lambda fd, offset: time.sleep(60))
+    monkeypatch.setattr(signatures, "read_block", lambda fd, offset: time.sleep(60))
     began = time.monotonic()
     assert look(record.current, 0.2).reason == "no answer within 0.2 s"
     assert time.monotonic() - began < 30
@@ -105,21 +108,21 @@ def test_a_record_is_found_by_disk_name_directory_and_by_itself(tmp_path: Path) 
     path, _ = recorded(tmp_path, Worth.UP_TO_DATE)
     state = tmp_path / "state"
     for where in (None, state, path, tmp_path / "a.img", tmp_path / "b.img"):
-        assert find(where, state) == [path]
+        assert find(None if where is None else str(where), state) == [path]
     (tmp_path / "b.img").rename(tmp_path / "renamed.img")
     (tmp_path / "a.img").unlink()
-    assert find(tmp_path / "renamed.img", state) == find(tmp_path / "a.img", state) == [path]
-    assert find(tmp_path / "other.img", state) == []
+    assert find(f"{tmp_path}/renamed.img", state) == find(f"{tmp_path}/a.img", state) == [path]
+    assert find(f"{tmp_path}/other.img", state) == []
     assert find(None, tmp_path / "nowhere") == []
 
 
 def test_a_start_whose_disk_is_gone_is_told_where_the_data_is(tmp_path: Path) -> None:
     path, _ = recorded(tmp_path, Worth.UP_TO_DATE)
-    assert good_copy(tmp_path / "a.img", [path]) is None, "it is there"
+    assert good_copy(f"{tmp_path}/a.img", [path]) is None, "it is there"
     (tmp_path / "a.img").unlink()
-    words = good_copy(tmp_path / "a.img", [tmp_path / "no.record.json", path])
+    words = good_copy(f"{tmp_path}/a.img", [tmp_path / "no.record.json", path])
     assert words is not None and f"vhostsync serve --blk-file {tmp_path}/b.img --promote" in words
-    assert good_copy(tmp_path / "x.img", [path]) is None
+    assert good_copy(f"{tmp_path}/x.img", [path]) is None
 
 
 def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +134,7 @@ def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "it is the disk as of 2026-01-01, without what the guest wrote since" in text
     assert record_report.in_json(found)["other"]["outdated-since"] == "2026-01-01"
     path.write_bytes(path.read_bytes().replace(b'"epoch": 1', b'"epoch": 2'))
-    assert record_report.run(path, as_json=False, remove=False) == 1
+    assert record_report.run(str(path), as_json=False, remove=False) == 1
     assert "is damaged" in capsys.readouterr().err
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a failed attempt to bring a mirror back does to the backend: nothing."""
 
-from pathlib import Path
 from typing import Any, cast
 
 import anyio
@@ -25,7 +24,7 @@ class LostMirror:
     """One that is wanted; `resume` fails as nobody foresaw, then succeeds."""
 
     state = MirrorState.PASSTHROUGH
-    wanted = MirrorTarget(Path("/disks/b.img"))
+    wanted = MirrorTarget("/disks/b.img")
     fenced = False
 
     def __init__(self) -> None:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem
 from vhostsync.config import Answer
-from vhostsync.disk_identity import DiskIdentity
 from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.state_file import StateFile
 from vhostsync.state_index import Index, default_directory, open_state_file
 from vhostsync.state_record import StateRecord, Worth
+from vhostsync.storage.identity import DiskIdentity
 from vhostsync.who_may_serve import check_start
 
 

@@ -205,7 +205,7 @@ async def _query_commands(_: Dispatcher, __: Arguments) -> Any:
 
 async def _mirror_start(to: Dispatcher, given: Arguments) -> Any:
     target = MirrorTarget(
-        path=Path(given["destination"]),
+        name=given["destination"],
         create=given["create"],
         cache=given["cache"] or to.destination_cache,
         speed_bytes_per_s=given["speed"],

@@ -14,7 +14,7 @@ does not suffice, the answer is UNSURE, and whoever asks must not guess.
 import os
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 # Of file systems that are named by the server and what it exports (identify.py).
 NETWORK_NAMES: Final = frozenset({"nfs", "cifs", "smb3", "ceph", "lustre", "fuse.glusterfs"})
@@ -40,7 +40,7 @@ class DiskIdentity:
     changed meanwhile is seen."""
 
     path: str
-    kind: Literal["file", "block"]
+    kind: str  # "file", "block", or that of a registered kind (kinds.py)
     device: int
     inode: int
     bytes: int
@@ -58,7 +58,16 @@ class DiskIdentity:
         """Whether both are the same disk, as far as can be seen. Sizes do not count: disks grow."""
         if self.kind != other.kind:
             return OTHER
-        return self._like_file(other) if self.kind == "file" else self._like_block(other)
+        if self.kind in ("file", "block"):
+            return self._like_file(other) if self.kind == "file" else self._like_block(other)
+        return self._like_its_serial(other)
+
+    def _like_its_serial(self, other: "DiskIdentity") -> Likeness:
+        """Of a kind whose disks have one that is theirs alone, and nothing else."""
+        serials = _equal(self.serial, other.serial)
+        if serials is None:
+            return UNSURE if self.path == other.path else OTHER
+        return SAME if serials else OTHER
 
     def _like_file(self, other: "DiskIdentity") -> Likeness:
         marks = _equal(self.mark, other.mark)
@@ -144,6 +153,19 @@ class DiskIdentity:
         if places is None and same_path and same_number and (self.boot_id is None or other.boot_id is None):
             return SAME  # a record of version 1: all that it has says so
         return UNSURE if same_path or same_number else OTHER
+
+    def lasting_words(self) -> str:
+        """What tells it from every other disk, whatever it is called. A volume without a name has its number,
+        which may name another one after a boot: then the path tells the two apart."""
+        volume: list[str | None]
+        if self.kind == "block":
+            volume = [self.wwn, self.serial, self.partuuid]
+            volume += [] if self.wwn or self.serial else [self.place or self.path]
+        elif self.kind == "file":
+            volume = [str(self.device), self.path] if self.file_system is None else [self.file_system]
+        else:
+            volume = [self.serial or self.path]
+        return repr((self.kind, volume, self.inode, self.generation, self.mark))
 
     @property
     def changes_show(self) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be seen of a disk by which it is recognised later (disk_identity.py). Everything here blocks.
+"""What is to be seen of a disk by which it is recognised later (identity.py). Everything here blocks.
 
 A file system is named by what lasts of it: the UUID in its super block, folded into statfs's f_fsid by
 those that have it there, or asked for; of a network file system the server and its export. Those that have
@@ -21,8 +21,8 @@ from typing import Final
 import structlog
 
 from vhostsync import kernel
-from vhostsync.disk_identity import NETWORK_NAMES, DiskIdentity
-from vhostsync.disk_layers import block_identifiers, lasting_place, loop_backing
+from vhostsync.storage.identity import NETWORK_NAMES, DiskIdentity
+from vhostsync.storage.layers import block_identifiers, lasting_place, loop_backing
 
 log = structlog.get_logger(__name__)
 
