@@ -33,6 +33,11 @@ IO_TROUBLE = re.compile(
 )
 
 
+# A guest that takes longer has hung: on a machine whose processors others want, everything takes many times
+# as long as it should. A test's own time limit may come first.
+ANSWER_S = 180.0
+
+
 class GuestError(Exception):
     """The guest did not do what was asked; the message holds what it said."""
 
@@ -176,7 +181,7 @@ class Job:
         self.result = Result("\n".join(self.lines), int(done[1]))
         return None
 
-    def wait_line(self, accept: Callable[[str], bool], timeout_s: float = 60.0) -> str:
+    def wait_line(self, accept: Callable[[str], bool], timeout_s: float = ANSWER_S) -> str:
         """The next line that is accepted. Raises GuestError when the command ends or the time is up first."""
         deadline = time.monotonic() + timeout_s
         while (line := self._advance(deadline)) is not None:
@@ -189,7 +194,7 @@ class Job:
         while self.result is None and self._channel.waiting() and self._advance(time.monotonic()) is not None:
             pass
 
-    def wait(self, timeout_s: float = 60.0) -> Result:
+    def wait(self, timeout_s: float = ANSWER_S) -> Result:
         deadline = time.monotonic() + timeout_s
         while self._advance(deadline) is not None:
             pass
@@ -214,11 +219,11 @@ class Load:
         self._job = job
         self.options = options  # what a verifier must be told to know the same blocks
 
-    def next_report(self, timeout_s: float = 60.0) -> Report:
+    def next_report(self, timeout_s: float = ANSWER_S) -> Report:
         """Wait for the next report, that is: for a sync that ended after this call or is unread."""
         return _report(self._job.wait_line(lambda line: line.startswith("synced="), timeout_s))
 
-    def fresh_report(self, timeout_s: float = 60.0) -> Report:
+    def fresh_report(self, timeout_s: float = ANSWER_S) -> Report:
         """A report about a sync that began after this call.
 
         What has arrived already is passed over, and one more report too: its sync may have begun before the
@@ -236,7 +241,7 @@ class Load:
         """Pass over all that has arrived already."""
         self._job.collect()
 
-    def finish(self, timeout_s: float = 60.0) -> Report:
+    def finish(self, timeout_s: float = ANSWER_S) -> Report:
         """Wait for the end (see `Guest.stop_load`); the report about the last sync."""
         result = self._job.wait(timeout_s)
         reports = [line for line in self._job.lines if line.startswith("synced=")]
@@ -381,7 +386,7 @@ class Guest:
         for channel in self._channels:
             channel.wait_moved()
 
-    def _wait_ready(self, channel: Channel, timeout_s: float = 90.0) -> None:
+    def _wait_ready(self, channel: Channel, timeout_s: float = ANSWER_S) -> None:
         deadline = time.monotonic() + timeout_s
         try:
             while (line := channel.next_line(deadline)) != "@@READY":
@@ -398,7 +403,7 @@ class Guest:
             "\n".join([what, "--- QEMU:", self.process.last_output(10), "--- console:", *console])
         )
 
-    def run(self, command: str, *, timeout_s: float = 60.0, check: bool = True) -> str:
+    def run(self, command: str, *, timeout_s: float = ANSWER_S, check: bool = True) -> str:
         """Run a shell command in the guest and return its output; raises GuestError when it fails."""
         result = self.start(command, channel=0).wait(timeout_s)
         if check and result.status != 0:
@@ -429,7 +434,7 @@ class Guest:
         """Lines of the guest's kernel log that tell of a failed or hanging disk."""
         return [line for line in self.run("dmesg").splitlines() if IO_TROUBLE.search(line)]
 
-    def power_off(self, timeout_s: float = 60.0) -> None:
+    def power_off(self, timeout_s: float = ANSWER_S) -> None:
         """Shut down cleanly: file systems unmounted, caches flushed, power off; returns when QEMU is gone."""
         self.run("umount -a 2>/dev/null; sync", check=False)
         self._channels[0].send("0 poweroff -f")

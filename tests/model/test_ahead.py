@@ -321,7 +321,9 @@ def test_more_than_the_destination_takes_never_loops_and_keeps_its_progress() ->
         for wait_ns, units in zip(slow.waits_ns[1:], (1, 2, 4, 8), strict=True):
             assert 0 <= wait_ns <= units * BACKOFF_US * 1000
         assert time.monotonic() - began >= (1 + 2 + 4) * BACKOFF_US / 1e6
-        assert left == sorted(left, reverse=True) and left[-1] < left[0], left
+        # How many of the four regions differ at one moment is chance. All others only ever become alike.
+        others = [max(0, each - 4 * REGION) for each in left]
+        assert others == sorted(others, reverse=True) and left[-1] < left[0], left
         let_go(r)
         while slow.step() != State.STEADY:
             assert time.monotonic() < began + 60
