@@ -824,7 +824,7 @@ MUTATIONS = [
         "verifier.c",
         "    destination_submit(&c->engine->destination, io);\n}\n\nstatic void repair_flushed",
         "    repair_flushed(io, true);\n}\n\nstatic void repair_flushed",
-        "powercut/test_found.py::test_what_is_called_repaired_is_durable",
+        "powercut/test_orders.py::test_what_is_called_repaired_is_durable",
     ),
     # -- growing -------------------------------------------------------------------
     _m(
@@ -955,7 +955,7 @@ MUTATIONS = [
         "mirror.c",
         "    if (prefix < m->joining_request)\n        return;\n",
         "",
-        "powercut/test_found.py::test_steady_waits_for_the_log_to_hold_what_was_confirmed",
+        "powercut/test_orders.py::test_steady_waits_for_the_log_to_hold_what_was_confirmed",
     ),
     _m(
         "joining-asks-nobody",
@@ -963,7 +963,7 @@ MUTATIONS = [
         "guest_flush.c",
         "        return w->generation <= e->mirror.joining_request ? VS_CHECK_HELD : VS_CHECK_WAIT;",
         "        return VS_CHECK_HELD;",
-        "powercut/test_found.py::test_steady_begins_with_all_that_was_confirmed_without_the_destination",
+        "powercut/test_orders.py::test_steady_begins_with_all_that_was_confirmed_without_the_destination",
     ),
     _m(
         "waiting-write-unmarked",
@@ -972,7 +972,7 @@ MUTATIONS = [
         "    difference_mark(e, r->blk.offset, r->blk.length);\n    take_slot(r);",
         "    if (!e->activity.bitmap || e->requests_in_flight < 2)\n"
         "        difference_mark(e, r->blk.offset, r->blk.length);\n    take_slot(r);",
-        "powercut/test_found.py::test_a_write_that_waits_for_its_extent_when_a_resync_begins_is_copied",
+        "powercut/test_orders.py::test_a_write_that_waits_for_its_extent_when_a_resync_begins_is_copied",
     ),
     _m(
         "cleared-after-one-flush",
@@ -1021,7 +1021,7 @@ MUTATIONS = [
         "switching.c",
         "rc = bad_ranges_healed(&e->bad, &e->counts) ? 0 : -EAGAIN;",
         "rc = 0;",
-        "powercut/test_found.py::test_a_switch_waits_until_what_was_unreadable_is_durable_on_the_destination",
+        "powercut/test_orders.py::test_a_switch_waits_until_what_was_unreadable_is_durable_on_the_destination",
     ),
     _m(
         "unreadable-and-settled",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.model.test_review_record import Stage, play
+from tests.model.stage import Stage, play
 from vhostsync._shim import lib
 from vhostsync.engine import ATTACHMENTS_MAX
 from vhostsync.errors import EngineError

@@ -18,7 +18,7 @@ import pytest
 from tests.engine_driver import DiskOp, MemoryDisk
 from tests.frontend import Request
 from tests.model.rig import BLOCK, pattern
-from tests.model.test_review_record import SIZE, Stage, stage, until
+from tests.model.stage import SIZE, Stage, stage, until
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import MirrorError
 from vhostsync.events import EventHub
@@ -140,7 +140,7 @@ def resizer(it: Stage) -> Resizer:
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disks that are larger than what the guest has of them."""
-    monkeypatch.setattr("tests.model.test_review_record.MemoryDisk", lambda _: MemoryDisk(ROOM))
+    monkeypatch.setattr("tests.model.stage.MemoryDisk", lambda _: MemoryDisk(ROOM))
 
 
 @pytest.mark.usefixtures("roomy")

@@ -31,7 +31,7 @@ from tests.engine_options import engine_options
 from tests.frontend import Frontend, Request
 from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, MIB, pattern
-from tests.model.test_review_record import AsyncTransport
+from tests.model.stage import AsyncTransport
 from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
 from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes

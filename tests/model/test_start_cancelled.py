@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.model.test_review_record import WAIT_S, Stage, play, until
+from tests.model.stage import WAIT_S, Stage, play, until
 from vhostsync import mirror
 from vhostsync.config import MirrorTarget
 from vhostsync.destination import open_destination

@@ -24,7 +24,7 @@ from tests.engine_driver import MemoryDisk
 from tests.engine_options import engine_options
 from tests.frontend import DEFAULT_FEATURES, Frontend
 from tests.guest_ring import GuestMemory
-from tests.model.test_review_record import AsyncTransport
+from tests.model.stage import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
 from tests.testing_library import lib

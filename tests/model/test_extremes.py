@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adversarial reviews of the engine found and proved, kept as it was found (docs/durability.md)."""
+"""A guest, a ring or a disk at the extremes of what the engine allows (docs/durability.md)."""
 
 from __future__ import annotations
 

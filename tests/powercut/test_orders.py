@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the power-cut checker, and the reading that went with it, have found: each reduced to one order of
-events."""
+"""Orders of events after which a power cut once lost something."""
 
 from __future__ import annotations
 
