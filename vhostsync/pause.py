@@ -3,7 +3,7 @@
 
 The engine holds the guest's flushes by itself (c_shim/mirror/guest_flush.c), until a mirror is steady again
 or mirror-cancel gives up the promise; and lets those go that a frontend cannot wait for
-(c_shim/guest/attachment.c).
+(c_shim/guest/frontend_patience.c).
 """
 
 import structlog

@@ -17,10 +17,10 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "attachment.h"
+#include "attachment_command.h"
 #include "bitmap_file.h"
 #include "clock.h"
-#include "kick_watch.h"
+#include "frontend_patience.h"
 #include "request_path.h"
 #include "snapshot.h"
 
@@ -108,7 +108,7 @@ static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *
             rc = -EINVAL;
             break;
         }
-        attachment_command(e, token, c);
+        attachment_command(&e->frontends, token, c);
         return;
     }
     mailbox_done(&e->mailbox, token, rc, 0);
@@ -163,26 +163,26 @@ static void serve_queues(struct vs_engine *e)
     if (e->room || (e->throttle_until_ns && e->throttle_until_ns <= engine_now(e))) {
         e->room = false;
         e->throttle_until_ns = 0;
-        list_splice(&e->ready, &e->stalled);
+        queues_retry(&e->frontends);
     }
     list_init(&turn);
-    list_splice(&turn, &e->ready);
+    list_splice(&turn, &e->frontends.ready);
     e->taken_in_pass = 0;
     while (e->taken_in_pass < PASS_BUDGET && (node = list_pop(&turn))) {
         struct queue *q = container_of(node, struct queue, ready_link);
-        switch (request_path_service(q)) {
+        switch (request_path_service(e, q)) {
         case SERVICE_MORE:
-            list_append(&e->ready, node);
+            list_append(&e->frontends.ready, node);
             break;
         case SERVICE_STALLED:
-            list_append(&e->stalled, node);
+            list_append(&e->frontends.stalled, node);
             break;
         case SERVICE_EMPTY:
             break;
         }
     }
-    list_splice(&turn, &e->ready); /* those that had no turn are the first of the next pass */
-    list_splice(&e->ready, &turn);
+    list_splice(&turn, &e->frontends.ready); /* those that had no turn are the first of the next pass */
+    list_splice(&e->frontends.ready, &turn);
 }
 
 static uint64_t min_ns(uint64_t a, uint64_t b)
@@ -210,15 +210,25 @@ static uint64_t patience_ends_ns(const struct vs_engine *e)
     return min_ns(deadline, read_fallback_deadline_ns(e));
 }
 
+static struct outlook outlook(const struct vs_engine *e)
+{
+    return (struct outlook){
+        .takes_up = engine_takes_up(e),
+        .disk = e->source->stats.in_flight > 0 || (e->destination.disk && e->destination.disk->stats.in_flight > 0),
+        .flush = e->flush.waiting > 0,
+        .flushed_ns = e->flush.answered_ns,
+    };
+}
+
 /* How long the loop may sleep. */
 static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, patience = patience_ends_ns(e), now;
-    bool queues = engine_takes_up(e) && (!list_empty(&e->ready) || (e->room && !list_empty(&e->stalled)));
+    bool queues = engine_takes_up(e) && (!list_empty(&e->frontends.ready) || (e->room && !list_empty(&e->frontends.stalled)));
     if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->difference.more || e->verifier.more || e->quit ||
         read_fallback_due(e) || source_failover_due(e) || e->flush.dirty)
         return 0;
-    if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->stalled))
+    if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->frontends.stalled))
         deadline = e->throttle_until_ns;
     deadline = min_ns(deadline, copier_deadline_ns(e));
     deadline = min_ns(deadline, pull_ahead_deadline_ns(e));
@@ -247,7 +257,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
 {
     reap(e, slept_ns);
     take_commands(e, w);
-    poller_begin(e);
+    poller_begin(&e->poller, outlook(e));
     serve_queues(e);
     io_threads_wake(&e->host.threads);
     look_at_clock(e, 0);
@@ -256,7 +266,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     source_failover_pump(e);
     guest_flush_pump(e);
     activity_pump(&e->activity);
-    queues_notify(e);
+    queues_notify(&e->frontends);
     replicator_pump(e);
     copier_pump(e);
     mirror_pump(e);
@@ -265,7 +275,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     grow_pump(e);
     pull_ahead_pump(e);
     attachments_check_deadlines(e);
-    attachments_check_memory(e);
+    attachments_check_memory(&e->frontends);
     gate_pump(e);
     heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->destination.disk || e->destination.former); /* after all that may change a disk */
     io_threads_wake(&e->host.threads);
@@ -283,7 +293,7 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 static bool idle_for_good(const struct vs_engine *e)
 {
     return e->source->stats.in_flight == 0 && (!e->destination.disk || e->destination.disk->stats.in_flight == 0) &&
-           (!e->destination.former || e->destination.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->outside && !e->activity.in_flight && !e->heartbeat.in_flight && list_empty(&e->host.done);
+           (!e->destination.former || e->destination.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->frontends.bells.outside && !e->activity.in_flight && !e->heartbeat.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
@@ -293,8 +303,8 @@ static bool wind_up(struct vs_engine *e)
     uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
     mirror_stop(e, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
-    bells_cancel(e);
-    kick_watches_stop_emptying(e);
+    bells_cancel(&e->frontends.bells);
+    kick_watches_stop_emptying(&e->frontends.watches);
     while (!idle_for_good(e)) {
         uint64_t wait = list_empty(&e->host.done) ? min_ns(deadline - engine_now(e), PATIENT_SLEEP_NS) : 0;
         if (engine_now(e) >= deadline)
@@ -302,7 +312,7 @@ static bool wind_up(struct vs_engine *e)
         io_threads_wake(&e->host.threads);
         sleep_ns(e, wait);
         reap(e, wait);
-        queues_notify(e);
+        queues_notify(&e->frontends);
     }
     return true;
 }
@@ -331,23 +341,23 @@ static void *run(void *arg)
         sem_post(&start->ready);
         return NULL;
     }
-    e->ring_runs = true;
+    e->frontends.bells.uring = &e->uring;
     watch_mailbox(&watch);
     e->host.now_ns = clock_ns();
     sem_post(&start->ready); /* "start" is gone from here on */
     while (!e->quit) {
         uint64_t wait = wait_ns(e);
-        if (wait && poller_look(e, wait))
+        if (wait && poller_look(&e->poller, outlook(e), wait))
             wait = 0;
         sleep_ns(e, wait);
         if (wait) {
             e->wakeups++;
-            poller_woken(e);
+            poller_woken(&e->poller);
         }
         pass(e, &watch, wait);
     }
     e->quit = wind_up(e);
-    e->ring_runs = false;
+    e->frontends.bells.uring = NULL;
     if (e->quit) {
         io_threads_stop(&e->host.threads);
         uring_free(&e->uring);
@@ -365,8 +375,7 @@ static void free_engine(struct vs_engine *e)
 {
     drains_free(e);
     request_path_free(e); /* before the memory that its requests pin */
-    attachments_free(e);
-    bells_free(e);
+    frontends_free(&e->frontends);
     copier_free(e);
     verifier_free(e);
     read_fallback_free(e);
@@ -387,9 +396,8 @@ static int init_engine(struct vs_engine *e, const char **step)
     uint32_t region = e->config.dirty_region_bytes;
     int rc;
     disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
-    bells_init(e);
-    attachments_init(e);
-    poller_init(e);
+    frontends_init(&e->frontends, &e->mailbox, &e->host, &e->config);
+    poller_init(&e->poller, &e->host, e->config.poll_us);
     range_slots_init(&e->source_slots);
     source_failover_init(e);
     guest_flush_init(e);
@@ -444,7 +452,6 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
         return -ENOMEM;
     e->config = *config;
     e->limits = (struct blk_limits){config->capacity_bytes, config->block_bytes, config->read_only};
-    e->write_cache = config->writeback;
     guest_memory_catch_sigbus();
     rc = mailbox_init(&e->mailbox, step);
     if (rc < 0) {

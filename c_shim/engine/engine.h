@@ -16,8 +16,8 @@
 #include <stdint.h>
 
 #include "activity_log.h"
+#include "attachment.h"
 #include "bad_ranges.h"
-#include "bell.h"
 #include "blk_request.h"
 #include "clock.h"
 #include "copier.h"
@@ -49,51 +49,6 @@
 #include "uring.h"
 #include "verifier.h"
 #include "virtqueue.h"
-
-struct attachment;
-struct kick_watch;
-
-/* VHOST_F_LOG_ALL: requests' data and status are marked in the attachment's dirty log. */
-#define FEATURE_LOG_ALL (1ull << 26)
-
-/* A virtqueue of an attachment, and where it stands (attachment.c).
- * It runs if it was started (KICK), is enabled, mapped, whole, and its
- * attachment is the active one. */
-struct queue {
-    struct attachment *attachment;
-    uint32_t index;
-    struct virtqueue vq;
-    struct mem_table *leaving; /* pinned: its rings' memory was taken away while requests were in flight (attachment_map_rings) */
-    bool started, enabled, running;
-    bool base_set; /* base is to be taken at the next start */
-    uint32_t base;
-    uint32_t broken; /* enum vs_breach */
-    struct kick_watch *watch;
-    struct bell *call, *err;
-    unsigned in_flight;      /* requests taken up, not answered */
-    struct list ready_link;  /* in engine.ready or engine.stalled: to be looked at */
-    struct list notify_link; /* in engine.notify: used elements to be shown */
-    /* Commands that wait until nothing is in flight; 0: none. */
-    uint64_t stop_token, disable_token;
-    uint64_t quiet_deadline_ns; /* for them: then the destination is given up */
-};
-
-/* A frontend's connection: its memory and its rings. */
-struct attachment {
-    struct vs_engine *engine;
-    bool open, closing, lost;
-    uint64_t detach_token;
-    uint64_t patience_ends_ns; /* 0, or it waits for its end or for memory to be unmapped: a pause holds nothing longer */
-    uint64_t features;
-    bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
-    bool write_cache_chosen; /* by this guest, since it came or its device was reset; else it follows the one that runs */
-    struct guest_memory memory;
-    struct inflight_area inflight;
-    struct dirty_log dirty_log;
-    struct bell *log_bell; /* rung when the dirty log has changed; NULL: nobody asked */
-    struct queue queue[VS_MAX_QUEUES];
-    unsigned in_flight;
-};
 
 /* A request's states are told in request_path.c. */
 struct request {
@@ -128,10 +83,6 @@ struct vs_engine {
     struct blk_limits limits;
     struct uring uring;
     struct clock_gaps clock_gaps;
-    bool ring_runs;    /* until the thread has wound up */
-    unsigned outside;  /* operations of the ring's workers on descriptors of frontends */
-    struct bells bells;
-    struct uring_op closed;
     struct disk_host host;
     struct mailbox mailbox;
     pthread_t thread;
@@ -145,7 +96,6 @@ struct vs_engine {
     struct ring_alloc bounce;
     struct bad_ranges bad;
     struct throttle throttle;
-    bool write_cache; /* config space WCE, as the guest on the active attachment has set it */
     struct guest_flush flush;
     struct destination destination;
     struct mirror mirror;
@@ -166,22 +116,16 @@ struct vs_engine {
     struct exchange exchange; /* waits for the gate to close; token 0: none does */
     unsigned requests_in_flight;
     uint64_t last_taken_ns; /* when a request was last taken up */
-    /* Its attachments. */
-    struct attachment attachment[VS_MAX_ATTACHMENTS];
-    struct attachment *active; /* the one whose rings run */
-    struct list ready, stalled, notify;
+    struct frontends frontends;
     struct poller poller;
     bool room; /* something was given back that a stalled queue may wait for */
-    unsigned quieting; /* queues with a stop or disable command under way */
-    struct list watches; /* every kick_watch whose poll is not over */
     uint64_t throttle_until_ns; /* stalled writes may be tried again then; 0: nothing waits for time */
     uint64_t throttled_since_ns, throttled_ns;
     struct request *requests; /* REQUEST_SLOTS, of which so many were ever used */
     unsigned requests_made;
     struct list free_requests;
     /* What is shown. */
-    struct vs_queue_stats queue_stats[VS_MAX_QUEUES];
-    uint64_t wakeups, notifications;
+    uint64_t wakeups;
 };
 
 static inline uint64_t engine_now(const struct vs_engine *e)

@@ -14,8 +14,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->gated = e->gate != GATE_OPEN;
     s->record_pending = e->mirror.record != RECORD_WRITTEN;
     s->fenced = e->destination.former ? e->destination.former->stats.in_flight + !e->destination.former->stats.in_flight : 0;
-    s->write_cache = e->write_cache;
-    s->active_attachment = e->active ? (uint32_t)(e->active - e->attachment) : VS_MAX_ATTACHMENTS;
+    s->write_cache = e->frontends.write_cache;
+    s->active_attachment = e->frontends.active ? (uint32_t)(e->frontends.active - e->frontends.attachment) : VS_MAX_ATTACHMENTS;
     s->counts = e->counts;
     s->lag_bytes = lag.bytes;
     s->lag_writes = lag.writes;
@@ -42,7 +42,7 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->poll_hits = e->poller.hits;
     s->wakeups = e->wakeups;
     s->lent = e->host.threads.lent;
-    s->syscalls = e->uring.enters + e->notifications + io_threads_syscalls(&e->host.threads);
+    s->syscalls = e->uring.enters + e->frontends.notifications + io_threads_syscalls(&e->host.threads);
     s->requests_waiting = e->flush.waiting;
     s->doubt_count = e->bad.doubt.count;
     memcpy(s->doubt, e->bad.doubt.range, sizeof s->doubt);
@@ -70,9 +70,9 @@ void snapshot_take(struct vs_engine *e)
     pthread_mutex_lock(&m->lock);
     m->snapshot = s;
     m->snapshot.events_lost = m->events_lost;
-    memcpy(m->queue_stats, e->queue_stats, sizeof m->queue_stats);
-    for (unsigned i = 0; e->active && i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->active->queue[i];
+    memcpy(m->queue_stats, e->frontends.queue_stats, sizeof m->queue_stats);
+    for (unsigned i = 0; e->frontends.active && i < VS_MAX_QUEUES; i++) {
+        const struct queue *q = &e->frontends.active->queue[i];
         m->queue_stats[i].in_flight = q->in_flight;
         m->queue_stats[i].running = q->running;
         m->queue_stats[i].broken = q->broken;

@@ -83,7 +83,7 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
 static void gate_open(struct vs_engine *e)
 {
     e->gate = GATE_OPEN;
-    list_splice(&e->ready, &e->stalled);
+    queues_retry(&e->frontends);
 }
 
 static void exchange_now(struct vs_engine *e, const struct exchange *x)

@@ -13,8 +13,6 @@
  */
 #include "attachment_state.h"
 
-#include "kick_watch.h"
-
 /* ---- rings ------------------------------------------------------------- */
 
 void queue_ready(struct queue *q)
@@ -22,7 +20,19 @@ void queue_ready(struct queue *q)
     if (!q->running)
         return;
     list_remove(&q->ready_link);
-    list_append(&q->attachment->engine->ready, &q->ready_link);
+    list_append(&q->attachment->frontends->ready, &q->ready_link);
+}
+
+void queues_retry(struct frontends *f)
+{
+    list_splice(&f->ready, &f->stalled);
+}
+
+static void kicked(struct kick_target *target)
+{
+    struct queue *q = container_of(target, struct queue, kick);
+    q->attachment->frontends->queue_stats[q->index].kicks++;
+    queue_ready(q);
 }
 
 void queue_set_running(struct queue *q, bool running)
@@ -37,19 +47,19 @@ void queue_set_running(struct queue *q, bool running)
 void queue_break(struct queue *q, uint32_t breach)
 {
     struct vs_event event = {.kind = VS_EV_QUEUE_BROKEN, .queue = q->index, .reason = breach};
-    event.attachment = (uint32_t)(q->attachment - q->attachment->engine->attachment);
+    event.attachment = (uint32_t)(q->attachment - q->attachment->frontends->attachment);
     q->broken = breach;
     queue_set_running(q, false);
     bell_ring(q->err);
-    mailbox_post(&q->attachment->engine->mailbox, &event);
+    mailbox_post(q->attachment->frontends->mailbox, &event);
 }
 
 static void notify(struct queue *q)
 {
     struct attachment *a = q->attachment;
     if (virtqueue_show_used(&q->vq)) {
-        a->engine->notifications++;
-        a->engine->queue_stats[q->index].notifications++;
+        a->frontends->notifications++;
+        a->frontends->queue_stats[q->index].notifications++;
         bell_ring(q->call);
     }
     if (a->dirty_log.changed) {
@@ -58,27 +68,27 @@ static void notify(struct queue *q)
     }
 }
 
-void queues_notify(struct vs_engine *e)
+void queues_notify(struct frontends *f)
 {
     struct list *node;
-    while ((node = list_pop(&e->notify)))
+    while ((node = list_pop(&f->notify)))
         notify(container_of(node, struct queue, notify_link));
 }
 
 /* Nothing of it is in flight: what waited for that is answered. */
 void queue_quiet(struct queue *q)
 {
-    struct vs_engine *e = q->attachment->engine;
+    struct frontends *f = q->attachment->frontends;
     if (q->in_flight || (!q->stop_token && !q->disable_token))
         return;
     list_remove(&q->notify_link);
     notify(q); /* the guest sees everything before the frontend hears that the ring is quiet */
     if (q->stop_token)
-        mailbox_done(&e->mailbox, q->stop_token, 0, q->base_set ? q->base : virtqueue_base(&q->vq));
+        mailbox_done(f->mailbox, q->stop_token, 0, q->base_set ? q->base : virtqueue_base(&q->vq));
     if (q->disable_token)
-        mailbox_done(&e->mailbox, q->disable_token, 0, 0);
+        mailbox_done(f->mailbox, q->disable_token, 0, 0);
     q->stop_token = q->disable_token = 0;
-    e->quieting--;
+    f->quieting--;
 }
 
 static bool can_run(const struct queue *q)
@@ -98,7 +108,7 @@ static void update_rings(struct attachment *a)
 {
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
-        bool run = can_run(q) && a->engine->active == a;
+        bool run = can_run(q) && a->frontends->active == a;
         int rc = 0;
         if (run && q->base_set) {
             rc = virtqueue_start(&q->vq, q->base);
@@ -114,17 +124,17 @@ static void update_rings(struct attachment *a)
 /* Which rings run, after any change of this attachment. */
 void attachment_update(struct attachment *a)
 {
-    struct vs_engine *e = a->engine;
+    struct frontends *f = a->frontends;
     update_rings(a);
-    if (e->active && attachment_wants_to_run(e->active))
+    if (f->active && attachment_wants_to_run(f->active))
         return;
-    e->active = NULL;
-    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS && !e->active; i++)
-        if (e->attachment[i].open && attachment_wants_to_run(&e->attachment[i]))
-            e->active = &e->attachment[i];
-    if (e->active) {
-        e->write_cache = e->active->write_cache;
-        update_rings(e->active);
+    f->active = NULL;
+    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS && !f->active; i++)
+        if (f->attachment[i].open && attachment_wants_to_run(&f->attachment[i]))
+            f->active = &f->attachment[i];
+    if (f->active) {
+        f->write_cache = f->active->write_cache;
+        update_rings(f->active);
     }
 }
 
@@ -181,9 +191,9 @@ static void leave_old_ring(struct queue *q)
 
 static void queue_reset(struct queue *q)
 {
-    kick_watch_stop(q);
-    bell_hang(q->attachment->engine, &q->call, -1);
-    bell_hang(q->attachment->engine, &q->err, -1);
+    kick_watch_stop(&q->kick);
+    bell_hang(&q->attachment->frontends->bells, &q->call, -1);
+    bell_hang(&q->attachment->frontends->bells, &q->err, -1);
     list_remove(&q->ready_link);
     list_remove(&q->notify_link);
     virtqueue_reset(&q->vq);
@@ -193,7 +203,7 @@ static void queue_reset(struct queue *q)
 
 void attachment_maybe_closed(struct attachment *a)
 {
-    struct vs_engine *e = a->engine;
+    struct frontends *f = a->frontends;
     if (!a->closing || a->in_flight)
         return;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
@@ -204,11 +214,11 @@ void attachment_maybe_closed(struct attachment *a)
     guest_memory_free(&a->memory);
     inflight_unmap(&a->inflight);
     dirty_log_unmap(&a->dirty_log);
-    bell_hang(e, &a->log_bell, -1);
+    bell_hang(&f->bells, &a->log_bell, -1);
     a->open = a->closing = a->lost = false;
     a->patience_ends_ns = 0;
     a->features = 0;
-    mailbox_done(&e->mailbox, a->detach_token, 0, 0);
+    mailbox_done(f->mailbox, a->detach_token, 0, 0);
     attachment_update(a);
 }
 
@@ -218,32 +228,39 @@ void queue_finished_one(struct queue *q)
     q->in_flight--;
     a->in_flight--;
     if (list_empty(&q->notify_link))
-        list_append(&a->engine->notify, &q->notify_link);
+        list_append(&a->frontends->notify, &q->notify_link);
     leave_old_ring(q);
     queue_quiet(q);
     if (a->in_flight)
         return;
     if (a->closing)
         attachment_maybe_closed(a);
-    else if (a->engine->active == a && !attachment_wants_to_run(a))
+    else if (a->frontends->active == a && !attachment_wants_to_run(a))
         attachment_update(a);
 }
 
 /* ---- beginning and end ------------------------------------------------- */
 
-void attachments_init(struct vs_engine *e)
+void frontends_init(struct frontends *f, struct mailbox *mailbox, const struct disk_host *host,
+                    const struct vs_engine_config *config)
 {
-    list_init(&e->ready);
-    list_init(&e->stalled);
-    list_init(&e->notify);
-    list_init(&e->watches);
+    f->mailbox = mailbox;
+    f->host = host;
+    f->stop_timeout_ns = config->stop_timeout_us * 1000;
+    f->write_cache = f->write_cache_default = config->writeback;
+    bells_init(&f->bells);
+    kick_watches_init(&f->watches, &f->bells);
+    list_init(&f->ready);
+    list_init(&f->stalled);
+    list_init(&f->notify);
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
-        struct attachment *a = &e->attachment[i];
-        a->engine = e;
+        struct attachment *a = &f->attachment[i];
+        a->frontends = f;
         for (unsigned k = 0; k < VS_MAX_QUEUES; k++) {
             struct queue *q = &a->queue[k];
             q->attachment = a;
             q->index = k;
+            q->kick.kicked = kicked;
             virtqueue_reset(&q->vq);
             list_init(&q->ready_link);
             list_init(&q->notify_link);
@@ -251,29 +268,30 @@ void attachments_init(struct vs_engine *e)
     }
 }
 
-void attachments_free(struct vs_engine *e)
+void frontends_free(struct frontends *f)
 {
-    kick_watches_free(e);
+    kick_watches_free(&f->watches);
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
-        struct attachment *a = &e->attachment[i];
-        for (unsigned k = 0; a->engine && k < VS_MAX_QUEUES; k++) {
-            bell_hang(e, &a->queue[k].call, -1);
-            bell_hang(e, &a->queue[k].err, -1);
+        struct attachment *a = &f->attachment[i];
+        for (unsigned k = 0; a->frontends && k < VS_MAX_QUEUES; k++) {
+            bell_hang(&f->bells, &a->queue[k].call, -1);
+            bell_hang(&f->bells, &a->queue[k].err, -1);
             forget_old_ring(&a->queue[k]);
             virtqueue_reset(&a->queue[k].vq);
         }
         inflight_unmap(&a->inflight);
         dirty_log_unmap(&a->dirty_log);
-        bell_hang(e, &a->log_bell, -1);
+        bell_hang(&f->bells, &a->log_bell, -1);
         if (a->open)
             guest_memory_free(&a->memory);
     }
+    bells_free(&f->bells);
 }
 
-void attachments_check_memory(struct vs_engine *e)
+void attachments_check_memory(struct frontends *f)
 {
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
-        struct attachment *a = &e->attachment[i];
+        struct attachment *a = &f->attachment[i];
         struct vs_event event = {.kind = VS_EV_ATTACHMENT_LOST, .attachment = i, .value = VS_LOSS_MEMORY};
         if (!a->open || a->lost)
             continue;
@@ -285,70 +303,6 @@ void attachments_check_memory(struct vs_engine *e)
         for (unsigned k = 0; k < VS_MAX_QUEUES; k++)
             a->queue[k].started = false;
         attachment_update(a);
-        mailbox_post(&e->mailbox, &event);
+        mailbox_post(f->mailbox, &event);
     }
-}
-
-/* ---- a frontend that waits ------------------------------------------------ */
-
-static bool waits_for_destination(const struct vs_engine *e, const struct queue *q)
-{
-    return guest_flush_since_ns(e, q) != UINT64_MAX || read_fallback_waits(e, q) || e->failover.pending;
-}
-
-static uint64_t ring_deadline_ns(const struct queue *q)
-{
-    return q->stop_token || q->disable_token ? q->quiet_deadline_ns : UINT64_MAX;
-}
-
-/* Only while somebody waits for the destination does giving it up make a ring quiet. */
-static uint64_t destination_deadline_ns(const struct vs_engine *e)
-{
-    uint64_t deadline = UINT64_MAX;
-    if (!e->active || e->quieting == 0)
-        return deadline;
-    for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->active->queue[i];
-        if (ring_deadline_ns(q) < deadline && waits_for_destination(e, q))
-            deadline = ring_deadline_ns(q);
-    }
-    return deadline;
-}
-
-/* How long a pause may hold what is in flight of this ring. */
-static uint64_t pause_deadline_ns(const struct queue *q)
-{
-    uint64_t ring = ring_deadline_ns(q), attachment = q->attachment->patience_ends_ns;
-    return attachment && attachment < ring ? attachment : ring;
-}
-
-/* A pause must not freeze a whole VM, whose frontend waits for a ring, its end, or memory. */
-static void release_paused(struct vs_engine *e)
-{
-    struct vs_event event = {.kind = VS_EV_PAUSE_RELEASED};
-    for (unsigned i = 0; e->mirror.paused && e->active && i < VS_MAX_QUEUES; i++)
-        if (pause_deadline_ns(&e->active->queue[i]) <= engine_now(e))
-            event.value += guest_flush_release(e, &e->active->queue[i]);
-    if (event.value == 0)
-        return;
-    e->mirror.pause_released += event.value;
-    mailbox_post(&e->mailbox, &event);
-}
-
-void attachments_check_deadlines(struct vs_engine *e)
-{
-    if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->destination))
-        mirror_degrade(e, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
-    release_paused(e);
-}
-
-uint64_t attachments_deadline_ns(const struct vs_engine *e)
-{
-    uint64_t deadline = destination_deadline_ns(e);
-    for (unsigned i = 0; e->mirror.paused && e->active && i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->active->queue[i];
-        if (pause_deadline_ns(q) < deadline && guest_flush_paused(e, q))
-            deadline = pause_deadline_ns(q);
-    }
-    return deadline;
 }

@@ -5,27 +5,96 @@
 #ifndef VS_ATTACHMENT_H
 #define VS_ATTACHMENT_H
 
-#include "engine.h"
+#include <stdbool.h>
+#include <stdint.h>
 
-void attachments_init(struct vs_engine *e);
+#include "bell.h"
+#include "dirty_log.h"
+#include "disk.h"
+#include "guest_memory.h"
+#include "inflight.h"
+#include "kick_watch.h"
+#include "limits.h"
+#include "list.h"
+#include "mailbox.h"
+#include "virtqueue.h"
+
+/* VHOST_F_LOG_ALL: requests' data and status are marked in the attachment's dirty log. */
+#define FEATURE_LOG_ALL (1ull << 26)
+
+/* A virtqueue of an attachment, and where it stands (attachment.c).
+ * It runs if it was started (KICK), is enabled, mapped, whole, and its
+ * attachment is the active one. */
+struct queue {
+    struct attachment *attachment;
+    uint32_t index;
+    struct virtqueue vq;
+    struct mem_table *leaving; /* pinned: its rings' memory was taken away while requests were in flight (attachment_map_rings) */
+    bool started, enabled, running;
+    bool base_set; /* base is to be taken at the next start */
+    uint32_t base;
+    uint32_t broken; /* enum vs_breach */
+    struct kick_target kick;
+    struct bell *call, *err;
+    unsigned in_flight;      /* requests taken up, not answered */
+    struct list ready_link;  /* in frontends.ready or stalled: to be looked at */
+    struct list notify_link; /* in frontends.notify: used elements to be shown */
+    /* Commands that wait until nothing is in flight; 0: none. */
+    uint64_t stop_token, disable_token;
+    uint64_t quiet_deadline_ns; /* for them: then the destination is given up */
+};
+
+/* A frontend's connection: its memory and its rings. */
+struct attachment {
+    struct frontends *frontends;
+    bool open, closing, lost;
+    uint64_t detach_token;
+    uint64_t patience_ends_ns; /* 0, or it waits for its end or for memory to be unmapped: a pause holds nothing longer */
+    uint64_t features;
+    bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
+    bool write_cache_chosen; /* by this guest, since it came or its device was reset; else it follows the one that runs */
+    struct guest_memory memory;
+    struct inflight_area inflight;
+    struct dirty_log dirty_log;
+    struct bell *log_bell; /* rung when the dirty log has changed; NULL: nobody asked */
+    struct queue queue[VS_MAX_QUEUES];
+    unsigned in_flight;
+};
+
+/* All of them, and what their rings have to be given. */
+struct frontends {
+    struct mailbox *mailbox;
+    const struct disk_host *host; /* its clock */
+    struct bells bells;
+    struct kick_watches watches;
+    uint64_t stop_timeout_ns;
+    struct attachment attachment[VS_MAX_ATTACHMENTS];
+    struct attachment *active; /* the one whose rings run */
+    struct list ready, stalled, notify; /* rings: to be looked at; waiting for room or time; with something to be shown */
+    unsigned quieting; /* queues with a stop or disable command under way */
+    bool write_cache;  /* config space WCE, as the guest on the active attachment has set it */
+    bool write_cache_default;
+    struct vs_queue_stats queue_stats[VS_MAX_QUEUES];
+    uint64_t notifications;
+};
+
+/* host's ring may come to run later: see bells.uring. */
+void frontends_init(struct frontends *f, struct mailbox *mailbox, const struct disk_host *host,
+                    const struct vs_engine_config *config);
 /* The engine's thread has ended, and its ring with it. */
-void attachments_free(struct vs_engine *e);
-/* Applies one of the commands VS_CMD_ATTACH .. VS_CMD_SET_WRITE_CACHE. Takes its descriptors (attachment_command.c). */
-void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c);
+void frontends_free(struct frontends *f);
 /* Ends what a lost mapping has touched. */
-void attachments_check_memory(struct vs_engine *e);
-/* If a ring has waited too long to become quiet, the destination is given up, and a pause holds the ring's requests no
- * more; nor those of a frontend that has waited too long for its end or its memory. */
-void attachments_check_deadlines(struct vs_engine *e);
-uint64_t attachments_deadline_ns(const struct vs_engine *e);
+void attachments_check_memory(struct frontends *f);
 
 /* The ring may have work. */
 void queue_ready(struct queue *q);
+/* Those that have waited for room or time have their turn again. */
+void queues_retry(struct frontends *f);
 /* A request of it was answered. */
 void queue_finished_one(struct queue *q);
 /* The guest's rubbish: this ring is not looked at again until it is set up anew. */
 void queue_break(struct queue *q, uint32_t breach);
 /* Shows the guest what was pushed since the last pass, one notification a ring. */
-void queues_notify(struct vs_engine *e);
+void queues_notify(struct frontends *f);
 
 #endif

@@ -6,13 +6,13 @@
  * quiet (VRING_STOP, VRING_ENABLE 0), the last request is over (DETACH), or
  * the memory is unmapped (REMOVE_MEM_REGION).
  */
-#include "attachment_state.h"
+#include "attachment_command.h"
 
 #include <errno.h>
 #include <linux/virtio_config.h>
 #include <unistd.h>
 
-#include "kick_watch.h"
+#include "attachment_state.h"
 
 #define FEATURE_INDIRECT_DESC (1ull << VIRTIO_RING_F_INDIRECT_DESC)
 #define FEATURE_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
@@ -23,7 +23,7 @@
 /* The frontend waits, and the whole VM may be frozen for that long. */
 static void lose_patience(struct attachment *a)
 {
-    a->patience_ends_ns = engine_now(a->engine) + a->engine->config.stop_timeout_us * 1000;
+    a->patience_ends_ns = a->frontends->host->now_ns + a->frontends->stop_timeout_ns;
 }
 
 static void detach(struct attachment *a, uint64_t token)
@@ -32,7 +32,7 @@ static void detach(struct attachment *a, uint64_t token)
     a->detach_token = token;
     lose_patience(a);
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
-        kick_watch_stop(&a->queue[i]);
+        kick_watch_stop(&a->queue[i].kick);
         if (a->queue[i].running)
             queue_set_running(&a->queue[i], false);
     }
@@ -46,7 +46,7 @@ static void memory_gone(struct guest_memory *m, uint64_t token)
     struct attachment *a = container_of(m, struct attachment, memory);
     if (!a->closing)
         a->patience_ends_ns = 0;
-    mailbox_done(&a->engine->mailbox, token, 0, 0);
+    mailbox_done(a->frontends->mailbox, token, 0, 0);
 }
 
 static int attach(struct attachment *a)
@@ -58,7 +58,7 @@ static int attach(struct attachment *a)
     if (rc < 0)
         return rc;
     a->open = true;
-    a->write_cache = a->engine->write_cache;
+    a->write_cache = a->frontends->write_cache;
     a->write_cache_chosen = false;
     return 0;
 }
@@ -69,13 +69,13 @@ static int attach(struct attachment *a)
  * has one such command of a kind under way; a second one takes the first one's place. */
 static void become_quiet(struct queue *q, uint64_t *which, uint64_t token)
 {
-    struct vs_engine *e = q->attachment->engine;
+    struct frontends *f = q->attachment->frontends;
     if (!q->stop_token && !q->disable_token)
-        e->quieting++;
+        f->quieting++;
     if (*which)
-        mailbox_done(&e->mailbox, *which, -ECANCELED, 0);
+        mailbox_done(f->mailbox, *which, -ECANCELED, 0);
     *which = token;
-    q->quiet_deadline_ns = engine_now(e) + e->config.stop_timeout_us * 1000;
+    q->quiet_deadline_ns = f->host->now_ns + f->stop_timeout_ns;
 }
 
 static int vring_num(struct queue *q, uint64_t num)
@@ -121,8 +121,8 @@ static int vring_kick(struct queue *q, int fd)
     int rc;
     if (fd < 0)
         return -EINVAL;
-    kick_watch_stop(q);
-    rc = kick_watch_start(q, fd);
+    kick_watch_stop(&q->kick);
+    rc = kick_watch_start(&q->attachment->frontends->watches, &q->kick, fd);
     if (rc < 0)
         return rc;
     if (!q->started) {
@@ -137,7 +137,7 @@ static int vring_kick(struct queue *q, int fd)
 
 static void vring_call(struct queue *q, int fd)
 {
-    bell_hang(q->attachment->engine, &q->call, fd);
+    bell_hang(&q->attachment->frontends->bells, &q->call, fd);
     if (q->started) /* what was completed meanwhile could not be told */
         bell_ring(q->call);
 }
@@ -145,7 +145,7 @@ static void vring_call(struct queue *q, int fd)
 static void vring_stop(struct queue *q, uint64_t token)
 {
     q->started = false;
-    kick_watch_stop(q);
+    kick_watch_stop(&q->kick);
     become_quiet(q, &q->stop_token, token);
     attachment_update(q->attachment);
     queue_quiet(q);
@@ -172,15 +172,15 @@ static void take_write_cache(struct attachment *a, bool write_cache)
  * guest sets while the receiving side of its migration is connected is the mode that it arrives with there. */
 static void set_write_cache(struct attachment *a, bool write_cache)
 {
-    struct vs_engine *e = a->engine;
+    struct frontends *f = a->frontends;
     a->write_cache_chosen = true;
     take_write_cache(a, write_cache);
-    if (e->active && e->active != a)
+    if (f->active && f->active != a)
         return;
-    e->write_cache = write_cache;
+    f->write_cache = write_cache;
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++)
-        if (e->attachment[i].open && !e->attachment[i].write_cache_chosen)
-            take_write_cache(&e->attachment[i], write_cache);
+        if (f->attachment[i].open && !f->attachment[i].write_cache_chosen)
+            take_write_cache(&f->attachment[i], write_cache);
 }
 
 static bool is_busy(const struct attachment *a)
@@ -254,7 +254,7 @@ static int set_features(struct attachment *a, uint64_t features)
 static bool another_is_attached(const struct attachment *a)
 {
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
-        const struct attachment *other = &a->engine->attachment[i];
+        const struct attachment *other = &a->frontends->attachment[i];
         if (other != a && other->open && !other->closing)
             return true;
     }
@@ -269,7 +269,7 @@ static void reset_device(struct attachment *a)
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++)
         a->queue[i].vq.log = NULL;
     if (!another_is_attached(a))
-        set_write_cache(a, a->engine->config.writeback);
+        set_write_cache(a, a->frontends->write_cache_default);
     a->write_cache_chosen = false;
 }
 
@@ -293,7 +293,7 @@ static bool apply_vring(struct queue *q, uint64_t token, const struct vs_command
         vring_call(q, c->fd);
         return true;
     case VS_CMD_VRING_ERR:
-        bell_hang(q->attachment->engine, &q->err, c->fd);
+        bell_hang(&q->attachment->frontends->bells, &q->err, c->fd);
         return true;
     case VS_CMD_VRING_ENABLE:
         return vring_enable(q, c->value, token);
@@ -331,23 +331,23 @@ static bool apply_memory(struct attachment *a, uint64_t token, const struct vs_c
     return done;
 }
 
-static void close_fds(struct vs_engine *e, const struct vs_command *c)
+static void close_fds(struct bells *b, const struct vs_command *c)
 {
     if (c->fd >= 0)
-        close_foreign_fd(e, c->fd);
+        close_foreign_fd(b, c->fd);
     for (uint32_t i = 0; i < c->region_count; i++)
         if (c->regions[i].fd >= 0)
-            close_foreign_fd(e, c->regions[i].fd);
+            close_foreign_fd(b, c->regions[i].fd);
 }
 
-void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_command *c)
+void attachment_command(struct frontends *f, uint64_t token, const struct vs_command *c)
 {
-    struct attachment *a = &e->attachment[c->attachment < VS_MAX_ATTACHMENTS ? c->attachment : 0];
+    struct attachment *a = &f->attachment[c->attachment < VS_MAX_ATTACHMENTS ? c->attachment : 0];
     int rc = 0;
     bool done = true;
     if (c->attachment >= VS_MAX_ATTACHMENTS || c->queue >= VS_MAX_QUEUES ||
         (c->kind != VS_CMD_ATTACH && (!a->open || a->closing))) {
-        close_fds(e, c);
+        close_fds(&f->bells, c);
         rc = -EINVAL;
     } else {
         switch (c->kind) {
@@ -360,12 +360,12 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             break;
         case VS_CMD_RESET:
             reset_device(a);
-            mailbox_done(&e->mailbox, token, 0, a->write_cache);
+            mailbox_done(f->mailbox, token, 0, a->write_cache);
             done = false;
             break;
         case VS_CMD_SET_INFLIGHT:
             rc = set_inflight(a, c);
-            mailbox_done(&e->mailbox, token, rc, a->write_cache);
+            mailbox_done(f->mailbox, token, rc, a->write_cache);
             done = false;
             break;
         case VS_CMD_SET_FEATURES:
@@ -375,10 +375,10 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
             rc = dirty_log_map(&a->dirty_log, c->fd, c->value, c->desc);
             break;
         case VS_CMD_SET_LOG_FD:
-            bell_hang(e, &a->log_bell, c->fd);
+            bell_hang(&f->bells, &a->log_bell, c->fd);
             break;
         case VS_CMD_GET_WRITE_CACHE:
-            mailbox_done(&e->mailbox, token, 0, a->write_cache);
+            mailbox_done(f->mailbox, token, 0, a->write_cache);
             done = false;
             break;
         case VS_CMD_SET_WRITE_CACHE:
@@ -394,5 +394,5 @@ void attachment_command(struct vs_engine *e, uint64_t token, const struct vs_com
         }
     }
     if (done)
-        mailbox_done(&e->mailbox, token, rc, 0);
+        mailbox_done(f->mailbox, token, rc, 0);
 }

@@ -27,12 +27,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "engine.h"
-
 struct bell {
     struct uring_op op;
     struct list link; /* in bells.under_way */
-    struct vs_engine *engine;
+    struct bells *bells;
     int fd;
     bool event_fd, again, taken_down;
     uint64_t one;
@@ -50,9 +48,8 @@ static struct aio_ring *ring_of(const struct bells *b)
     return (struct aio_ring *)(uintptr_t)b->context;
 }
 
-void bells_init(struct vs_engine *e)
+void bells_init(struct bells *b)
 {
-    struct bells *b = &e->bells;
     list_init(&b->under_way);
     b->null_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (b->null_fd < 0 || syscall(SYS_io_setup, 1, &b->context) < 0)
@@ -63,9 +60,8 @@ void bells_init(struct vs_engine *e)
     }
 }
 
-void bells_free(struct vs_engine *e)
+void bells_free(struct bells *b)
 {
-    struct bells *b = &e->bells;
     struct list *node;
     if (!b->under_way.next)
         return;
@@ -118,10 +114,10 @@ static void written(struct uring_op *op, int result, unsigned flags)
 {
     struct bell *bell = container_of(op, struct bell, op);
     (void)result, (void)flags;
-    bell->engine->outside--;
+    bell->bells->outside--;
     list_remove(&bell->link);
     if (bell->taken_down) {
-        close_foreign_fd(bell->engine, bell->fd);
+        close_foreign_fd(bell->bells, bell->fd);
         free(bell);
     } else if (bell->again) {
         begin_write(bell);
@@ -130,19 +126,19 @@ static void written(struct uring_op *op, int result, unsigned flags)
 
 static void begin_write(struct bell *bell)
 {
-    struct vs_engine *e = bell->engine;
-    struct io_uring_sqe *sqe = uring_sqe(&e->uring, &bell->op);
+    struct bells *b = bell->bells;
+    struct io_uring_sqe *sqe = uring_sqe(b->uring, &bell->op);
     bell->again = false;
     io_uring_prep_write(sqe, bell->fd, &bell->one, sizeof bell->one, (uint64_t)-1);
     io_uring_sqe_set_data(sqe, &bell->op);
     io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
-    list_append(&e->bells.under_way, &bell->link);
-    e->outside++;
+    list_append(&b->under_way, &bell->link);
+    b->outside++;
 }
 
 void bell_ring(struct bell *bell)
 {
-    if (!bell || (bell->event_fd && bell->engine->bells.context && signal_event_fd(&bell->engine->bells, bell->fd)))
+    if (!bell || (bell->event_fd && bell->bells->context && signal_event_fd(bell->bells, bell->fd)))
         return;
     if (list_empty(&bell->link))
         begin_write(bell);
@@ -152,7 +148,7 @@ void bell_ring(struct bell *bell)
 
 static void cancel(struct bell *bell)
 {
-    io_uring_prep_cancel(uring_sqe_detached(&bell->engine->uring), &bell->op, 0);
+    io_uring_prep_cancel(uring_sqe_detached(bell->bells->uring), &bell->op, 0);
 }
 
 static void take_down(struct bell *bell)
@@ -162,49 +158,49 @@ static void take_down(struct bell *bell)
         cancel(bell); /* written() does the rest */
         return;
     }
-    close_foreign_fd(bell->engine, bell->fd);
+    close_foreign_fd(bell->bells, bell->fd);
     free(bell);
 }
 
-void bell_hang(struct vs_engine *e, struct bell **bell, int fd)
+void bell_hang(struct bells *b, struct bell **bell, int fd)
 {
     if (*bell)
         take_down(*bell);
     *bell = fd >= 0 ? calloc(1, sizeof **bell) : NULL;
     if (fd >= 0 && !*bell)
-        close_foreign_fd(e, fd);
+        close_foreign_fd(b, fd);
     if (!*bell)
         return;
-    **bell = (struct bell){.op.complete = written, .engine = e, .fd = fd, .event_fd = is_event_fd(fd), .one = 1};
+    **bell = (struct bell){.op.complete = written, .bells = b, .fd = fd, .event_fd = is_event_fd(fd), .one = 1};
     list_init(&(*bell)->link);
     if (!(*bell)->event_fd) /* frontends hand over blocking ones; a worker that sleeps in it is no good to anybody */
         (void)fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 }
 
-void bells_cancel(struct vs_engine *e)
+void bells_cancel(struct bells *b)
 {
-    list_each(node, &e->bells.under_way)
+    list_each(node, &b->under_way)
         cancel(container_of(node, struct bell, link));
 }
 
 static void closed(struct uring_op *op, int result, unsigned flags)
 {
-    struct vs_engine *e = container_of(op, struct vs_engine, closed);
+    struct bells *b = container_of(op, struct bells, closed);
     (void)result, (void)flags;
-    e->outside--;
+    b->outside--;
 }
 
-void close_foreign_fd(struct vs_engine *e, int fd)
+void close_foreign_fd(struct bells *b, int fd)
 {
     struct io_uring_sqe *sqe;
-    if (is_event_fd(fd) || !e->ring_runs) {
+    if (is_event_fd(fd) || !b->uring) {
         close(fd);
         return;
     }
-    e->closed.complete = closed;
-    sqe = uring_sqe(&e->uring, &e->closed);
+    b->closed.complete = closed;
+    sqe = uring_sqe(b->uring, &b->closed);
     io_uring_prep_close(sqe, fd);
-    io_uring_sqe_set_data(sqe, &e->closed);
+    io_uring_sqe_set_data(sqe, &b->closed);
     io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
-    e->outside++;
+    b->outside++;
 }

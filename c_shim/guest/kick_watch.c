@@ -14,13 +14,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "attachment.h"
-
 struct kick_watch {
     struct uring_op op, empty_op;
-    struct list link;    /* engine.watches */
-    struct queue *queue; /* NULL: nobody cares any more */
-    struct vs_engine *engine;
+    struct list link;    /* kick_watches.all */
+    struct kick_target *target; /* NULL: nobody cares any more */
+    struct bells *bells;
     int fd;
     bool event_fd;
     bool emptying, again; /* by a worker; and there was a kick meanwhile */
@@ -30,7 +28,7 @@ struct kick_watch {
 
 static void watch_arm(struct kick_watch *w)
 {
-    struct io_uring_sqe *sqe = uring_sqe(&w->engine->uring, &w->op);
+    struct io_uring_sqe *sqe = uring_sqe(w->bells->uring, &w->op);
     io_uring_prep_poll_multishot(sqe, w->fd, POLLIN);
     io_uring_sqe_set_data(sqe, &w->op);
 }
@@ -38,7 +36,7 @@ static void watch_arm(struct kick_watch *w)
 static void watch_free(struct kick_watch *w)
 {
     list_remove(&w->link);
-    close_foreign_fd(w->engine, w->fd);
+    close_foreign_fd(w->bells, w->fd);
     free(w);
 }
 
@@ -47,10 +45,9 @@ static void watch_free(struct kick_watch *w)
 static void look(struct kick_watch *w, ssize_t result)
 {
     if (result > 0 || result == -EAGAIN) {
-        w->engine->queue_stats[w->queue->index].kicks++;
-        queue_ready(w->queue);
+        w->target->kicked(w->target);
     } else {
-        kick_watch_stop(w->queue); /* the other end is gone */
+        kick_watch_stop(w->target); /* the other end is gone */
     }
 }
 
@@ -63,8 +60,8 @@ static void empty(struct kick_watch *w)
     }
     w->emptying = true;
     w->again = false;
-    w->engine->outside++;
-    sqe = uring_sqe(&w->engine->uring, &w->empty_op);
+    w->bells->outside++;
+    sqe = uring_sqe(w->bells->uring, &w->empty_op);
     io_uring_prep_read(sqe, w->fd, w->counter, sizeof w->counter, (uint64_t)-1);
     io_uring_sqe_set_data(sqe, &w->empty_op);
     io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
@@ -75,10 +72,10 @@ static void emptied(struct uring_op *op, int result, unsigned flags)
     struct kick_watch *w = container_of(op, struct kick_watch, empty_op);
     (void)flags;
     w->emptying = false;
-    w->engine->outside--;
-    if (w->queue)
+    w->bells->outside--;
+    if (w->target)
         look(w, result == -EINTR ? -EAGAIN : result);
-    if (w->queue && w->again)
+    if (w->target && w->again)
         empty(w);
     if (w->poll_over && !w->emptying)
         watch_free(w);
@@ -95,19 +92,19 @@ static void kicked(struct uring_op *op, int result, unsigned flags)
 {
     struct kick_watch *w = container_of(op, struct kick_watch, op);
     bool over = !(flags & IORING_CQE_F_MORE);
-    if (w->queue && result >= 0 && w->event_fd)
+    if (w->target && result >= 0 && w->event_fd)
         empty_event_fd(w);
-    else if (w->queue && result >= 0)
+    else if (w->target && result >= 0)
         empty(w);
     if (!over)
         return;
-    if (w->queue && result != -ECANCELED && result != -EBADF) {
+    if (w->target && result != -ECANCELED && result != -EBADF) {
         watch_arm(w); /* the kernel ended the multishot, not we */
         return;
     }
-    if (w->queue)
-        w->queue->watch = NULL;
-    w->queue = NULL;
+    if (w->target)
+        w->target->watch = NULL;
+    w->target = NULL;
     w->poll_over = true;
     if (!w->emptying)
         watch_free(w);
@@ -124,24 +121,29 @@ static bool may_kick(int fd)
     return type != S_IFCHR && type != S_IFBLK && type != S_IFREG && type != S_IFDIR;
 }
 
-int kick_watch_start(struct queue *q, int fd)
+void kick_watches_init(struct kick_watches *all, struct bells *bells)
 {
-    struct vs_engine *e = q->attachment->engine;
+    all->bells = bells;
+    list_init(&all->all);
+}
+
+int kick_watch_start(struct kick_watches *all, struct kick_target *target, int fd)
+{
     struct kick_watch *w = may_kick(fd) ? calloc(1, sizeof *w) : NULL;
     if (!w) {
         int rc = may_kick(fd) ? -ENOMEM : -EINVAL;
-        close_foreign_fd(e, fd);
+        close_foreign_fd(all->bells, fd);
         return rc;
     }
     (void)fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     w->op.complete = kicked;
     w->empty_op.complete = emptied;
-    w->engine = e;
-    w->queue = q;
+    w->bells = all->bells;
+    w->target = target;
     w->fd = fd;
     w->event_fd = is_event_fd(fd);
-    list_append(&w->engine->watches, &w->link);
-    q->watch = w;
+    list_append(&all->all, &w->link);
+    target->watch = w;
     watch_arm(w);
     return 0;
 }
@@ -149,24 +151,24 @@ int kick_watch_start(struct queue *q, int fd)
 static void cancel(struct kick_watch *w, struct uring_op *op)
 {
     /* Not poll_remove: that fails, and the poll stays, while a kick is on its way. */
-    io_uring_prep_cancel(uring_sqe_detached(&w->engine->uring), op, 0);
+    io_uring_prep_cancel(uring_sqe_detached(w->bells->uring), op, 0);
 }
 
-void kick_watch_stop(struct queue *q)
+void kick_watch_stop(struct kick_target *target)
 {
-    struct kick_watch *w = q->watch;
+    struct kick_watch *w = target->watch;
     if (!w)
         return;
-    q->watch = NULL;
-    w->queue = NULL;
+    target->watch = NULL;
+    w->target = NULL;
     cancel(w, &w->op);
     if (w->emptying)
         cancel(w, &w->empty_op);
 }
 
-void kick_watches_stop_emptying(struct vs_engine *e)
+void kick_watches_stop_emptying(struct kick_watches *all)
 {
-    list_each(node, &e->watches)
+    list_each(node, &all->all)
     {
         struct kick_watch *w = container_of(node, struct kick_watch, link);
         if (w->emptying)
@@ -174,9 +176,9 @@ void kick_watches_stop_emptying(struct vs_engine *e)
     }
 }
 
-void kick_watches_free(struct vs_engine *e)
+void kick_watches_free(struct kick_watches *all)
 {
     struct list *node;
-    while (e->watches.next && (node = list_pop(&e->watches)))
+    while (all->all.next && (node = list_pop(&all->all)))
         watch_free(container_of(node, struct kick_watch, link));
 }

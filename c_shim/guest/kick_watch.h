@@ -7,15 +7,29 @@
 #ifndef VS_KICK_WATCH_H
 #define VS_KICK_WATCH_H
 
-#include "engine.h"
+#include "bell.h"
 
+struct kick_watch;
+
+/* Whoever is kicked, a ring: embedded in it. */
+struct kick_target {
+    struct kick_watch *watch; /* NULL: there is none */
+    void (*kicked)(struct kick_target *target);
+};
+
+struct kick_watches {
+    struct bells *bells; /* and their ring */
+    struct list all;     /* every kick_watch whose poll is not over */
+};
+
+void kick_watches_init(struct kick_watches *all, struct bells *bells);
 /* Takes fd. 0, -ENOMEM, or -EINVAL for what would always be readable. */
-int kick_watch_start(struct queue *q, int fd);
-/* Nobody cares about its kicks any more; a queue without one is fine. */
-void kick_watch_stop(struct queue *q);
-/* The ring is gone, and with it the polls. */
+int kick_watch_start(struct kick_watches *all, struct kick_target *target, int fd);
+/* Nobody cares about its kicks any more; a target without a watch is fine. */
+void kick_watch_stop(struct kick_target *target);
 /* The end: a read by a worker is not waited for. */
-void kick_watches_stop_emptying(struct vs_engine *e);
-void kick_watches_free(struct vs_engine *e);
+void kick_watches_stop_emptying(struct kick_watches *all);
+/* The ring is gone, and with it the polls. */
+void kick_watches_free(struct kick_watches *all);
 
 #endif

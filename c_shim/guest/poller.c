@@ -32,7 +32,6 @@
 
 #include "attachment.h"
 #include "clock.h"
-#include "engine.h"
 
 #define GUEST_WINDOW_NS 80000u
 /* For disks. A flush of a virtual disk takes about half of it. */
@@ -59,34 +58,29 @@ static inline void relax(void)
 #endif
 }
 
-void poller_init(struct vs_engine *e)
+void poller_init(struct poller *p, struct disk_host *host, uint32_t poll_us)
 {
-    struct poller *p = &e->poller;
+    p->host = host;
     list_init(&p->rings);
-    p->adaptive = e->config.poll_us == VS_POLL_AUTO;
-    p->fixed_ns = p->adaptive ? 0 : (uint64_t)e->config.poll_us * 1000;
+    p->adaptive = poll_us == VS_POLL_AUTO;
+    p->fixed_ns = p->adaptive ? 0 : (uint64_t)poll_us * 1000;
     p->guest = (struct expectation){.window_ns = GUEST_WINDOW_NS, .gap_ns = GUEST_WINDOW_NS * 2};
     p->disk = (struct expectation){.window_ns = DISK_WINDOW_NS, .gap_ns = DISK_WINDOW_NS * 2};
     p->back_off_ns = BACK_OFF_NS_MIN;
 }
 
-static bool waits_for_disk(const struct vs_engine *e)
+static bool flushes(struct outlook outlook, uint64_t now_ns)
 {
-    return e->source->stats.in_flight > 0 || (e->destination.disk && e->destination.disk->stats.in_flight > 0);
-}
-
-static bool flushes(const struct vs_engine *e, uint64_t now_ns)
-{
-    return e->flush.waiting > 0 || now_ns < e->flush.answered_ns + FLUSHED_LATELY_NS;
+    return outlook.flush || now_ns < outlook.flushed_ns + FLUSHED_LATELY_NS;
 }
 
 /* What is waited for, if that may pay. Not for a disk in general: it takes longer than a wake-up, so that wins
  * nothing (measured: a 20 us window before a 40 us disk is worse than none). */
-static struct expectation *expected(struct vs_engine *e, uint64_t now_ns)
+static struct expectation *expected(struct poller *p, struct outlook outlook, uint64_t now_ns)
 {
-    if (!waits_for_disk(e))
-        return &e->poller.guest;
-    return flushes(e, now_ns) ? &e->poller.disk : NULL;
+    if (!outlook.disk)
+        return &p->guest;
+    return flushes(outlook, now_ns) ? &p->disk : NULL;
 }
 
 /* How long x is worth to be waited for awake; 0: not at all. */
@@ -99,19 +93,19 @@ static uint64_t worth_ns(const struct poller *p, const struct expectation *x, ui
     return x->gap_ns * PATIENCE < x->window_ns ? x->gap_ns * PATIENCE : x->window_ns;
 }
 
-bool poller_keeps(struct vs_engine *e, struct queue *q)
+bool poller_keeps(struct poller *p, struct queue *q)
 {
-    if (!e->poller.willing)
+    if (!p->willing)
         return false;
-    list_append(&e->poller.rings, &q->ready_link);
+    list_append(&p->rings, &q->ready_link);
     return true;
 }
 
 /* Moves rings with work to "ready"; true: there were some. */
-static bool look_at_rings(struct vs_engine *e)
+static bool look_at_rings(struct poller *p)
 {
     bool found = false;
-    list_each_safe(node, &e->poller.rings)
+    list_each_safe(node, &p->rings)
     {
         struct queue *q = container_of(node, struct queue, ready_link);
         if (!virtqueue_has_more(&q->vq))
@@ -122,19 +116,19 @@ static bool look_at_rings(struct vs_engine *e)
     return found;
 }
 
-void poller_begin(struct vs_engine *e)
+void poller_begin(struct poller *p, struct outlook outlook)
 {
-    uint64_t now_ns = engine_now(e);
-    e->poller.willing = engine_takes_up(e) && worth_ns(&e->poller, expected(e, now_ns), now_ns) > 0;
-    look_at_rings(e); /* also while there is no time to look longer */
+    uint64_t now_ns = p->host->now_ns;
+    p->willing = outlook.takes_up && worth_ns(p, expected(p, outlook, now_ns), now_ns) > 0;
+    look_at_rings(p); /* also while there is no time to look longer */
 }
 
 /* Asks all of them for a kick; true: one has work already. */
-static bool ask_for_kicks(struct vs_engine *e)
+static bool ask_for_kicks(struct poller *p)
 {
     struct list *node;
     bool found = false;
-    while ((node = list_pop(&e->poller.rings))) {
+    while ((node = list_pop(&p->rings))) {
         struct queue *q = container_of(node, struct queue, ready_link);
         if (!virtqueue_ask_for_kick(&q->vq))
             continue;
@@ -153,15 +147,14 @@ static void leave_core(struct poller *p, uint64_t now_ns)
 }
 
 /* Looks until something comes (true) or "until". */
-static bool spin(struct vs_engine *e, uint64_t from_ns, uint64_t until_ns)
+static bool spin(struct poller *p, uint64_t from_ns, uint64_t until_ns)
 {
-    struct poller *p = &e->poller;
     uint64_t last_ns = from_ns, now_ns;
     bool found = false;
     do {
         for (unsigned i = 0; i < LOOKS && !found; i++) {
             relax();
-            found = uring_has_work(&e->uring) || io_threads_returned(&e->host.threads) || look_at_rings(e);
+            found = uring_has_work(p->host->uring) || io_threads_returned(&p->host->threads) || look_at_rings(p);
         }
         if (!found)
             sched_yield();
@@ -187,26 +180,25 @@ static void learn(struct expectation *x, uint64_t gap_ns)
     x->gap_ns = (x->gap_ns * (SMOOTHING - 1) + gap_ns) / SMOOTHING;
 }
 
-bool poller_look(struct vs_engine *e, uint64_t wait_ns)
+bool poller_look(struct poller *p, struct outlook outlook, uint64_t wait_ns)
 {
-    struct poller *p = &e->poller;
     struct expectation *x;
     uint64_t from_ns, worth = 0;
     bool found = false;
     if (!p->adaptive && !p->fixed_ns)
         return false;
     from_ns = clock_ns();
-    x = expected(e, from_ns);
+    x = expected(p, outlook, from_ns);
     if (p->willing)
         worth = worth_ns(p, x, from_ns);
     if (worth > wait_ns)
         worth = wait_ns;
     if (worth) {
-        uring_submit(&e->uring);
-        found = spin(e, from_ns, from_ns + worth);
+        uring_submit(p->host->uring);
+        found = spin(p, from_ns, from_ns + worth);
     }
     if (!found)
-        found = ask_for_kicks(e);
+        found = ask_for_kicks(p);
     if (!x)
         return found;
     if (found)
@@ -223,8 +215,8 @@ static void woken(struct expectation *x)
     x->asleep_since_ns = 0;
 }
 
-void poller_woken(struct vs_engine *e)
+void poller_woken(struct poller *p)
 {
-    woken(&e->poller.guest);
-    woken(&e->poller.disk);
+    woken(&p->guest);
+    woken(&p->disk);
 }

@@ -128,7 +128,7 @@ static void finish(struct request *r, uint8_t status)
 {
     struct queue *q = r->queue;
     struct vs_engine *e = r->engine;
-    op_stats_add(&e->queue_stats[q->index].op[r->blk.op], r->blk.length, engine_now(e) - r->taken_ns,
+    op_stats_add(&e->frontends.queue_stats[q->index].op[r->blk.op], r->blk.length, engine_now(e) - r->taken_ns,
                  status != VIRTIO_BLK_S_OK);
     give_bounce(r);
     *(volatile uint8_t *)r->blk.status = status;
@@ -434,7 +434,7 @@ static void start(struct request *r, int verdict)
     struct vs_engine *e = r->engine;
     struct queue *q = r->queue;
     if (verdict != BLK_OK) {
-        e->queue_stats[q->index].malformed++;
+        e->frontends.queue_stats[q->index].malformed++;
         r->blk.length = 0;
         finish(r, verdict == BLK_UNSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
         return;
@@ -457,9 +457,8 @@ static void start(struct request *r, int verdict)
 }
 
 /* Takes the head of the ring, if what it needs is there. 1: taken, 0: stalled, or minus an enum vs_breach. */
-static int take_up(struct queue *q, uint16_t head)
+static int take_up(struct vs_engine *e, struct queue *q, uint16_t head)
 {
-    struct vs_engine *e = q->attachment->engine;
     struct request *r;
     int verdict;
     if (e->requests_in_flight - e->flush.guest_waiting >= REQUESTS_MAX || !(r = free_request(e)))
@@ -492,21 +491,20 @@ static int take_up(struct queue *q, uint16_t head)
     return 1;
 }
 
-enum service request_path_service(struct queue *q)
+enum service request_path_service(struct vs_engine *e, struct queue *q)
 {
-    struct vs_engine *e = q->attachment->engine;
     uint16_t head;
     int rc;
     virtqueue_no_kicks(&q->vq);
     for (unsigned n = 0; n < PASS_BUDGET; n++) {
         rc = virtqueue_peek(&q->vq, &head);
         if (rc == 0) {
-            if (poller_keeps(e, q) || !virtqueue_ask_for_kick(&q->vq))
+            if (poller_keeps(&e->poller, q) || !virtqueue_ask_for_kick(&q->vq))
                 return SERVICE_EMPTY;
             continue; /* one came in between */
         }
         if (rc > 0)
-            rc = take_up(q, head);
+            rc = take_up(e, q, head);
         if (rc == 0)
             return SERVICE_STALLED;
         if (rc < 0) {
@@ -519,7 +517,7 @@ enum service request_path_service(struct queue *q)
             /* I/O that completes at once: let the guest's core refill the ring while we go on.
              * Not while mirroring, where this thread is the narrow place already. */
             disk_run_done(&e->host);
-            queues_notify(e);
+            queues_notify(&e->frontends);
         }
     }
     return SERVICE_MORE;

@@ -12,7 +12,7 @@ void request_path_free(struct vs_engine *e);
 /* Takes up what waits in a running ring, up to PASS_BUDGET. Empty: the guest
  * was asked to kick. Stalled: the head waits for room (or time) and stays in
  * the ring, to be looked at again when something has completed. */
-enum service request_path_service(struct queue *q);
+enum service request_path_service(struct vs_engine *e, struct queue *q);
 
 /* A checkpoint begins: what is at the source is not covered by it. */
 void request_path_mark_in_flight(struct vs_engine *e);

@@ -96,7 +96,7 @@ static void end(struct vs_engine *e)
 {
     e->failover.pending = false;
     e->flush.dirty = true;
-    list_splice(&e->ready, &e->stalled);
+    queues_retry(&e->frontends);
 }
 
 void source_failover_over(struct vs_engine *e)

@@ -97,7 +97,7 @@ void mirror_stop_capture(struct vs_engine *e)
     m->joining = false;
     bad_ranges_leave_steady(&e->bad, &e->counts);
     counts_leave_steady(&e->counts);
-    list_splice(&e->ready, &e->stalled);
+    queues_retry(&e->frontends);
     e->throttle_until_ns = 0;
     engine_stop_throttling(e);
 }
@@ -184,7 +184,7 @@ void mirror_pump(struct vs_engine *e)
     struct mirror *m = &e->mirror;
     close_former(e);
     bad_ranges_pump(&e->bad, &e->counts);
-    if (list_empty(&e->stalled) || !engine_takes_up(e))
+    if (list_empty(&e->frontends.stalled) || !engine_takes_up(e))
         engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
     if (mirror_deadline_ns(e) <= engine_now(e))
         mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
