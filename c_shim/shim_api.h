@@ -151,16 +151,15 @@ enum vs_command_kind {
     VS_CMD_DETACH,            /* done when its last request is over and its memory unmapped */
     VS_CMD_RESET,             /* device reset: features 0, write cache mode back to the default unless another one is
                                * attached; value of the completion: that mode */
-    VS_CMD_SET_INFLIGHT,      /* fd, value: bytes, desc: offset, used: queues; before the rings start */
+    VS_CMD_SET_INFLIGHT,      /* fd, area; before the rings start */
     VS_CMD_SET_FEATURES,      /* value: virtio features as negotiated (without bit 30); bit 26 switches dirty logging */
-    VS_CMD_SET_LOG_BASE,      /* fd, value: bytes, desc: offset: the dirty log, in the place of a former one */
+    VS_CMD_SET_LOG_BASE,      /* fd, area: the dirty log, in the place of a former one */
     VS_CMD_SET_LOG_FD,        /* fd: signalled when the dirty log has changed */
-    VS_CMD_SET_MEM_TABLE,     /* regions[0 .. region_count); rings are translated anew */
-    VS_CMD_ADD_MEM_REGION,    /* regions[0] */
-    VS_CMD_REMOVE_MEM_REGION, /* regions[0], fd -1; done when no request uses it */
+    VS_CMD_SET_MEM_TABLE,     /* memory; rings are translated anew */
+    VS_CMD_ADD_MEM_REGION,    /* memory: one */
+    VS_CMD_REMOVE_MEM_REGION, /* memory: one, its fd -1; done when no request uses it */
     VS_CMD_VRING_NUM,         /* value */
-    VS_CMD_VRING_ADDR,        /* desc, used, avail: frontend user addresses; log: guest address under which
-                               * writes to "used" go into the dirty log, or ~0: they do not */
+    VS_CMD_VRING_ADDR,        /* ring */
     VS_CMD_VRING_BASE,        /* value */
     VS_CMD_VRING_KICK,        /* fd; starts the ring */
     VS_CMD_VRING_CALL,        /* fd or -1 */
@@ -170,8 +169,7 @@ enum vs_command_kind {
     VS_CMD_GET_WRITE_CACHE,   /* the event's value: 0 or 1, as its config space shows it */
     VS_CMD_SET_WRITE_CACHE,   /* value 0 or 1 (config space WCE) */
     /* The mirror. */
-    VS_CMD_MIRROR_START,      /* disk: owned on success; value: of vs_start_flags (-EINVAL: resync, and no peer is
-                               * tracked); then steady. fenced: -EBUSY */
+    VS_CMD_MIRROR_START,      /* start (-EINVAL: resync, and no peer is tracked); then steady. fenced: -EBUSY */
     VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
     VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not steady */
     VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
@@ -180,13 +178,11 @@ enum vs_command_kind {
     VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else gate reopened, and
                                * -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
     VS_CMD_UNGATE,
-    VS_CMD_EXCHANGE,          /* value: VS_EXCHANGE_ flags; desc: where to store used with it (0: nowhere). Waits for the
-                               * gate to close (-ECANCELED: it does not), opens it; event value: pause in ns. After an
-                               * error the gate stays closed until VS_CMD_UNGATE */
-    VS_CMD_VERIFY,            /* compare both disks. value: 1 repairs the destination; desc: bytes per second, 0: no limit */
+    VS_CMD_EXCHANGE,          /* exchange. Waits for the gate to close (-ECANCELED: it does not), opens it; event value:
+                               * pause in ns. After an error the gate stays closed until VS_CMD_UNGATE */
+    VS_CMD_VERIFY,            /* verify: compare both disks */
     VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
-    VS_CMD_GROW,              /* value: the new capacity; desc, used: what source and destination have (0: none). Done
-                               * when the guest may be told */
+    VS_CMD_GROW,              /* grow. Done when the guest may be told */
     VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
                                * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
     VS_CMD_FAILOVER_GIVE_UP,  /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
@@ -217,19 +213,63 @@ struct vs_region {
     int32_t fd;
 };
 
-struct vs_command {
-    uint32_t kind;
-    uint32_t attachment;
-    uint32_t queue;
-    int32_t fd;
-    uint64_t value;
-    uint64_t desc;
+struct vs_memory_change {
+    uint32_t count;
+    struct vs_region region[8]; /* VS_MEM_TABLE_REGIONS */
+};
+
+/* Memory of the frontend's, behind the command's fd. */
+struct vs_area {
+    uint64_t bytes;
+    uint64_t offset;
+    uint32_t queues; /* of the in-flight record */
+};
+
+struct vs_ring_addresses {
+    uint64_t desc; /* frontend user addresses */
     uint64_t used;
     uint64_t avail;
-    uint64_t log;
-    vs_disk *disk;
-    uint32_t region_count;
-    struct vs_region regions[8];
+    uint64_t log;  /* guest address under which writes to "used" go into the dirty log; ~0: they do not */
+};
+
+struct vs_mirror_start {
+    vs_disk *disk;  /* owned on success */
+    uint32_t flags; /* enum vs_start_flags */
+};
+
+struct vs_exchange {
+    uint32_t flags;      /* enum vs_exchange_flags */
+    uint64_t *mark;      /* where mark_value is stored with the exchange: it tells the next process that it took place; or NULL */
+    uint64_t mark_value;
+};
+
+struct vs_verify {
+    uint32_t repair; /* 1: what differs is mended on the destination */
+    uint64_t speed_bytes_per_s; /* 0: no limit */
+};
+
+struct vs_grow {
+    uint64_t capacity_bytes;
+    uint64_t source_bytes;
+    uint64_t destination_bytes; /* 0: there is none */
+};
+
+/* What a command needs, by its kind (enum vs_command_kind names the member): nothing, one number, or a struct. */
+struct vs_command {
+    uint32_t kind;
+    uint32_t attachment; /* of VS_CMD_ATTACH .. VS_CMD_SET_WRITE_CACHE */
+    uint32_t queue;      /* of VS_CMD_VRING_ */
+    int32_t fd;          /* -1: it brings none */
+    union {
+        uint64_t value;
+        struct vs_memory_change memory;
+        struct vs_area area;
+        struct vs_ring_addresses ring;
+        struct vs_mirror_start start;
+        struct vs_exchange exchange;
+        struct vs_verify verify;
+        struct vs_grow grow;
+    };
 };
 
 /* The token, never 0; 0 if VS_COMMANDS_MAX are under way. Takes over the

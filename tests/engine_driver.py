@@ -314,13 +314,15 @@ class EngineDriver:
         command.fd = -1
         disk: MemoryDisk | None = fields.pop("disk", None)
         if disk is not None:
-            command.disk = disk.hand_over()
+            command.start.disk = disk.hand_over()
+            command.start.flags = fields.pop("flags", 0)
             if disk not in self.disks:
                 self.disks.append(disk)
         regions: Sequence[Region] = fields.pop("regions", ())
-        command.region_count = len(regions)
+        if regions:
+            command.memory.count = len(regions)
         for number, region in enumerate(regions):
-            slot = command.regions[number]
+            slot = command.memory.region[number]
             slot.guest_addr, slot.bytes = region.guest_addr, region.bytes
             slot.user_addr, slot.mmap_offset = region.user_addr, region.mmap_offset
             slot.fd = os.dup(region.fd) if region.fd >= 0 else -1
@@ -502,7 +504,7 @@ class EngineDriver:
     ) -> int:
         """Attaches a destination; 0, or the errno of the refusal. `resync`: one that was steady once."""
         flags = lib.VS_START_RESYNC * resync | lib.VS_START_SPARE_DOUBT * (resync or spare_doubt)
-        event = self.wait(self.submit(lib.VS_CMD_MIRROR_START, disk=destination, value=flags))
+        event = self.wait(self.submit(lib.VS_CMD_MIRROR_START, disk=destination, flags=flags))
         if event.result != 0:
             lib.vs_test_disk_drop(destination.handle)  # a refused disk stays the caller's
         return -event.result
@@ -532,10 +534,7 @@ class EngineTransport:
         self._call(
             lib.VS_CMD_VRING_ADDR,
             queue=queue,
-            desc=addresses.desc,
-            used=addresses.used,
-            avail=addresses.avail,
-            log=NO_LOG,
+            ring=(addresses.desc, addresses.used, addresses.avail, NO_LOG),
         )
         self._call(lib.VS_CMD_VRING_BASE, queue=queue, value=base)
         self._call(lib.VS_CMD_VRING_CALL, queue=queue, fd=os.dup(call))
@@ -557,7 +556,7 @@ class EngineTransport:
         """A new and empty record for one ring."""
         fd = os.memfd_create("inflight")
         os.truncate(fd, INFLIGHT_RING_BYTES)
-        self._call(lib.VS_CMD_SET_INFLIGHT, fd=fd, value=INFLIGHT_RING_BYTES, desc=0, used=1)
+        self._call(lib.VS_CMD_SET_INFLIGHT, fd=fd, area=(INFLIGHT_RING_BYTES, 0, 1))
 
     def reset(self) -> None:
         self._call(lib.VS_CMD_RESET)

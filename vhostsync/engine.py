@@ -246,8 +246,9 @@ class Engine:
         **fields: Any,
     ) -> "_Waiter":
         c_command = ffi.new("struct vs_command *", {"kind": kind, "fd": -1, **fields})
-        c_command.region_count = len(regions)
-        for each, (region, fd) in zip(c_command.regions, regions, strict=False):
+        if regions:
+            c_command.memory.count = len(regions)
+        for each, (region, fd) in zip(c_command.memory.region, regions, strict=False):
             each.guest_addr = region.guest_addr
             each.bytes = region.bytes
             each.user_addr = region.user_addr
@@ -269,7 +270,9 @@ class Engine:
         disk = destination.to_engine()
         try:
             await self.command(
-                lib.VS_CMD_MIRROR_START, f"attaching {destination.name}", disk=disk, value=flags
+                lib.VS_CMD_MIRROR_START,
+                f"attaching {destination.name}",
+                start={"disk": disk, "flags": flags},
             )
         except EngineError:
             await anyio.to_thread.run_sync(lib.vs_disk_close, disk)
@@ -302,9 +305,14 @@ class Engine:
         """Returns when the guest may use the new capacity, and the destination (0 bytes: none) has it, too.
         EngineError, or cancelled: nothing has changed for the guest."""
         growing = self._submit(
-            lib.VS_CMD_GROW, "making the disk larger", value=capacity_bytes, desc=source_bytes,
-            used=destination_bytes,
-        )  # fmt: skip
+            lib.VS_CMD_GROW,
+            "making the disk larger",
+            grow={
+                "capacity_bytes": capacity_bytes,
+                "source_bytes": source_bytes,
+                "destination_bytes": destination_bytes,
+            },
+        )
         try:
             await growing.done.wait()
         except anyio.get_cancelled_exc_class():
@@ -320,7 +328,9 @@ class Engine:
         """Begin to compare both disks; EventKind.VERIFIED tells of the end. EngineError ENOTCONN: not
         steady; EBUSY: one is under way."""
         await self.command(
-            lib.VS_CMD_VERIFY, "comparing the disks", value=int(repair), desc=speed_bytes_per_s
+            lib.VS_CMD_VERIFY,
+            "comparing the disks",
+            verify={"repair": repair, "speed_bytes_per_s": speed_bytes_per_s},
         )
 
     async def peer_differs(self, differs: bool) -> None:
@@ -355,7 +365,7 @@ class Engine:
         the gate stays closed. EBADE: a verification has found meanwhile that the disks differ."""
         flags = lib.VS_EXCHANGE_KEEP * keep_mirror | lib.VS_EXCHANGE_ACCEPT * accept_unreadable
         flags |= lib.VS_EXCHANGE_DIFFERENT * accept_different
-        return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags)
+        return await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", exchange={"flags": flags})
 
     async def gate_and_exchange(
         self, allowed_us: int, mark: Mark | None, *, keep_mirror: bool, accept_different: bool = False
@@ -364,17 +374,15 @@ class Engine:
         EngineError of the one that failed: as there. Cancelled: the gate is open."""
         flags = lib.VS_EXCHANGE_KEEP * keep_mirror | lib.VS_EXCHANGE_DIFFERENT * accept_different
         if mark is None:
-            return await self._gate_and_exchange(allowed_us, flags, 0, 0)
+            return await self._gate_and_exchange(allowed_us, {"flags": flags})
         # Given back whatever happens: an exception would keep it, and the memory could not be closed.
         with ffi.from_buffer("uint64_t *", mark.memory, require_writable=True) as memory:
-            at = int(ffi.cast("uintptr_t", memory))
-            return await self._gate_and_exchange(allowed_us, flags, at, mark.value)
+            exchange = {"flags": flags, "mark": memory, "mark_value": mark.value}
+            return await self._gate_and_exchange(allowed_us, exchange)
 
-    async def _gate_and_exchange(self, allowed_us: int, flags: int, at: int, value: int) -> int:
+    async def _gate_and_exchange(self, allowed_us: int, what: dict[str, Any]) -> int:
         gate = self._submit(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
-        exchange = self._submit(
-            lib.VS_CMD_EXCHANGE, "exchanging the disks", value=flags, desc=at, used=value
-        )
+        exchange = self._submit(lib.VS_CMD_EXCHANGE, "exchanging the disks", exchange=what)
         try:
             await gate.done.wait()
         except anyio.get_cancelled_exc_class():

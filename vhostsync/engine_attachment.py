@@ -56,8 +56,7 @@ class EngineAttachment:
             "mapping the dirty log",
             fd=fd.fileno(),
             fds=(fd,),
-            value=size_bytes,
-            desc=offset,
+            area={"bytes": size_bytes, "offset": offset},
         )
 
     async def set_log_fd(self, fd: OwnedFd) -> None:
@@ -91,10 +90,7 @@ class EngineAttachment:
             lib.VS_CMD_VRING_ADDR,
             f"setting the addresses of ring {queue}",
             queue=queue,
-            desc=desc,
-            used=used,
-            avail=avail,
-            log=NO_LOG if log is None else log,
+            ring={"desc": desc, "used": used, "avail": avail, "log": NO_LOG if log is None else log},
         )
 
     async def set_vring_base(self, queue: int, base: int) -> None:
@@ -135,9 +131,7 @@ class EngineAttachment:
             "mapping the record of requests in flight",
             fd=fd.fileno(),
             fds=(fd,),
-            value=size_bytes,
-            desc=offset,
-            used=queues,
+            area={"bytes": size_bytes, "offset": offset, "queues": queues},
         )
 
     async def write_cache(self) -> bool:

@@ -46,9 +46,9 @@ void command_close_fds(const struct vs_command *c)
 {
     if (c->fd >= 0)
         close(c->fd);
-    for (uint32_t i = 0; i < c->region_count; i++)
-        if (c->regions[i].fd >= 0)
-            close(c->regions[i].fd);
+    for (uint32_t i = 0; command_has_memory(c) && i < c->memory.count && i < VS_MEM_TABLE_REGIONS; i++)
+        if (c->memory.region[i].fd >= 0)
+            close(c->memory.region[i].fd);
 }
 
 bool mailbox_next_command(struct mailbox *m, struct mailbox_command *out)

@@ -55,6 +55,11 @@ void mailbox_queue_stats(struct mailbox *m, uint32_t queue, struct vs_queue_stat
 /* The engine's thread is to end: no command is taken from here on. */
 void mailbox_stop(struct mailbox *m);
 
+/* Its "memory" counts. */
+static inline bool command_has_memory(const struct vs_command *c)
+{
+    return c->kind == VS_CMD_SET_MEM_TABLE || c->kind == VS_CMD_ADD_MEM_REGION || c->kind == VS_CMD_REMOVE_MEM_REGION;
+}
 /* Closes the descriptors that a command brought. */
 void command_close_fds(const struct vs_command *c);
 

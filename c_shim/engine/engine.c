@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The engine's thread: its loop and its commands.
+ * The engine's thread: its loop, its beginning and its end.
  * Further threads only do a share of the disks' work (io_threads.c).
  *
  * The thread sleeps in io_uring_enter and nowhere else. It is woken by
@@ -17,102 +17,14 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "attachment_command.h"
 #include "bitmap_file.h"
 #include "clock.h"
+#include "engine_command.h"
 #include "frontend_patience.h"
 #include "request_path.h"
-#include "snapshot.h"
 
 /* How long the end waits for a destination (or source) that does not answer. */
 #define QUIT_PATIENCE_NS 2000000000u
-
-/* ---- commands ------------------------------------------------------------ */
-
-static void record_written(struct vs_engine *e, uint64_t error)
-{
-    e->mirror.record = error ? RECORD_FAILED : RECORD_WRITTEN;
-    e->flush.dirty = true;
-}
-
-static void void_bitmap(struct vs_engine *e)
-{
-    if (!activity_may_void(&e->activity))
-        return;
-    e->difference.differs.stored = NULL;
-    activity_void(&e->activity);
-}
-
-static void apply(struct vs_engine *e, uint64_t token, const struct vs_command *c)
-{
-    int rc = 0;
-    switch (c->kind) {
-    case VS_CMD_SNAPSHOT:
-        snapshot_take(e);
-        break;
-    case VS_CMD_MIRROR_START:
-        rc = mirror_start(e, c->disk, (uint32_t)c->value);
-        break;
-    case VS_CMD_MIRROR_SPEED:
-        e->copier.speed_bytes_per_s = c->value;
-        e->copier.not_before_ns = 0;
-        break;
-    case VS_CMD_MIRROR_DRAIN:
-        drain_begin(e, token, c->value);
-        return;
-    case VS_CMD_MIRROR_STOP:
-        mirror_stop(e, (uint32_t)c->value);
-        break;
-    case VS_CMD_GROW:
-        grow_begin(e, token, c->value, c->desc, c->used);
-        return;
-    case VS_CMD_PEER_DIFFERS:
-        e->mirror.differs = c->value;
-        break;
-    case VS_CMD_DISK_SIZE:
-        grow_measure(e, token, c->value);
-        return;
-    case VS_CMD_GROW_STOP:
-        grow_stop(e, -ECANCELED);
-        break;
-    case VS_CMD_VERIFY:
-        rc = verifier_start(e, c->value, c->desc);
-        break;
-    case VS_CMD_VERIFY_STOP:
-        rc = verifier_stop(e);
-        break;
-    case VS_CMD_BITMAP_VOID:
-        void_bitmap(e);
-        break;
-    case VS_CMD_RECORD_WRITTEN:
-        record_written(e, c->value);
-        break;
-    case VS_CMD_GATE:
-        gate_close(e, token, c->value);
-        return;
-    case VS_CMD_UNGATE:
-        gate_cancel(e);
-        break;
-    case VS_CMD_FAILOVER_GIVE_UP:
-        source_failover_give_up(e);
-        break;
-    case VS_CMD_EXCHANGE:
-        switch_exchange(e, &(struct exchange){token, (uint32_t)c->value, (uint64_t *)(uintptr_t)c->desc, c->used});
-        return;
-    case VS_CMD_CATCH_UP:
-        rc = pull_ahead_catch_up(e);
-        break;
-    default:
-        if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE) {
-            command_close_fds(c);
-            rc = -EINVAL;
-            break;
-        }
-        attachment_command(&e->frontends, token, c);
-        return;
-    }
-    mailbox_done(&e->mailbox, token, rc, 0);
-}
 
 /* ---- the loop ------------------------------------------------------------ */
 
@@ -148,7 +60,7 @@ static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
         assert(errno == EAGAIN || errno == EINTR);
     /* No more than there are now: each answer may bring the next command, and the guest waits. */
     for (unsigned left = mailbox_waiting(&e->mailbox); left > 0 && mailbox_next_command(&e->mailbox, &c); left--)
-        apply(e, c.token, &c.command);
+        engine_command(e, c.token, &c.command);
     if (mailbox_waiting(&e->mailbox) > 0)
         mailbox_wake(&e->mailbox);
     e->quit = mailbox_stopped(&e->mailbox);

@@ -113,7 +113,7 @@ struct vs_engine {
     unsigned taken_in_pass; /* requests */
     enum gate gate;
     uint64_t gate_token, gate_closed_ns, gate_deadline_ns;
-    struct exchange exchange; /* waits for the gate to close; token 0: none does */
+    struct waiting_exchange exchange;
     unsigned requests_in_flight;
     uint64_t last_taken_ns; /* when a request was last taken up */
     struct frontends frontends;

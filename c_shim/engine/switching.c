@@ -86,7 +86,7 @@ static void gate_open(struct vs_engine *e)
     queues_retry(&e->frontends);
 }
 
-static void exchange_now(struct vs_engine *e, const struct exchange *x)
+static void exchange_now(struct vs_engine *e, uint64_t token, const struct vs_exchange *x)
 {
     int rc = mirror_exchange(e, x->flags);
     uint64_t pause_ns = clock_world_ns() - e->gate_closed_ns;
@@ -97,16 +97,16 @@ static void exchange_now(struct vs_engine *e, const struct exchange *x)
         source_failover_over(e);
         gate_open(e);
     }
-    mailbox_done(&e->mailbox, x->token, rc, pause_ns);
+    mailbox_done(&e->mailbox, token, rc, pause_ns);
 }
 
 /* It was submitted while the gate closed; rc: how that has ended. */
 static void exchange_waited(struct vs_engine *e, int rc)
 {
-    struct exchange x = e->exchange;
+    struct waiting_exchange x = e->exchange;
     e->exchange.token = 0;
     if (x.token && rc == 0)
-        exchange_now(e, &x);
+        exchange_now(e, x.token, &x.what);
     else if (x.token)
         mailbox_done(&e->mailbox, x.token, -ECANCELED, 0);
 }
@@ -148,10 +148,10 @@ void gate_cancel(struct vs_engine *e)
         gate_open(e);
 }
 
-void switch_exchange(struct vs_engine *e, const struct exchange *exchange)
+void switch_exchange(struct vs_engine *e, uint64_t token, const struct vs_exchange *what)
 {
     if (e->gate == GATE_CLOSING && !e->exchange.token)
-        e->exchange = *exchange;
+        e->exchange = (struct waiting_exchange){token, *what};
     else
-        exchange_now(e, exchange);
+        exchange_now(e, token, what);
 }

@@ -8,6 +8,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "shim.h"
+
 struct vs_engine;
 
 /* A flush of the destination, or of both disks, that covers all that the guest has written so far. */
@@ -21,14 +23,12 @@ void gate_pump(struct vs_engine *e);
 /* Opens it; also while it closes: whoever asked for it has changed his mind. */
 void gate_cancel(struct vs_engine *e);
 
-/* The exchange, as soon as the gate is closed. */
-struct exchange {
-    uint64_t token;
-    uint32_t flags;      /* enum vs_exchange_flags */
-    uint64_t *mark;      /* what is stored here tells whoever comes after this process that it took place; or NULL */
-    uint64_t mark_value;
+/* An exchange that waits for the gate to close. */
+struct waiting_exchange {
+    uint64_t token; /* 0: none does */
+    struct vs_exchange what;
 };
-/* Opens the gate, unless it fails; the answer's value is the pause in ns. */
-void switch_exchange(struct vs_engine *e, const struct exchange *exchange);
+/* The exchange, as soon as the gate is closed. Opens the gate, unless it fails; the answer's value is the pause in ns. */
+void switch_exchange(struct vs_engine *e, uint64_t token, const struct vs_exchange *what);
 
 #endif

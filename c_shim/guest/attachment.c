@@ -11,7 +11,7 @@
  *
  * What frontends send, command by command, is in attachment_command.c.
  */
-#include "attachment_state.h"
+#include "attachment.h"
 
 /* ---- rings ------------------------------------------------------------- */
 

@@ -12,8 +12,6 @@
 #include <linux/virtio_config.h>
 #include <unistd.h>
 
-#include "attachment_state.h"
-
 #define FEATURE_INDIRECT_DESC (1ull << VIRTIO_RING_F_INDIRECT_DESC)
 #define FEATURE_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
 #define FEATURE_RING_PACKED (1ull << VIRTIO_F_RING_PACKED)
@@ -91,14 +89,14 @@ static int vring_num(struct queue *q, uint64_t num)
     return 0;
 }
 
-static int vring_addr(struct queue *q, const struct vs_command *c)
+static int vring_addr(struct queue *q, const struct vs_ring_addresses *ring)
 {
     attachment_show_done(q->attachment); /* in the ring of whose elements they are */
-    q->vq.desc_user = c->desc;
-    q->vq.avail_user = c->avail;
-    q->vq.used_user = c->used;
-    q->vq.log = c->log == UINT64_MAX ? NULL : &q->attachment->dirty_log;
-    q->vq.used_log_addr = c->log;
+    q->vq.desc_user = ring->desc;
+    q->vq.avail_user = ring->avail;
+    q->vq.used_user = ring->used;
+    q->vq.log = ring->log == UINT64_MAX ? NULL : &q->attachment->dirty_log;
+    q->vq.used_log_addr = ring->log;
     attachment_map_rings(q->attachment, q->attachment->memory.current);
     return 0;
 }
@@ -192,14 +190,14 @@ static bool is_busy(const struct attachment *a)
 }
 
 /* Requests of the rings that this is for must not have begun. Takes up the write cache mode as well. */
-static int set_inflight(struct attachment *a, const struct vs_command *c)
+static int set_inflight(struct attachment *a, int fd, const struct vs_area *area)
 {
     int rc = -EBUSY;
     bool busy = is_busy(a), write_cache = a->write_cache;
     if (busy)
-        close(c->fd);
+        close(fd);
     else
-        rc = inflight_map(&a->inflight, c->fd, c->value, c->desc, c->used > VS_MAX_QUEUES ? 0 : (uint32_t)c->used,
+        rc = inflight_map(&a->inflight, fd, area->bytes, area->offset, area->queues > VS_MAX_QUEUES ? 0 : area->queues,
                           virtqueue_is_packed(&a->queue[0].vq));
     for (unsigned i = 0; !busy && i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
@@ -281,7 +279,7 @@ static bool apply_vring(struct queue *q, uint64_t token, const struct vs_command
         *rc = vring_num(q, c->value);
         return true;
     case VS_CMD_VRING_ADDR:
-        *rc = vring_addr(q, c);
+        *rc = vring_addr(q, &c->ring);
         return true;
     case VS_CMD_VRING_BASE:
         *rc = vring_base(q, c->value);
@@ -306,12 +304,12 @@ static bool apply_vring(struct queue *q, uint64_t token, const struct vs_command
 static bool change_memory(struct attachment *a, uint64_t token, const struct vs_command *c, int *rc)
 {
     if (c->kind == VS_CMD_SET_MEM_TABLE) {
-        *rc = guest_memory_set(&a->memory, c->regions, c->region_count);
+        *rc = guest_memory_set(&a->memory, c->memory.region, c->memory.count);
     } else if (c->kind == VS_CMD_ADD_MEM_REGION) {
-        *rc = guest_memory_add(&a->memory, &c->regions[0]);
+        *rc = guest_memory_add(&a->memory, &c->memory.region[0]);
     } else {
         lose_patience(a);
-        *rc = guest_memory_remove(&a->memory, &c->regions[0], token);
+        *rc = guest_memory_remove(&a->memory, &c->memory.region[0], token);
         if (*rc == 0)
             return false; /* memory_gone() answers */
         a->patience_ends_ns = 0;
@@ -335,9 +333,9 @@ static void close_fds(struct bells *b, const struct vs_command *c)
 {
     if (c->fd >= 0)
         close_foreign_fd(b, c->fd);
-    for (uint32_t i = 0; i < c->region_count; i++)
-        if (c->regions[i].fd >= 0)
-            close_foreign_fd(b, c->regions[i].fd);
+    for (uint32_t i = 0; command_has_memory(c) && i < c->memory.count && i < VS_MEM_TABLE_REGIONS; i++)
+        if (c->memory.region[i].fd >= 0)
+            close_foreign_fd(b, c->memory.region[i].fd);
 }
 
 void attachment_command(struct frontends *f, uint64_t token, const struct vs_command *c)
@@ -364,7 +362,7 @@ void attachment_command(struct frontends *f, uint64_t token, const struct vs_com
             done = false;
             break;
         case VS_CMD_SET_INFLIGHT:
-            rc = set_inflight(a, c);
+            rc = set_inflight(a, c->fd, &c->area);
             mailbox_done(f->mailbox, token, rc, a->write_cache);
             done = false;
             break;
@@ -372,7 +370,7 @@ void attachment_command(struct frontends *f, uint64_t token, const struct vs_com
             rc = set_features(a, c->value);
             break;
         case VS_CMD_SET_LOG_BASE:
-            rc = dirty_log_map(&a->dirty_log, c->fd, c->value, c->desc);
+            rc = dirty_log_map(&a->dirty_log, c->fd, c->area.bytes, c->area.offset);
             break;
         case VS_CMD_SET_LOG_FD:
             bell_hang(&f->bells, &a->log_bell, c->fd);

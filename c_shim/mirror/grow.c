@@ -24,14 +24,14 @@
 #include "bitmap_file.h"
 #include "engine.h"
 
-static int check(const struct vs_engine *e, uint64_t capacity_bytes, uint64_t source_bytes, uint64_t destination_bytes)
+static int check(const struct vs_engine *e, const struct vs_grow *wanted)
 {
     enum vs_mirror_state state = e->mirror.state;
     if (e->grow.running || e->grow.undoing || e->gate != GATE_OPEN || e->failover.pending || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
         return -EBUSY;
-    if (capacity_bytes <= e->config.capacity_bytes || capacity_bytes % e->config.block_bytes)
+    if (wanted->capacity_bytes <= e->config.capacity_bytes || wanted->capacity_bytes % e->config.block_bytes)
         return -EINVAL;
-    if (source_bytes < capacity_bytes || (destination_attached(&e->destination) && destination_bytes < capacity_bytes))
+    if (wanted->source_bytes < wanted->capacity_bytes || (destination_attached(&e->destination) && wanted->destination_bytes < wanted->capacity_bytes))
         return -ENOSPC;
     return 0;
 }
@@ -88,11 +88,10 @@ void grow_measure(struct vs_engine *e, uint64_t token, uint64_t role)
     disk_submit(disk, &q->io);
 }
 
-void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
-                uint64_t destination_bytes)
+void grow_begin(struct vs_engine *e, uint64_t token, const struct vs_grow *wanted)
 {
-    uint64_t old = e->config.capacity_bytes;
-    int rc = check(e, capacity_bytes, source_bytes, destination_bytes);
+    uint64_t old = e->config.capacity_bytes, capacity_bytes = wanted->capacity_bytes;
+    int rc = check(e, wanted);
     if (rc == 0)
         rc = grow_maps(e, capacity_bytes);
     if (rc == -ENOMEM)
@@ -104,12 +103,12 @@ void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, ui
     e->host.changes++; /* the operator has enlarged the files */
     e->grow.token = token;
     e->grow.capacity_bytes = capacity_bytes;
-    e->source->bytes = source_bytes;
+    e->source->bytes = wanted->source_bytes;
     difference_mark(e, old, capacity_bytes - old);
     e->grow.running = true;
     if (!destination_attached(&e->destination))
         return; /* the rest is grow_pump()'s */
-    e->destination.disk->bytes = destination_bytes;
+    e->destination.disk->bytes = wanted->destination_bytes;
     copier_add(e, old, capacity_bytes - old);
 }
 

@@ -32,10 +32,8 @@ struct grow {
 
 /* Answers the token with the size that the disk of this role has by now. */
 void grow_measure(struct vs_engine *e, uint64_t token, uint64_t role);
-/* Answers the token when the guest may use "capacity_bytes". The disks' own sizes: destination_bytes 0 if there is
- * none. Refused: -EBUSY (copying, switching, growing, or one that was stopped is not over), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
-void grow_begin(struct vs_engine *e, uint64_t token, uint64_t capacity_bytes, uint64_t source_bytes,
-                uint64_t destination_bytes);
+/* Answers the token when the guest may use the new capacity. Refused: -EBUSY (copying, switching, growing, or one that was stopped is not over), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
+void grow_begin(struct vs_engine *e, uint64_t token, const struct vs_grow *wanted);
 /* The disk stays as large as it is, and the token is answered with "error". Nothing, where none is under way. */
 void grow_stop(struct vs_engine *e, int error);
 void grow_pump(struct vs_engine *e);

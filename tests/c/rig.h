@@ -105,6 +105,11 @@ static inline int rig_simple(struct rig *r, uint32_t kind, uint64_t value)
     return rig_command(r, (struct vs_command){.kind = kind, .fd = -1, .attachment = r->attachment, .value = value});
 }
 
+static inline int rig_exchange(struct rig *r, uint32_t flags)
+{
+    return rig_command(r, (struct vs_command){.kind = VS_CMD_EXCHANGE, .fd = -1, .exchange.flags = flags});
+}
+
 static inline int rig_vring(struct rig *r, uint32_t kind, unsigned queue, uint64_t value, int fd)
 {
     return rig_command(r, (struct vs_command){.kind = kind, .attachment = r->attachment, .queue = queue,
@@ -165,8 +170,8 @@ static inline void lane_setup(struct rig *r, unsigned i, uint16_t base)
 {
     struct lane *l = &r->lane[i];
     struct vs_command addr = {.kind = VS_CMD_VRING_ADDR, .attachment = r->attachment, .queue = i, .fd = -1,
-                              .desc = USER_ADDR + l->ring.desc_at, .avail = USER_ADDR + l->ring.avail_at,
-                              .used = USER_ADDR + l->ring.used_at, .log = UINT64_MAX};
+                              .ring.desc = USER_ADDR + l->ring.desc_at, .ring.avail = USER_ADDR + l->ring.avail_at,
+                              .ring.used = USER_ADDR + l->ring.used_at, .ring.log = UINT64_MAX};
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_NUM, i, l->ring.num, -1), 0);
     CHECK_EQUAL(rig_command(r, addr), 0);
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_BASE, i, base, -1), 0);
@@ -185,9 +190,9 @@ static inline void rig_attach(struct rig *r, unsigned lanes, uint64_t features)
     *r->guest = guest_make(lanes * (room + (1u << 17)));
     CHECK_EQUAL(rig_simple(r, VS_CMD_ATTACH, 0), 0);
     CHECK_EQUAL(rig_simple(r, VS_CMD_SET_FEATURES, features), 0);
-    struct vs_command table = {.kind = VS_CMD_SET_MEM_TABLE, .attachment = r->attachment, .fd = -1, .region_count = 2};
-    table.regions[0] = guest_region(r->guest, 0, r->guest->bytes / 2);
-    table.regions[1] = guest_region(r->guest, r->guest->bytes / 2, r->guest->bytes - r->guest->bytes / 2);
+    struct vs_command table = {.kind = VS_CMD_SET_MEM_TABLE, .attachment = r->attachment, .fd = -1, .memory.count = 2};
+    table.memory.region[0] = guest_region(r->guest, 0, r->guest->bytes / 2);
+    table.memory.region[1] = guest_region(r->guest, r->guest->bytes / 2, r->guest->bytes - r->guest->bytes / 2);
     CHECK_EQUAL(rig_command(r, table), 0);
     for (unsigned i = 0; i < lanes; i++) {
         struct lane *l = &r->lane[i];
@@ -395,7 +400,7 @@ static inline struct rig rig_begin(unsigned lanes, uint64_t features)
 
 static inline int rig_mirror_start(struct rig *r, vs_disk *destination)
 {
-    return rig_command(r, (struct vs_command){.kind = VS_CMD_MIRROR_START, .fd = -1, .disk = destination});
+    return rig_command(r, (struct vs_command){.kind = VS_CMD_MIRROR_START, .fd = -1, .start.disk = destination});
 }
 
 static inline void rig_mirror(struct rig *r)

@@ -147,7 +147,7 @@ static void source_faults(void)
     CHECK(s.doubt[0].offset == 0 && s.doubt[0].length == 4096);
     CHECK(disk_holds(r.destination, 0, 8192, 2, CUT_ALL));
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), -EBUSY);
+    CHECK_EQUAL(rig_exchange(&r, 0), -EBUSY);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     CHECK_EQUAL(lane_fill(l, 0, 4096, 4), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(rig_snapshot(&r).doubt_count, 0);
@@ -219,10 +219,10 @@ static void memory_comes_and_goes(void)
     struct rig r = rig_begin(1, F_USUAL);
     struct lane *l = &r.lane[0];
     struct guest more = guest_make(1 << 16);
-    struct vs_command add = {.kind = VS_CMD_ADD_MEM_REGION, .fd = -1, .region_count = 1};
-    add.regions[0] = guest_region(&more, 0, more.bytes);
-    add.regions[0].guest_addr = 1ull << 40;
-    add.regions[0].user_addr = 1ull << 41;
+    struct vs_command add = {.kind = VS_CMD_ADD_MEM_REGION, .fd = -1, .memory.count = 1};
+    add.memory.region[0] = guest_region(&more, 0, more.bytes);
+    add.memory.region[0].guest_addr = 1ull << 40;
+    add.memory.region[0].user_addr = 1ull << 41;
     CHECK_EQUAL(rig_command(&r, add), 0);
     vs_test_disk_hold(r.source, VS_DISK_READ, 1);
     lane_send(l, 0, VIRTIO_BLK_T_IN, 0, 4096); /* lays out the chain; its data is put elsewhere */
@@ -240,7 +240,7 @@ static void memory_comes_and_goes(void)
         rig_snapshot(&r);
     struct vs_command removal = add;
     removal.kind = VS_CMD_REMOVE_MEM_REGION;
-    removal.regions[0].fd = -1;
+    removal.memory.region[0].fd = -1;
     uint64_t token = rig_submit(&r, &removal);
     rig_snapshot(&r);
     CHECK_EQUAL(r.last[VS_EV_DONE].token != token, true); /* a request has it in hand */

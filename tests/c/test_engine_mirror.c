@@ -188,7 +188,7 @@ static void refused_destinations(void)
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), -ENOTCONN);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), -ENOTCONN);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 1000), -ENOTCONN);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), -ENOTCONN);
+    CHECK_EQUAL(rig_exchange(&r, 0), -ENOTCONN);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_STOP, 0), 0);
     rig_mirror(&r);
@@ -218,7 +218,7 @@ static void switched(bool keep)
         CHECK_EQUAL(lane_poll(l), -1);
         CHECK(disks_equal(old, new, CUT_NONE)); /* M = G */
         struct vs_event done = rig_wait(&r, rig_submit(&r, &(struct vs_command){
-                                            .kind = VS_CMD_EXCHANGE, .fd = -1, .value = keep}));
+                                            .kind = VS_CMD_EXCHANGE, .fd = -1, .exchange.flags = keep}));
         CHECK_EQUAL(done.result, 0);
         CHECK(done.value > 0);
         CHECK_EQUAL(lane_wait(l), 0);
@@ -259,8 +259,8 @@ static void leaving_a_bad_source(void)
     CHECK(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1) < 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 1), -EBUSY); /* not as a mirror */
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 0), 0);
+    CHECK_EQUAL(rig_exchange(&r, 1), -EBUSY); /* not as a mirror */
+    CHECK_EQUAL(rig_exchange(&r, 0), 0);
     CHECK(disk_holds(r.destination, 0, 4096, 1, CUT_ALL));
     CHECK_EQUAL(lane_fill(l, 8, 4096, 2), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_OK);
@@ -300,7 +300,7 @@ static void a_drain_behind_the_gate(void)
     rig_submit(&r, &(struct vs_command){.kind = VS_CMD_MIRROR_DRAIN, .fd = -1, .value = 1});
     while (vs_test_disk_held(r.source, VS_DISK_FLUSH) == 0)
         rig_snapshot(&r);
-    int result = rig_simple(&r, VS_CMD_EXCHANGE, 1);
+    int result = rig_exchange(&r, 1);
     CHECK(result == 0 || result == -EBUSY);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     vs_test_disk_hold(r.source, VS_DISK_FLUSH, 0);

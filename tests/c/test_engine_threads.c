@@ -219,7 +219,7 @@ static void a_whole_life(void)
         CHECK(s.gated);
         CHECK_EQUAL(s.counts.writes_mirrored, s.counts.source_generation);
         CHECK(disks_equal(r.source, r.destination, CUT_NONE));
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, keep), 0);
+        CHECK_EQUAL(rig_exchange(&r, keep), 0);
         vs_disk *old = r.source;
         r.source = r.destination;
         r.destination = old;
@@ -367,7 +367,7 @@ static void on_files(const int fd[2], int direct, uint32_t poll_us, uint32_t thr
         CHECK_EQUAL(pread(fd[0], one, DISK_BYTES, 0), DISK_BYTES);
         CHECK_EQUAL(pread(fd[1], other, DISK_BYTES, 0), DISK_BYTES);
         CHECK(memcmp(one, other, DISK_BYTES) == 0);
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_EXCHANGE, 1), 0);
+        CHECK_EQUAL(rig_exchange(&r, 1), 0);
         wait_for_writes(&r, 200);
     }
     drivers_end(0);

@@ -74,9 +74,9 @@ static void check_secret(struct rig *r)
 
 static void set_table(struct rig *r)
 {
-    struct vs_command table = {.kind = VS_CMD_SET_MEM_TABLE, .attachment = r->attachment, .fd = -1, .region_count = 2};
+    struct vs_command table = {.kind = VS_CMD_SET_MEM_TABLE, .attachment = r->attachment, .fd = -1, .memory.count = 2};
     for (unsigned i = 0; i < 2; i++)
-        table.regions[i] = guest_region(r->guest, part[i].at, part[i].bytes);
+        table.memory.region[i] = guest_region(r->guest, part[i].at, part[i].bytes);
     CHECK_EQUAL(rig_command(r, table), 0);
 }
 

@@ -73,8 +73,10 @@ static void close_all(const struct vs_command *c)
 {
     if (c->fd >= 0)
         close(c->fd);
-    for (unsigned i = 0; i < c->region_count; i++)
-        close(c->regions[i].fd);
+    if (c->kind != VS_CMD_SET_MEM_TABLE && c->kind != VS_CMD_ADD_MEM_REGION && c->kind != VS_CMD_REMOVE_MEM_REGION)
+        return;
+    for (unsigned i = 0; i < c->memory.count; i++)
+        close(c->memory.region[i].fd);
 }
 
 static uint64_t submit(const struct vs_command *c)
@@ -146,13 +148,13 @@ static int some_fd(int right)
 
 static void set_memory(void)
 {
-    struct vs_command c = {.kind = VS_CMD_SET_MEM_TABLE, .fd = -1, .region_count = 2};
-    c.regions[0] = guest_region(&guest, 0, BORDER);
-    c.regions[1] = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
+    struct vs_command c = {.kind = VS_CMD_SET_MEM_TABLE, .fd = -1, .memory.count = 2};
+    c.memory.region[0] = guest_region(&guest, 0, BORDER);
+    c.memory.region[1] = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
     for (unsigned i = 0; i < 2; i++) {
-        c.regions[i].guest_addr = mostly(&w.c, c.regions[i].guest_addr);
-        c.regions[i].user_addr = mostly(&w.c, c.regions[i].user_addr);
-        c.regions[i].bytes = mostly(&w.c, c.regions[i].bytes);
+        c.memory.region[i].guest_addr = mostly(&w.c, c.memory.region[i].guest_addr);
+        c.memory.region[i].user_addr = mostly(&w.c, c.memory.region[i].user_addr);
+        c.memory.region[i].bytes = mostly(&w.c, c.memory.region[i].bytes);
     }
     submit(&c);
 }
@@ -166,9 +168,9 @@ static void set_ring(unsigned i, uint32_t kind)
         c.value = mostly(&w.c, r->num);
         break;
     case VS_CMD_VRING_ADDR:
-        c.desc = mostly(&w.c, USER_ADDR + r->desc_at);
-        c.avail = mostly(&w.c, USER_ADDR + r->avail_at);
-        c.used = mostly(&w.c, USER_ADDR + r->used_at);
+        c.ring.desc = mostly(&w.c, USER_ADDR + r->desc_at);
+        c.ring.avail = mostly(&w.c, USER_ADDR + r->avail_at);
+        c.ring.used = mostly(&w.c, USER_ADDR + r->used_at);
         break;
     case VS_CMD_VRING_BASE:
         c.value = mostly(&w.c, r->used->idx);
@@ -189,9 +191,9 @@ static void set_ring(unsigned i, uint32_t kind)
 static void set_record(void)
 {
     struct vs_command c = {.kind = VS_CMD_SET_INFLIGHT, .fd = some_fd(record_fd)};
-    c.value = mostly(&w.c, RECORD_BYTES);
-    c.desc = mostly(&w.c, 0);
-    c.used = mostly(&w.c, LANES);
+    c.area.bytes = mostly(&w.c, RECORD_BYTES);
+    c.area.offset = mostly(&w.c, 0);
+    c.area.queues = (uint32_t)mostly(&w.c, LANES);
     submit(&c);
 }
 
@@ -214,7 +216,7 @@ static void frontend(void)
 {
     static const uint32_t kinds[] = {VS_CMD_VRING_ENABLE, VS_CMD_VRING_STOP, VS_CMD_VRING_BASE, VS_CMD_VRING_KICK,
                                      VS_CMD_VRING_CALL, VS_CMD_VRING_ERR, VS_CMD_VRING_NUM, VS_CMD_VRING_ADDR};
-    struct vs_command c = {.fd = -1, .region_count = 1};
+    struct vs_command c = {.fd = -1, .memory.count = 1};
     unsigned lane = choose(&w.c, LANES);
     switch (choose(&w.c, 13)) {
     case 10:
@@ -237,9 +239,9 @@ static void frontend(void)
     case 3:
     case 4:
         c.kind = choose(&w.c, 2) ? VS_CMD_ADD_MEM_REGION : VS_CMD_REMOVE_MEM_REGION;
-        c.regions[0] = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
-        c.regions[0].guest_addr = mostly(&w.c, c.regions[0].guest_addr);
-        c.regions[0].bytes = mostly(&w.c, c.regions[0].bytes);
+        c.memory.region[0] = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
+        c.memory.region[0].guest_addr = mostly(&w.c, c.memory.region[0].guest_addr);
+        c.memory.region[0].bytes = mostly(&w.c, c.memory.region[0].bytes);
         submit(&c);
         return;
     case 5:
@@ -296,7 +298,7 @@ static void exchange(bool keep)
     static uint64_t mark;
     uint64_t value = mark + 1;
     uint64_t token = submit(&(struct vs_command){
-        .kind = VS_CMD_EXCHANGE, .fd = -1, .value = keep, .desc = (uint64_t)(uintptr_t)&mark, .used = value});
+        .kind = VS_CMD_EXCHANGE, .fd = -1, .exchange = {keep, &mark, value}});
     int rc = token ? wait_for(token) : -EAGAIN;
     ENSURE((__atomic_load_n(&mark, __ATOMIC_ACQUIRE) == value) == (rc == 0));
     if (rc == 0) {
@@ -340,7 +342,7 @@ static void operate(void)
         if (w.disks < DISKS_MAX) {
             vs_disk *disk = new_disk();
             disturb_copy(disk);
-            uint64_t token = submit(&(struct vs_command){.kind = VS_CMD_MIRROR_START, .fd = -1, .disk = disk});
+            uint64_t token = submit(&(struct vs_command){.kind = VS_CMD_MIRROR_START, .fd = -1, .start.disk = disk});
             if (!token || wait_for(token) < 0)
                 vs_disk_close(disk); /* the engine's reference, still ours */
             else

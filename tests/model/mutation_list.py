@@ -565,11 +565,11 @@ MUTATIONS = [
         "switching.c",
         """        gate_open(e);
     }
-    mailbox_done(&e->mailbox, x->token""",
+    mailbox_done(&e->mailbox, token""",
         """    }
     if (e->gate == GATE_CLOSED)
         gate_open(e);
-    mailbox_done(&e->mailbox, x->token""",
+    mailbox_done(&e->mailbox, token""",
         "switch.py::test_an_exchange_that_is_refused_leaves_no_mark_and_the_gate_closed",
     ),
     _m(

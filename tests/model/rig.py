@@ -91,7 +91,7 @@ class Rig:
     def exchange(self, *, keep: bool, accept: bool = False, expect: int = 0) -> int:
         """The pause in nanoseconds."""
         flags = lib.VS_EXCHANGE_KEEP * keep | lib.VS_EXCHANGE_ACCEPT * accept
-        return self.driver.call(lib.VS_CMD_EXCHANGE, value=flags, expect=expect).value
+        return self.driver.call(lib.VS_CMD_EXCHANGE, exchange=(flags,), expect=expect).value
 
     def switch(self, *, keep: bool) -> None:
         """A whole switch; `source` and `destination` change names with it."""

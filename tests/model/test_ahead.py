@@ -554,7 +554,7 @@ def test_a_grow_that_is_cut_off_leaves_the_moment_whole() -> None:
         r.source.load(old - 5 * 512, b"last" * 640)  # what is copied last
         r.driver.call(lib.VS_CMD_MIRROR_SPEED, value=16)  # and after it nothing for minutes
         r.mirror()
-        token = r.driver.submit(lib.VS_CMD_GROW, value=5 * MIB, desc=8 * MIB, used=8 * MIB)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(5 * MIB, 8 * MIB, 8 * MIB))
         r.destination.hold(WRITE)
         for number in range(64):  # all that may be on its way at once: what comes now stays in the log
             r.write_now(2 * number, number)

@@ -87,7 +87,7 @@ def test_a_disk_does_not_grow_by_what_no_bit_is_kept_of(bits: Bits) -> None:
         held = r.write(BLOCKS_A_REGION, 2)
         r.driver.take_event(EventKind.BITMAP_FAILED)
         bits.lengthen()
-        token = r.driver.submit(lib.VS_CMD_GROW, value=2 * SIZE, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(2 * SIZE, ROOM, ROOM))
         assert r.unconfirmed(held) and r.driver.done(token) is None
         r.driver.call(lib.VS_CMD_BITMAP_VOID)
         assert r.driver.wait(token).result == 0

@@ -21,7 +21,7 @@ ROOM = 8 * MIB
 
 
 def grow(r: Rig, *, expect: int = 0, value: int = NEW, source: int = ROOM, destination: int = ROOM) -> None:
-    r.driver.call(lib.VS_CMD_GROW, value=value, desc=source, used=destination, expect=expect)
+    r.driver.call(lib.VS_CMD_GROW, grow=(value, source, destination), expect=expect)
 
 
 def beyond(r: Rig, seed: int) -> int | None:
@@ -44,7 +44,7 @@ def test_the_new_range_is_equal_and_durable_before_it_is_used() -> None:
         r.source.load(OLD, b"old" * 4096)
         r.destination.load(OLD + MIB, b"rubbish!" * 4096)
         r.destination.hold(DiskOp.FLUSH)
-        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(NEW, ROOM, ROOM))
         r.driver.await_held(r.destination, DiskOp.FLUSH)
         assert r.driver.done(token) is None
         assert beyond(r, 1) == Status.IOERR
@@ -62,7 +62,7 @@ def test_the_old_range_stays_mirrored_meanwhile() -> None:
     with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
         r.source.load(OLD, b"x" * MIB)
         r.source.hold(DiskOp.READ)
-        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(NEW, ROOM, ROOM))
         r.driver.await_held(r.source, DiskOp.READ)
         r.write_now(OLD // BLOCK - 1, 7)
         r.flush_now()
@@ -86,7 +86,7 @@ def test_in_steady_no_write_is_left_to_the_copy(region_bytes: int, begun: bool) 
         r.mirror()
         r.source.load(old, b"x" * MIB)
         r.source.hold(DiskOp.READ)
-        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(NEW, ROOM, ROOM))
         if begun:
             r.driver.await_held(r.source, DiskOp.READ)
         last = r.guest.write(old - 512, data)
@@ -105,7 +105,7 @@ def test_a_destination_that_is_lost_meanwhile_lacks_it_and_the_bits_say_so() -> 
     with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True) as r:
         r.source.load(OLD, b"x" * MIB)
         r.destination.fault(DiskOp.WRITE, errno.EIO)
-        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(NEW, ROOM, ROOM))
         r.await_degraded()
         assert r.driver.wait(token).result == 0
         r.record_written()
@@ -123,7 +123,7 @@ def test_the_bits_stay_until_the_new_range_is_durable_there() -> None:
         r.driver.until(lambda: r.snapshot().differing_bytes == 0, "all is settled")
         r.source.load(OLD, b"x" * MIB)
         r.destination.hold(DiskOp.FLUSH)
-        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(NEW, ROOM, ROOM))
         r.driver.await_held(r.destination, DiskOp.FLUSH, 2)  # grow's and the checkpoint's
         assert (r.snapshot().differing_bytes or 0) >= NEW - OLD
         r.destination.release_all()
@@ -172,7 +172,7 @@ def stopped(**options: Any) -> Iterator[Rig]:
     with rig(size_bytes=OLD, disk_bytes=ROOM, mirrored=True, **options) as r:
         r.source.load(OLD, b"x" * MIB)
         r.source.hold(DiskOp.READ)
-        token = r.driver.submit(lib.VS_CMD_GROW, value=NEW, desc=ROOM, used=ROOM)
+        token = r.driver.submit(lib.VS_CMD_GROW, grow=(NEW, ROOM, ROOM))
         r.driver.await_held(r.source, DiskOp.READ)
         r.driver.call(lib.VS_CMD_GROW_STOP)
         assert r.driver.wait(token).result == -errno.ECANCELED

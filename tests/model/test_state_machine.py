@@ -249,7 +249,7 @@ class Contract(RuleBasedStateMachine):
             return
         new = self.history.initial(self.visible, visible, zero=not self.filled)
         self.source.load(self.visible * BLOCK, new)
-        token = self._driver().submit(lib.VS_CMD_GROW, value=visible * BLOCK, desc=CAPACITY, used=CAPACITY)
+        token = self._driver().submit(lib.VS_CMD_GROW, grow=(visible * BLOCK, CAPACITY, CAPACITY))
         self.growing = token, visible
         self.settle()
 
@@ -401,7 +401,7 @@ class Contract(RuleBasedStateMachine):
         before = self.settle()
         peer, ceiling = self.model.peer, self.gated_at
         driver = self._driver()
-        event = driver.wait(driver.submit(lib.VS_CMD_EXCHANGE, value=int(keep)))
+        event = driver.wait(driver.submit(lib.VS_CMD_EXCHANGE, exchange=(int(keep),)))
         if event.result != 0:
             assert -event.result in (errno.EBUSY, errno.ENOTCONN), f"exchange: {event.result}"
             assert bool(self.gated_at) == driver.snapshot().gated

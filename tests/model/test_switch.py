@@ -255,14 +255,14 @@ def test_an_exchange_without_a_closed_gate_is_refused() -> None:
         r.assert_same_content()
 
 
-def mark() -> tuple[Any, dict[str, int]]:
-    """Where the engine is to leave its mark (to be kept as long), and the fields of the command for that."""
+def mark(flags: int = 0) -> tuple[Any, tuple[Any, ...]]:
+    """Where the engine is to leave its mark (to be kept as long), and the exchange that does so."""
     memory = ffi.new("uint64_t *")
-    return memory, {"desc": int(ffi.cast("uintptr_t", memory)), "used": 77}
+    return memory, (flags, memory, 77)
 
 
 def test_an_exchange_waits_for_the_gate_and_leaves_its_mark() -> None:
-    memory, fields = mark()
+    memory, what = mark(lib.VS_EXCHANGE_KEEP)
     with rig(mirrored=True) as r:
         r.write_now(0, 1)
         r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=1)
@@ -270,7 +270,7 @@ def test_an_exchange_waits_for_the_gate_and_leaves_its_mark() -> None:
         r.write_now(1, 2)
         r.driver.await_held(r.destination, WRITE)
         gate = r.driver.submit(lib.VS_CMD_GATE, value=5_000_000)
-        exchange = r.driver.submit(lib.VS_CMD_EXCHANGE, value=lib.VS_EXCHANGE_KEEP, **fields)
+        exchange = r.driver.submit(lib.VS_CMD_EXCHANGE, exchange=what)
         waiting = r.write(2, 3)
         r.driver.settle_quickly()
         assert r.driver.done(exchange) is None
@@ -286,13 +286,13 @@ def test_an_exchange_waits_for_the_gate_and_leaves_its_mark() -> None:
 
 @pytest.mark.parametrize("how", ["too late", "opened"])
 def test_an_exchange_ends_with_a_gate_that_does_not_close(how: str) -> None:
-    memory, fields = mark()
+    memory, what = mark()
     with rig(mirrored=True) as r:
         r.destination.hold(WRITE)
         r.write_now(0, 1)
         r.driver.await_held(r.destination, WRITE)
         gate = r.driver.submit(lib.VS_CMD_GATE, value=10_000 if how == "too late" else 60_000_000)
-        exchange = r.driver.submit(lib.VS_CMD_EXCHANGE, **fields)
+        exchange = r.driver.submit(lib.VS_CMD_EXCHANGE, exchange=what)
         if how == "opened":
             r.driver.call(lib.VS_CMD_UNGATE)
         expected = errno.ETIMEDOUT if how == "too late" else errno.ECANCELED
@@ -307,13 +307,13 @@ def test_an_exchange_ends_with_a_gate_that_does_not_close(how: str) -> None:
 
 
 def test_an_exchange_that_is_refused_leaves_no_mark_and_the_gate_closed() -> None:
-    memory, fields = mark()
+    memory, what = mark()
     with rig(mirrored=True) as r:
         r.source.fault(WRITE, errno.EIO)
         r.guest.wait(r.write(0, 1))
         r.driver.call(lib.VS_CMD_MIRROR_DRAIN)
         r.driver.submit(lib.VS_CMD_GATE, value=5_000_000)
-        r.driver.call(lib.VS_CMD_EXCHANGE, expect=errno.EBUSY, **fields)
+        r.driver.call(lib.VS_CMD_EXCHANGE, expect=errno.EBUSY, exchange=what)
         held = r.write(1, 2)
         r.driver.settle_quickly()
         assert memory[0] == 0
@@ -364,7 +364,7 @@ def test_a_drain_at_the_gate_does_not_end_the_process() -> None:
         r.source.hold(FLUSH)
         token = r.driver.submit(lib.VS_CMD_MIRROR_DRAIN)
         r.driver.settle()
-        r.driver.wait(r.driver.submit(lib.VS_CMD_EXCHANGE, value=0))
+        r.driver.wait(r.driver.submit(lib.VS_CMD_EXCHANGE))
         r.source.hold(FLUSH, False)
         r.source.release(FLUSH)
         r.driver.wait(token)

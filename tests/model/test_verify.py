@@ -20,7 +20,7 @@ SIZE = 4 * MIB
 
 
 def verify(r: Rig, *, repair: bool = False, speed: int = 0, expect: int = 0) -> None:
-    r.driver.call(lib.VS_CMD_VERIFY, value=int(repair), desc=speed, expect=expect)
+    r.driver.call(lib.VS_CMD_VERIFY, verify=(repair, speed), expect=expect)
 
 
 def ended(r: Rig) -> Event:
@@ -296,7 +296,8 @@ def test_the_guest_is_not_moved_to_what_one_that_runs_has_found_different(keep: 
         r.write_now(1, 2)
         r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=int(keep))
         r.gate()
-        r.driver.call(lib.VS_CMD_EXCHANGE, value=lib.VS_EXCHANGE_KEEP * keep | lib.VS_EXCHANGE_DIFFERENT)
+        flags = lib.VS_EXCHANGE_KEEP * keep | lib.VS_EXCHANGE_DIFFERENT
+        r.driver.call(lib.VS_CMD_EXCHANGE, exchange=(flags,))
 
 
 def test_the_speed_is_limited() -> None:

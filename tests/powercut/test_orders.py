@@ -195,7 +195,7 @@ def test_a_disk_that_has_grown_without_its_peer_is_vouched_for_only_with_its_new
             file.lengthen(BYTES)
             os.fdatasync(file.fd)
             with what_a_power_cut_leaves(file, site) as left:
-                driver.call(lib.VS_CMD_GROW, value=SIZE, desc=SIZE, used=0)
+                driver.call(lib.VS_CMD_GROW, grow=(SIZE, SIZE, 0))
                 file.note_capacity(SIZE)
         file.close(clean=False)
     bits = int.from_bytes(left[-1][BITS_AT + 16 : BITS_AT + 16 + SIZE // REGION // 8], "little")
@@ -207,7 +207,7 @@ def test_a_disk_that_has_grown_without_its_peer_is_vouched_for_only_with_its_new
 
 def repair(it: Rig) -> int:
     """How many bytes the verification says it has repaired."""
-    it.driver.call(lib.VS_CMD_VERIFY, value=1)
+    it.driver.call(lib.VS_CMD_VERIFY, verify=(1, 0))
     it.driver.take_event(EventKind.VERIFIED)
     it.driver.call(lib.VS_CMD_SNAPSHOT)
     raw = ffi.new("struct vs_snapshot *")

@@ -68,7 +68,7 @@ class Migrating:
         log = log or self.log
         it = self.rig
         it.driver.call(
-            lib.VS_CMD_SET_LOG_BASE, fd=os.dup(log.fd), value=log.bytes, desc=log.offset, expect=expect
+            lib.VS_CMD_SET_LOG_BASE, fd=os.dup(log.fd), area=(log.bytes, log.offset), expect=expect
         )
 
     def log_data(self, on: bool) -> None:
@@ -81,7 +81,7 @@ class Migrating:
             at = queue.ring.addresses()
             log = queue.ring.used if on else (1 << 64) - 1
             self.rig.driver.call(
-                lib.VS_CMD_VRING_ADDR, queue=number, desc=at.desc, used=at.used, avail=at.avail, log=log
+                lib.VS_CMD_VRING_ADDR, queue=number, ring=(at.desc, at.used, at.avail, log)
             )
 
     def begin(self) -> None:
@@ -288,7 +288,7 @@ def test_the_used_ring_is_marked_where_the_frontend_says() -> None:
         elsewhere = Log(LOG_BYTES + 1)
         m.give_log(elsewhere)
         m.rig.driver.call(
-            lib.VS_CMD_VRING_ADDR, desc=at.desc, used=at.used, avail=at.avail, log=MEMORY_BYTES + 5 * PAGE
+            lib.VS_CMD_VRING_ADDR, ring=(at.desc, at.used, at.avail, MEMORY_BYTES + 5 * PAGE)
         )
         m.rig.guest.flush_now()
         m.rig.driver.settle()
@@ -336,7 +336,7 @@ def test_the_frontend_is_told_of_changes() -> None:
 def test_a_log_that_is_not_in_its_file_is_refused(size: int, offset: int) -> None:
     with migrating() as m:
         m.rig.driver.call(
-            lib.VS_CMD_SET_LOG_BASE, fd=os.dup(m.log.fd), value=size, desc=offset, expect=errno.EINVAL
+            lib.VS_CMD_SET_LOG_BASE, fd=os.dup(m.log.fd), area=(size, offset), expect=errno.EINVAL
         )
         at = m.rig.guest.memory.alloc(4096, align=PAGE)
         assert m.log.take() == set()

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the control plane asks for, command by command (shim_api.h). The
+ * engine's thread applies each between two batches of requests. Most are
+ * answered at once, the others by the room that they are for.
+ */
+#include "engine_command.h"
+
+#include <errno.h>
+
+#include "attachment_command.h"
+#include "engine.h"
+#include "snapshot.h"
+
+static void record_written(struct vs_engine *e, uint64_t error)
+{
+    e->mirror.record = error ? RECORD_FAILED : RECORD_WRITTEN;
+    e->flush.dirty = true;
+}
+
+static void void_bitmap(struct vs_engine *e)
+{
+    if (!activity_may_void(&e->activity))
+        return;
+    e->difference.differs.stored = NULL;
+    activity_void(&e->activity);
+}
+
+void engine_command(struct vs_engine *e, uint64_t token, const struct vs_command *c)
+{
+    int rc = 0;
+    switch (c->kind) {
+    case VS_CMD_SNAPSHOT:
+        snapshot_take(e);
+        break;
+    case VS_CMD_MIRROR_START:
+        rc = mirror_start(e, c->start.disk, c->start.flags);
+        break;
+    case VS_CMD_MIRROR_SPEED:
+        e->copier.speed_bytes_per_s = c->value;
+        e->copier.not_before_ns = 0;
+        break;
+    case VS_CMD_MIRROR_DRAIN:
+        drain_begin(e, token, c->value);
+        return;
+    case VS_CMD_MIRROR_STOP:
+        mirror_stop(e, (uint32_t)c->value);
+        break;
+    case VS_CMD_GROW:
+        grow_begin(e, token, &c->grow);
+        return;
+    case VS_CMD_PEER_DIFFERS:
+        e->mirror.differs = c->value;
+        break;
+    case VS_CMD_DISK_SIZE:
+        grow_measure(e, token, c->value);
+        return;
+    case VS_CMD_GROW_STOP:
+        grow_stop(e, -ECANCELED);
+        break;
+    case VS_CMD_VERIFY:
+        rc = verifier_start(e, c->verify.repair, c->verify.speed_bytes_per_s);
+        break;
+    case VS_CMD_VERIFY_STOP:
+        rc = verifier_stop(e);
+        break;
+    case VS_CMD_BITMAP_VOID:
+        void_bitmap(e);
+        break;
+    case VS_CMD_RECORD_WRITTEN:
+        record_written(e, c->value);
+        break;
+    case VS_CMD_GATE:
+        gate_close(e, token, c->value);
+        return;
+    case VS_CMD_UNGATE:
+        gate_cancel(e);
+        break;
+    case VS_CMD_FAILOVER_GIVE_UP:
+        source_failover_give_up(e);
+        break;
+    case VS_CMD_EXCHANGE:
+        switch_exchange(e, token, &c->exchange);
+        return;
+    case VS_CMD_CATCH_UP:
+        rc = pull_ahead_catch_up(e);
+        break;
+    default:
+        if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE) {
+            command_close_fds(c);
+            rc = -EINVAL;
+            break;
+        }
+        attachment_command(&e->frontends, token, c);
+        return;
+    }
+    mailbox_done(&e->mailbox, token, rc, 0);
+}
