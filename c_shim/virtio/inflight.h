@@ -27,6 +27,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "inflight_header.h"
 #include "limits.h"
 
 struct inflight_desc {
@@ -53,17 +54,10 @@ enum inflight_write_cache { INFLIGHT_CACHE_UNKNOWN, INFLIGHT_CACHE_WRITETHROUGH,
 static_assert(sizeof(struct inflight_desc) == 16, "the specification's DescStateSplit");
 static_assert(offsetof(struct inflight_ring, desc) == 16, "the specification's QueueRegionSplit");
 
-#define INFLIGHT_VERSION 1u
 /* A ring's part of the region is always for the largest ring: a frontend may name
  * its size only after it has got the region. */
 static_assert(VS_INFLIGHT_RING_BYTES >= sizeof(struct inflight_ring) && VS_INFLIGHT_RING_BYTES % 64 == 0,
               "each ring's part begins on a cache line");
-
-/* How the parts of both layouts begin. */
-struct inflight_header {
-    uint64_t features;
-    uint16_t version, desc_num;
-};
 
 /* The region of an attachment. */
 struct inflight_area {

@@ -35,7 +35,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "inflight.h"
+#include "inflight_header.h"
+#include "limits.h"
 
 struct inflight_packed_desc {
     uint8_t inflight;
