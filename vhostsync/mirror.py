@@ -334,7 +334,7 @@ class Mirror:
             if former is not None:
                 check_former(disk, former)
                 await self._keeper.check_unclaimed(disk.identity)
-            elif not (target.create or target.force or was_of_this_guest(self._keeper.record, disk.identity)):
+            elif not (target.create or target.force or await self._is_ours(disk.identity)):
                 await anyio.to_thread.run_sync(check_holds_nothing, disk)
             await self._attach(disk, target)
             obeyed = True
@@ -342,6 +342,11 @@ class Mirror:
             if not obeyed:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(discard, disk, made)
+
+    async def _is_ours(self, disk: DiskIdentity) -> bool:
+        """What it holds is this guest's. StateRecordError."""
+        known = was_of_this_guest(self._keeper.record, disk)
+        return known and await self._keeper.claimed_by(disk) is None
 
     async def _await_fence(self) -> None:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -154,14 +155,18 @@ class RecordKeeper:
 
     async def check_unclaimed(self, disk: DiskIdentity) -> None:
         """MirrorError where another lineage has taken the disk meanwhile. StateRecordError."""
-        if self._state_file is None:
-            return
-        other = await anyio.to_thread.run_sync(self._state_file.other_record, disk)
+        other = await self.claimed_by(disk)
         if other is not None:
             raise MirrorError(
                 f"{disk.path} belongs to another state record by now, {other}, and what is on it would be "
                 f"lost; if it may be, start the mirror to it yourself: vhostsync mirror start {disk.path}"
             )
+
+    async def claimed_by(self, disk: DiskIdentity) -> Path | None:
+        """Another lineage's record that has taken the disk meanwhile. StateRecordError."""
+        if self._state_file is None:
+            return None
+        return await anyio.to_thread.run_sync(self._state_file.other_record, disk)
 
     def mark_of(self, disk: DiskIdentity) -> str | None:
         """The mark that a destination is to bear: its own, which it may have lost; a new one (None) where it

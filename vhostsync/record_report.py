@@ -21,7 +21,7 @@ from vhostsync.errors import StateRecordError
 from vhostsync.printable import printable_lines
 from vhostsync.state_file import RealFileSystem, StateFile
 from vhostsync.state_index import RECORD_SUFFIX, Index, default_directory
-from vhostsync.state_record import StateRecord, Worth, named
+from vhostsync.state_record import StateRecord, Superseded, Worth, named
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.identity import DiskIdentity, Likeness
 from vhostsync.storage.kinds import identify
@@ -107,6 +107,15 @@ def advise(record: StateRecord, current: Look, peer: Look | None, backend: int |
 
 def _serve(disk: str, *options: str) -> tuple[str, ...]:
     return ("vhostsync", "serve", "--blk-file", disk, *options)
+
+
+def _former(old: Superseded) -> str:
+    if old.worth is Worth.INCONSISTENT:
+        return "the other half of a mirror once, and a copy that did not end"
+    if old.worth is not None:
+        return f"the other half of a mirror once, {old.worth} since {old.since or 'an unknown moment'}"
+    how = "given up as lost" if old.lost else "superseded by a switch"
+    return f"{how} at {old.since}" if old.since else how
 
 
 def _worth(record: StateRecord) -> str:
@@ -261,7 +270,8 @@ def in_json(found: Report) -> dict[str, Any]:
         "current": disk(record.current, found.current),
         "other": peer,
         "superseded": [
-            {"path": old.disk.path, "since": old.since, "lost": old.lost} for old in record.superseded
+            {"path": old.disk.path, "since": old.since, "lost": old.lost, "worth": old.worth}
+            for old in record.superseded
         ],
         "doubt": [{"offset": offset, "length": length} for offset, length in record.doubt],
         "wanted": record.wanted.path if record.wanted is not None else None,
@@ -281,8 +291,7 @@ def in_text(found: Report) -> str:
     if record.peer is not None and found.peer is not None:
         rows += [("Other", f"{record.peer.path}: {found.peer.in_words()}"), ("", f"it {_worth(record)}")]
     for old in record.superseded:
-        how = "given up as lost" if old.lost else "superseded by a switch"
-        rows.append(("Former", f"{old.disk.path}: {how}{f' at {old.since}' if old.since else ''}"))
+        rows.append(("Former", f"{old.disk.path}: {_former(old)}"))
     for offset, length in record.doubt:
         text = f"{length} bytes of the current disk from {offset} on: a write failed there"
         rows.append(("In doubt", text))

@@ -45,11 +45,13 @@ class Wanted:
 @dataclass(frozen=True)
 class Superseded:
     """A disk that was current once and is not any more, since a switch, or since the operator has promoted
-    another one because this was `lost`."""
+    another one because this was `lost`. Or (`worth`) that was a peer until another one took its place, or
+    was promoted: `since` it was outdated. A copy that did not end is known as one for good."""
 
     disk: DiskIdentity
-    since: str | None = None  # None: not known, in records of version 1
+    since: str | None = None  # None: not known, as in records of version 1
     lost: bool = False
+    worth: Worth | None = None
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,10 @@ class StateRecord:
     def with_peer(self, peer: DiskIdentity, bitmap: str | None = None) -> "StateRecord":
         """A destination is attached. To be written before the first byte goes to it: it is worth nothing
         until the copy is done."""
+        former = () if self.peer is None or same(self.peer, peer) else (self._former_peer(),)
         return replace(
             self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap,
-            spared=(),
+            spared=(), superseded=self._superseded_by(self.current, *former),
         )  # fmt: skip
 
     def peer_is(self, disk: DiskIdentity) -> bool:
@@ -195,7 +198,9 @@ class StateRecord:
     def promoted(self, disk: DiskIdentity, since: str | None = None) -> "StateRecord":
         """The operator declares `disk` the truth, whatever was recorded: the current one is lost, and must
         not be served should it come back; nor the peer."""
-        gone = [Superseded(each, since, lost=True) for each in (self.current, self.peer) if each is not None]
+        gone = [Superseded(self.current, since, lost=True)]
+        if self.peer is not None:
+            gone.append(replace(self._former_peer(since), lost=True))
         return StateRecord(
             epoch=self.epoch + 1, current=disk, superseded=self._superseded_by(disk, *gone), guest=self.guest
         )
@@ -209,12 +214,23 @@ class StateRecord:
         kept for whoever asks whether it was changed; it keeps the mark that it had."""
         return replace(self, current=replace(disk, mark=disk.mark or self.current.mark))
 
+    def _former_peer(self, now: str | None = None) -> Superseded:
+        """`now`: from when on one that is up to date is outdated."""
+        assert self.peer is not None
+        if self.peer_worth is Worth.UP_TO_DATE:
+            return Superseded(self.peer, now, worth=Worth.OUTDATED)
+        return Superseded(self.peer, self.outdated_since, worth=self.peer_worth)
+
     def _superseded_by(self, disk: DiskIdentity, *gone: Superseded) -> tuple[Superseded, ...]:
         former = list(gone)
         for old in self.superseded:
             if not any(same(old.disk, new.disk) for new in gone):
                 former.append(old)
-        return tuple(old for old in former if not same(old.disk, disk))[:SUPERSEDED_MAX]
+        former = [old for old in former if not same(old.disk, disk)]
+        while len(former) > SUPERSEDED_MAX:  # the oldest; those that were current are known for longest
+            peers = [old for old in former if old.worth is not None]
+            former.remove(peers[-1] if peers else former[-1])
+        return tuple(former)
 
 
 def named(record_path: Path | None) -> str:
@@ -278,7 +294,10 @@ def _ranges(rows: Any) -> tuple[tuple[int, int], ...]:
 def _superseded(body: dict[str, Any]) -> Superseded:
     if "disk" not in body:
         return Superseded(decode_identity(body))  # version 1
-    return Superseded(decode_identity(body["disk"]), body["since"], body["lost"])
+    worth = body.get("worth")
+    return Superseded(
+        decode_identity(body["disk"]), body["since"], body["lost"], None if worth is None else Worth(worth)
+    )
 
 
 def is_announcement(text: bytes) -> bool:

@@ -67,10 +67,16 @@ class _Case:
 
     def promote(self) -> StateRecord:
         record, disk = self._record, self._disk
-        if record.peer is not None and same(record.peer, disk) and record.peer_worth is Worth.INCONSISTENT:
+        for copy in self.unfinished():
+            likeness = copy.likeness(disk)
+            if likeness is Likeness.OTHER:
+                continue
+            sure = likeness is Likeness.SAME
+            of_its_own = "" if sure else " or, if it is certainly another disk, use --new-disk"
             raise StateRecordError(
-                f"{disk.path} is a copy that did not end, and no disk to start from, says {self._named}; "
-                f"serve the current disk, {record.current.path}, or restore a backup and promote that"
+                f"{disk.path} {'is' if sure else 'may be'} a copy that did not end, and no disk to start "
+                f"from, says {self._named}; serve the current disk, {record.current.path}, or restore a "
+                f"backup and promote that{of_its_own}"
             )
         log.warning(
             "promoted: the current disk so far is given up for good", path=disk.path,
@@ -102,6 +108,15 @@ class _Case:
 
     # ---- refused ----------------------------------------------------------------
 
+    def unfinished(self) -> list[DiskIdentity]:
+        """The disks whose last copy did not end."""
+        record = self._record
+        copies = [old.disk for old in record.superseded if old.worth is Worth.INCONSISTENT]
+        if record.peer is None:
+            return copies
+        copies = [copy for copy in copies if not same(copy, record.peer)]
+        return [record.peer, *copies] if record.peer_worth is Worth.INCONSISTENT else copies
+
     def former(self) -> list[tuple[DiskIdentity, str]]:
         """The disks that are not the current one, and what is to be said of each."""
         record = self._record
@@ -126,6 +141,11 @@ class _Case:
 
     def superseded(self, old: Superseded) -> str:
         when = f" at {old.since}" if old.since else ""
+        if old.worth is not None:
+            since = f", {old.worth.value}{f' since {old.since}' if old.since else ''}"
+            how = "given up as lost" if old.lost else "the other half of a mirror"
+            then = "was promoted" if old.lost else "took its place"
+            return f"was {how}{since}, when another disk {then}; {_moment(old.worth, old.since)}"
         if old.lost:
             what = f"was given up as lost{when}, when another disk was promoted"
         else:

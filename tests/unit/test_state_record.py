@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem, identities
+from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem, disk, identities
 from vhostsync.errors import StateRecordError
 from vhostsync.state_file import RealFileSystem, StateFile
 from vhostsync.state_record import (
@@ -268,3 +268,13 @@ def test_the_lock_of_a_killed_process_is_waited_for(tmp_path: Path) -> None:
     assert not (tmp_path / "record.new").exists()
 
 
+
+
+def test_disks_that_were_current_are_remembered_longer_than_former_peers() -> None:
+    record = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=False)
+    for number in range(SUPERSEDED_MAX + 5):
+        record = record.with_peer(disk(f"spare{number}", 1000 + number)).with_worth(Worth.OUTDATED, "then")
+    assert len(record.superseded) == SUPERSEDED_MAX
+    assert record.of_disk(A) is not None
+    assert record.of_disk(disk("spare0", 1000)) is None
+    assert decode_record(encode_record(record)) == record

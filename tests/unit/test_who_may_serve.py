@@ -11,7 +11,7 @@ from tests.unit.disk_fakes import A, B, C, disk
 from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
 from vhostsync.state_record import StateRecord, Wanted, Worth
-from vhostsync.who_may_serve import check_start
+from vhostsync.who_may_serve import check_start, claims
 
 
 def test_the_superseded_disk_is_refused_and_the_current_one_named() -> None:
@@ -136,3 +136,51 @@ def test_through_any_switches_only_the_current_disk_may_serve(steps: list[tuple[
         else:
             with pytest.raises(StateRecordError):
                 check_start(record, each)
+
+
+def test_a_copy_that_did_not_end_is_known_as_one_when_another_takes_its_place() -> None:
+    record = StateRecord.first(A).with_peer(B).with_peer(C)
+    assert record.of_disk(B) is not None
+    with pytest.raises(StateRecordError, match=r"half of a mirror, inconsistent.*copy that did not end"):
+        check_start(record, B)
+    with pytest.raises(StateRecordError, match="/disks/b is a copy that did not end"):
+        check_start(record, B, answer=Answer.PROMOTE)
+    back = record.with_peer(B).with_worth(Worth.UP_TO_DATE)
+    assert check_start(back, B, answer=Answer.PROMOTE).current == B
+
+
+def test_the_old_disk_overwritten_by_a_copy_that_did_not_end_is_not_promoted() -> None:
+    switched = StateRecord.first(A).with_peer(B).with_worth(Worth.UP_TO_DATE).switched(keep_mirror=False)
+    assert check_start(switched, A, answer=Answer.PROMOTE).current == A
+    overwritten = switched.with_peer(A).with_peer(C)
+    with pytest.raises(StateRecordError, match="/disks/a is a copy that did not end"):
+        check_start(overwritten, A, answer=Answer.PROMOTE)
+
+
+def test_what_the_peer_was_worth_is_known_after_another_disk_was_promoted() -> None:
+    record = StateRecord.first(A).with_peer(B)
+    with pytest.raises(StateRecordError, match="is a copy that did not end"):
+        check_start(record.promoted(C, "2026-01-02T03:04:05Z"), B, answer=Answer.PROMOTE)
+    since = "2025-12-31T23:59:59Z"
+    outdated = record.with_worth(Worth.OUTDATED, since).promoted(C, "2026-01-02T03:04:05Z")
+    with pytest.raises(StateRecordError, match=f"given up as lost.*the disk as of {since}"):
+        check_start(outdated, B)
+    steady = record.with_worth(Worth.UP_TO_DATE).promoted(C, "2026-01-02T03:04:05Z")
+    with pytest.raises(StateRecordError, match=r"given up as lost.*the disk as of 2026-01-02T03:04:05Z"):
+        check_start(steady, B)
+
+
+def test_what_may_be_a_copy_that_did_not_end_is_not_promoted() -> None:
+    peer = replace(B, file_system=None, generation=None, mark=None)
+    record = StateRecord.first(A).with_peer(peer)
+    with pytest.raises(StateRecordError, match=r"may be a copy that did not end.*--new-disk"):
+        check_start(record, replace(peer, boot_id="later"), answer=Answer.PROMOTE)
+
+
+def test_a_former_peer_is_refused_where_nothing_tells_for_certain_what_it_is() -> None:
+    peer = replace(B, file_system=None, generation=None)
+    record = StateRecord.first(A).with_peer(peer).with_worth(Worth.OUTDATED, "2026-01-02").with_peer(C)
+    later = replace(peer, boot_id="later")
+    assert claims(record, later)
+    with pytest.raises(StateRecordError, match=r"may be /disks/b.*other half of a mirror, outdated"):
+        check_start(record, later)
