@@ -107,9 +107,38 @@ static void runs(void)
     dirty_map_free(&m);
 }
 
+/* What lies beyond the new end is clean for good: also when the map grows over it again. */
+static void shrunk(uint64_t to, uint64_t regions)
+{
+    struct dirty_map m;
+    uint64_t offset, length;
+    CHECK_EQUAL(dirty_map_init(&m, 200 * REGION, REGION), 0);
+    dirty_map_set_all(&m);
+    dirty_map_shrink(&m, to);
+    CHECK_EQUAL(m.regions, regions);
+    CHECK_EQUAL(m.capacity_bytes, to);
+    CHECK_EQUAL(m.dirty, regions);
+    CHECK(dirty_map_all_dirty(&m, 0, to));
+    CHECK(dirty_map_find(&m, (regions - 1) * REGION, 1 << 20, &offset, &length));
+    CHECK_EQUAL(length, to - (regions - 1) * REGION); /* not beyond the end */
+    CHECK_EQUAL(dirty_map_grow(&m, 200 * REGION), 0);
+    CHECK_EQUAL(m.dirty, regions);
+    CHECK(!dirty_map_any_dirty(&m, regions * REGION, (200 - regions) * REGION));
+    dirty_map_free(&m);
+}
+
+static void shrinking(void)
+{
+    shrunk(128 * REGION, 128);
+    shrunk(100 * REGION, 100);
+    shrunk(63 * REGION + 512, 64); /* a region that the end cuts keeps its bit */
+    shrunk(REGION, 1);
+}
+
 int main(void)
 {
     test("runs", runs);
+    test("shrinking", shrinking);
     test("at random, against an array", at_random);
     return tests_end();
 }

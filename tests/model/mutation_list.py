@@ -892,6 +892,14 @@ MUTATIONS = [
         "bitmap_lost.py::test_a_write_whose_bit_goes_nowhere_waits_for_the_record",
     ),
     _m(
+        "stopped-and-not-shrunk",
+        "a growth that was stopped leaves nothing marked beyond the end",
+        "grow.c",
+        "    shrink_maps(e);\n    e->grow.undoing = false;",
+        "    e->grow.undoing = false;",
+        "grow.py::test_stopped_then_mirrored_to_a_disk_of_the_old_size",
+    ),
+    _m(
         "grown-without-bits-that-last",
         "rule 4: the bitmap's file is told no new size of which it has no bits",
         "grow.c",

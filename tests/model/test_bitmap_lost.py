@@ -30,12 +30,14 @@ class Bits:
     """A bitmap's file, whose bits (its last page) can be taken away from under the mapping."""
 
     path: Path
+    room_bytes: int = SIZE  # for the bits of a disk of this size
 
     def open(self) -> Any:
         """A fresh vs_bitmap."""
         shape = ffi.new("struct vs_bitmap_shape *", (SIZE, EXTENT, REGION, EXTENTS))
+        room = ffi.new("struct vs_bitmap_shape *", (self.room_bytes, EXTENT, REGION, EXTENTS))
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        os.ftruncate(fd, lib.vs_bitmap_file_bytes(shape))
+        os.ftruncate(fd, lib.vs_bitmap_file_bytes(room))
         out = ffi.new("vs_bitmap **")
         assert lib.vs_bitmap_open(fd, shape, lib.VS_BITMAP_FRESH, out) == 0
         return out[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from tests.engine_driver import Cut, DiskOp, State
 from tests.frontend import Status
 from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.test_bitmap_lost import Bits
 from vhostsync._shim import lib
 
 OLD, NEW = 4 * MIB, 6 * MIB - 4096
@@ -189,6 +191,21 @@ def test_stopped_then_mirrored_to_a_disk_of_the_old_size() -> None:
     with stopped() as r:
         r.driver.call(lib.VS_CMD_MIRROR_STOP, value=0)
         r.driver.until(lambda: not r.snapshot().fenced, "the former destination is closed")
+        other = r.other_disk(OLD)
+        r.driver.mirror(other)
+        assert r.source.read(0, OLD) == other.read(0, OLD)
+
+
+def test_stopped_then_mirrored_again_with_its_bitmap(tmp_path: Path) -> None:
+    """The file has room for the larger size by then, and what is marked there is nobody's either."""
+    bits = Bits(tmp_path / "bits", room_bytes=NEW)
+    with stopped(bitmap=bits.open(), checkpoint_us=20_000) as r:
+        r.write_now(0, 1)
+        r.flush_now()
+        r.driver.until(lambda: r.snapshot().differing_bytes == 0, "nothing differs that is the guest's")
+        r.driver.call(lib.VS_CMD_MIRROR_STOP, value=0)
+        r.driver.until(lambda: not r.snapshot().fenced, "the former destination is closed")
+        r.write_now(OLD // BLOCK - 1, 2)
         other = r.other_disk(OLD)
         r.driver.mirror(other)
         assert r.source.read(0, OLD) == other.read(0, OLD)
