@@ -85,3 +85,6 @@ void vs_test_bitmap_slots(vs_bitmap *bitmap, uint32_t slots);
 void vs_test_record_note(vs_test_record *record, uint64_t number);
 /* The entry at this place, 1; or 0: there is none yet. Its data stays until the record is freed. */
 int vs_test_record_moment(vs_test_record *record, uint64_t place, struct vs_test_moment *out);
+
+/* A disk that another process has, at the other end of this connected socket. Owns fd. */
+vs_disk *vs_served_disk(int fd, uint64_t bytes, uint32_t block_bytes);

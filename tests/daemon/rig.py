@@ -86,8 +86,8 @@ class Served:
     """A `vhostsync serve` that is up. The state record is found by the index in `<folder>/state`."""
 
     def __init__(
-        self, folder: Path, disk: Path, *options: str | Path, name: str = "vm", pass_fds: Sequence[int] = (),
-        before: Sequence[str | Path] = (),
+        self, folder: Path, disk: Path | str, *options: str | Path, name: str = "vm",
+        pass_fds: Sequence[int] = (), before: Sequence[str | Path] = (),
     ) -> None:
         """`before`: a command that becomes `serve`, whose words are its last arguments."""
         self.folder = folder
@@ -162,7 +162,7 @@ class Served:
     def state(self) -> str:
         return str(self.mirror()["state"])
 
-    def start_mirror(self, destination: Path, **arguments: Any) -> None:
+    def start_mirror(self, destination: Path | str, **arguments: Any) -> None:
         """Returns in the steady state, when the record says so too."""
         self.qmp.events.clear()
         self.qmp.execute("mirror-start", destination=str(destination), **arguments)
