@@ -309,7 +309,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> Mirror:
     opened, shape, engine = started.opened, started.shape, started.engine
     hub = EventHub()
     mirror = Mirror(
-        engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left,
+        engine, opened.disk, hub, opened.store, opened.record, opened.bitmap, opened.peer_left,
         shape.guest, opened.peer_until_ns,
     )  # fmt: skip
     mirror.reach = started.confinement.reach

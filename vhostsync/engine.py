@@ -24,8 +24,8 @@ from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.engine_event import EngineEvent, event_of
 from vhostsync.errors import ConfigError, EngineError
+from vhostsync.record_store import Mark
 from vhostsync.snapshot import ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
-from vhostsync.state_file import Mark
 from vhostsync.storage.kinds import Disk
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd

@@ -13,6 +13,8 @@ The tree::
       DiskError           a disk that cannot serve
       StateRecordError    a disk that the state record does not let serve, or a record that cannot be used
         DamagedRecordError  its text is not whole
+        UnsettledRecordError  a change of it that was perhaps made
+        SupersededError     somebody else has changed it, so this process does not any more
       FrontendError       ends the connection of this frontend, and of no other
       EngineError         the data plane refused; has an errno
       MirrorError         a command that does not fit the state
@@ -43,6 +45,14 @@ class StateRecordError(VhostsyncError):
 
 class DamagedRecordError(StateRecordError):
     """The state record's text is not whole, so it cannot be told which disk is the current one."""
+
+
+class UnsettledRecordError(StateRecordError):
+    """A change of the state record has perhaps been made, or will be yet."""
+
+
+class SupersededError(StateRecordError):
+    """The state record is not as this process has last seen it: somebody else decides by now."""
 
 
 class BitmapError(VhostsyncError):

@@ -44,9 +44,9 @@ from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchRe
 from vhostsync.peer import NO_EARLIER_COPY
 from vhostsync.privileges import Reach
 from vhostsync.record_keeper import RecordKeeper, outdated
+from vhostsync.record_store import RecordStore
 from vhostsync.roles import Roles
 from vhostsync.snapshot import MirrorFigures, Snapshot, State
-from vhostsync.state_file import StateFile
 from vhostsync.state_record import GuestDisk, StateRecord, Wanted, Worth
 from vhostsync.statistic import figures_of
 from vhostsync.storage.identity import DiskIdentity, same
@@ -68,7 +68,7 @@ class Mirror:
         engine: Engine,
         source: Disk,
         hub: EventHub,
-        state_file: StateFile | None,
+        store: RecordStore | None,
         record: StateRecord | None,
         bitmap: BitmapFile | None = None,
         peer_left: DiskIdentity | None = None,
@@ -93,7 +93,7 @@ class Mirror:
         self._last_error: str | None = None
         self._changed = anyio.Event()
         # The keeper hears of each event first: when the disks were exchanged, the roles are the new ones.
-        self._keeper = RecordKeeper(engine, self._roles, hub, state_file, record, bitmap, self._note_error)
+        self._keeper = RecordKeeper(engine, self._roles, hub, store, record, bitmap, self._note_error)
         engine.on_event(self._on_event)
         self._switch = Switch(engine, self._roles, self._keeper, hub)
         self._catch_up = CatchUp(engine, self._begin_catch_up)

@@ -12,8 +12,8 @@ from vhostsync import record_report
 from vhostsync.bitmap import BitmapFile, Shape, Trust
 from vhostsync.config import Answer, ServeConfig
 from vhostsync.engine import bitmap_file_bytes
-from vhostsync.errors import DamagedRecordError, DiskError, StateRecordError
-from vhostsync.state_file import StateFile
+from vhostsync.errors import DamagedRecordError, DiskError, StateRecordError, SupersededError
+from vhostsync.record_store import RecordStore
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import GuestDisk, StateRecord, Worth, timestamp
 from vhostsync.storage.identity import DiskIdentity, Likeness
@@ -33,7 +33,7 @@ class Opened:
 
     disk: Disk
     shape: DeviceShape
-    state_file: StateFile | None
+    store: RecordStore | None
     record: StateRecord | None
     bitmap: BitmapFile | None = None
     peer_left: DiskIdentity | None = None  # how the peer looked at the last clean end
@@ -50,8 +50,8 @@ class Opened:
         self.disk.close()
         if self.bitmap is not None:
             self.bitmap.close(clean=True)
-        if self.state_file is not None:
-            self.state_file.close()
+        if self.store is not None:
+            self.store.close()
 
 
 def open_device(
@@ -60,35 +60,35 @@ def open_device(
     """Open and lock the disk as whoever started this; the rest, which is opened again later, after
     `become_user`. Follow the state record. Blocks. DiskError, StateRecordError."""
     disk = _open_source(config, state_directory)
-    state_file, bitmap = None, None
+    store, bitmap = None, None
     try:
         become_user()
         if config.no_state_file:
             check_raw(config, disk)
             return Opened(disk, device_shape(config, disk), None, None)
-        state_file = open_state_file(
+        store = open_state_file(
             config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory,
             answer=config.answer,
         )  # fmt: skip
-        found, record = check_record(state_file, disk, config.answer)
+        found, record = check_record(store, disk, config.answer)
         known = found.disks if found is not None else ()
         if all(each.likeness(disk.identity) is Likeness.OTHER for each in known):
             check_raw(config, disk)
         shape = device_shape(config, disk, record)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, shape, found, record)
-        disk, record = recognisable(disk, state_file, found, record, config.answer)
+        disk, record = recognisable(disk, store, found, record, config.answer)
         spared = record.spared if record is not None else ()
-        record = follow_record(state_file, found, record, disk, bitmap, shape.guest)
+        record = follow_record(store, found, record, disk, bitmap, shape.guest)
         left = found.peer if found is not None and found.clean else None
         until_ns = bitmap.peer_until_ns if bitmap is not None else None
-        return Opened(disk, shape, state_file, record, bitmap, left, spared, until_ns)
+        return Opened(disk, shape, store, record, bitmap, left, spared, until_ns)
     except BaseException:
         if bitmap is not None:
             bitmap.close(clean=False)
         disk.close()
-        if state_file is not None:
-            state_file.close()
+        if store is not None:
+            store.close()
         raise
 
 
@@ -134,11 +134,11 @@ def check_raw(config: ServeConfig, disk: Disk) -> None:
 
 
 def check_record(
-    state_file: StateFile, disk: Disk, answer: Answer | None = None
+    store: RecordStore, disk: Disk, answer: Answer | None = None
 ) -> tuple[StateRecord | None, StateRecord | None]:
     """What was found, and with what this run may begin. StateRecordError."""
     try:
-        found = state_file.load()
+        found = store.load()
     except DamagedRecordError as error:
         if answer is not Answer.PROMOTE:
             raise
@@ -148,25 +148,25 @@ def check_record(
         return None, None
     if answer is Answer.NEW_DISK:
         raise StateRecordError(
-            f"--new-disk begins a record of its own, and there is one already, {state_file.path}; leave the "
+            f"--new-disk begins a record of its own, and there is one already, {store.place}; leave the "
             f"option out to see what that says of {disk.name}, or name another --state-file"
         )
-    record = check_start(found, disk.identity, state_file.path, answer)
+    record = check_start(found, disk.identity, store.place, answer)
     now = disk.as_it_is()
     # The operator may have said that it is the same one, although it does not show.
     left = replace(now, bytes=found.current.bytes, ctime_ns=found.current.ctime_ns)
     if found.clean and record.bitmap is not None and (why := now.changed_since(left)):
         log.warning("somebody changed the disk: its peer needs a full copy", path=disk.name, why=why)
         record = record.with_bitmap(None)
-    return found, _without_lost_peer(state_file, record)
+    return found, _without_lost_peer(store, record)
 
 
-def _without_lost_peer(state_file: StateFile, record: StateRecord) -> StateRecord:
+def _without_lost_peer(store: RecordStore, record: StateRecord) -> StateRecord:
     """A peer that another lineage has taken meanwhile is not ours to write to, or to speak of."""
     if record.peer is None:
         return record
     try:
-        other = state_file.other_record(record.peer)
+        other = store.other_record(record.peer)
         if other is None:
             return record
         log.warning(
@@ -179,7 +179,7 @@ def _without_lost_peer(state_file: StateFile, record: StateRecord) -> StateRecor
 
 
 def recognisable(
-    disk: Disk, state_file: StateFile, found: StateRecord | None, record: StateRecord | None,
+    disk: Disk, store: RecordStore, found: StateRecord | None, record: StateRecord | None,
     answer: Answer | None,
 ) -> tuple[Disk, StateRecord | None]:
     """The disk bears its mark from here on, and the record knows it. A disk that is not the recorded one, or
@@ -188,7 +188,7 @@ def recognisable(
         return disk, record
     mark = disk.identity.mark
     if record is None or found is None:
-        if answer is Answer.NEW_DISK or state_file.is_copied_mark(disk.identity):
+        if answer is Answer.NEW_DISK or store.is_copied_mark(disk.identity):
             mark = None
     elif (known := found.of_disk(disk.identity)) is not None:
         mark = known.mark or mark
@@ -214,14 +214,14 @@ def _open_bitmap(
 
 
 def follow_record(
-    state_file: StateFile, found: StateRecord | None, record: StateRecord | None, disk: Disk,
+    store: RecordStore, found: StateRecord | None, record: StateRecord | None, disk: Disk,
     bitmap: BitmapFile | None, guest: GuestDisk | None = None,
 ) -> StateRecord | None:
     """Writes what has to be known durably before the guest is served. `guest`: what that is told."""
     if disk.read_only:
         return record
     if record is None:
-        return _first_record(state_file, disk, guest)
+        return _first_record(store, disk, guest)
     assert found is not None
     if guest is not None:
         record = record.with_guest(guest)
@@ -232,23 +232,23 @@ def follow_record(
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, timestamp())
-    if record != found or state_file.announced:
-        _write(state_file, record, _what_waits_for_it(state_file, found, record))
+    if record != found or store.unresolved:
+        _write(store, record, _what_waits_for_it(store, found, record))
     return record
 
 
-def _first_record(state_file: StateFile, disk: Disk, guest: GuestDisk | None) -> StateRecord:
+def _first_record(store: RecordStore, disk: Disk, guest: GuestDisk | None) -> StateRecord:
     """From here on the disk is known, and known to be raw, whatever its guest writes to it."""
     record = StateRecord.first(disk.identity, guest)
-    _write(state_file, record, None)
+    _write(store, record, None)
     return record
 
 
-def _what_waits_for_it(state_file: StateFile, found: StateRecord, record: StateRecord) -> str | None:
+def _what_waits_for_it(store: RecordStore, found: StateRecord, record: StateRecord) -> str | None:
     """What the record that was found would say wrongly once the guest has written; None: nothing. That the
     last run has ended in order, it says of nothing but these."""
-    if state_file.announced:
-        return "speaks of a switch"
+    if store.unresolved is not None:
+        return store.unresolved
     if record.epoch != found.epoch:
         return f"calls {found.current.path} the current disk"
     if found.peer is not None and found.peer_worth is Worth.UP_TO_DATE:
@@ -258,11 +258,13 @@ def _what_waits_for_it(state_file: StateFile, found: StateRecord, record: StateR
     return "lists what the other disk holds better" if found.spared else None
 
 
-def _write(state_file: StateFile, record: StateRecord, waits: str | None) -> None:
+def _write(store: RecordStore, record: StateRecord, waits: str | None) -> None:
     """Before the guest is served; later, where nothing waits for it: a full disk of the record then keeps
     nobody from serving. StateRecordError."""
     try:
-        state_file.write(record)
+        store.change(record)
+    except SupersededError:
+        raise
     except StateRecordError as error:
         if waits is not None:
             raise StateRecordError(
@@ -270,7 +272,7 @@ def _write(state_file: StateFile, record: StateRecord, waits: str | None) -> Non
                 f"written, so it is not served before: make room for the record, or whatever else it lacks"
             ) from error
         log.warning("the state record is written as soon as it can be", error=str(error))
-        state_file.late = True
+        store.late = True
 
 
 def device_shape(config: ServeConfig, disk: Disk, record: StateRecord | None = None) -> DeviceShape:

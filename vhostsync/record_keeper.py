@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -31,17 +31,26 @@ from vhostsync.bitmap import BitmapFile
 from vhostsync.destination import Place, look_again
 from vhostsync.engine import Engine
 from vhostsync.engine_event import EngineEvent, EventKind, Reason
-from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
+from vhostsync.errors import (
+    EngineError,
+    MirrorError,
+    StateRecordError,
+    SupersededError,
+    UnsettledRecordError,
+    VhostsyncError,
+)
 from vhostsync.events import EventHub
+from vhostsync.record_store import Prepared, RecordStore
 from vhostsync.roles import Roles
 from vhostsync.snapshot import State
-from vhostsync.state_file import Prepared, StateFile
 from vhostsync.state_record import StateRecord, Worth, timestamp
 from vhostsync.storage.identity import DiskIdentity
 
 log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 1.0
+
+T = TypeVar("T")
 
 _TO_RECORD: Final = (EventKind.DEGRADED, EventKind.BITMAP_FAILED)
 
@@ -54,7 +63,7 @@ class RecordKeeper:
         engine: Engine,
         roles: Roles,
         hub: EventHub,
-        state_file: StateFile | None,
+        store: RecordStore | None,
         record: StateRecord,
         bitmap: BitmapFile | None,
         failed: Callable[[str], None],
@@ -67,7 +76,7 @@ class RecordKeeper:
         self._engine = engine
         self._roles = roles
         self._hub = hub
-        self._state_file = state_file
+        self._store = store
         self._failed = failed
         self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
         self.different_since = record.different_since  # ahead of the record until that could be written
@@ -75,6 +84,7 @@ class RecordKeeper:
         self._state = State.PASSTHROUGH
         self._to_record: dict[EventKind, deque[EngineEvent]] = {kind: deque() for kind in _TO_RECORD}
         self._came = anyio.Event()
+        self._unsettled = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
         self._steady = anyio.Event()
@@ -86,15 +96,24 @@ class RecordKeeper:
     async def write(self, record: StateRecord) -> None:
         """Durable on return. StateRecordError."""
         assert self.lock.locked()
-        if self._state_file is not None:
+        if self._store is not None:
             try:
                 with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(self._state_file.write, record)
+                    await self._blocking(self._store.change, record)
             except StateRecordError as error:
                 self.write_error = str(error)
                 raise
         self.write_error = None
         self.record = record
+
+    async def _blocking(self, do: Callable[..., T], *arguments: Any) -> T:
+        """In a thread: what changes the record. Where it is unknown what has become of that, the record that
+        holds is written again (`_write_late`)."""
+        try:
+            return await anyio.to_thread.run_sync(do, *arguments)
+        except UnsettledRecordError:
+            self._unsettled.set()
+            raise
 
     @asynccontextmanager
     async def lock_for_good(self) -> AsyncIterator[None]:
@@ -112,19 +131,22 @@ class RecordKeeper:
         """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
         error, too, `take_back`. StateRecordError."""
         assert self.lock.locked()
-        if self._state_file is None:
+        if self._store is None:
             self._announced = switched
             return None
         # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
         modest = outdated(switched) if switched.peer is not None else switched
-        announcement = await anyio.to_thread.run_sync(
-            self._state_file.prepare_announcement, self.record, modest
-        )
+        announcement = await self._blocking(self._store.announce, self.record, modest)
         self._announced = switched
-        await anyio.to_thread.run_sync(announcement.commit)
-        prepared = await anyio.to_thread.run_sync(self._state_file.prepare, switched)
+        await self._blocking(announcement.settle)
+        prepared = await self._blocking(self._store.prepare, switched)
         prepared.mark = announcement.mark
         return prepared
+
+    async def change_to(self, prepared: Prepared) -> None:
+        """While the guest is held: from here on the record names the new disk. After an error, too,
+        `take_back`: it may do so. StateRecordError."""
+        await self._blocking(prepared.change)
 
     async def take_back(self, prepared: Prepared | None) -> None:
         """The exchange did not take place. Should this fail too, nothing that was flushed is at stake: the
@@ -140,6 +162,9 @@ class RecordKeeper:
                 self._announced = None
             except StateRecordError as error:
                 log.error("the state record may name the destination as the current disk", error=str(error))
+                if self._store is not None:
+                    self._store.late = True
+                    self._unsettled.set()
 
     async def settle_switch(self, prepared: Prepared | None) -> None:
         """The exchange has taken place. The guest runs, and waits for none of this."""
@@ -147,7 +172,7 @@ class RecordKeeper:
             return
         try:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(prepared.commit)
+                await self._blocking(prepared.settle)
         except StateRecordError as error:
             # What was announced is durable, and names the same disk.
             self._failed(str(error))
@@ -164,9 +189,9 @@ class RecordKeeper:
 
     async def claimed_by(self, disk: DiskIdentity) -> Path | None:
         """Another lineage's record that has taken the disk meanwhile. StateRecordError."""
-        if self._state_file is None:
+        if self._store is None:
             return None
-        return await anyio.to_thread.run_sync(self._state_file.other_record, disk)
+        return await anyio.to_thread.run_sync(self._store.other_record, disk)
 
     def mark_of(self, disk: DiskIdentity) -> str | None:
         """The mark that a destination is to bear: its own, which it may have lost; a new one (None) where it
@@ -176,7 +201,7 @@ class RecordKeeper:
             return known.mark or disk.mark
         if any(each.mark == disk.mark for each in self.record.disks):
             return None
-        copied = self._state_file is not None and self._state_file.is_copied_mark(disk)
+        copied = self._store is not None and self._store.is_copied_mark(disk)
         return None if copied else disk.mark
 
     async def begin_bitmap(self, destination: Place) -> None:
@@ -206,7 +231,7 @@ class RecordKeeper:
 
     def write_clean_end(self) -> None:
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
-        if self._state_file is None:
+        if self._store is None:
             return
         current = look_again(self._roles.source)
         peer = self.record.peer
@@ -217,7 +242,7 @@ class RecordKeeper:
             if peer is None:
                 return
         try:
-            self._state_file.write(self.record.detached(current, peer, self._spared))
+            self._store.change(self.record.detached(current, peer, self._spared))
         except StateRecordError as error:
             log.error("the state record could not note the clean end", error=str(error))
 
@@ -256,15 +281,25 @@ class RecordKeeper:
             await self._follow(EventKind.DEGRADED, self._record_outdated)
 
     async def _write_late(self) -> None:
-        """The start has left a record for later, which any other one takes the place of."""
-        while self._state_file is not None and self._state_file.late:
+        """The start has left a record for later, or it is unknown what has become of a change. Any other
+        record that is written meanwhile does as well."""
+        store = self._store
+        while store is not None:
             try:
                 async with self.lock:
-                    await self.write(self.record)
-                log.info("the state record is written")
+                    if store.late:
+                        await self.write(self.record)
+                        log.info("the state record is written")
+            except SupersededError as error:
+                self._failed(str(error))
+                log.error("the state record is left to somebody else", error=str(error))
+                return
             except StateRecordError as error:
                 self._failed(str(error))
                 await anyio.sleep(RETRY_S)
+                continue
+            await self._unsettled.wait()
+            self._unsettled = anyio.Event()
 
     async def _follow_fence(self) -> None:
         """Not in turn with the rest, which may wait for the record's disk: whoever changes the lost one

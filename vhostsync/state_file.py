@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a state record: replaced atomically, and locked.
+"""The file of a state record (a RecordStore): replaced atomically, and locked.
 
 The new text goes to a temporary file beside it (RECORD.new, always the same, so that they do not pile up),
-which is fsynced (`StateFile.prepare`); then it is renamed over the old one (`Prepared.rename`) and the
-directory is fsynced (`Prepared.commit` does both). After a crash at any instant the file holds the old record
-or the new one, whole.
+which is fsynced (`StateFile.prepare`); then it is renamed over the old one (`PreparedFile.change`) and the
+directory is fsynced (`PreparedFile.settle` does both). After a crash at any instant the file holds the old
+record or the new one, whole.
 
 A switch waits for no disk while the guest is held. So it is *announced* before: a durable record that holds
 both the former one and the one after the switch, and the boot in which it was written.
@@ -15,8 +15,9 @@ both the former one and the one after the switch, and the boot in which it was w
     the lock's file, and what is in the page cache outlives a process. (Where there is no such memory, the new
     record is renamed over this one before the exchange; that outlives it, too.)
 
-Two records never mix: a lock beside the record is held as long as the StateFile is open, and a Prepared is
-void as soon as another one is prepared.
+Two records never mix: a lock beside the record is held as long as the StateFile is open, and what was
+prepared is void as soon as another record is. Whoever puts another record there all the same (a backup, say)
+ends that this process changes it; one that is gone, or not whole, is written anew.
 
 Nothing that is not of this program is removed or written to, whatever the names are: own_file.py.
 
@@ -32,7 +33,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -40,7 +40,12 @@ from typing import Protocol, Self
 import structlog
 
 from vhostsync import kernel
-from vhostsync.errors import DamagedRecordError, StateRecordError
+from vhostsync.errors import (
+    DamagedRecordError,
+    StateRecordError,
+    SupersededError,
+    UnsettledRecordError,
+)
 from vhostsync.own_file import (
     ForeignFileError,
     could_be,
@@ -49,9 +54,11 @@ from vhostsync.own_file import (
     remove_leftover,
     seems_to_be,
 )
+from vhostsync.record_store import Mark, Prepared, RecordStore
 from vhostsync.state_record import (
     NewerVersionError,
     StateRecord,
+    decode_checked,
     decode_record,
     encode_announcement,
     encode_record,
@@ -115,22 +122,13 @@ class RealFileSystem:
         return sorted(entry.name for entry in path.iterdir())
 
 
-@dataclass(frozen=True)
-class Mark:
-    """To be stored in the first 8 bytes when an announced exchange takes place."""
-
-    memory: mmap.mmap
-    value: int
-
-
 MARK_BYTES = 4096  # the file's; a page, so that none is missing behind its end
 TEXT_BYTES_MAX = 4 * 1024 * 1024  # of a record; a disk of that name is not read into memory
 
 
-class StateFile:
-    """The record's file. Every method blocks; all are safe from any thread. `before_write` is called with
-    each record before it is prepared (state_index makes both disks find it); `other_record` tells which other
-    one has taken a disk since."""
+class StateFile(RecordStore):
+    """The record's file. `before_write` is called with each record before it is prepared (state_index makes
+    both disks find it); `other_record` tells which other one has taken a disk since."""
 
     def __init__(
         self, path: Path, *, files: FileSystem | None = None,
@@ -139,14 +137,15 @@ class StateFile:
         is_copied_mark: Callable[[DiskIdentity], bool] | None = None,
     ) -> None:
         self.path = path
-        self.announced = False  # what was loaded is more than a record, and depends on the mark
-        self.late = False  # a record is still to be written, for which nothing waits
+        # The texts that may be there: what was last seen, and what could not be put there since for certain.
+        self._own: set[bytes] | None = None  # None: nothing was loaded or written, and anything may be there
+        self._superseded = False
         self._files: FileSystem = files if files is not None else RealFileSystem()
         self._before_write = before_write
         self._other_record = other_record
         self._is_copied_mark = is_copied_mark
         self._mutex = threading.Lock()
-        self._serial = 0  # of the last Prepared
+        self._serial = 0  # of the last record that was prepared
         self._lock_fd: int | None = None
         self._mark_memory: mmap.mmap | None = None
 
@@ -256,17 +255,22 @@ class StateFile:
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
     def load(self) -> StateRecord | None:
-        """The record, None when there is none yet, StateRecordError when it is damaged or unreadable."""
         try:
             boot_id = kernel.this_boot()
             text = self._files.read(self.path)
         except FileNotFoundError:
+            self._own = set()
             return None
         except OSError as error:
             raise StateRecordError(f"{named(self.path)} cannot be read: {error.strerror}") from error
+        self._own = {text}
         try:
-            self.announced = is_announcement(text)
+            self.unresolved = "speaks of a switch" if is_announcement(text) else None
             return decode_record(text, boot_id, self._marked())
         except NewerVersionError as error:
             raise StateRecordError(f"{named(self.path)} cannot be read: {error}") from error
@@ -284,35 +288,28 @@ class StateFile:
             ) from error
 
     def other_record(self, disk: DiskIdentity) -> Path | None:
-        """The record of another lineage that the disk belongs to by now. StateRecordError: that cannot be
-        told."""
         return self._other_record(disk) if self._other_record is not None else None
 
     def is_copied_mark(self, disk: DiskIdentity) -> bool:
-        """Whether it bears the mark of another disk that a record knows."""
         return self._is_copied_mark is not None and self._is_copied_mark(disk)
 
-    def prepare(self, record: StateRecord) -> "Prepared":
+    def prepare(self, record: StateRecord) -> Prepared:
         """Everything but the rename and its fsync."""
         return self._prepare(record, encode_record(record))
 
-    def _prepare(self, record: StateRecord, text: bytes) -> "Prepared":
+    def _prepare(self, record: StateRecord, text: bytes) -> "PreparedFile":
         with self._mutex:
             self._serial += 1
+            self._check_not_superseded()
             try:
                 if self._before_write is not None:
                     self._before_write(record)
                 self._files.write_durable(self._temporary, text)
             except OSError as error:
                 raise StateRecordError(f"{named(self.path)} cannot be written: {error.strerror}") from error
-            return Prepared(self, record, self._serial)
+            return PreparedFile(self, record, text, self._serial)
 
-    def write(self, record: StateRecord) -> None:
-        self.prepare(record).commit()
-
-    def prepare_announcement(self, former: StateRecord, switched: StateRecord) -> "Prepared":
-        """Committed, it means `switched` after a power cut, and `former` in this boot unless it is marked.
-        StateRecordError."""
+    def announce(self, former: StateRecord, switched: StateRecord) -> Prepared:
         try:
             boot_id = kernel.this_boot()
         except OSError as error:
@@ -324,15 +321,44 @@ class StateFile:
             prepared.mark = Mark(self._mark_memory, value)
         return prepared
 
-    def _rename(self, serial: int) -> None:
+    def _check_not_superseded(self) -> None:
+        """SupersededError: for good."""
+        self._superseded = self._superseded or self._is_of_somebody_else()
+        if self._superseded:
+            raise SupersededError(
+                f"{named(self.path)} was changed by somebody else while this process was using it, so this "
+                f"process does not change it any more; find out which disk is the current one (vhostsync "
+                f"record {self.path}), and end this backend"
+            )
+
+    def _is_of_somebody_else(self) -> bool:
+        """Whether there is another record, a whole one, than was last seen here."""
+        if self._own is None:
+            return False
+        try:
+            text = self._files.read(self.path)
+            if text in self._own:
+                return False
+            decode_checked("state-record", text)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _rename(self, serial: int, text: bytes) -> None:
         with self._mutex:
             if serial != self._serial:
                 raise StateRecordError("a later state record was written meanwhile; this one is void")
             try:
+                self._check_not_superseded()
+                self._own = {*(self._own or ()), text}
                 self._files.rename(self._temporary, self.path)
+            except SupersededError:
+                self._forget()
+                raise
             except OSError as error:
                 self._forget()
                 raise StateRecordError(f"{named(self.path)} cannot be replaced: {error.strerror}") from error
+            self._own = {text}
 
     def _discard(self, serial: int) -> None:
         with self._mutex:
@@ -343,7 +369,8 @@ class StateFile:
         try:
             self._files.sync_directory(self.path.parent)
         except OSError as error:
-            raise StateRecordError(
+            self.late = True
+            raise UnsettledRecordError(
                 f"{named(self.path)} was replaced, but whether that would outlive a power cut is "
                 f"unknown: {error.strerror}"
             ) from error
@@ -362,36 +389,32 @@ def _elsewhere(error: OSError) -> str:
     return "move it away, or name another --state-file" if foreign else "name another --state-file"
 
 
-class Prepared:
-    """A record that is written and durable under a temporary name. Commit or discard it, once, before another
-    is prepared; it may be renamed first and committed later.
+class PreparedFile(Prepared):
+    """A record that is written and durable under a temporary name.
 
-    A `commit` that raises has either not changed the record (nothing happened), or, when the directory could
-    not be synced, left the new one in place without a guarantee: write the record that holds then."""
+    A `settle` that raises has either not changed the record (nothing happened), or, when the directory could
+    not be synced, left the new one in place without a guarantee."""
 
-    def __init__(self, file: StateFile, record: StateRecord, serial: int) -> None:
+    def __init__(self, file: StateFile, record: StateRecord, text: bytes, serial: int) -> None:
         self.record = record
-        self.mark: Mark | None = None  # of an announcement
         self._file = file
+        self._text = text
         self._serial = serial
         self._used = False
-        self._renamed = False
+        self._changed = False
 
-    def commit(self) -> None:
-        """Durable on return. StateRecordError."""
-        if not self._renamed:
-            self.rename()
+    def change(self) -> None:
+        assert not self._used, "changed or discarded twice"
+        self._used = True
+        self._file._rename(self._serial, self._text)
+        self._changed = True
+
+    def settle(self) -> None:
+        if not self._changed:
+            self.change()
         self._file._settle()
 
-    def rename(self) -> None:
-        """From here on it is found, and outlives this process, but not yet a power cut. StateRecordError."""
-        assert not self._used, "committed or discarded twice"
-        self._used = True
-        self._file._rename(self._serial)
-        self._renamed = True
-
     def discard(self) -> None:
-        """Does nothing after a commit, so it may stand in a finally."""
         if not self._used:
             self._used = True
             self._file._discard(self._serial)

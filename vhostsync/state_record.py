@@ -233,9 +233,9 @@ class StateRecord:
         return tuple(former)
 
 
-def named(record_path: Path | None) -> str:
+def named(place: Path | str | None) -> str:
     """What a message calls the record."""
-    return "the state record" if record_path is None else f"the state record {record_path}"
+    return "the state record" if place is None else f"the state record {place}"
 
 
 class NewerVersionError(ValueError):

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Final
 
 import anyio
-import anyio.to_thread
 import structlog
 
 from vhostsync import events, patience
@@ -21,8 +20,8 @@ from vhostsync.events import EventHub
 from vhostsync.mirror_state import MirrorState
 from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.record_keeper import RecordKeeper
+from vhostsync.record_store import Mark, Prepared
 from vhostsync.roles import Roles
-from vhostsync.state_file import Mark, Prepared
 
 log = structlog.get_logger(__name__)
 
@@ -193,7 +192,7 @@ class Switch:
             if plan.accept_unreadable:
                 accepted = BadRanges.of(await self._engine.snapshot())
             if prepared is not None:
-                await anyio.to_thread.run_sync(prepared.rename)
+                await self._keeper.change_to(prepared)
             pause_ns = await self._engine.exchange(
                 keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable,
                 accept_different=plan.accept_different,

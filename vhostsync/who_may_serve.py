@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 
 def check_start(
-    record: StateRecord, disk: DiskIdentity, record_path: Path | None = None, answer: Answer | None = None
+    record: StateRecord, disk: DiskIdentity, place: Path | str | None = None, answer: Answer | None = None
 ) -> StateRecord:
     """The record to go on with when `serve` is started with `disk`: `current` is how the disk is called
     today. StateRecordError when it is not the current disk, or it cannot be told whether it is."""
@@ -32,7 +32,7 @@ def check_start(
                 option=f"--{answer}", path=disk.path,
             )  # fmt: skip
         return record.continued(disk)
-    case = _Case(record, disk, record_path)
+    case = _Case(record, disk, place)
     if answer is Answer.PROMOTE:
         return case.promote()
     for old, what in case.former():
@@ -58,10 +58,10 @@ def claims(record: StateRecord, disk: DiskIdentity) -> bool:
 class _Case:
     """One disk before one record. What ends in "refuse" or "ask" raises StateRecordError."""
 
-    def __init__(self, record: StateRecord, disk: DiskIdentity, record_path: Path | None) -> None:
+    def __init__(self, record: StateRecord, disk: DiskIdentity, place: Path | str | None) -> None:
         self._record = record
         self._disk = disk
-        self._named = f"{named(record_path)} (epoch {record.epoch})"
+        self._named = f"{named(place)} (epoch {record.epoch})"
 
     # ---- accepted -------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class Machine:
     def leave(self, left: str) -> None:
         """A run on a, which mirrors to b."""
         with self.serve(self.a) as opened:
-            record, state_file, bitmap = opened.record, opened.state_file, opened.bitmap
+            record, state_file, bitmap = opened.record, opened.store, opened.bitmap
             assert record is not None and state_file is not None and bitmap is not None
             if left == "alone":
                 return
@@ -81,7 +81,7 @@ class Machine:
             bitmap.new_peer((record.current, peer))
             record = record.with_peer(peer, bitmap.token).with_wanted(Wanted(str(self.b), "none"))
             record = record.with_doubt(DOUBT, ())
-            state_file.write(record)
+            state_file.change(record)
             if left == "copying":
                 return
             record = record.with_worth(Worth.UP_TO_DATE)
@@ -91,7 +91,7 @@ class Machine:
                 record = record.switched(keep_mirror=False, since=THEN)
             if left == "ended":
                 record = record.detached(seen(self.a, clean=True), seen(self.b, clean=True))
-            state_file.write(record)
+            state_file.change(record)
 
     def current(self, left: str) -> Path:
         return self.b if left == "switched" else self.a

@@ -76,7 +76,7 @@ class Place:
         peer = DiskIdentity(str(at / "b.img"), "file", 1, 2, 1 << 20)
         for explicit in (None, paths["record"]):
             with open_state_file(explicit, identity, lock_timeout_s=0, directory=paths["state"]) as file:
-                file.write(StateRecord.first(identity).with_peer(peer))
+                file.change(StateRecord.first(identity).with_peer(peer))
                 if explicit is None:
                     paths["indexed record"] = file.path
         paths["pointer"] = next(paths["state"].glob("a*.disk.json"))

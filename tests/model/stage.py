@@ -27,7 +27,8 @@ from vhostsync.engine_attachment import EngineAttachment
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
-from vhostsync.state_file import Prepared, StateFile
+from vhostsync.record_store import Prepared
+from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe

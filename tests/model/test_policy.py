@@ -41,9 +41,10 @@ from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
 from vhostsync.opening import Opened, check_record, follow_record, recognisable
 from vhostsync.pause import DestinationPause
+from vhostsync.record_store import Prepared
 from vhostsync.retry import DestinationRetry
 from vhostsync.source_failover import SourceFailover
-from vhostsync.state_file import Prepared, StateFile
+from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, Worth, decode_record
 from vhostsync.storage import local as disks
 from vhostsync.storage.kinds import Disk

@@ -23,7 +23,7 @@ from vhostsync.destination import Place, look_again
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.errors import MirrorError, StateRecordError, SwitchError
 from vhostsync.mirror_state import MirrorState
-from vhostsync.state_file import Prepared
+from vhostsync.record_store import Prepared
 from vhostsync.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks
 from vhostsync.storage.identity import DiskIdentity
@@ -234,7 +234,7 @@ def test_a_switch_that_is_interrupted_lends_the_marks_memory_no_longer(
         await it.steady()
         it.second.hold(DiskOp.WRITE)
         await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
-        prepared = it.state_file.prepare_announcement(it.record(), it.record().switched(keep_mirror=True))
+        prepared = it.state_file.announce(it.record(), it.record().switched(keep_mirror=True))
         interrupted: list[BaseException] = []
 
         async def switch() -> None:

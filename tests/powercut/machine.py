@@ -290,7 +290,7 @@ async def _serving(
     capacity = engine.config.capacity_bytes
     hub = EventHub()
     mirror = Mirror(
-        engine, opened.disk, hub, opened.state_file, opened.record, opened.bitmap, opened.peer_left
+        engine, opened.disk, hub, opened.store, opened.record, opened.bitmap, opened.peer_left
     )
     failover = SourceFailover(engine, mirror, hub, FAILOVER_DEADLINE_S)
     verifier = Verifier(engine, mirror, hub)

@@ -18,7 +18,7 @@ from tests.powercut.scenes import SCENES, Scene
 from vhostsync.bad_ranges import BadRanges
 from vhostsync.mirror_status import Switched, SwitchPlan
 from vhostsync.record_keeper import RecordKeeper
-from vhostsync.state_file import Prepared
+from vhostsync.record_store import Prepared
 from vhostsync.state_record import StateRecord, Worth
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.switch import Switch
@@ -60,7 +60,7 @@ def test_a_record_that_is_written_after_the_exchange_is_noticed(
         pause_ns = await switch._engine.exchange(keep_mirror=plan.keep_mirror, accept_unreadable=False)
         await anyio.sleep(0.02)
         assert prepared is not None
-        await anyio.to_thread.run_sync(prepared.commit)
+        await anyio.to_thread.run_sync(prepared.settle)
         return Switched(pause_ns, BadRanges())
 
     monkeypatch.setattr(Switch, "_exchange", exchange_first)
@@ -71,9 +71,9 @@ def test_a_switch_that_is_not_announced_is_noticed(where: Site, monkeypatch: pyt
     """The record names the new disk, but for a power cut not durably."""
 
     async def silently(keeper: RecordKeeper, switched: StateRecord) -> Prepared | None:
-        assert keeper._state_file is not None
+        assert keeper._store is not None
         keeper._announced = switched
-        return await anyio.to_thread.run_sync(keeper._state_file.prepare, switched)
+        return await anyio.to_thread.run_sync(keeper._store.prepare, switched)
 
     async def never(keeper: RecordKeeper, prepared: Prepared | None) -> None:
         pass

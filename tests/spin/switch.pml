@@ -203,7 +203,7 @@ end:
         :: gate = OPEN; goto failed
         fi
     }
-    atomic { /* Prepared.rename, where there is no mark */
+    atomic { /* Prepared.change, where there is no mark */
         if :: !marks -> named = 1 - current :: else fi
     }
     atomic { /* exchange_now, mirror_exchange, counts_exchange */

@@ -14,7 +14,7 @@ import pytest
 from tests.unit.disk_fakes import A, B, CrashError, VolatileFileSystem
 from vhostsync import kernel
 from vhostsync.opening import check_record, follow_record
-from vhostsync.state_file import Prepared, StateFile
+from vhostsync.state_file import PreparedFile, StateFile
 from vhostsync.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe
@@ -31,10 +31,10 @@ def boot(name: str) -> Callable[[], str]:
 
 def switch(state_file: StateFile) -> None:
     """Step by step, where there is no memory for a mark."""
-    state_file.prepare_announcement(FORMER, ANNOUNCED).commit()
+    state_file.announce(FORMER, ANNOUNCED).settle()
     prepared = state_file.prepare(SWITCHED)
-    prepared.rename()
-    prepared.commit()
+    prepared.change()
+    prepared.settle()
 
 
 @pytest.mark.parametrize("steps", range(24))
@@ -43,16 +43,16 @@ def test_a_kill_at_any_step_leaves_the_disk_that_the_guest_was_on(
 ) -> None:
     monkeypatch.setattr(kernel, "this_boot", boot("this"))
     files = VolatileFileSystem()
-    StateFile(RECORD, files=files).write(FORMER)
+    StateFile(RECORD, files=files).change(FORMER)
     files.steps_left = steps
     renamed: list[StateRecord] = []
-    rename = Prepared.rename
+    change = PreparedFile.change
 
-    def noting(prepared: Prepared) -> None:
-        rename(prepared)
+    def noting(prepared: PreparedFile) -> None:
+        change(prepared)
         renamed.append(prepared.record)
 
-    monkeypatch.setattr(Prepared, "rename", noting)
+    monkeypatch.setattr(PreparedFile, "change", noting)
     with contextlib.suppress(CrashError):  # the last of them end in order
         switch(StateFile(RECORD, files=files))
     files.steps_left = 1 << 30
@@ -68,8 +68,8 @@ def test_it_is_durable_for_a_power_cut_before_the_exchange(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state_file = StateFile(tmp_path / "record")
-    state_file.write(FORMER)
-    state_file.prepare_announcement(FORMER, ANNOUNCED).commit()
+    state_file.change(FORMER)
+    state_file.announce(FORMER, ANNOUNCED).settle()
     assert StateFile(tmp_path / "record").load() == FORMER
     monkeypatch.setattr(kernel, "this_boot", boot("after a power cut"))
     assert StateFile(tmp_path / "record").load() == ANNOUNCED
@@ -79,9 +79,9 @@ def test_the_mark_outlives_the_process_and_belongs_to_one_announcement(tmp_path:
     path = tmp_path / "record"
     with StateFile(path) as state_file:
         state_file.lock(0)
-        state_file.write(FORMER)
-        announcement = state_file.prepare_announcement(FORMER, ANNOUNCED)
-        announcement.commit()
+        state_file.change(FORMER)
+        announcement = state_file.announce(FORMER, ANNOUNCED)
+        announcement.settle()
         mark = announcement.mark
         assert mark is not None
         assert StateFile(path).load() == FORMER
@@ -90,7 +90,7 @@ def test_the_mark_outlives_the_process_and_belongs_to_one_announcement(tmp_path:
     with StateFile(path) as state_file:
         state_file.lock(0)
         assert state_file.load() == ANNOUNCED
-        state_file.prepare_announcement(FORMER, ANNOUNCED).commit()
+        state_file.announce(FORMER, ANNOUNCED).settle()
         assert state_file.load() == FORMER, "the mark of the one before says nothing"
 
 
@@ -103,8 +103,8 @@ def test_a_start_writes_down_what_it_has_understood(tmp_path: Path) -> None:
         gone = StateRecord.first(B).with_peer(disk.identity).with_worth(Worth.UP_TO_DATE)
         with StateFile(path) as state_file:
             state_file.lock(0)
-            announcement = state_file.prepare_announcement(gone, gone.switched(keep_mirror=False))
-            announcement.commit()
+            announcement = state_file.announce(gone, gone.switched(keep_mirror=False))
+            announcement.settle()
             assert announcement.mark is not None
             struct.pack_into("=Q", announcement.mark.memory, 0, announcement.mark.value)
             found, record = check_record(state_file, disk)

@@ -583,7 +583,7 @@ SENTENCE = "vhostsync: The output cannot be written: No space left on device.\n"
 def test_output_that_cannot_be_written_is_one_sentence(
     served: Served, tmp_path: Path, words: list[str]
 ) -> None:
-    StateFile(tmp_path / "vm.record.json").write(StateRecord.first(DiskIdentity("/a.img", "file", 1, 2, 3)))
+    StateFile(tmp_path / "vm.record.json").change(StateRecord.first(DiskIdentity("/a.img", "file", 1, 2, 3)))
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [*PROGRAM, *words], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,

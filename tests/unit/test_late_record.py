@@ -49,7 +49,7 @@ def test_where_nothing_waits_for_it_the_disk_is_served(tmp_path: Path, disk: Loc
     with_peer = first.with_peer(B).with_wanted(Wanted(B.path, "none"))
     for record in (first, with_peer, with_peer.with_worth(Worth.OUTDATED, "then")):
         record = left_by(disk, record)
-        StateFile(path).write(record)
+        StateFile(path).change(record)
         state_file = start(path, disk, step)
         assert state_file.late
         assert StateFile(path).load() in (record, replace(record, clean=False, current=disk.identity))
@@ -65,10 +65,10 @@ def test_where_something_waits_for_it_the_start_is_refused(tmp_path: Path, disk:
         (mirrored.with_worth(Worth.OUTDATED).with_bitmap("token"), "names a bitmap"),
         (replace(mirrored, spared=((0, 512),)), "lists what the other disk holds better"),
     ):
-        StateFile(path).write(left_by(disk, record))
+        StateFile(path).change(left_by(disk, record))
         with pytest.raises(StateRecordError, match=rf"cannot be written: .*; what is there {why}.*make room"):
             start(path, disk)
-    StateFile(path).prepare_announcement(steady, steady.switched(keep_mirror=False)).commit()
+    StateFile(path).announce(steady, steady.switched(keep_mirror=False)).settle()
     with pytest.raises(StateRecordError, match="speaks of a switch"):
         start(path, disk)
 
@@ -77,7 +77,7 @@ def test_a_promotion_that_cannot_be_written_is_refused(tmp_path: Path, disk: Loc
     """What is there would go on to name the disk that was given up, and refuse this one."""
     path = tmp_path / "record"
     former = StateRecord.first(B).with_peer(disk.identity).with_worth(Worth.OUTDATED, "then")
-    StateFile(path).write(former)
+    StateFile(path).change(former)
     with pytest.raises(StateRecordError, match="what is there calls /disks/b the current disk"):
         start(path, disk, answer=Answer.PROMOTE)
     assert StateFile(path).load() == former
@@ -88,5 +88,5 @@ def test_any_record_that_is_written_ends_it(tmp_path: Path, disk: LocalDisk) -> 
     state_file._files = StateFile(tmp_path / "record")._files
     state_file.prepare(StateRecord.first(disk.identity)).discard()
     assert state_file.late
-    state_file.write(StateRecord.first(disk.identity))
+    state_file.change(StateRecord.first(disk.identity))
     assert not state_file.late

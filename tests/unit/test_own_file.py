@@ -89,7 +89,7 @@ def test_a_start_removes_nobody_elses_file(tmp_path: Path) -> None:
     for name in ("vm.newer.img", "vm.new1-1", "vm.new.img", "vm.news"):
         sector_disk(tmp_path / name)
     with untouched(tmp_path, "vm", "vm.lock"), open_state_file(tmp_path / "vm", A, lock_timeout_s=0) as file:
-        file.write(StateRecord.first(A))
+        file.change(StateRecord.first(A))
         file.prepare(StateRecord.first(B)).discard()
 
 
@@ -119,10 +119,10 @@ def test_a_link_at_a_name_of_ours_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_what_takes_the_name_later_is_left_alone(tmp_path: Path) -> None:
     with open_state_file(tmp_path / "vm", A, lock_timeout_s=0) as file:
-        file.write(StateRecord.first(A))
+        file.change(StateRecord.first(A))
         sector_disk(tmp_path / "vm.new")
         with untouched(tmp_path), pytest.raises(StateRecordError, match="cannot be written: it is a disk"):
-            file.write(StateRecord.first(B))
+            file.change(StateRecord.first(B))
 
 
 def test_a_disk_is_no_record_and_is_not_read_into_memory(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_record_behind_a_link_is_the_record(tmp_path: Path) -> None:
     link.symlink_to(real)
     for record in (StateRecord.first(A), StateRecord.first(B)):  # the first time it leads nowhere yet
         with open_state_file(link, A, lock_timeout_s=0) as file:
-            file.write(record)
+            file.change(record)
             with pytest.raises(StateRecordError, match="in use by another process"):
                 open_state_file(real, A, lock_timeout_s=0)
         assert link.is_symlink() and StateFile(real).load() == StateFile(link).load() == record

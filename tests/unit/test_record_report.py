@@ -38,7 +38,7 @@ def recorded(folder: Path, worth: Worth | None, since: str | None = None) -> tup
     if worth is not None:
         record = record.with_peer(other).with_worth(worth, since)
     with open_state_file(None, one, lock_timeout_s=0, directory=folder / "state") as file:
-        file.write(record)
+        file.change(record)
         return file.path, record
 
 

@@ -36,11 +36,11 @@ def run(
     state_file, record = start(directory, source)
     with state_file:
         record = record or StateRecord.first(source)
-        state_file.write(record)
+        state_file.change(record)
         record = record.with_peer(destination)
-        state_file.write(record)
+        state_file.change(record)
         record = record.with_worth(Worth.UP_TO_DATE).switched(keep_mirror=keep)
-        state_file.write(record)
+        state_file.change(record)
     return record
 
 
@@ -56,12 +56,12 @@ def test_the_record_is_found_from_either_disk(tmp_path: Path) -> None:
 def test_nothing_accumulates(tmp_path: Path) -> None:
     """A switch that is cut off may forget what it has prepared, any number of times."""
     with start(tmp_path, A)[0] as state_file:
-        state_file.write(StateRecord.first(A).with_peer(B))
+        state_file.change(StateRecord.first(A).with_peer(B))
         for _ in range(20):
             state_file.prepare(StateRecord.first(C))
-            state_file.prepare_announcement(StateRecord.first(A), StateRecord.first(B))
+            state_file.announce(StateRecord.first(A), StateRecord.first(B))
         assert len(list(tmp_path.glob("*.new*"))) == 1
-        state_file.write(StateRecord.first(A))
+        state_file.change(StateRecord.first(A))
         assert not list(tmp_path.glob("*.new*"))
 
 
@@ -96,7 +96,7 @@ def test_a_superseded_disk_is_refused_although_the_current_one_has_taken_its_nam
         state_file, found = start(tmp_path, current)
         with state_file:
             assert found == replace(record, current=current)
-            state_file.write(found)
+            state_file.change(found)
         with pytest.raises(StateRecordError, match="superseded"):
             start(tmp_path, old)
 
@@ -137,13 +137,13 @@ def test_a_record_that_is_missing_is_no_licence_to_serve(tmp_path: Path) -> None
             start(tmp_path, disk)
     with open_state_file(None, B, lock_timeout_s=0, directory=tmp_path, answer=Answer.PROMOTE) as promoted:
         assert promoted.path == record and promoted.load() is None
-        promoted.write(StateRecord.first(B))
+        promoted.change(StateRecord.first(B))
     with pytest.raises(StateRecordError, match="does not know /disks/a"):
         start(tmp_path, A)
 
     with start(tmp_path, C)[0] as alone:
-        alone.write(StateRecord.first(C))
-        alone.write(StateRecord.first(C))
+        alone.change(StateRecord.first(C))
+        alone.change(StateRecord.first(C))
         alone.path.unlink()
     start(tmp_path, C)[0].close()
 
@@ -152,7 +152,7 @@ def test_a_damaged_record_does_not_stand_in_the_way_of_what_its_refusal_advises(
     """Also where a backup has taken the current disk's place, and no pointer is certainly its own."""
     state_file, _ = start(tmp_path, A)
     with state_file:
-        state_file.write(StateRecord.first(A).with_peer(B))
+        state_file.change(StateRecord.first(A).with_peer(B))
         path = state_file.path
     path.write_bytes(path.read_bytes()[:-20])
     backup = replace(A, inode=999)
@@ -179,7 +179,7 @@ def test_the_running_backend_keeps_its_record(tmp_path: Path) -> None:
 
 def test_an_explicit_state_file_gets_its_directory(tmp_path: Path) -> None:
     with open_state_file(tmp_path / "x" / "y" / "record", A, lock_timeout_s=0) as state_file:
-        state_file.write(StateRecord.first(A))
+        state_file.change(StateRecord.first(A))
     assert (tmp_path / "x" / "y" / "record").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o700
 
@@ -228,10 +228,10 @@ def test_a_crash_anywhere_in_a_switch_lets_exactly_the_recorded_disk_serve(data:
     try:
         state_file = opened(A)
         record = StateRecord.first(A).with_peer(B)
-        state_file.write(record)
+        state_file.change(record)
         attached = True
         prepared = state_file.prepare(record.with_worth(Worth.UP_TO_DATE).switched(keep_mirror=False))
-        prepared.commit()
+        prepared.settle()
         switched = True
     except CrashError:
         pass

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem, disk, identities
-from vhostsync.errors import StateRecordError
+from vhostsync.errors import StateRecordError, SupersededError, UnsettledRecordError
 from vhostsync.state_file import RealFileSystem, StateFile
 from vhostsync.state_record import (
     SUPERSEDED_MAX,
@@ -164,7 +164,7 @@ def test_a_crash_at_any_step_leaves_the_old_record_or_the_new_one(data: st.DataO
         files.steps_left = data.draw(st.integers(0, 14), label="steps to the crash")
         try:
             prepared = state_file.prepare(record)
-            prepared.commit()
+            prepared.settle()
         except CrashError:
             files.power_cut(data)
             found = StateFile(Path("/state/record"), files=files).load()
@@ -193,25 +193,80 @@ def failing(name: str, error: int) -> RealFileSystem:
 @pytest.mark.parametrize("step", ["write_durable", "rename"])
 def test_a_failed_write_leaves_the_old_record(tmp_path: Path, step: str) -> None:
     path = tmp_path / "record"
-    StateFile(path).write(StateRecord.first(A))
+    StateFile(path).change(StateRecord.first(A))
     with pytest.raises(StateRecordError, match="No space left"):
-        StateFile(path, files=failing(step, 28)).write(StateRecord.first(B))
+        StateFile(path, files=failing(step, 28)).change(StateRecord.first(B))
     assert StateFile(path).load() == StateRecord.first(A)
     assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
 
 
-def test_a_failed_directory_sync_is_said(tmp_path: Path) -> None:
-    with pytest.raises(StateRecordError, match="power cut is unknown"):
-        StateFile(tmp_path / "record", files=failing("sync_directory", 5)).write(StateRecord.first(A))
+def test_a_record_that_somebody_else_has_put_there_is_left_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    state_file = StateFile(path)
+    state_file.change(StateRecord.first(A))
+    prepared = state_file.prepare(StateRecord.first(A).with_peer(B))
+    StateFile(path).change(StateRecord.first(C))
+    with pytest.raises(SupersededError, match=r"changed by somebody else while .*; find out which disk"):
+        prepared.settle()
+    assert not list(tmp_path.glob("*.new"))
+    path.unlink()
+    with pytest.raises(SupersededError):  # for good
+        state_file.change(StateRecord.first(B))
+
+
+def test_a_record_that_comes_from_nowhere_is_somebody_elses(tmp_path: Path) -> None:
+    state_file = StateFile(tmp_path / "record")
+    assert state_file.load() is None
+    StateFile(tmp_path / "record").change(StateRecord.first(C))
+    with pytest.raises(SupersededError):
+        state_file.change(StateRecord.first(A))
+
+
+@pytest.mark.parametrize("text", [None, b"", b"rubbish"])
+def test_a_record_that_is_gone_or_not_whole_is_written_anew(tmp_path: Path, text: bytes | None) -> None:
+    path = tmp_path / "record"
+    StateFile(path).change(StateRecord.first(A))
+    state_file = StateFile(path)
+    assert state_file.load() == StateRecord.first(A)
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text)
+    state_file.change(StateRecord.first(B))
+    assert StateFile(path).load() == StateRecord.first(B)
+
+
+def test_a_rename_that_has_failed_and_taken_place_is_not_somebody_elses(tmp_path: Path) -> None:
+    """As on a network file system whose answer was lost."""
+    files = RealFileSystem()
+    state_file = StateFile(tmp_path / "record", files=files)
+    state_file.change(StateRecord.first(A))
+    rename = files.rename
+
+    def rename_and_fail(old: Path, new: Path) -> None:
+        rename(old, new)
+        raise OSError(5, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StateRecordError):
+        patch.setattr(files, "rename", rename_and_fail)
+        state_file.change(StateRecord.first(B))
+    state_file.change(StateRecord.first(C))
+    assert StateFile(tmp_path / "record").load() == StateRecord.first(C)
+
+
+def test_after_a_failed_directory_sync_it_is_not_known_what_holds(tmp_path: Path) -> None:
+    state_file = StateFile(tmp_path / "record", files=failing("sync_directory", 5))
+    with pytest.raises(UnsettledRecordError, match="power cut is unknown"):
+        state_file.change(StateRecord.first(A))
+    assert state_file.late, "nobody writes it again"
 
 
 def test_prepared_is_not_seen_until_committed_and_may_be_discarded(tmp_path: Path) -> None:
     state_file = StateFile(tmp_path / "record")
-    state_file.write(StateRecord.first(A))
+    state_file.change(StateRecord.first(A))
     state_file.prepare(StateRecord.first(B)).discard()
     prepared = state_file.prepare(StateRecord.first(C))
     assert state_file.load() == StateRecord.first(A)
-    prepared.commit()
+    prepared.settle()
     prepared.discard()
     assert state_file.load() == StateRecord.first(C)
     assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
@@ -222,16 +277,16 @@ def test_what_is_void_takes_nothing_with_it(tmp_path: Path) -> None:
     first = state_file.prepare(StateRecord.first(A))
     second = state_file.prepare(StateRecord.first(B))
     first.discard()
-    second.commit()
+    second.settle()
     assert state_file.load() == StateRecord.first(B)
 
 
 def test_what_was_prepared_before_a_later_record_is_void(tmp_path: Path) -> None:
     state_file = StateFile(tmp_path / "record")
     prepared = state_file.prepare(StateRecord.first(B))
-    state_file.write(StateRecord.first(A))
+    state_file.change(StateRecord.first(A))
     with pytest.raises(StateRecordError, match="void"):
-        prepared.commit()
+        prepared.settle()
     assert state_file.load() == StateRecord.first(A)
 
 
