@@ -41,7 +41,7 @@ from vhostsync.mirror import Mirror
 from vhostsync.mirror_state import MirrorState
 from vhostsync.opening import Opened, check_record, follow_record, recognisable
 from vhostsync.pause import DestinationPause
-from vhostsync.record_store import Prepared
+from vhostsync.record_store import Prepared, RecordStore
 from vhostsync.retry import DestinationRetry
 from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import StateFile
@@ -130,14 +130,22 @@ class World:
     def record_path(self) -> Path:
         return self.folder / "record.json"
 
+    def open_store(self) -> RecordStore:
+        return UnrulyStateFile(self.record_path)
+
+    def end_the_stores_faults(self, store: RecordStore) -> None:
+        assert isinstance(store, UnrulyStateFile)
+        store.fails = False
+
     def record(self) -> StateRecord:
         return decode_record(self.record_path.read_bytes())
 
     def check(self) -> None:
         """A power cut now."""
-        if not self.record_path.exists():
-            return
-        record = self.record()
+        if self.record_path.exists():
+            self.check_named(self.record())
+
+    def check_named(self, record: StateRecord) -> None:
         self.check_disk(Path(record.current.path), "the current disk")
         if record.peer_worth is Worth.UP_TO_DATE:
             assert record.peer is not None
@@ -158,7 +166,7 @@ class Run:
     world: World
     engine: Engine
     mirror: Mirror
-    state_file: UnrulyStateFile
+    store: RecordStore
     guest: Guest
     commands: list[anyio.Event] = field(default_factory=list)
 
@@ -177,24 +185,24 @@ async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tup
         options=engine_options(stop_timeout_s=0.2, checkpoint_s=0.05, ahead_backoff_s=0.05, **world.options),
     )  # fmt: skip
     source: Disk = disks.open_disk(path, read_only=False, cache="writeback", lock_timeout_s=1, probe=probe)
-    state_file = UnrulyStateFile(world.record_path)
-    found, record = check_record(state_file, source)
+    store = world.open_store()
+    found, record = check_record(store, source)
     bitmap = None
     if world.bitmap:
         shape = Shape(SIZE, 65536, 4 * MIB, 256)
         known = found.current if found is not None else None
         bitmap = BitmapFile.open(world.folder / "bits", shape, bitmap_file_bytes(shape), record, known=known)
-    source, record = recognisable(source, state_file, found, record, None)
+    source, record = recognisable(source, store, found, record, None)
     spared = record.spared if record is not None else ()
     device = DeviceShape(SIZE)
-    record = follow_record(state_file, found, record, source, bitmap, device.guest)
+    record = follow_record(store, found, record, source, bitmap, device.guest)
     left = found.peer if found is not None and found.clean else None
-    opened = Opened(source, device, state_file, record, bitmap, left)
+    opened = Opened(source, device, store, record, bitmap, left)
     doubt = record.doubt if record is not None else ()
     config = replace(config, doubt=doubt, spared=spared)
     engine = await Engine.create(config, source, bitmap, peer_known=opened.peer_known)
     hub = EventHub()
-    mirror = Mirror(engine, source, hub, state_file, record, bitmap, opened.peer_left, device.guest)
+    mirror = Mirror(engine, source, hub, store, record, bitmap, opened.peer_left, device.guest)
     failover = SourceFailover(engine, mirror, hub, 5.0)
     DestinationPause(engine, mirror, hub)
     retry = DestinationRetry(mirror, hub, world.retry_s, resume=resume)
@@ -208,11 +216,11 @@ async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tup
             async with anyio.create_task_group() as serving:
                 serving.start_soon(retry.run)
                 try:
-                    yield Run(world, engine, mirror, state_file, guest), serving
+                    yield Run(world, engine, mirror, store, guest), serving
                 finally:
                     serving.cancel_scope.cancel()
                     with anyio.CancelScope(shield=True):
-                        state_file.fails = False
+                        world.end_the_stores_faults(store)
                         for disk in world.held.values():
                             disk.release_all()
                         if not world.killed:
@@ -259,7 +267,8 @@ async def command(run: Run, name: str, do: Callable[[], Any], over: anyio.Event)
 
 
 def step(run: Run, tasks: anyio.abc.TaskGroup) -> str:
-    chance, mirror = run.world.chance, run.mirror
+    chance, mirror, store = run.world.chance, run.mirror, run.store
+    assert isinstance(store, UnrulyStateFile)
     disk = run.world.held[chance.choice(list(run.world.held))]
     name = next(path.name for path, each in run.world.held.items() if each is disk)
 
@@ -309,12 +318,12 @@ def step(run: Run, tasks: anyio.abc.TaskGroup) -> str:
         return "all is let go"
 
     def record() -> str:
-        run.state_file.fails = not run.state_file.fails
-        return f"the record {'cannot' if run.state_file.fails else 'can'} be written"
+        store.fails = not store.fails
+        return f"the record {'cannot' if store.fails else 'can'} be written"
 
     weights = {
         write: 12, flush: 10, start: 6, switch: 3, cancel: 2, fault: 2, hold: 1, let_go: 3,
-        record: 3 if run.state_file.fails else 1,
+        record: 3 if store.fails else 1,
     }  # fmt: skip
     return chance.choices(list(weights), list(weights.values()))[0]()
 
@@ -322,7 +331,7 @@ def step(run: Run, tasks: anyio.abc.TaskGroup) -> str:
 async def settle(run: Run, tasks: anyio.abc.TaskGroup) -> None:
     """All that fails is over: everything is answered, and a mirror can be made."""
     run.world.story.append("the end of all faults")
-    run.state_file.fails = False
+    run.world.end_the_stores_faults(run.store)
     for disk in run.world.held.values():
         disk.release_all()
         for op in (WRITE, FLUSH):
@@ -377,20 +386,26 @@ async def play(world: World) -> None:
         path = Path(world.record().current.path)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
-def test_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    chance = random.Random(seed)
+def disks_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, MemoryDisk]:
+    """Three, by the names of files that the engine takes for them."""
     held = {}
     for name in "abc":
-        (tmp_path / f"{name}.img").write_bytes(bytes(SIZE))
-        held[tmp_path / f"{name}.img"] = MemoryDisk(SIZE)
+        (folder / f"{name}.img").write_bytes(bytes(SIZE))
+        held[folder / f"{name}.img"] = MemoryDisk(SIZE)
 
     def test_disk(disk: disks.LocalDisk) -> Any:
         disk.fd.close()
         return held[disk.path].hand_over()
 
     monkeypatch.setattr(disks.LocalDisk, "to_engine", test_disk)
+    return held
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(seed)
+    held = disks_in(tmp_path, monkeypatch)
     options: dict[str, Any] = {
         "destination_timeout_s": chance.choice((0.1, 10.0)),
         "pause_on_destination_error": chance.random() < 0.5,

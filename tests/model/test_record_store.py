@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy over a record that lies elsewhere (remote_store.py): changes that time out and have been made or
+not, that arrive late, that are refused, and somebody else who changes the record. Driven by hypothesis
+through the real Mirror (so RecordKeeper and Switch) over the real engine, on disks that lose what was not
+flushed.
+
+After every step, of whatever the record is or could be the next moment:
+  * after a power cut the disk that it names has all that was flushed, and so has a peer that it calls up to
+    date;
+  * after a kill the disk that it names has all that was confirmed (once no change is in doubt);
+  * no more than one disk may serve.
+And once somebody else has changed it, it is not changed any more, and each writer says why.
+
+VHOSTSYNC_STORE_EXAMPLES plays longer."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from anyio.from_thread import start_blocking_portal
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.engine_driver import DiskOp
+from tests.model import test_policy
+from tests.model.remote_store import Outcome, RemoteStore, Server
+from tests.model.rig import BLOCK, pattern
+from tests.model.test_policy import BLOCKS, SPREAD, Run, World, disks_in, run_of
+from vhostsync import record_keeper
+from vhostsync.config import MirrorTarget
+from vhostsync.errors import StateRecordError, SupersededError, VhostsyncError
+from vhostsync.mirror_state import MirrorState
+from vhostsync.record_store import RecordStore
+from vhostsync.state_record import StateRecord, Worth
+from vhostsync.who_may_serve import check_start
+
+EXAMPLES = int(os.environ.get("VHOSTSYNC_STORE_EXAMPLES", "15"))
+PATIENCE_S = 20.0
+MOMENT_S = 0.01
+
+
+class RemoteWorld(World):
+    """The record is on a server."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.server = Server()
+        self.run: Run | None = None
+        self.taken_over = 0  # the server's revision since then
+
+    def open_store(self) -> RecordStore:
+        return RemoteStore(self.server)
+
+    def end_the_stores_faults(self, store: RecordStore) -> None:
+        self.server.coming.clear()
+        self.server.under_way.clear()
+
+    def record(self) -> StateRecord:
+        assert self.server.value is not None
+        return self.server.value.record
+
+    def check(self) -> None:
+        if self.run is not None:
+            self.run.guest.listen()
+            if self.server.value is not None and not self.run.store.late and not self.taken_over:
+                self._check_kill(dict(self.run.guest.done), self.server.value.after_a_kill())
+        for value in self.server.possible():
+            self.check_named(value.record)
+            for record in (value.record, value.after_a_kill()):
+                assert [disk for disk in record.disks if may_serve(record, disk)] == [record.current]
+        if self.taken_over:
+            assert self.server.revision == self.taken_over, "somebody else's record was changed"
+
+    def _check_kill(self, confirmed: dict[int, int], record: StateRecord) -> None:
+        disk = self.held[Path(record.current.path)]
+        for block, seed in confirmed.items():
+            kept = self.allowed[block]
+            newer = kept[kept.index(seed):] if seed in kept else kept
+            found = disk.read(block * SPREAD * BLOCK, BLOCK)
+            assert any(found == pattern(each) for each in newer), (
+                f"{record.current.path} lacks the confirmed write {seed} of block {block}: {found[:8]!r}"
+            )
+
+
+def may_serve(record: StateRecord, disk: Any) -> bool:
+    try:
+        check_start(record, disk)
+    except StateRecordError:
+        return False
+    return True
+
+
+def world_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> RemoteWorld:
+    monkeypatch.setattr(record_keeper, "RETRY_S", 0.01)
+    options = {"destination_timeout_s": 10.0, **options}
+    return RemoteWorld(folder, random.Random(0), disks_in(folder, monkeypatch), options, None, False)
+
+
+outcomes = st.lists(st.sampled_from(list(Outcome)), min_size=1, max_size=3)
+disk_names = st.sampled_from("abc")
+
+
+class RemoteRecord(RuleBasedStateMachine):
+    @initialize()
+    def begin(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.folder = tempfile.TemporaryDirectory()
+        self.world = world_of(Path(self.folder.name), self.patch)
+        self.portal_context = start_blocking_portal("asyncio")
+        self.portal = self.portal_context.__enter__()
+        self._start(next(iter(self.world.held)))
+
+    def _start(self, path: Path) -> None:
+        self.world.killed = False
+        self.serving = self.portal.wrap_async_context_manager(run_of(self.world, path, resume=False))
+        self.run, _ = self.serving.__enter__()
+        self.world.run = self.run
+
+    def teardown(self) -> None:
+        if not hasattr(self, "run"):
+            return
+        try:
+            try:
+                self.portal.call(self._come_to_rest)
+            finally:
+                self.world.killed = bool(self.world.taken_over)
+                self.world.run = None
+                self.serving.__exit__(None, None, None)
+        finally:
+            self.portal_context.__exit__(None, None, None)
+            for disk in self.world.held.values():
+                disk.drop()
+            self.patch.undo()
+            self.folder.cleanup()
+
+    async def _come_to_rest(self) -> None:
+        if self.world.taken_over:
+            await self._confirm_nothing_alone()
+        else:
+            async with anyio.create_task_group() as tasks:
+                await test_policy.settle(self.run, tasks)
+
+    async def _confirm_nothing_alone(self) -> None:
+        """The destination is lost to whoever was superseded: no flush is confirmed without it."""
+        if self.run.mirror.state is MirrorState.STEADY:
+            await self._try(partial(self.run.mirror.cancel, force=True), SupersededError)
+            assert self.run.mirror.state is MirrorState.STEADY
+
+    async def _try(self, do: Callable[[], Awaitable[Any]], *errors: type[VhostsyncError]) -> None:
+        with anyio.fail_after(PATIENCE_S):
+            try:
+                await do()
+            except VhostsyncError as error:
+                self.world.story.append(str(error))
+                assert not errors or isinstance(error, errors), error
+            else:
+                assert not errors, "it was obeyed"
+
+    def _path(self, name: str) -> Path:
+        return self.run.world.folder / f"{name}.img"
+
+    # ---- what happens ----------------------------------------------------------------
+
+    @rule(blocks=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=4, unique=True))
+    def write(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.portal.call(self.run.guest.write, block)
+
+    @rule()
+    def flush(self) -> None:
+        self.portal.call(self.run.guest.flush)
+
+    @rule(coming=outcomes)
+    def the_store_will(self, coming: list[Outcome]) -> None:
+        self.world.server.coming.extend(coming)
+
+    @rule(index=st.integers(0, 7))
+    def a_change_arrives_late(self, index: int) -> None:
+        if self.world.server.under_way:
+            self.world.server.land(index % len(self.world.server.under_way))
+
+    @rule(name=disk_names, full=st.booleans())
+    def start_mirror(self, name: str, full: bool) -> None:
+        path = self._path(name)
+        if path != self.run.mirror.source_path:
+            target = MirrorTarget(path, cache="writeback", full=full)
+            self.portal.call(self._try, partial(self.run.mirror.start, target))
+
+    @rule()
+    def become_steady(self) -> None:
+        self.portal.call(self._become_steady)
+
+    async def _become_steady(self) -> None:
+        with anyio.fail_after(PATIENCE_S):
+            while self.run.mirror.state is MirrorState.SYNCING:
+                await anyio.sleep(0.002)
+
+    @rule(keep=st.booleans(), step_by_step=st.booleans())
+    def switch(self, keep: bool, step_by_step: bool) -> None:
+        plan = {"keep_mirror": keep, "accept_unreadable": step_by_step}
+        switch = partial(self.run.mirror.switch, deadline_s=5.0, max_pause_ms=1000, **plan)
+        self.portal.call(self._try, switch)
+
+    @rule(force=st.booleans())
+    def cancel(self, force: bool) -> None:
+        self.portal.call(self._try, partial(self.run.mirror.cancel, force=force))
+
+    @rule(op=st.sampled_from([DiskOp.WRITE, DiskOp.FLUSH]), count=st.sampled_from([1, 3]))
+    def the_destination_fails(self, op: DiskOp, count: int) -> None:
+        path = self.run.mirror.destination_path
+        if path is not None:
+            self.portal.call(partial(self.world.held[path].fault, op, 5, count=count))
+
+    @rule()
+    def time_passes(self) -> None:
+        self.portal.call(anyio.sleep, MOMENT_S)
+
+    @rule()
+    def kill_and_restart(self) -> None:
+        """With what is under way to the store, which needs to answer for a start."""
+        if self.world.taken_over:
+            return
+        self.world.killed = True
+        self.world.run = None
+        self.serving.__exit__(None, None, None)
+        self.world.server.coming.clear()
+        assert self.world.server.value is not None
+        self._start(Path(self.world.server.value.after_a_kill().current.path))
+
+    @precondition(lambda self: not self.world.taken_over)
+    @rule()
+    def take_over(self) -> None:
+        """By somebody who may: its destination is up to date."""
+        value, server = self.world.server.value, self.world.server
+        assert value is not None
+        if value.former is None and value.record.peer_worth is Worth.UP_TO_DATE:
+            assert value.record.peer is not None
+            server.put(value.record.promoted(value.record.peer))
+            self.world.taken_over = server.revision
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "run"):
+            self.portal.call(self.world.check)
+
+
+TestRemoteRecord = RemoteRecord.TestCase
+TestRemoteRecord.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=30, deadline=None, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+TestRemoteRecord = pytest.mark.timeout(600)(TestRemoteRecord)
