@@ -12,6 +12,9 @@ One command at a time (`turns`): a second one is refused, not queued.
 
 import errno
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 from dataclasses import asdict, replace
 from typing import Final
 
@@ -52,6 +55,7 @@ from vhostsync.statistic import figures_of
 from vhostsync.storage.identity import DiskIdentity, same
 from vhostsync.storage.kinds import Disk, is_named
 from vhostsync.switch import Switch
+from vhostsync.switch_steps import SwitchSteps
 from vhostsync.turns import Turns
 
 log = structlog.get_logger(__name__)
@@ -484,6 +488,17 @@ class Mirror:
         async with self.turns.take("switch"):
             await self._switch.check(self.state, plan)
             return await self._switch.run(plan, deadline_s)
+
+    @asynccontextmanager
+    async def switch_in_steps(self, plan: SwitchPlan) -> AsyncIterator[SwitchSteps]:
+        """For a coordinator of several disks: one attempt, whose steps it takes. The guest's last writes are
+        on the destination, nothing else commands the mirror meanwhile, and what was begun and not exchanged
+        is taken back. SwitchError, EngineError."""
+        async with self.turns.take("switch"):
+            await self._switch.check(self.state, plan)
+            await self._switch.drain(plan)
+            async with self._switch.steps(plan) as steps:
+                yield steps
 
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:

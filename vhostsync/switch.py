@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switch: prepare, announce, close the gate, rename the record, exchange the disks; or all as it was.
-
-The record names the new disk before the first request goes there (state_file.py says how, without a wait for
-the record's disk). From the closed gate to the open one the guest is held, and nothing may be cut off.
-"""
+"""The switch: whether it may be, attempt after attempt until one has succeeded (switch_steps.py has what an
+attempt is) or the deadline has passed, and what is said of it."""
 
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Final
 
@@ -20,13 +19,12 @@ from vhostsync.events import EventHub
 from vhostsync.mirror_state import MirrorState
 from vhostsync.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.record_keeper import RecordKeeper
-from vhostsync.record_store import Mark, Prepared
 from vhostsync.roles import Roles
+from vhostsync.switch_steps import SwitchSteps, take_all
 
 log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 0.05
-GATE_NOT_CLOSED: Final = (errno.ETIMEDOUT, errno.EAGAIN)  # it took too long, or another drain is needed
 
 
 class Switch:
@@ -94,10 +92,10 @@ class Switch:
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
         another switch has done so meanwhile. VhostsyncError."""
-        async with self._keeper.lock:
+        async with self.steps(SwitchPlan(deadline_s * 1000)) as steps:
             if not (await self._engine.snapshot()).failover_pending:
                 return None
-            switched = await self._try(SwitchPlan(deadline_s * 1000))
+            switched = await take_all(steps)
             if switched is None:
                 raise SwitchError("the destination could not be brought up to date in time")
             return self._result(switched, 1)
@@ -106,15 +104,18 @@ class Switch:
         attempts = 0
         while True:
             attempts += 1
-            # Prepare, the guest running: the lag shrinks, and the destination shows that it can flush.
-            await self._engine.mirror_drain(both_disks=plan.keep_mirror)
-            async with self._keeper.lock:
-                switched = await self._try(plan)
+            await self.drain(plan)
+            async with self.steps(plan) as steps:
+                switched = await take_all(steps)
             if switched is not None:
                 if switched.accepted:
                     log.warning("accepted what the destination holds there", **switched.accepted.listed())
                 return self._result(switched, attempts)
             await anyio.sleep(RETRY_S * attempts)
+
+    async def drain(self, plan: SwitchPlan) -> None:
+        """The guest running: the lag shrinks, and the destination shows that it can flush. EngineError."""
+        await self._engine.mirror_drain(both_disks=plan.keep_mirror)
 
     def _result(self, switched: Switched, attempts: int) -> SwitchResult:
         destination = self._roles.destination
@@ -126,80 +127,13 @@ class Switch:
             accepted=switched.accepted.listed(),
         )
 
-    async def _try(self, plan: SwitchPlan) -> Switched | None:
-        """Under the record's lock. The record is as it was unless this returns what it did. None: the gate
-        could not be closed in time."""
-        prepared: Prepared | None = None
-        switched: Switched | None = None
-        try:
-            prepared = await self._keeper.prepare_switch(
-                self._keeper.switched(keep_mirror=plan.keep_mirror)
-            )
-            if plan.accept_unreadable or (prepared is not None and prepared.mark is None):
-                switched = await self._step_by_step(prepared, plan)
-            else:
-                switched = await self._at_once(prepared.mark if prepared is not None else None, plan)
-        finally:
-            if switched is None:
-                await self._keeper.take_back(prepared)
-        if switched is not None:
-            await self._keeper.settle_switch(prepared)
-        return switched
-
-    async def _at_once(self, mark: Mark | None, plan: SwitchPlan) -> Switched | None:
-        """While the guest is held, nothing is done here, and no disk waited for."""
-        try:
-            pause_ns = await self._engine.gate_and_exchange(
-                int(plan.max_pause_ms * 1000), mark, keep_mirror=plan.keep_mirror,
-                accept_different=plan.accept_different,
-            )  # fmt: skip
-            return Switched(pause_ns, BadRanges())
-        except EngineError as error:
-            with anyio.CancelScope(shield=True):
-                await self._engine.ungate()
-            if error.errno not in GATE_NOT_CLOSED:
-                raise
-            return None
-
-    async def _step_by_step(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched | None:
-        """Where it has to be known what is accepted, or the record has no memory for a mark."""
-        if not await self._close_gate(plan.max_pause_ms):
-            return None
-        # From here to the end nothing may be cut off: the guest is held.
-        with anyio.CancelScope(shield=True):
-            return await self._exchange(prepared, plan)
-        raise AssertionError("nobody cancels that scope")
-
-    async def _close_gate(self, max_pause_ms: float) -> bool:
-        """False: it could not be closed in time, and is open again. So it is when this raises or is
-        cancelled (the deadline of the switch): a gate that nobody opens would hold the guest for ever."""
-        try:
-            await self._engine.gate(int(max_pause_ms * 1000))
-        except EngineError as error:
-            if error.errno not in GATE_NOT_CLOSED:
-                raise
-            return False
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._engine.ungate()
-            raise
-        return True
-
-    async def _exchange(self, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
-        """With the gate closed: the record, then the disks."""
-        accepted = BadRanges()
-        try:
-            if plan.accept_unreadable:
-                accepted = BadRanges.of(await self._engine.snapshot())
-            if prepared is not None:
-                await self._keeper.change_to(prepared)
-            pause_ns = await self._engine.exchange(
-                keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable,
-                accept_different=plan.accept_different,
-            )  # fmt: skip
-            return Switched(pause_ns, accepted)
-        except VhostsyncError:
-            # First the record: what the guest writes from here on goes to the disk that it is to name again.
-            await self._keeper.take_back(prepared)
-            await self._engine.ungate()
-            raise
+    @asynccontextmanager
+    async def steps(self, plan: SwitchPlan) -> AsyncIterator[SwitchSteps]:
+        """One attempt, with the record's lock. What it has begun is taken back, unless the disks were
+        exchanged."""
+        async with self._keeper.lock:
+            steps = SwitchSteps(self._engine, self._keeper, plan)
+            try:
+                yield steps
+            finally:
+                await steps.take_back()

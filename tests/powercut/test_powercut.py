@@ -16,12 +16,12 @@ from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
 from tests.powercut.scenes import SCENES, Scene
 from vhostsync.bad_ranges import BadRanges
-from vhostsync.mirror_status import Switched, SwitchPlan
+from vhostsync.mirror_status import Switched
 from vhostsync.record_keeper import RecordKeeper
 from vhostsync.record_store import Prepared
 from vhostsync.state_record import StateRecord, Worth
 from vhostsync.storage.identity import DiskIdentity
-from vhostsync.switch import Switch
+from vhostsync.switch_steps import SwitchSteps
 
 SEEDS = int(os.environ.get("VHOSTSYNC_POWERCUT_SEEDS", "2"))
 
@@ -56,14 +56,14 @@ def test_a_record_that_is_written_after_the_exchange_is_noticed(
 ) -> None:
     """The guest writes to the new disk while the record still names the old one."""
 
-    async def exchange_first(switch: Switch, prepared: Prepared | None, plan: SwitchPlan) -> Switched:
-        pause_ns = await switch._engine.exchange(keep_mirror=plan.keep_mirror, accept_unreadable=False)
+    async def exchange_first(steps: SwitchSteps) -> Switched:
+        pause_ns = await steps._engine.exchange(keep_mirror=steps._plan.keep_mirror, accept_unreadable=False)
         await anyio.sleep(0.02)
-        assert prepared is not None
-        await anyio.to_thread.run_sync(prepared.settle)
+        assert steps._prepared is not None
+        await anyio.to_thread.run_sync(steps._prepared.settle)
         return Switched(pause_ns, BadRanges())
 
-    monkeypatch.setattr(Switch, "_exchange", exchange_first)
+    monkeypatch.setattr(SwitchSteps, "_exchange_with_the_gate_closed", exchange_first)
     assert _one_of_the_seeds_finds_it(where, "leave")
 
 
