@@ -15,7 +15,6 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
-from dataclasses import asdict, replace
 from typing import Final
 
 import anyio
