@@ -15,10 +15,12 @@ VHOSTSYNC_STORE_EXAMPLES plays longer."""
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine_driver import DiskOp
+from tests.frontend import Request
 from tests.model import test_policy
 from tests.model.remote_store import Outcome, RemoteStore, Server
 from tests.model.rig import BLOCK, pattern
 from tests.model.test_policy import BLOCKS, SPREAD, Run, World, disks_in, run_of
+from tests.model.test_review_record import until
 from vhostsync import record_keeper
 from vhostsync.config import MirrorTarget
-from vhostsync.errors import StateRecordError, SupersededError, VhostsyncError
+from vhostsync.errors import (
+    MirrorError,
+    StateRecordError,
+    SupersededError,
+    SwitchError,
+    UnsettledRecordError,
+    VhostsyncError,
+)
 from vhostsync.mirror_state import MirrorState
 from vhostsync.record_store import RecordStore
 from vhostsync.state_record import StateRecord, Worth
@@ -260,3 +271,157 @@ TestRemoteRecord.settings = settings(
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestRemoteRecord = pytest.mark.timeout(600)(TestRemoteRecord)
+
+
+# ---- one case each ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def steady(world: RemoteWorld) -> AsyncIterator[Run]:
+    """A mirror from a.img to b.img, and the record says so."""
+    async with run_of(world, world.folder / "a.img", resume=False) as (run, _):
+        await run.mirror.start(MirrorTarget(world.folder / "b.img", cache="writeback"))
+        await until(lambda: world.record().peer_worth is Worth.UP_TO_DATE)
+        yield run
+        world.killed = True
+
+
+def play(
+    scene: Callable[[RemoteWorld, Run], Awaitable[None]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def perform() -> None:
+        world = world_of(folder, monkeypatch)
+        async with steady(world) as run:
+            await scene(world, run)
+        for disk in world.held.values():
+            disk.drop()
+
+    anyio.run(perform)
+
+
+async def run_until_done(run: Run, request: Request) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while not request.done:
+            run.guest.frontend.poll()
+            await anyio.sleep(0.002)
+
+
+async def answered(run: Run) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while not run.guest.is_idle():
+            run.guest.listen()
+            await anyio.sleep(0.002)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.LOST, Outcome.UNDER_WAY, Outcome.DONE])
+def test_a_change_in_doubt_is_followed_by_the_record_that_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+) -> None:
+    """A mirror-start that was refused for it leaves no peer for a restart to resume."""
+
+    async def scene(world: RemoteWorld, run: Run) -> None:
+        await run.mirror.cancel(force=True)
+        before = world.record()
+        world.server.coming.append(outcome)
+        with pytest.raises(UnsettledRecordError):
+            await run.mirror.start(MirrorTarget(world.folder / "c.img", cache="writeback"))
+        await until(lambda: not run.store.late)
+        assert world.record() == before
+        while world.server.under_way:
+            world.server.land(0)
+        assert world.record() == before
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_no_flush_is_confirmed_while_it_is_in_doubt_whether_the_destination_is_outdated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(world: RemoteWorld, run: Run) -> None:
+        world.server.coming.extend([Outcome.LOST, Outcome.UNDER_WAY] * 10_000)
+        world.held[world.folder / "b.img"].fault(DiskOp.WRITE, errno.EIO, count=-1)
+        write = run.guest.frontend.write(0, pattern(1))
+        await until(lambda: run.mirror.state is MirrorState.DEGRADED)
+        flush = run.guest.frontend.flush()
+        await run_until_done(run, flush)
+        assert write.ok and not flush.ok and world.record().peer_worth is Worth.UP_TO_DATE
+        world.server.coming.clear()
+        await until(lambda: world.record().peer_worth is Worth.OUTDATED)
+
+    play(scene, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("made", [Outcome.UNDER_WAY, Outcome.DONE])
+@pytest.mark.parametrize("put_back", [Outcome.ANSWERED, Outcome.LOST])
+def test_a_switch_whose_change_is_in_doubt_leaves_the_guest_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Outcome, put_back: Outcome
+) -> None:
+    """And the record follows, as soon as it can."""
+
+    async def scene(world: RemoteWorld, run: Run) -> None:
+        world.server.coming.extend([Outcome.ANSWERED, made, put_back])  # announced, changed, put back
+        with pytest.raises(SwitchError, match="is unknown"):
+            await run.mirror.switch(deadline_s=5, max_pause_ms=1000, keep_mirror=False)
+        world.check()
+        run.guest.write(1)
+        run.guest.flush()
+        await answered(run)
+        await until(lambda: not run.store.late)
+        while world.server.under_way:
+            world.server.land(0)
+        world.check()
+        assert world.record().current.path == str(world.folder / "a.img")
+        assert run.mirror.source_path == world.folder / "a.img" and run.mirror.state is MirrorState.STEADY
+        await run.mirror.switch(deadline_s=5, max_pause_ms=1000, keep_mirror=False)
+        assert world.record().current.path == str(world.folder / "b.img")
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_whoever_is_superseded_changes_nothing_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(world: RemoteWorld, run: Run) -> None:
+        taken = world.record()
+        assert taken.peer is not None
+        world.server.put(taken.promoted(taken.peer))
+        world.taken_over = world.server.revision
+        with pytest.raises(MirrorError, match="changed by somebody else"):
+            await run.mirror.switch(deadline_s=5, max_pause_ms=1000, keep_mirror=True)
+        with pytest.raises(SupersededError, match="changed by somebody else"):
+            await run.mirror.cancel(force=True)
+        world.held[world.folder / "b.img"].fault(DiskOp.WRITE, errno.EIO, count=-1)
+        run.guest.frontend.write(0, pattern(1))
+        await until(lambda: run.mirror.state is MirrorState.DEGRADED)
+        flush = run.guest.frontend.flush()
+        await run_until_done(run, flush)
+        assert not flush.ok, "it is confirmed, and whoever has taken over lacks it"
+        world.check()
+
+    play(scene, tmp_path, monkeypatch)
+
+
+def test_a_start_kills_what_an_earlier_run_has_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the store has changed, and yet it is written before the guest is served."""
+
+    async def scene(world: RemoteWorld, run: Run) -> None:
+        world.server.coming.extend([Outcome.ANSWERED, Outcome.UNDER_WAY, *[Outcome.LOST] * 10_000])
+        with pytest.raises(SwitchError):
+            await run.mirror.switch(deadline_s=5, max_pause_ms=1000, keep_mirror=False)
+
+    async def perform() -> None:
+        world = world_of(tmp_path, monkeypatch)
+        async with steady(world) as run:
+            await scene(world, run)
+        world.server.coming.clear()
+        world.killed = False
+        async with run_of(world, world.folder / "a.img", resume=False) as (run, _):
+            for index in reversed(range(len(world.server.under_way))):
+                world.server.land(index)
+            assert world.record().current.path == str(world.folder / "a.img")
+        for disk in world.held.values():
+            disk.drop()
+
+    anyio.run(perform)
