@@ -11,10 +11,9 @@ One command at a time (`turns`): a second one is refused, not queued.
 """
 
 import errno
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Final
 
 import anyio
@@ -22,8 +21,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
-from vhostsync import events
-from vhostsync.bad_ranges import rows
 from vhostsync.bitmap import BitmapFile
 from vhostsync.catch_up import CatchUp
 from vhostsync.config import MirrorTarget
@@ -38,19 +35,17 @@ from vhostsync.destination import (
     was_of_this_guest,
 )
 from vhostsync.engine import Engine
-from vhostsync.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.mirror_state import REASONS, TRANSITIONS, MirrorState
-from vhostsync.mirror_status import CopyRate, MirrorStatus, SwitchPlan, SwitchResult
+from vhostsync.mirror_course import Course
+from vhostsync.mirror_state import MirrorState
+from vhostsync.mirror_status import MirrorStatus, SwitchPlan, SwitchResult
 from vhostsync.peer import NO_EARLIER_COPY
 from vhostsync.privileges import Reach
 from vhostsync.record_keeper import RecordKeeper, outdated
 from vhostsync.record_store import RecordStore
 from vhostsync.roles import Roles
-from vhostsync.snapshot import MirrorFigures, Snapshot, State
 from vhostsync.state_record import GuestDisk, StateRecord, Wanted, Worth
-from vhostsync.statistic import figures_of
 from vhostsync.storage.identity import DiskIdentity, same
 from vhostsync.storage.kinds import Disk, is_named
 from vhostsync.switch import Switch
@@ -78,28 +73,26 @@ class Mirror:
         guest: GuestDisk | None = None,
         peer_until_ns: int | None = None,
     ) -> None:
-        self.state = MirrorState.PASSTHROUGH
         self._engine = engine
         self._hub = hub
         self._roles = Roles(Place.of(source))
-        self._full_copy_reason: str | None = None
         record = record if record is not None else StateRecord.first(source.identity, guest)
         if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
             self._roles.peer.known(record.peer, peer_left, peer_until_ns)
         self._read_only = source.read_only
         self.reach = Reach()  # where destinations may lie
         self.turns = Turns()
-        self._resuming = False
-        self._speed_bytes_per_s = 0
-        self._rate = CopyRate()
-        self._reason: str | None = None
-        self._last_error: str | None = None
-        self._changed = anyio.Event()
-        # The keeper hears of each event first: when the disks were exchanged, the roles are the new ones.
         self._keeper = RecordKeeper(engine, self._roles, hub, store, record, bitmap, self._note_error)
-        engine.on_event(self._on_event)
+        self._course = Course(engine, self._roles, self._keeper, hub)
         self._switch = Switch(engine, self._roles, self._keeper, hub)
         self._catch_up = CatchUp(engine, self._begin_catch_up)
+
+    @property
+    def state(self) -> MirrorState:
+        return self._course.state
+
+    async def status(self) -> MirrorStatus:
+        return await self._course.status()
 
     @property
     def source_path(self) -> str:
@@ -133,7 +126,7 @@ class Mirror:
     @property
     def changed(self) -> anyio.Event:
         """Set at the next event of the engine."""
-        return self._changed
+        return self._course.changed
 
     @property
     def bitmap(self) -> BitmapFile | None:
@@ -143,75 +136,17 @@ class Mirror:
         """What the guest is told of its disk, before it is told so. StateRecordError."""
         await self._keeper.record_capacity(capacity_bytes)
 
+    def _note_error(self, error: str) -> None:
+        self._course.last_error = error
+
     @property
     def epoch(self) -> int:
         return self._keeper.record.epoch
 
-    # ---- what the engine reports ---------------------------------------------
-
-    def _on_event(self, event: EngineEvent) -> None:
-        if event.kind is EventKind.STATE:
-            self._enter(MirrorState(State(event.value).name.lower()), Reason(event.reason), event.error)
-        elif event.kind is EventKind.IO_ERROR:
-            self._note_io_error(event)
-        elif event.kind is EventKind.FENCE_CLEAR:
-            former, self._roles.fenced_path = self._roles.fenced_path, None
-            if former is not None:
-                log.info("the last request of the former destination is over", path=former)
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
-
-    def _note_io_error(self, event: EngineEvent) -> None:
-        path = self._roles.source.name if event.role == "source" else self._roles.destination_path
-        name = EngineError.from_errno(f"{event.op} of {path} at byte {event.offset}", event.error)
-        self._last_error = str(name)
-        data = {
-            "disk": event.role,
-            "path": path,
-            "operation": event.op,
-            "offset": event.offset,
-            "length": event.length,
-            "error": str(name),
-        }
-        log.error("I/O error", **data)
-        self._hub.publish(events.IO_ERROR, data)
-
-    def _note_error(self, error: str) -> None:
-        self._last_error = error
-
-    def _enter(self, state: MirrorState, reason: Reason, error: int) -> None:
-        former = self.state
-        if state not in TRANSITIONS[former]:
-            log.critical("a move between states that must not be", former=former, state=state)
-        self.state = state
-        resumed = self._resuming and reason is Reason.COMMAND and state is MirrorState.SYNCING
-        self._reason = "resumed" if resumed else REASONS[reason]
-        if error:
-            self._last_error = str(EngineError.from_errno(REASONS[reason], error))
-        if state is MirrorState.DEGRADED:
-            self._roles.fence()
-        destination = self._roles.destination_path
-        say = log.warning if state in (MirrorState.DEGRADED, MirrorState.AHEAD) else log.info
-        failure = self._last_error if error else None
-        say("mirror", state=str(state), former=str(former), reason=self._reason, error=failure)
-        self._hub.publish(
-            events.MIRROR_STATE_CHANGE,
-            {
-                "state": str(state),
-                "former": str(former),
-                "reason": self._reason,
-                "destination": destination,
-                "error": failure,
-            },
-        )
-
     async def run(self) -> None:
         """Keep the record true and report progress, until cancelled."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._report_progress)
+            tasks.start_soon(self._course.report_progress)
             tasks.start_soon(self._catch_up.run)
             await self._keeper.run()
 
@@ -224,73 +159,6 @@ class Mirror:
             if self._keeper.record.peer_worth is not Worth.INCONSISTENT:
                 await self._keeper.write(self._keeper.record.with_worth(Worth.INCONSISTENT))
             await self._engine.catch_up()
-
-    # ---- progress ----------------------------------------------------------------
-
-    async def _report_progress(self) -> None:
-        while True:
-            while self.state is not MirrorState.SYNCING:
-                await self._changed.wait()
-            self._rate.clear()
-            while self.state is MirrorState.SYNCING:
-                status = await self.status()
-                self._hub.publish(
-                    events.MIRROR_PROGRESS,
-                    {
-                        "bytes-done": status.copy_bytes_done,
-                        "bytes-total": status.copy_bytes_total,
-                        "rate": round(status.copy_rate_bytes_per_s),
-                        "remaining-s": status.copy_remaining_s,
-                    },
-                )
-                changed = self._changed
-                with anyio.move_on_after(PROGRESS_S):
-                    await changed.wait()
-
-    async def status(self) -> MirrorStatus:
-        now = await self._engine.snapshot()
-        if now.state is State.SYNCING:
-            self._rate.add(anyio.current_time(), now.copy_bytes_done)
-        return self._status(now)
-
-    def _status(self, now: Snapshot) -> MirrorStatus:
-        rate = self._rate.bytes_per_s() if now.state is State.SYNCING else 0.0
-        left = now.copy_bytes_total - now.copy_bytes_done
-        if now.state is not State.SYNCING:
-            remaining_s = None
-        else:
-            remaining_s = math.ceil(left / rate * 10) / 10 if rate else None
-        peer = self._keeper.record.peer
-        return MirrorStatus(
-            **figures_of(MirrorFigures, now),
-            state=str(self.state),
-            worth=self._worth(),
-            source=self._roles.source.name,
-            destination=self.destination_path or peer.path if peer is not None else None,
-            counts=asdict(now.counts),
-            bitmap=str(self._keeper.bitmap.path) if self._keeper.bitmap is not None else None,
-            full_copy_reason=self._full_copy_reason,
-            copy_rate_bytes_per_s=rate,
-            copy_remaining_s=remaining_s,
-            speed_bytes_per_s=self._speed_bytes_per_s,
-            wanted=self._keeper.record.wanted is not None,
-            last_error=self._last_error,
-            reason=self._reason,
-            doubt=rows(now.doubt),
-            outdated_since=self._keeper.record.outdated_since,
-            different_since=self._keeper.different_since,
-            unreadable=rows(now.unreadable),
-            record_error=self._keeper.write_error,
-            flushes_fail=self._keeper.flushes_fail,
-        )
-
-    def _worth(self) -> str | None:
-        if self.state is MirrorState.STEADY:
-            return Worth.UP_TO_DATE.value
-        if self.state is MirrorState.SYNCING:
-            return Worth.INCONSISTENT.value
-        worth = self._keeper.record.peer_worth
-        return worth.value if worth is not None else None
 
     # ---- commands ------------------------------------------------------------------
 
@@ -309,14 +177,14 @@ class Mirror:
         if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
             return
         async with self.turns.take("resuming the mirror"):
-            self._resuming = True
+            self._course.resuming = True
             try:
                 await self._start(target, former=self._keeper.record.peer)
             except VhostsyncError as error:
-                self._last_error = str(error)
+                self._course.last_error = str(error)
                 raise
             finally:
-                self._resuming = False
+                self._course.resuming = False
 
     async def _start(self, target: MirrorTarget, former: DiskIdentity | None = None) -> None:
         if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
@@ -355,7 +223,7 @@ class Mirror:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""
         with anyio.move_on_after(FENCE_WAIT_S):
             while self._roles.fenced_path is not None:
-                await self._changed.wait()
+                await self._course.changed.wait()
         if self._roles.fenced_path is not None:
             raise MirrorError(
                 f"requests to the former destination {self._roles.fenced_path} are not over yet and could "
@@ -381,7 +249,7 @@ class Mirror:
         """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
         restart goes by the record."""
         why_full, now, place = await anyio.to_thread.run_sync(self._judge, disk)
-        if self._resuming and why_full == NO_EARLIER_COPY:
+        if self._course.resuming and why_full == NO_EARLIER_COPY:
             why_full = "what the last run's copy lacks is not known, for no --bitmap has kept it"
         full_copy_reason = "it was asked for" if target.full else why_full
         resync = full_copy_reason is None
@@ -395,7 +263,7 @@ class Mirror:
             if not resync:
                 record = record.with_difference(None)
             await self._keeper.write(record.with_wanted(wanted))
-            former_peer, self._last_error = self._roles.attach(place), None
+            former_peer, self._course.last_error = self._roles.attach(place), None
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
                 await self._engine.peer_differs(record.different_since is not None)
@@ -407,8 +275,8 @@ class Mirror:
             if not resync:
                 await self._keeper.begin_bitmap(place)
             self._keeper.different_since = record.different_since
-        self._full_copy_reason = full_copy_reason
-        self._speed_bytes_per_s = target.speed_bytes_per_s
+        self._course.full_copy_reason = full_copy_reason
+        self._course.speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=place.name, everything_because=full_copy_reason)
 
     async def cancel(self, *, force: bool) -> None:
@@ -433,7 +301,7 @@ class Mirror:
         """Whoever changes the destination after the command has returned is to be noticed."""
         with anyio.move_on_after(FENCE_WAIT_S):
             while self._roles.fenced_path is not None:
-                await self._changed.wait()
+                await self._course.changed.wait()
             await anyio.to_thread.run_sync(self._roles.peer.look)
 
     async def _drain(self, otherwise: str) -> None:
@@ -468,7 +336,7 @@ class Mirror:
                 wanted = replace(record.wanted, speed_bytes_per_s=bytes_per_s)
                 await self._keeper.write(record.with_wanted(wanted))
         await self._engine.mirror_speed(bytes_per_s)
-        self._speed_bytes_per_s = bytes_per_s
+        self._course.speed_bytes_per_s = bytes_per_s
 
     async def note_verified(self, *, different: bool | None) -> None:
         """A verification has found so: one that differs is switched to only if that is accepted. None: it has

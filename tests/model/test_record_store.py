@@ -202,7 +202,7 @@ class RemoteRecord(RuleBasedStateMachine):
 
     @rule(name=disk_names, full=st.booleans())
     def start_mirror(self, name: str, full: bool) -> None:
-        path = self._path(name)
+        path = str(self._path(name))
         if path != self.run.mirror.source_path:
             target = MirrorTarget(path, cache="writeback", full=full)
             self.portal.call(self._try, partial(self.run.mirror.start, target))
@@ -230,7 +230,7 @@ class RemoteRecord(RuleBasedStateMachine):
     def the_destination_fails(self, op: DiskOp, count: int) -> None:
         path = self.run.mirror.destination_path
         if path is not None:
-            self.portal.call(partial(self.world.held[path].fault, op, 5, count=count))
+            self.portal.call(partial(self.world.held[Path(path)].fault, op, 5, count=count))
 
     @rule()
     def time_passes(self) -> None:

@@ -65,7 +65,7 @@ def test_two_disks_are_switched_at_one_moment(tmp_path: Path, monkeypatch: pytes
         for it, write in zip(stages, late, strict=True):
             await it.guest_does(partial(it.guest.wait, write))
             assert it.record().current.path == str(it.paths[1])
-            assert it.mirror.source_path == it.paths[1] and it.mirror.state is MirrorState.PASSTHROUGH
+            assert it.mirror.source_path == str(it.paths[1]) and it.mirror.state is MirrorState.PASSTHROUGH
             assert it.second.read(BLOCK, BLOCK) == pattern(2) and it.first.read(BLOCK, BLOCK) == bytes(BLOCK)
 
     play(scene, tmp_path, monkeypatch)
@@ -89,7 +89,7 @@ def test_where_one_cannot_be_closed_all_is_as_it_was(tmp_path: Path, monkeypatch
         await one.guest_does(partial(one.guest.wait, late))
         assert one.first.read(BLOCK, BLOCK) == pattern(2), "it went to the new disk"
         assert one.record() == before[0] and two.record().current == before[1].current
-        assert one.mirror.state is MirrorState.STEADY and one.mirror.source_path == one.paths[0]
+        assert one.mirror.state is MirrorState.STEADY and one.mirror.source_path == str(one.paths[0])
         await one.mirror.switch(deadline_s=5, max_pause_ms=2000, keep_mirror=False)
 
     play(scene, tmp_path, monkeypatch)
