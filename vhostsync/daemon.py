@@ -182,7 +182,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> Device:
                 direct=opened.disk.direct,
                 socket=str(config.socket_path) if config.socket_path else f"fd {config.fd}",
             )
-            await serving.start(started.manager.follow, device.mirror, device.events)
+            await serving.start(started.manager.follow, device.status_line, device.events)
             await process.wait_stopped()
             device.events.publish(events.SHUTDOWN, {"force": process.forced})
             started.manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")

@@ -22,6 +22,7 @@ from vhostsync.engine import LOSSES, Engine, EngineConfig
 from vhostsync.engine_event import EngineEvent, EventKind
 from vhostsync.events import EventHub
 from vhostsync.mirror import Mirror
+from vhostsync.mirror_state import MirrorState
 from vhostsync.opening import Opened
 from vhostsync.pause import DestinationPause, warn_of_a_lost_pause
 from vhostsync.privileges import Reach
@@ -110,6 +111,18 @@ class Device:
             attachment = self.engine.attachment(event.attachment)
             if attachment is not None:
                 self.frontends.disconnect(attachment, LOSSES[event.value])
+
+    # ---- what others are told of it ----------------------------------------------
+
+    def status_line(self) -> str:
+        """What `systemctl status` shows. A path may hold a line break, which would begin another field."""
+        mirror = self.mirror
+        line = f"serving {mirror.source_path}"
+        if mirror.state is not MirrorState.PASSTHROUGH:
+            line += f", mirror {mirror.state}"
+        if mirror.destination_path is not None:
+            line += f" to {mirror.destination_path}"
+        return line.replace("\n", "\\n")
 
     # ---- what the control socket and the metrics ask ---------------------------------
 

@@ -18,7 +18,7 @@ import anyio
 from . import show
 from .control.client import ControlClient, RefusedError, connect
 from .errors import MirrorError, UnreachableError
-from .printable import printable
+from .printable import printable, size
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -198,7 +198,7 @@ async def mirror_cancel(client: ControlClient, options: argparse.Namespace) -> i
 async def mirror_speed(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync mirror speed`."""
     await client.execute("mirror-set-speed", {"speed": options.speed})
-    limit = f"limited to {show.size(options.speed)} a second" if options.speed else "not limited"
+    limit = f"limited to {size(options.speed)} a second" if options.speed else "not limited"
     return await _done(client, options, f"The copy is {limit}.")
 
 
@@ -285,7 +285,7 @@ async def resize(client: ControlClient, options: argparse.Namespace) -> int:
     if options.json:
         _print_json(result)
     else:
-        _say(f"The guest's disk has {show.size(result['capacity'])} now.")
+        _say(f"The guest's disk has {size(result['capacity'])} now.")
     return EXIT_OK
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from vhostsync.show import size
+from vhostsync.printable import size
 
 LOOKED_AT_BYTES: Final = 128 * 1024
 

@@ -7,6 +7,7 @@ The protocol is a datagram; a library for it would be longer than this.
 
 import os
 import socket
+from collections.abc import Callable
 from typing import Final
 
 import anyio
@@ -15,8 +16,6 @@ import structlog
 
 from vhostsync import events
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror
-from vhostsync.mirror_state import MirrorState
 from vhostsync.printable import printable
 
 log = structlog.get_logger(__name__)
@@ -59,32 +58,21 @@ class ServiceManager:
 
     async def follow(
         self,
-        mirror: Mirror,
+        status: Callable[[], str],
         hub: EventHub,
         *,
         task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Tell that it serves, then which disk the guest is on and what becomes of the mirror, until
-        cancelled."""
+        """Tell that it serves, then how things stand (`status`) whenever that changes, until cancelled."""
         async with hub.subscribe() as changes:
-            told = _status(mirror)
+            told = status()
             self.tell(READY=1, STATUS=told)
             task_status.started()
             async for event in changes:
-                if event.name in TELLING and (status := _status(mirror)) != told:
-                    told = status
+                if event.name in TELLING and (now := status()) != told:
+                    told = now
                     self.tell(STATUS=told)
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
-
-
-def _status(mirror: Mirror) -> str:
-    """What `systemctl status` shows. A path may hold a line break, which would begin another field."""
-    line = f"serving {mirror.source_path}"
-    if mirror.state is not MirrorState.PASSTHROUGH:
-        line += f", mirror {mirror.state}"
-    if mirror.destination_path is not None:
-        line += f" to {mirror.destination_path}"
-    return line.replace("\n", "\\n")

@@ -7,23 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TextIO
 
-from .printable import printable
+from .printable import printable, size
 
 PLAIN_EVERY_S: Final = 5.0
 """Without a terminal: at most one line of progress in this time."""
 
-_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-
-
-def size(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in _UNITS:
-        count /= 1024
-        if count < 1023.95 or unit == _UNITS[-1]:
-            return f"{count:.1f} {unit}"
-    raise AssertionError
 
 
 def duration(seconds: float) -> str:

@@ -280,7 +280,7 @@ TestRemoteRecord = pytest.mark.timeout(600)(TestRemoteRecord)
 async def steady(world: RemoteWorld) -> AsyncIterator[Run]:
     """A mirror from a.img to b.img, and the record says so."""
     async with run_of(world, world.folder / "a.img", resume=False) as (run, _):
-        await run.mirror.start(MirrorTarget(world.folder / "b.img", cache="writeback"))
+        await run.mirror.start(MirrorTarget(str(world.folder / "b.img"), cache="writeback"))
         await until(lambda: world.record().peer_worth is Worth.UP_TO_DATE)
         yield run
         world.killed = True
@@ -324,7 +324,7 @@ def test_a_change_in_doubt_is_followed_by_the_record_that_holds(
         before = world.record()
         world.server.coming.append(outcome)
         with pytest.raises(UnsettledRecordError):
-            await run.mirror.start(MirrorTarget(world.folder / "c.img", cache="writeback"))
+            await run.mirror.start(MirrorTarget(str(world.folder / "c.img"), cache="writeback"))
         await until(lambda: not run.store.late)
         assert world.record() == before
         while world.server.under_way:
@@ -371,7 +371,8 @@ def test_a_switch_whose_change_is_in_doubt_leaves_the_guest_where_it_was(
             world.server.land(0)
         world.check()
         assert world.record().current.path == str(world.folder / "a.img")
-        assert run.mirror.source_path == world.folder / "a.img" and run.mirror.state is MirrorState.STEADY
+        assert run.mirror.source_path == str(world.folder / "a.img")
+        assert run.mirror.state is MirrorState.STEADY
         await run.mirror.switch(deadline_s=5, max_pause_ms=1000, keep_mirror=False)
         assert world.record().current.path == str(world.folder / "b.img")
 

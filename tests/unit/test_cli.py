@@ -19,6 +19,7 @@ from tests.unit.control_fakes import GIB, FakeBackend, FakeStatus, running
 from vhostsync import cli, operate, show
 from vhostsync.config import Answer, ServeConfig
 from vhostsync.errors import DiskError, SwitchError
+from vhostsync.printable import size
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord
 from vhostsync.storage.identity import DiskIdentity
@@ -668,7 +669,7 @@ def test_a_terminal_gets_a_bar(served: Served) -> None:
     ],
 )
 def test_sizes_for_people(count: int, text: str) -> None:
-    assert show.size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
