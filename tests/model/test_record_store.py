@@ -340,7 +340,8 @@ def test_no_flush_is_confirmed_while_it_is_in_doubt_whether_the_destination_is_o
     async def scene(world: RemoteWorld, run: Run) -> None:
         world.server.coming.extend([Outcome.LOST, Outcome.UNDER_WAY] * 10_000)
         world.held[world.folder / "b.img"].fault(DiskOp.WRITE, errno.EIO, count=-1)
-        write = run.guest.frontend.write(0, pattern(1))
+        run.guest.write(0)
+        (write,) = run.guest.writes
         await until(lambda: run.mirror.state is MirrorState.DEGRADED)
         flush = run.guest.frontend.flush()
         await run_until_done(run, flush)
@@ -392,7 +393,7 @@ def test_whoever_is_superseded_changes_nothing_and_says_why(
         with pytest.raises(SupersededError, match="changed by somebody else"):
             await run.mirror.cancel(force=True)
         world.held[world.folder / "b.img"].fault(DiskOp.WRITE, errno.EIO, count=-1)
-        run.guest.frontend.write(0, pattern(1))
+        run.guest.write(0)
         await until(lambda: run.mirror.state is MirrorState.DEGRADED)
         flush = run.guest.frontend.flush()
         await run_until_done(run, flush)
