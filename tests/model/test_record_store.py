@@ -38,8 +38,8 @@ from tests.frontend import Request
 from tests.model import test_policy
 from tests.model.remote_store import Outcome, RemoteStore, Server
 from tests.model.rig import BLOCK, pattern
+from tests.model.stage import until
 from tests.model.test_policy import BLOCKS, SPREAD, Run, World, disks_in, run_of
-from tests.model.test_review_record import until
 from vhostsync import record_keeper
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import (

@@ -15,7 +15,7 @@ import pytest
 
 from tests.engine_driver import DiskOp
 from tests.model.rig import BLOCK, pattern
-from tests.model.test_review_record import Stage, stage
+from tests.model.stage import Stage, stage
 from vhostsync.errors import EngineError
 from vhostsync.mirror_state import MirrorState
 from vhostsync.mirror_status import SwitchPlan
