@@ -2,8 +2,12 @@
 """A small vhost-user frontend over a socket, for tests: the protocol's other side, blocking.
 
 `VhostUserTransport` lets a `Frontend` of tests/frontend.py reach a backend the way QEMU does.
-`VhostUserClient` is the wire itself, for tests that send messages out of order or broken. Message numbers and
-layouts: vhost-user protocol specification, "Message Specification" and "Front-end message types".
+`VhostUserClient` is the wire itself, for tests that send messages out of order or broken.
+
+The numbers and layouts of the protocol are here, once for all tests, those of requests and features in
+tests/frontend.py, those of rings in tests/guest_ring.py. They were taken from the specifications and not from
+vhostsync (vhost-user protocol specification, "Message Specification" and "Front-end message types"): a number
+that is wrong in the product must not be wrong in its test, too.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ STATE = struct.Struct("<II")
 ADDRESS = struct.Struct("<IIQQQQ")
 REGION = struct.Struct("<QQQQ")
 CONFIG = struct.Struct("<III")
+LOG = struct.Struct("<QQ")
+INFLIGHT = struct.Struct("<QQHH4x")
 
 
 class Message(IntEnum):
@@ -50,6 +56,8 @@ class Message(IntEnum):
     SET_VRING_ENABLE = 18
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
@@ -179,23 +187,19 @@ class VhostUserTransport:
     def set_memory(self, regions: Sequence[Region]) -> None:
         if self.mem_slots:
             for region in regions:
-                self.client.tell(Message.ADD_MEM_REG, bytes(8) + _pack_region(region), [region.fd])
+                self.client.tell(Message.ADD_MEM_REG, pack_slot(region), [region.fd])
             return
-        payload = struct.pack("<II", len(regions), 0) + b"".join(map(_pack_region, regions))
-        self.client.tell(Message.SET_MEM_TABLE, payload, [region.fd for region in regions])
+        self.client.tell(Message.SET_MEM_TABLE, pack_memory(regions), [region.fd for region in regions])
 
     def remove_memory(self, region: Region) -> None:
-        self.client.tell(Message.REM_MEM_REG, bytes(8) + _pack_region(region))
+        self.client.tell(Message.REM_MEM_REG, pack_slot(region))
 
     def start_ring(
         self, queue: int, size: int, addresses: RingAddresses, base: int, kick: int, call: int, err: int
     ) -> None:
         client = self.client
         client.tell(Message.SET_VRING_NUM, STATE.pack(queue, size))
-        client.tell(
-            Message.SET_VRING_ADDR,
-            ADDRESS.pack(queue, 0, addresses.desc, addresses.used, addresses.avail, 0),
-        )
+        client.tell(Message.SET_VRING_ADDR, pack_addresses(queue, addresses))
         client.tell(Message.SET_VRING_BASE, STATE.pack(queue, base))
         client.tell_u64(Message.SET_VRING_CALL, queue, [call])
         client.tell_u64(Message.SET_VRING_ERR, queue, [err])
@@ -214,3 +218,18 @@ class VhostUserTransport:
 
 def _pack_region(region: Region) -> bytes:
     return REGION.pack(region.guest_addr, region.bytes, region.user_addr, region.mmap_offset)
+
+
+def pack_slot(region: Region) -> bytes:
+    """Of ADD_MEM_REG and REM_MEM_REG."""
+    return bytes(8) + _pack_region(region)
+
+
+def pack_memory(regions: Sequence[Region]) -> bytes:
+    """Of SET_MEM_TABLE."""
+    return struct.pack("<II", len(regions), 0) + b"".join(map(_pack_region, regions))
+
+
+def pack_addresses(queue: int, addresses: RingAddresses) -> bytes:
+    """Of SET_VRING_ADDR."""
+    return ADDRESS.pack(queue, 0, addresses.desc, addresses.used, addresses.avail, 0)

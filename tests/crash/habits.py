@@ -14,31 +14,22 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 
 from tests.frontend import Feature, Frontend, Queue
 from tests.vhost_client import (
-    ADDRESS,
     HEADER,
-    REGION,
+    INFLIGHT,
     STATE,
     ConnectionLostError,
     Message,
     ProtocolFeature,
     VhostUserClient,
     VhostUserTransport,
+    pack_addresses,
+    pack_memory,
 )
-
-INFLIGHT = struct.Struct("<QQHH4x")
-
-
-class InflightMessage(IntEnum):
-    GET_INFLIGHT_FD = 31
-    SET_INFLIGHT_FD = 32
-
 
 PROTOCOL = (
     ProtocolFeature.MQ
@@ -69,13 +60,13 @@ class InflightRegion:
 
 def get_inflight(client: VhostUserClient, queues: int, queue_size: int) -> InflightRegion:
     """GET_INFLIGHT_FD: a region of the backend's making, for the caller to close."""
-    client.send(InflightMessage.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, queue_size))
+    client.send(Message.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, queue_size))
     header, fds, _, _ = socket.recv_fds(client.socket, HEADER.size, 1)
     if not header:
         raise ConnectionLostError("the backend closed the connection")
     try:
         answered, _, size = HEADER.unpack(header)
-        assert answered == InflightMessage.GET_INFLIGHT_FD and size == INFLIGHT.size
+        assert answered == Message.GET_INFLIGHT_FD and size == INFLIGHT.size
         place = INFLIGHT.unpack(client._exactly(size))
         (fd,) = fds
     except BaseException:
@@ -86,14 +77,11 @@ def get_inflight(client: VhostUserClient, queues: int, queue_size: int) -> Infli
 
 
 def _pack_regions(frontend: Frontend) -> bytes:
-    regions = frontend.memory.regions
-    packed = (REGION.pack(r.guest_addr, r.bytes, r.user_addr, r.mmap_offset) for r in regions)
-    return struct.pack("<II", len(regions), 0) + b"".join(packed)
+    return pack_memory(frontend.memory.regions)
 
 
 def _pack_address(number: int, queue: Queue) -> bytes:
-    place = queue.ring.addresses()
-    return ADDRESS.pack(number, 0, place.desc, place.used, place.avail, 0)
+    return pack_addresses(number, queue.ring.addresses())
 
 
 @dataclass
@@ -135,7 +123,7 @@ def qemu(client: VhostUserClient, frontend: Frontend, kept: Kept) -> None:
     features = (frontend.features & offered | Feature.PROTOCOL_FEATURES).to_bytes(8, "little")
     client.send(Message.SET_FEATURES, features)
     region = kept.or_ask(client, frontend)
-    client.send(InflightMessage.SET_INFLIGHT_FD, region.describe(), [region.fd])
+    client.send(Message.SET_INFLIGHT_FD, region.describe(), [region.fd])
     client.send(Message.SET_FEATURES, features)
     client.reply_ack = True  # SET_MEM_TABLE is what QEMU does ask an acknowledgement for
     client.tell(Message.SET_MEM_TABLE, _pack_regions(frontend), [r.fd for r in frontend.memory.regions])
@@ -162,7 +150,7 @@ def cloud_hypervisor(client: VhostUserClient, frontend: Frontend, kept: Kept) ->
     for number, queue in enumerate(frontend.queues):
         client.tell(Message.SET_VRING_NUM, STATE.pack(number, queue.ring.size))
     region = kept.or_ask(client, frontend)
-    client.tell(InflightMessage.SET_INFLIGHT_FD, region.describe(), [region.fd])
+    client.tell(Message.SET_INFLIGHT_FD, region.describe(), [region.fd])
     for number, queue in enumerate(frontend.queues):
         client.tell(Message.SET_VRING_ADDR, _pack_address(number, queue))
         client.tell(Message.SET_VRING_BASE, STATE.pack(number, queue.ring.next_avail))

@@ -15,7 +15,6 @@ from tests.crash.habits import (
     HABITS,
     PROTOCOL,
     Habits,
-    InflightMessage,
     InflightRegion,
     Kept,
     Returning,
@@ -85,9 +84,9 @@ def rig(work: Path) -> Iterator[Rig]:
 
 def _set_inflight(client: VhostUserClient, region: InflightRegion) -> int:
     """What a SET_INFLIGHT_FD that asks for an acknowledgement is answered: 0 is success."""
-    client.send(InflightMessage.SET_INFLIGHT_FD, region.describe(), [region.fd], flags=VERSION | NEED_REPLY)
+    client.send(Message.SET_INFLIGHT_FD, region.describe(), [region.fd], flags=VERSION | NEED_REPLY)
     answered, _, reply = client.receive()
-    assert answered == InflightMessage.SET_INFLIGHT_FD
+    assert answered == Message.SET_INFLIGHT_FD
     return int.from_bytes(reply, "little")
 
 

@@ -5,7 +5,6 @@ ends, and meanwhile another one's guest and the control plane go on."""
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,27 +14,30 @@ import pytest
 from tests.daemon.rig import WAIT_S, Served, await_true, image
 from tests.daemon.test_hanging import assert_both_go_on, hanging, running
 from tests.guest.images import MIB, new_image
+from tests.guest_ring import Region
 from tests.hanging_disk import HangingDisk, Op
 from tests.vhost_client import (
-    REGION,
+    INFLIGHT,
+    LOG,
     Message,
     ProtocolFeature,
     VhostUserClient,
+    pack_memory,
+    pack_slot,
 )
 
 __all__ = ["hanging"]
 
-SET_INFLIGHT_FD = 32
-AREA = struct.pack("<QQHH4x", 65536, 0, 1, 128)
+AREA = INFLIGHT.pack(65536, 0, 1, 128)
 PROTOCOL = (
     ProtocolFeature.LOG_SHMFD | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
-REGION_BYTES = REGION.pack(0, MIB, 0x7000_0000, 0)
+REGION = Region(0, MIB, 0x7000_0000, 0, fd=-1)
 MEMORY = {
-    "the guest's memory": (Message.SET_MEM_TABLE, struct.pack("<II", 1, 0) + REGION_BYTES),
-    "the guest's memory in a slot": (Message.ADD_MEM_REG, bytes(8) + REGION_BYTES),
-    "the dirty log": (Message.SET_LOG_BASE, struct.pack("<QQ", 65536, 0)),
-    "the record of requests in flight": (SET_INFLIGHT_FD, AREA),
+    "the guest's memory": (Message.SET_MEM_TABLE, pack_memory([REGION])),
+    "the guest's memory in a slot": (Message.ADD_MEM_REG, pack_slot(REGION)),
+    "the dirty log": (Message.SET_LOG_BASE, LOG.pack(65536, 0)),
+    "the record of requests in flight": (Message.SET_INFLIGHT_FD, AREA),
 }
 
 

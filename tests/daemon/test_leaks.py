@@ -20,7 +20,7 @@ from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
 from tests.guest_ring import GuestMemory
 from tests.holding import Holding, holding
-from tests.vhost_client import ConnectionLostError, Message, VhostUserClient
+from tests.vhost_client import LOG, ConnectionLostError, Message, VhostUserClient
 
 CYCLES = int(os.environ.get("VHOSTSYNC_LEAK_CYCLES", "20"))
 WARM_UP = 12
@@ -28,7 +28,6 @@ ROUNDS = 3
 MEMORY_KIB_PER_100_CYCLES = 1 << 10
 BESIDE_LOG_MAX_KIB = 60 << 10
 LOG_KIB = 64 << 10
-LOG_AREA = struct.Struct("<QQ")
 GUEST_BYTES = 8 * MIB
 
 pytestmark = pytest.mark.timeout(60 + CYCLES)
@@ -133,7 +132,7 @@ def set_log(connection: Returning) -> None:
         log = os.memfd_create("log")
         try:
             os.truncate(log, length)
-            client.send(Message.SET_LOG_BASE, LOG_AREA.pack(length, 0), [log])
+            client.send(Message.SET_LOG_BASE, LOG.pack(length, 0), [log])
             answered, _, _ = client.receive()
             assert answered == Message.SET_LOG_BASE
         finally:

@@ -24,7 +24,6 @@ from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
 from vhostsync._shim import lib
 
 PAGE = 4096
-LOG_ALL = 1 << 26
 MEMORY_BYTES = 16 * MIB
 LOG_BYTES = MEMORY_BYTES // PAGE // 8
 FORMS = {
@@ -73,7 +72,7 @@ class Migrating:
 
     def log_data(self, on: bool) -> None:
         """As SET_FEATURES does, on running rings."""
-        self.rig.transport.set_features(self.rig.guest.features | (LOG_ALL if on else 0))
+        self.rig.transport.set_features(self.rig.guest.features | (Feature.LOG_ALL if on else 0))
 
     def log_rings(self, on: bool) -> None:
         """As SET_VRING_ADDR does, on running rings."""
