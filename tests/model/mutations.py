@@ -45,6 +45,7 @@ COPIED = (
     "LICENSE",
 )
 LIMIT_S = 180
+LIMIT_OF_ALL_S = 900  # for the tests of all mutations in one run
 
 # Python runs this first in the processes that a test starts: an editable install puts a finder of its own
 # before sys.path, and here the copied tree alone is wanted.
@@ -103,12 +104,12 @@ class Workshop:
         for name in names:
             shutil.copy2(self.folder / "build" / "c_shim" / name, self.folder / "vhostsync")
 
-    def test(self, tests: Sequence[str]) -> tuple[int, str]:
+    def test(self, tests: Sequence[str], limit_s: float = LIMIT_S) -> tuple[int, str]:
         """pytest's exit status (negative: killed by a signal) and what it said."""
         output = self.folder / "said"
         process = FORKS.Process(target=_run_pytest, args=(self.folder, output, tests))
         process.start()
-        process.join(LIMIT_S)
+        process.join(limit_s)
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -118,7 +119,7 @@ class Workshop:
     def fails_unchanged(self, mutations: Sequence[Mutation]) -> str | None:
         """What the mutations' tests say if they fail on the sound tree."""
         self.build()
-        status, said = self.test(sorted({mutation.test for mutation in mutations}))
+        status, said = self.test(sorted({mutation.test for mutation in mutations}), LIMIT_OF_ALL_S)
         return said[-2000:] if status != 0 else None
 
     def try_out(self, mutation: Mutation) -> str | None:
@@ -147,7 +148,7 @@ def _run_pytest(folder: Path, output: Path, tests: Sequence[str]) -> None:
     os.environ |= {
         "PYTHONPATH": os.fspath(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "VHOSTSYNC_TEST_TIMEOUT_S": "2",
+        "VHOSTSYNC_TEST_TIMEOUT_S": "5",
     }
     sys.dont_write_bytecode = True
     sys.path[:] = [os.fspath(folder), *(path for path in sys.path if path not in ("", os.fspath(ROOT)))]

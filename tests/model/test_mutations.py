@@ -29,7 +29,7 @@ def workshop() -> Iterator[Workshop]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_without_a_fault_the_tests_pass(workshop: Workshop) -> None:
     assert workshop.fails_unchanged(SEEDED_BY_FILE) is None
 
