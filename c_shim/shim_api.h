@@ -284,6 +284,28 @@ enum vs_mirror_state {
     VS_DEGRADED = 4
 };
 
+/* What moves it. */
+enum vs_mirror_event {
+    VS_MIRROR_STARTED = 0,
+    VS_MIRROR_COPIED,       /* everything, and flushed */
+    VS_MIRROR_CONGESTED,
+    VS_MIRROR_CATCHES_UP,
+    VS_MIRROR_LOST,
+    VS_MIRROR_STOPPED,
+    VS_MIRROR_SWITCHED,     /* the destination is the source, and there is no mirror */
+    VS_MIRROR_SWITCHED_KEPT /* the roles have changed */
+};
+
+struct vs_mirror_move {
+    uint32_t from, event, to; /* vs_mirror_state, vs_mirror_event, vs_mirror_state */
+    uint32_t captures;        /* 1: the guest's writes are captured after it; 0: not any more */
+    uint32_t counts;          /* 1: the counts of the destination are known after it */
+    uint32_t record;          /* 1: VS_EV_DEGRADED follows, and flushes are held until the record is written */
+};
+
+/* The moves there are, one by one from place 0; NULL: no more. */
+const struct vs_mirror_move *vs_mirror_move_at(uint32_t place);
+
 enum vs_reason {
     VS_REASON_COMMAND = 0,
     VS_REASON_COPY_DONE,

@@ -6,7 +6,7 @@ from enum import IntEnum
 from typing import Any
 
 from vhostsync._shim import lib
-from vhostsync.snapshot import DISK_OPS, ROLES
+from vhostsync.snapshot import DISK_OPS, ROLES, State
 
 
 class Reason(IntEnum):
@@ -21,6 +21,26 @@ class Reason(IntEnum):
     SWITCH = lib.VS_REASON_SWITCH
     CONGESTION = lib.VS_REASON_CONGESTION
     CATCH_UP = lib.VS_REASON_CATCH_UP
+
+
+@dataclass(frozen=True)
+class MirrorMove:
+    """struct vs_mirror_move: the states by their numbers, and what else the move does."""
+
+    former: State
+    state: State
+    captures: bool
+    counts: bool
+    record: bool
+
+
+def mirror_moves() -> tuple[MirrorMove, ...]:
+    """Every move that the engine makes."""
+    moves: list[MirrorMove] = []
+    while move := lib.vs_mirror_move_at(len(moves)):
+        former, state = State(getattr(move, "from")), State(move.to)
+        moves.append(MirrorMove(former, state, bool(move.captures), bool(move.counts), bool(move.record)))
+    return tuple(moves)
 
 
 class EventKind(IntEnum):

@@ -4,7 +4,7 @@
 from enum import StrEnum
 from typing import Final
 
-from vhostsync.engine_event import Reason
+from vhostsync.engine_event import Reason, mirror_moves
 
 
 class MirrorState(StrEnum):
@@ -15,17 +15,10 @@ class MirrorState(StrEnum):
     DEGRADED = "degraded"
 
 
-# Every move there is. The engine reports them; one that is not in here is a defect, and is logged as such.
+# Every move there is: the table of c_shim/mirror/mirror_state.c, which asserts it too.
 TRANSITIONS: Final = {
-    MirrorState.PASSTHROUGH: {MirrorState.SYNCING},
-    MirrorState.SYNCING: {
-        MirrorState.STEADY, MirrorState.AHEAD, MirrorState.DEGRADED, MirrorState.PASSTHROUGH,
-    },
-    MirrorState.STEADY: {
-        MirrorState.STEADY, MirrorState.AHEAD, MirrorState.DEGRADED, MirrorState.PASSTHROUGH,
-    },
-    MirrorState.DEGRADED: {MirrorState.SYNCING, MirrorState.PASSTHROUGH},
-    MirrorState.AHEAD: {MirrorState.SYNCING, MirrorState.DEGRADED, MirrorState.PASSTHROUGH},
+    former: {MirrorState[move.state.name] for move in mirror_moves() if move.former.name == former.name}
+    for former in MirrorState
 }
 
 REASONS: Final = {

@@ -61,9 +61,10 @@ void disk_close(struct vs_disk *disk)
     disk->ops->close(disk);
 }
 
-void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing))
+void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing), void *closing_for)
 {
     assert(disk->stats.in_flight == 0);
+    disk->closing_for = closing_for;
     disk->closing = (struct disk_io){.kind = VS_DISK_CLOSE, .done = over};
     disk_submit(disk, &disk->closing);
 }

@@ -91,6 +91,7 @@ struct vs_disk {
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by progress_ns */
     struct disk_io closing;
+    void *closing_for;           /* of disk_close_later() */
     struct vs_disk_stats stats;
 };
 
@@ -105,7 +106,7 @@ void disk_adopt(struct vs_disk *disk, struct disk_host *host);
 void disk_close(struct vs_disk *disk);
 /* On the data thread: nothing is in flight any more. over(&disk->closing) is called when it is closed, and calls
  * disk_free(). Until then it counts as one in flight. */
-void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing));
+void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing), void *closing_for);
 void disk_free(struct vs_disk *disk);
 
 void disk_submit(struct vs_disk *disk, struct disk_io *io);

@@ -70,11 +70,11 @@ static void serve_queues(struct vs_engine *e)
 {
     struct list turn;
     struct list *node;
-    if (!engine_takes_up(e))
+    if (!guest_is_taken_up(&e->load))
         return;
-    if (e->room || (e->throttle_until_ns && e->throttle_until_ns <= engine_now(e))) {
+    if (e->room || (e->mirror.tap.retry_ns && e->mirror.tap.retry_ns <= engine_now(e))) {
         e->room = false;
-        e->throttle_until_ns = 0;
+        e->mirror.tap.retry_ns = 0;
         queues_retry(&e->frontends);
     }
     list_init(&turn);
@@ -117,7 +117,7 @@ static void look_at_clock(struct vs_engine *e, uint64_t slept_ns)
 static uint64_t patience_ends_ns(const struct vs_engine *e)
 {
     uint64_t deadline = e->gate == GATE_CLOSING ? e->gate_deadline_ns : UINT64_MAX;
-    deadline = min_ns(deadline, mirror_deadline_ns(e));
+    deadline = min_ns(deadline, mirror_deadline_ns(&e->mirror));
     deadline = min_ns(deadline, attachments_deadline_ns(e));
     return min_ns(deadline, read_fallback_deadline_ns(e));
 }
@@ -125,10 +125,10 @@ static uint64_t patience_ends_ns(const struct vs_engine *e)
 static struct outlook outlook(const struct vs_engine *e)
 {
     return (struct outlook){
-        .takes_up = engine_takes_up(e),
-        .disk = e->source->stats.in_flight > 0 || (e->destination.disk && e->destination.disk->stats.in_flight > 0),
-        .flush = e->flush.waiting > 0,
-        .flushed_ns = e->flush.answered_ns,
+        .takes_up = guest_is_taken_up(&e->load),
+        .disk = e->mirror.source.disk->stats.in_flight > 0 || (e->mirror.destination.disk && e->mirror.destination.disk->stats.in_flight > 0),
+        .flush = e->mirror.flush.waiting > 0,
+        .flushed_ns = e->mirror.flush.answered_ns,
     };
 }
 
@@ -136,16 +136,16 @@ static struct outlook outlook(const struct vs_engine *e)
 static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, patience = patience_ends_ns(e), now;
-    bool queues = engine_takes_up(e) && (!list_empty(&e->frontends.ready) || (e->room && !list_empty(&e->frontends.stalled)));
-    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->difference.more || e->verifier.more || e->quit ||
-        read_fallback_due(e) || source_failover_due(e) || e->flush.dirty)
+    bool queues = guest_is_taken_up(&e->load) && (!list_empty(&e->frontends.ready) || (e->room && !list_empty(&e->frontends.stalled)));
+    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->mirror.difference.more || e->mirror.verifier.more || e->quit ||
+        read_fallback_due(e) || source_failover_due(e) || e->mirror.state.durability_changed)
         return 0;
-    if (e->throttle_until_ns && engine_takes_up(e) && !list_empty(&e->frontends.stalled))
-        deadline = e->throttle_until_ns;
-    deadline = min_ns(deadline, copier_deadline_ns(e));
-    deadline = min_ns(deadline, pull_ahead_deadline_ns(e));
-    deadline = min_ns(deadline, difference_deadline_ns(e));
-    deadline = min_ns(deadline, verifier_deadline_ns(e));
+    if (e->mirror.tap.retry_ns && guest_is_taken_up(&e->load) && !list_empty(&e->frontends.stalled))
+        deadline = e->mirror.tap.retry_ns;
+    deadline = min_ns(deadline, copier_deadline_ns(&e->mirror.copier));
+    deadline = min_ns(deadline, pull_ahead_deadline_ns(&e->mirror.ahead));
+    deadline = min_ns(deadline, difference_deadline_ns(&e->mirror.difference));
+    deadline = min_ns(deadline, verifier_deadline_ns(&e->mirror.verifier));
     if (patience != UINT64_MAX)
         deadline = min_ns(deadline, min_ns(patience, engine_now(e) + PATIENT_SLEEP_NS));
     if (deadline == UINT64_MAX)
@@ -176,20 +176,22 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     disk_run_done(&e->host); /* what completed at once */
     read_fallback_pump(e);
     source_failover_pump(e);
-    guest_flush_pump(e);
+    guest_flush_pump(&e->mirror.flush);
     activity_pump(&e->activity);
     queues_notify(&e->frontends);
-    replicator_pump(e);
-    copier_pump(e);
-    mirror_pump(e);
-    difference_pump(e);
-    verifier_pump(e);
-    grow_pump(e);
-    pull_ahead_pump(e);
+    replicator_pump(&e->mirror.replicator);
+    copier_pump(&e->mirror.copier);
+    if (list_empty(&e->frontends.stalled) || !guest_is_taken_up(&e->load))
+        tap_wait_is_over(&e->mirror.tap); /* who waited for room does not any more: stopped, gone, or held by a switch */
+    mirror_pump(&e->mirror);
+    difference_pump(&e->mirror.difference);
+    verifier_pump(&e->mirror.verifier);
+    grow_pump(&e->mirror.grow);
+    pull_ahead_pump(&e->mirror.ahead);
     attachments_check_deadlines(e);
     attachments_check_memory(&e->frontends);
     gate_pump(e);
-    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->destination.disk || e->destination.former); /* after all that may change a disk */
+    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.destination.disk || e->mirror.destination.former); /* after all that may change a disk */
     io_threads_wake(&e->host.threads);
 }
 
@@ -204,8 +206,8 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 
 static bool idle_for_good(const struct vs_engine *e)
 {
-    return e->source->stats.in_flight == 0 && (!e->destination.disk || e->destination.disk->stats.in_flight == 0) &&
-           (!e->destination.former || e->destination.former->stats.in_flight == 0) && !e->mirror.left_sources && !e->frontends.bells.outside && !e->activity.in_flight && !e->heartbeat.in_flight && list_empty(&e->host.done);
+    return mirror_is_idle(&e->mirror) && !e->frontends.bells.outside && !e->activity.in_flight &&
+           !e->heartbeat.in_flight && list_empty(&e->host.done);
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
@@ -213,8 +215,9 @@ static bool idle_for_good(const struct vs_engine *e)
 static bool wind_up(struct vs_engine *e)
 {
     uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
-    mirror_stop(e, VS_REASON_COMMAND);
+    mirror_stop(&e->mirror, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
+    guest_hold(e, GUEST_HOLD_SWITCH);
     bells_cancel(&e->frontends.bells);
     kick_watches_stop_emptying(&e->frontends.watches);
     while (!idle_for_good(e)) {
@@ -288,13 +291,8 @@ static void free_engine(struct vs_engine *e)
     drains_free(e);
     request_path_free(e); /* before the memory that its requests pin */
     frontends_free(&e->frontends);
-    copier_free(e);
-    verifier_free(e);
     read_fallback_free(e);
-    replicator_free(e);
-    repl_log_free(&e->log);
-    dirty_map_free(&e->to_copy);
-    difference_free(e);
+    mirror_free(&e->mirror);
     activity_free(&e->activity);
     if (e->config.bitmap)
         vs_bitmap_close(e->config.bitmap);
@@ -303,26 +301,30 @@ static void free_engine(struct vs_engine *e)
     free(e);
 }
 
+static int init_mirror(struct vs_engine *e)
+{
+    return mirror_init(&e->mirror,
+                       &(struct mirror_host){.disks = &e->host,
+                                             .mailbox = &e->mailbox,
+                                             .activity = &e->activity,
+                                             .listener = &e->listener,
+                                             .load = &e->load,
+                                             .request_limit_bytes = &e->limits.capacity_bytes},
+                       &e->config);
+}
+
 static int init_engine(struct vs_engine *e, const char **step)
 {
-    uint32_t region = e->config.dirty_region_bytes;
     int rc;
     disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
     frontends_init(&e->frontends, &e->mailbox, &e->host, &e->config);
     poller_init(&e->poller, &e->host, e->config.poll_us);
-    range_slots_init(&e->source_slots);
     source_failover_init(e);
-    guest_flush_init(e);
-    mirror_init(e);
     *step = "allocation of the engine's buffers";
-    if ((rc = repl_log_init(&e->log, e->config.log_bytes)) < 0 || (rc = request_path_init(e)) < 0 ||
-        (rc = replicator_init(e)) < 0 || (rc = copier_init(e)) < 0 || (rc = verifier_init(e)) < 0)
+    if ((rc = request_path_init(e)) < 0 || (rc = init_mirror(e)) < 0 || (rc = read_fallback_init(e)) < 0 ||
+        (rc = activity_init(&e->activity, e->config.bitmap, &e->uring, &e->mailbox)) < 0)
         return rc;
-    if ((rc = read_fallback_init(e)) < 0 || (rc = difference_init(e)) < 0 || (rc = activity_init(&e->activity, e->config.bitmap, &e->uring, &e->mailbox)) < 0 ||
-        (rc = heartbeat_init(&e->heartbeat, &e->uring, e->config.bitmap)) < 0)
-        return rc;
-    /* A region is copied as a whole. */
-    return dirty_map_init(&e->to_copy, e->config.capacity_bytes, region < COPY_BYTES ? region : COPY_BYTES);
+    return heartbeat_init(&e->heartbeat, &e->uring, e->config.bitmap);
 }
 
 static bool ranges_ok(const struct vs_range *range, uint32_t count, uint64_t capacity)
@@ -376,9 +378,7 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
         free_engine(e);
         return rc;
     }
-    disk_adopt(source, &e->host);
-    e->source = source;
-    bad_ranges_load(&e->bad, config);
+    mirror_set_source(&e->mirror, source);
     start.engine = e;
     sem_init(&start.ready, 0, 0);
     sem_init(&e->ended, 0, 0);
@@ -414,10 +414,10 @@ void vs_engine_destroy(vs_engine *e)
     if (!e->quit)
         return; /* a disk still owns buffers: they stay mapped until the process ends */
     pthread_join(e->thread, NULL);
-    disk_close(e->source);
-    if (e->destination.disk)
-        disk_close(e->destination.disk);
-    if (e->destination.former)
-        disk_close(e->destination.former);
+    disk_close(e->mirror.source.disk);
+    if (e->mirror.destination.disk)
+        disk_close(e->mirror.destination.disk);
+    if (e->mirror.destination.former)
+        disk_close(e->mirror.destination.former);
     free_engine(e);
 }

@@ -12,17 +12,11 @@
 #include "engine.h"
 #include "snapshot.h"
 
-static void record_written(struct vs_engine *e, uint64_t error)
-{
-    e->mirror.record = error ? RECORD_FAILED : RECORD_WRITTEN;
-    e->flush.dirty = true;
-}
-
 static void void_bitmap(struct vs_engine *e)
 {
     if (!activity_may_void(&e->activity))
         return;
-    e->difference.differs.stored = NULL;
+    mirror_leave_bitmap(&e->mirror);
     activity_void(&e->activity);
 }
 
@@ -34,41 +28,40 @@ void engine_command(struct vs_engine *e, uint64_t token, const struct vs_command
         snapshot_take(e);
         break;
     case VS_CMD_MIRROR_START:
-        rc = mirror_start(e, c->start.disk, c->start.flags);
+        rc = mirror_start(&e->mirror, c->start.disk, c->start.flags);
         break;
     case VS_CMD_MIRROR_SPEED:
-        e->copier.speed_bytes_per_s = c->value;
-        e->copier.not_before_ns = 0;
+        copier_set_speed(&e->mirror.copier, c->value);
         break;
     case VS_CMD_MIRROR_DRAIN:
         drain_begin(e, token, c->value);
         return;
     case VS_CMD_MIRROR_STOP:
-        mirror_stop(e, (uint32_t)c->value);
+        mirror_stop(&e->mirror, (uint32_t)c->value);
         break;
     case VS_CMD_GROW:
-        grow_begin(e, token, &c->grow);
+        grow_begin(&e->mirror.grow, token, &c->grow);
         return;
     case VS_CMD_PEER_DIFFERS:
-        e->mirror.differs = c->value;
+        e->mirror.state.differs = c->value;
         break;
     case VS_CMD_DISK_SIZE:
-        grow_measure(e, token, c->value);
+        grow_measure(&e->mirror.grow, token, c->value);
         return;
     case VS_CMD_GROW_STOP:
-        grow_stop(e, -ECANCELED);
+        grow_stop(&e->mirror.grow, -ECANCELED);
         break;
     case VS_CMD_VERIFY:
-        rc = verifier_start(e, c->verify.repair, c->verify.speed_bytes_per_s);
+        rc = verifier_start(&e->mirror.verifier, c->verify.repair, c->verify.speed_bytes_per_s);
         break;
     case VS_CMD_VERIFY_STOP:
-        rc = verifier_stop(e);
+        rc = verifier_stop(&e->mirror.verifier);
         break;
     case VS_CMD_BITMAP_VOID:
         void_bitmap(e);
         break;
     case VS_CMD_RECORD_WRITTEN:
-        record_written(e, c->value);
+        mirror_record_written(&e->mirror.state, c->value);
         break;
     case VS_CMD_GATE:
         gate_close(e, token, c->value);
@@ -83,7 +76,7 @@ void engine_command(struct vs_engine *e, uint64_t token, const struct vs_command
         switch_exchange(e, token, &c->exchange);
         return;
     case VS_CMD_CATCH_UP:
-        rc = pull_ahead_catch_up(e);
+        rc = pull_ahead_catch_up(&e->mirror.ahead);
         break;
     default:
         if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE) {

@@ -20,6 +20,7 @@
 
 #include "clock.h"
 #include "engine.h"
+#include "request_path.h"
 
 /* ---- drain ---------------------------------------------------------------- */
 
@@ -33,7 +34,7 @@ struct drain {
 static void drain_done(struct flush_waiter *w, int result)
 {
     struct drain *d = container_of(w, struct drain, waiter);
-    if (result == 0 && d->epoch != d->engine->mirror.capture_epoch)
+    if (result == 0 && d->epoch != d->engine->mirror.state.capture.epoch)
         result = -ENOTCONN; /* the source alone holds it: the mirror was lost, or is ahead meanwhile */
     mailbox_done(&d->engine->mailbox, d->token, result, 0);
     free(d);
@@ -41,24 +42,24 @@ static void drain_done(struct flush_waiter *w, int result)
 
 void drain_begin(struct vs_engine *e, uint64_t token, bool both_disks)
 {
-    struct drain *d = e->mirror.state == VS_STEADY ? calloc(1, sizeof *d) : NULL;
+    struct drain *d = e->mirror.state.now == VS_STEADY ? calloc(1, sizeof *d) : NULL;
     if (!d) {
-        mailbox_done(&e->mailbox, token, e->mirror.state == VS_STEADY ? -ENOMEM : -ENOTCONN, 0);
+        mailbox_done(&e->mailbox, token, e->mirror.state.now == VS_STEADY ? -ENOMEM : -ENOTCONN, 0);
         return;
     }
     d->engine = e;
     d->token = token;
-    d->epoch = e->mirror.capture_epoch;
+    d->epoch = e->mirror.state.capture.epoch;
     d->waiter.done = drain_done;
     d->waiter.destination_only = !both_disks;
-    guest_flush_wait(e, &d->waiter, e->counts.source_generation);
+    guest_flush_wait(&e->mirror.flush, &d->waiter, e->mirror.counts.source_generation);
 }
 
 void drains_free(struct vs_engine *e)
 {
-    if (!e->flush.waiters.next)
+    if (!e->mirror.flush.waiters.next)
         return;
-    list_each_safe(node, &e->flush.waiters)
+    list_each_safe(node, &e->mirror.flush.waiters)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         if (w->done == drain_done)
@@ -70,11 +71,12 @@ void drains_free(struct vs_engine *e)
 
 void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
 {
-    if (e->gate != GATE_OPEN || e->mirror.state != VS_STEADY) {
+    if (e->gate != GATE_OPEN || e->mirror.state.now != VS_STEADY) {
         mailbox_done(&e->mailbox, token, e->gate != GATE_OPEN ? -EBUSY : -ENOTCONN, 0);
         return;
     }
     e->gate = GATE_CLOSING;
+    guest_hold(e, GUEST_HOLD_SWITCH);
     e->gate_token = token;
     e->gate_closed_ns = clock_world_ns(); /* the guest's pause is what it is, also while this process is stopped */
     e->gate_deadline_ns = clock_ns() + allowed_us * 1000;
@@ -83,12 +85,12 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
 static void gate_open(struct vs_engine *e)
 {
     e->gate = GATE_OPEN;
-    queues_retry(&e->frontends);
+    guest_release(e, GUEST_HOLD_SWITCH);
 }
 
 static void exchange_now(struct vs_engine *e, uint64_t token, const struct vs_exchange *x)
 {
-    int rc = mirror_exchange(e, x->flags);
+    int rc = mirror_exchange(&e->mirror, x->flags, e->gate == GATE_CLOSED);
     uint64_t pause_ns = clock_world_ns() - e->gate_closed_ns;
     if (rc == 0) {
         if (x->mark)
@@ -114,8 +116,8 @@ static void exchange_waited(struct vs_engine *e, int rc)
 static bool drained(const struct vs_engine *e)
 {
     /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
-    return (e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log) &&
-           e->replicator.in_use == 0 && e->source->stats.in_flight == 0 && e->destination.disk->stats.in_flight == 0;
+    return (e->load.in_flight == 0 || e->failover.pending) && log_drained(&e->mirror.log) &&
+           e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 && e->mirror.destination.disk->stats.in_flight == 0;
 }
 
 void gate_pump(struct vs_engine *e)
@@ -123,10 +125,10 @@ void gate_pump(struct vs_engine *e)
     int rc;
     if (e->gate != GATE_CLOSING)
         return;
-    if (e->mirror.state != VS_STEADY)
+    if (e->mirror.state.now != VS_STEADY)
         rc = -ENOTCONN;
     else if (drained(e))
-        rc = bad_ranges_healed(&e->bad, &e->counts) ? 0 : -EAGAIN;
+        rc = bad_ranges_healed(&e->mirror.bad, &e->mirror.counts) ? 0 : -EAGAIN;
     else if (engine_now(e) >= e->gate_deadline_ns)
         rc = -ETIMEDOUT;
     else

@@ -13,7 +13,7 @@
 
 static bool waits_for_destination(const struct vs_engine *e, const struct queue *q)
 {
-    return guest_flush_since_ns(e, q) != UINT64_MAX || read_fallback_waits(e, q) || e->failover.pending;
+    return guest_flush_since_ns(&e->mirror.flush, q) != UINT64_MAX || read_fallback_waits(e, q) || e->failover.pending;
 }
 
 static uint64_t ring_deadline_ns(const struct queue *q)
@@ -46,28 +46,28 @@ static uint64_t pause_deadline_ns(const struct queue *q)
 static void release_paused(struct vs_engine *e)
 {
     struct vs_event event = {.kind = VS_EV_PAUSE_RELEASED};
-    for (unsigned i = 0; e->mirror.paused && e->frontends.active && i < VS_MAX_QUEUES; i++)
+    for (unsigned i = 0; e->mirror.state.pause.on && e->frontends.active && i < VS_MAX_QUEUES; i++)
         if (pause_deadline_ns(&e->frontends.active->queue[i]) <= engine_now(e))
-            event.value += guest_flush_release(e, &e->frontends.active->queue[i]);
+            event.value += guest_flush_release(&e->mirror.flush, &e->frontends.active->queue[i]);
     if (event.value == 0)
         return;
-    e->mirror.pause_released += event.value;
+    e->mirror.state.pause.released += event.value;
     mailbox_post(&e->mailbox, &event);
 }
 
 void attachments_check_deadlines(struct vs_engine *e)
 {
-    if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->destination))
-        mirror_degrade(e, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
+    if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->mirror.destination))
+        mirror_degrade(&e->mirror, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
     release_paused(e);
 }
 
 uint64_t attachments_deadline_ns(const struct vs_engine *e)
 {
     uint64_t deadline = destination_deadline_ns(e);
-    for (unsigned i = 0; e->mirror.paused && e->frontends.active && i < VS_MAX_QUEUES; i++) {
+    for (unsigned i = 0; e->mirror.state.pause.on && e->frontends.active && i < VS_MAX_QUEUES; i++) {
         const struct queue *q = &e->frontends.active->queue[i];
-        if (pause_deadline_ns(q) < deadline && guest_flush_paused(e, q))
+        if (pause_deadline_ns(q) < deadline && guest_flush_paused(&e->mirror.flush, q))
             deadline = pause_deadline_ns(q);
     }
     return deadline;

@@ -40,8 +40,8 @@ void read_fallback_free(struct vs_engine *e)
 
 static bool trusted(const struct vs_engine *e, const struct request *r)
 {
-    return e->mirror.state == VS_STEADY && !e->mirror.differs &&
-           !bad_ranges_overlap(&e->bad, r->blk.offset, r->blk.length);
+    return e->mirror.state.now == VS_STEADY && !e->mirror.state.differs &&
+           !bad_ranges_overlap(&e->mirror.bad, r->blk.offset, r->blk.length);
 }
 
 bool read_fallback_take(struct request *r, int error)
@@ -49,7 +49,7 @@ bool read_fallback_take(struct request *r, int error)
     struct vs_engine *e = r->engine;
     if (!e->config.read_fallback || !request_path_error_of_disk(error) || !trusted(e, r))
         return false;
-    r->generation = e->counts.source_generation;
+    r->generation = e->mirror.counts.source_generation;
     r->waits_since_ns = engine_now(e);
     list_append(&e->read_fallback.waiting, &r->link);
     return true;
@@ -59,9 +59,9 @@ static void tell(struct vs_engine *e, const struct request *r)
 {
     struct vs_event event = {
         .kind = VS_EV_READ_FALLBACK, .offset = r->blk.offset, .length = r->blk.length, .disk_role = VS_DESTINATION};
-    if (e->read_fallback.told_epoch == e->destination.epoch)
+    if (e->read_fallback.told_epoch == e->mirror.destination.epoch)
         return;
-    e->read_fallback.told_epoch = e->destination.epoch;
+    e->read_fallback.told_epoch = e->mirror.destination.epoch;
     mailbox_post(&e->mailbox, &event);
 }
 
@@ -110,7 +110,7 @@ static bool read_destination(struct vs_engine *e, struct request *r)
     p->io.io.iov = &p->iov;
     p->io.io.iov_count = 1;
     p->io.done = destination_read;
-    destination_submit(&e->destination, &p->io);
+    destination_submit(&e->mirror.destination, &p->io);
     return true;
 }
 
@@ -139,14 +139,14 @@ static uint64_t patience_ns(const struct vs_engine *e)
 void read_fallback_pump(struct vs_engine *e)
 {
     struct read_fallback *f = &e->read_fallback;
-    if (e->mirror.state != VS_STEADY)
+    if (e->mirror.state.now != VS_STEADY)
         leave_destination(f);
     list_each_safe(node, &f->waiting)
     {
         struct request *r = container_of(node, struct request, link);
         if (!trusted(e, r) || engine_now(e) >= r->waits_since_ns + patience_ns(e))
             answer_with_error(r);
-        else if (e->counts.writes_mirrored >= r->generation && !read_destination(e, r))
+        else if (e->mirror.counts.writes_mirrored >= r->generation && !read_destination(e, r))
             return;
     }
 }
@@ -154,7 +154,7 @@ void read_fallback_pump(struct vs_engine *e)
 bool read_fallback_due(const struct vs_engine *e)
 {
     const struct read_fallback *f = &e->read_fallback;
-    if (e->mirror.state == VS_STEADY)
+    if (e->mirror.state.now == VS_STEADY)
         return false;
     for (unsigned i = 0; f->in_use && i < FALLBACK_DEPTH; i++)
         if (f->reads[i].request)

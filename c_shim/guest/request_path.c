@@ -43,6 +43,10 @@
 
 #define REQUESTS_BYTES (REQUEST_SLOTS * sizeof(struct request))
 
+static void room_freed(struct mirror_listener *l);
+static void capture_ended(struct mirror_listener *l);
+static void mark_in_flight(struct mirror_listener *l);
+static bool source_flush_failed(struct mirror_listener *l, const struct disk_io *io, uint64_t number);
 static void source_done(struct disk_io *io);
 static void slot_granted(struct range_slot *slot);
 static void entered(struct activity_wait *w);
@@ -51,6 +55,7 @@ static void durable(struct flush_waiter *w, int result);
 int request_path_init(struct vs_engine *e)
 {
     list_init(&e->free_requests);
+    e->listener = (struct mirror_listener){room_freed, capture_ended, mark_in_flight, source_flush_failed};
     if (ring_alloc_init(&e->bounce, BOUNCE_BYTES, LOG_UNIT_BYTES, REQUESTS_MAX) < 0)
         return -ENOMEM;
     e->requests = mmap(NULL, REQUESTS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -89,12 +94,37 @@ static bool changes_content(uint32_t op)
     return op == VS_OP_WRITE || op == VS_OP_DISCARD || op == VS_OP_WRITE_ZEROES;
 }
 
-void request_path_mark_in_flight(struct vs_engine *e)
+/* ---- what the mirror tells ------------------------------------------------ */
+
+static void room_freed(struct mirror_listener *l)
 {
+    container_of(l, struct vs_engine, listener)->room = true;
+}
+
+/* Who waits for room in the log does not need it any more. */
+static void capture_ended(struct mirror_listener *l)
+{
+    struct vs_engine *e = container_of(l, struct vs_engine, listener);
+    queues_retry(&e->frontends);
+    e->mirror.tap.retry_ns = 0;
+    tap_wait_is_over(&e->mirror.tap);
+}
+
+/* A checkpoint begins: what is at the source is not covered by it. */
+static void mark_in_flight(struct mirror_listener *l)
+{
+    struct vs_engine *e = container_of(l, struct vs_engine, listener);
     for (unsigned i = 0; i < e->requests_made; i++)
         if (e->requests[i].table && changes_content(e->requests[i].blk.op))
-            difference_mark(e, e->requests[i].blk.offset, e->requests[i].blk.length);
+            difference_mark(&e->mirror.difference, e->requests[i].blk.offset, e->requests[i].blk.length);
 }
+
+static bool source_flush_failed(struct mirror_listener *l, const struct disk_io *io, uint64_t number)
+{
+    return source_failover_park_flush(container_of(l, struct vs_engine, listener), io, number);
+}
+
+/* ---- the end of a request -------------------------------------------------- */
 
 /* Bytes of its data segments, from the first on, that may be others now. */
 static uint64_t data_written(const struct request *r, uint8_t status)
@@ -138,57 +168,35 @@ static void finish(struct request *r, uint8_t status)
     mem_table_unpin(&q->attachment->memory, r->table);
     r->table = NULL;
     list_push(&e->free_requests, &r->link); /* the one last used is warm in the cache */
-    e->requests_in_flight--;
+    e->load.in_flight--;
     e->room = true;
     queue_finished_one(q);
 }
 
 /* ---- the source -------------------------------------------------------- */
 
-/* The mirror for which it was captured is still the one there is. */
-static bool still_captured(const struct request *r)
-{
-    return r->captured && r->capture_epoch == r->engine->mirror.capture_epoch;
-}
-
 static void leave_source(struct request *r)
 {
-    struct mirror *m = &r->engine->mirror;
-    range_release(&r->engine->source_slots, &r->slot);
+    range_release(&r->engine->mirror.source.slots, &r->slot);
     if (r->in_extents)
         activity_leave(&r->engine->activity, r->blk.offset, r->blk.length);
-    if (still_captured(r))
-        m->captured_writes--;
-    else
-        m->uncaptured_writes--; /* mirror.c moved it there if its mirror was given up */
 }
 
 static void write_failed(struct request *r)
 {
-    struct vs_engine *e = r->engine;
-    bool mirrored = still_captured(r) && e->mirror.state == VS_STEADY;
-    bad_ranges_write_failed(&e->bad, r->blk.offset, r->blk.length, mirrored, &e->counts); /* rule 5 */
-    if (r->entry)
-        log_abandon(&e->log, r->entry);
+    leave_source(r);
+    tap_failed(&r->engine->mirror.tap, &r->write); /* rule 5 */
     finish(r, VIRTIO_BLK_S_IOERR);
 }
 
 static void write_completed(struct request *r)
 {
     struct vs_engine *e = r->engine;
-    bool captured = still_captured(r);
-    r->generation = counts_write_completed(&e->counts);
-    bad_ranges_written(&e->bad, r->blk.offset, r->blk.length, r->generation);
-    if (captured)
-        log_append(&e->log, r->entry, r->generation, engine_now(e));
-    else if (r->entry)
-        log_abandon(&e->log, r->entry);
-    if (e->mirror.state == VS_AHEAD)
-        e->ahead.bytes += r->blk.length;
+    leave_source(r);
+    r->generation = tap_completed(&e->mirror.tap, &r->write);
     if (r->write_through) {
         give_bounce(r); /* it may wait for long, and others need the room */
-        counts_flush_requested(&e->counts);
-        guest_flush_wait(e, &r->flush, r->generation);
+        guest_flush_asked_for(&e->mirror.flush, &r->flush, r->generation);
     } else {
         finish(r, VIRTIO_BLK_S_OK);
     }
@@ -211,12 +219,10 @@ bool request_path_error_of_disk(int error)
 
 void request_path_source_failed(struct request *r)
 {
-    if (!changes_content(r->blk.op)) {
+    if (changes_content(r->blk.op))
+        write_failed(r);
+    else
         finish(r, VIRTIO_BLK_S_IOERR);
-        return;
-    }
-    leave_source(r);
-    write_failed(r);
 }
 
 static void source_done(struct disk_io *io)
@@ -230,7 +236,6 @@ static void source_done(struct disk_io *io)
         return;
     }
     if (writes) {
-        leave_source(r);
         write_completed(r);
     } else if (r->bounce) {
         request_path_answer_read(r, r->bounce);
@@ -242,7 +247,8 @@ static void source_done(struct disk_io *io)
 /* Our own memory that the data goes through: the capture, or the bounce buffer; NULL: the guest's does. */
 static uint8_t *own_buffer(const struct request *r)
 {
-    return r->entry && r->entry->kind == LOG_WRITE ? r->entry->data : r->bounce;
+    uint8_t *captured = mirrored_write_bytes(&r->write);
+    return captured ? captured : r->bounce;
 }
 
 static void to_source(struct request *r)
@@ -257,7 +263,7 @@ static void to_source(struct request *r)
     io->may_unmap = r->blk.may_unmap;
     io->done = source_done;
     /* Alone at the disk it has only a wake-up to lose by being handed over. */
-    io->thread = e->source->stats.in_flight ? io_thread_of_queue(&e->host.threads, r->queue->index) : 0;
+    io->thread = e->mirror.source.disk->stats.in_flight ? io_thread_of_queue(&e->host.threads, r->queue->index) : 0;
     io->kind = r->blk.op == VS_OP_READ ? VS_DISK_READ : r->blk.op == VS_OP_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
     if (buffer) {
         r->buffer_iov = (struct iovec){buffer, (size_t)r->blk.length};
@@ -267,7 +273,7 @@ static void to_source(struct request *r)
         io->iov = r->blk.iov;
         io->iov_count = r->blk.iov_count;
     }
-    disk_submit(e->source, io);
+    disk_submit(e->mirror.source.disk, io);
 }
 
 /* It has its turn: its extents, then the source. Not the other way round: a write that waited for its extents could
@@ -276,7 +282,7 @@ static void enter(struct request *r)
 {
     struct vs_engine *e = r->engine;
     r->activity.entered = entered;
-    r->in_extents = e->difference.tracked && e->activity.bitmap;
+    r->in_extents = tap_tracks(&e->mirror.tap) && e->activity.bitmap;
     if (!r->in_extents || activity_enter(&e->activity, &r->activity, r->blk.offset, r->blk.length))
         to_source(r);
 }
@@ -309,29 +315,10 @@ static void gather_data(const struct request *r, uint8_t *to)
 /* Log room for a write that is to be mirrored, or false: not now. */
 static bool reserve_log(struct request *r)
 {
-    struct vs_engine *e = r->engine;
-    uint64_t room = r->blk.op == VS_OP_WRITE ? r->blk.length : 0;
-    uint64_t oldest_ns = log_oldest_ns(&e->log);
-    uint64_t lag_ns = e->mirror.state == VS_STEADY && oldest_ns ? engine_now(e) - oldest_ns : 0;
-    uint64_t wait_ns = e->config.pull_ahead
-                           ? pull_ahead_wait_ns(e)
-                           : throttle_wait_ns(&e->throttle, ring_used(&e->log.ring), lag_ns, engine_now(e));
-    if (wait_ns == 0) {
-        r->entry = log_reserve(&e->log, room ? LOG_WRITE : LOG_ZERO, r->blk.offset, r->blk.length);
-        if (r->entry) {
-            r->entry->may_unmap = r->blk.may_unmap;
-            throttle_admitted(&e->throttle, room);
-            engine_stop_throttling(e);
-            return true;
-        }
-    } else if (wait_ns != UINT64_MAX) {
-        uint64_t until = engine_now(e) + wait_ns;
-        if (!e->throttle_until_ns || until < e->throttle_until_ns)
-            e->throttle_until_ns = until;
-    }
-    if (!e->throttled_since_ns)
-        e->throttled_since_ns = engine_now(e);
-    return false;
+    enum log_kind kind = r->blk.op == VS_OP_WRITE ? LOG_WRITE : LOG_ZERO;
+    r->write.offset = r->blk.offset;
+    r->write.length = r->blk.length;
+    return tap_reserve(&r->engine->mirror.tap, &r->write, kind, r->blk.may_unmap);
 }
 
 /* A buffer of our own, where the guest's does not suit direct I/O. */
@@ -347,7 +334,7 @@ static bool reserve_bounce(struct request *r)
 bool request_path_suits_source(struct request *r)
 {
     if (own_buffer(r) || r->blk.op == VS_OP_DISCARD || r->blk.op == VS_OP_WRITE_ZEROES ||
-        disk_iov_aligned(r->engine->source, r->blk.iov, r->blk.iov_count))
+        disk_iov_aligned(r->engine->mirror.source.disk, r->blk.iov, r->blk.iov_count))
         return true;
     if (!reserve_bounce(r))
         return false;
@@ -365,11 +352,10 @@ void request_path_to_source(struct request *r)
 static bool reserve(struct request *r)
 {
     struct vs_engine *e = r->engine;
-    bool writes = changes_content(r->blk.op);
-    if (writes && e->mirror.capturing && !reserve_log(r))
+    if (changes_content(r->blk.op) && !reserve_log(r))
         return false;
-    if ((r->blk.op == VS_OP_READ || (r->blk.op == VS_OP_WRITE && !r->entry)) &&
-        !disk_iov_aligned(e->source, r->blk.iov, r->blk.iov_count))
+    if ((r->blk.op == VS_OP_READ || (r->blk.op == VS_OP_WRITE && !r->write.entry)) &&
+        !disk_iov_aligned(e->mirror.source.disk, r->blk.iov, r->blk.iov_count))
         return reserve_bounce(r);
     return true;
 }
@@ -379,7 +365,7 @@ static void take_slot(struct request *r)
 {
     struct vs_engine *e = r->engine;
     r->slot.grant = slot_granted;
-    if (range_take(&e->source_slots, &r->slot, r->blk.offset, r->blk.length))
+    if (range_take(&e->mirror.source.slots, &r->slot, r->blk.offset, r->blk.length))
         enter(r);
 }
 
@@ -392,27 +378,17 @@ static bool is_write_through(const struct queue *q)
 
 static void start_write(struct request *r)
 {
-    struct vs_engine *e = r->engine;
-    struct mirror *m = &e->mirror;
+    struct tap *tap = &r->engine->mirror.tap;
     if (own_buffer(r))
         gather_data(r, own_buffer(r));
     if (guest_memory_lost(&r->queue->attachment->memory)) {
         /* What was gathered may be the zeroes of the SIGBUS handler, not the guest's data. */
-        if (r->entry)
-            log_abandon(&e->log, r->entry);
+        tap_give_back(tap, &r->write);
         finish(r, VIRTIO_BLK_S_IOERR);
         return;
     }
     r->write_through = is_write_through(r->queue);
-    r->captured = r->entry != NULL;
-    r->capture_epoch = m->capture_epoch;
-    if (r->captured)
-        m->captured_writes++;
-    else
-        m->uncaptured_writes++;
-    /* The bit before the data (rule 4), and before any wait: a resync that begins meanwhile, for which nobody has
-     * captured this write, copies what is marked when it begins. */
-    difference_mark(e, r->blk.offset, r->blk.length);
+    tap_taken(tap, &r->write);
     take_slot(r);
 }
 
@@ -449,7 +425,7 @@ static void start(struct request *r, int verdict)
         start_write(r);
         break;
     case VS_OP_FLUSH:
-        guest_flush_wait(e, &r->flush, counts_flush_requested(&e->counts));
+        guest_flush_asked(&e->mirror.flush, &r->flush);
         break;
     default:
         answer_id(r);
@@ -461,16 +437,15 @@ static int take_up(struct vs_engine *e, struct queue *q, uint16_t head)
 {
     struct request *r;
     int verdict;
-    if (e->requests_in_flight - e->flush.guest_waiting >= REQUESTS_MAX || !(r = free_request(e)))
+    if (e->load.in_flight - guest_flush_guests(&e->mirror.flush) >= REQUESTS_MAX || !(r = free_request(e)))
         return 0;
     verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &e->limits);
     if (verdict < 0)
         return verdict;
-    r->entry = NULL;
+    r->write.entry = NULL;
     r->bounce = NULL;
     if (verdict == BLK_OK && !reserve(r)) {
-        if (r->entry)
-            log_abandon(&e->log, r->entry);
+        tap_give_back(&e->mirror.tap, &r->write);
         return 0;
     }
     virtqueue_take(&q->vq, head);
@@ -484,9 +459,9 @@ static int take_up(struct vs_engine *e, struct queue *q, uint16_t head)
     r->flush.owner = q;
     q->in_flight++;
     q->attachment->in_flight++;
-    e->requests_in_flight++;
+    e->load.in_flight++;
     e->taken_in_pass++;
-    e->last_taken_ns = r->taken_ns;
+    e->load.last_taken_ns = r->taken_ns;
     start(r, verdict);
     return 1;
 }
@@ -511,9 +486,9 @@ enum service request_path_service(struct vs_engine *e, struct queue *q)
             queue_break(q, (uint32_t)-rc);
             return SERVICE_EMPTY;
         }
-        if (n + 1 == EARLY_SUBMIT && e->source->stats.in_flight == uring_queued(&e->uring))
+        if (n + 1 == EARLY_SUBMIT && e->mirror.source.disk->stats.in_flight == uring_queued(&e->uring))
             uring_submit(&e->uring);
-        if ((n + 1) % EARLY_NOTIFY == 0 && !list_empty(&e->host.done) && !e->mirror.capturing) {
+        if ((n + 1) % EARLY_NOTIFY == 0 && !list_empty(&e->host.done) && !tap_captures(&e->mirror.tap)) {
             /* I/O that completes at once: let the guest's core refill the ring while we go on.
              * Not while mirroring, where this thread is the narrow place already. */
             disk_run_done(&e->host);
@@ -521,4 +496,15 @@ enum service request_path_service(struct vs_engine *e, struct queue *q)
         }
     }
     return SERVICE_MORE;
+}
+
+void guest_hold(struct vs_engine *e, enum guest_hold reason)
+{
+    e->load.holds |= reason;
+}
+
+void guest_release(struct vs_engine *e, enum guest_hold reason)
+{
+    e->load.holds &= ~(unsigned)reason;
+    queues_retry(&e->frontends);
 }

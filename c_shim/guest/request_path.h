@@ -14,8 +14,9 @@ void request_path_free(struct vs_engine *e);
  * the ring, to be looked at again when something has completed. */
 enum service request_path_service(struct vs_engine *e, struct queue *q);
 
-/* A checkpoint begins: what is at the source is not covered by it. */
-void request_path_mark_in_flight(struct vs_engine *e);
+/* No request is taken up until the reason is gone; then those that have waited have their turn. */
+void guest_hold(struct vs_engine *e, enum guest_hold reason);
+void guest_release(struct vs_engine *e, enum guest_hold reason);
 
 /* For read_fallback.c and source_failover.c: the ends and the repetition of what the source has failed. */
 

@@ -39,8 +39,8 @@ void source_failover_init(struct vs_engine *e)
  * where the source has none. */
 static bool may_begin(const struct vs_engine *e)
 {
-    return e->config.switch_on_source_error && e->mirror.state == VS_STEADY && !bad_ranges_any(&e->bad) &&
-           !e->mirror.differs && bad_ranges_healed(&e->bad, &e->counts);
+    return e->config.switch_on_source_error && e->mirror.state.now == VS_STEADY && !bad_ranges_any(&e->mirror.bad) &&
+           !e->mirror.state.differs && bad_ranges_healed(&e->mirror.bad, &e->mirror.counts);
 }
 
 static bool begin(struct vs_engine *e, const struct disk_io *io)
@@ -56,6 +56,7 @@ static bool begin(struct vs_engine *e, const struct disk_io *io)
     if (e->failover.pending)
         return true;
     e->failover.pending = true;
+    guest_hold(e, GUEST_HOLD_SOURCE_FAILED);
     e->failover.flush_error = 0;
     mailbox_post(&e->mailbox, &event);
     return true;
@@ -95,8 +96,8 @@ bool source_failover_holds(struct request *r)
 static void end(struct vs_engine *e)
 {
     e->failover.pending = false;
-    e->flush.dirty = true;
-    queues_retry(&e->frontends);
+    durability_recheck(&e->mirror.state);
+    guest_release(e, GUEST_HOLD_SOURCE_FAILED);
 }
 
 void source_failover_over(struct vs_engine *e)
@@ -117,12 +118,12 @@ void source_failover_give_up(struct vs_engine *e)
         return;
     end(e);
     if (e->failover.flush_error)
-        guest_flush_source_failed(e, e->failover.flush_number, e->failover.flush_error);
+        guest_flush_source_failed(&e->mirror.flush, e->failover.flush_number, e->failover.flush_error);
 }
 
 bool source_failover_due(const struct vs_engine *e)
 {
-    return e->failover.pending && e->mirror.state != VS_STEADY && e->gate != GATE_CLOSED;
+    return e->failover.pending && e->mirror.state.now != VS_STEADY && e->gate != GATE_CLOSED;
 }
 
 void source_failover_pump(struct vs_engine *e)

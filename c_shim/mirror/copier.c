@@ -30,46 +30,43 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <string.h>
 
-#include "attachment.h"
-#include "clock.h"
+#include "bad_ranges.h"
+#include "copy_put.h"
 #include "copy_rescue.h"
-#include "engine.h"
+#include "difference.h"
+#include "guest_side.h"
+#include "mailbox.h"
+#include "mirror_state.h"
 #include "own_memory.h"
+#include "repl_log.h"
+#include "source.h"
+#include "uncopied.h"
 
-#define BUFFERS_BYTES ((uint64_t)COPY_DEPTH_MAX * COPY_BYTES)
+static void mark_in_flight(struct marker *m);
 
-static void read_done(struct disk_io *io);
-static void piece_done(struct destination_io *io, bool current);
-static void put_next(struct region_copy *c);
-static void destination_looked(struct destination_io *io, bool current);
-static void displace(struct region_copy *c);
-static void pace(struct vs_engine *e, uint64_t bytes);
-static void slot_granted(struct range_slot *slot);
-
-int copier_init(struct vs_engine *e)
+int copier_init(struct copier *k, const struct copier_rooms *rooms, unsigned depth)
 {
-    struct copier *k = &e->copier;
-    k->depth = e->config.copy_depth;
+    *k = (struct copier){.rooms = *rooms, .depth = depth, .marker.mark_in_flight = mark_in_flight};
     if (k->depth < 1 || k->depth > COPY_DEPTH_MAX)
         return -EINVAL;
-    k->buffers = own_memory_map(BUFFERS_BYTES);
+    k->buffers = own_memory_map(COPY_BUFFERS_BYTES);
     if (!k->buffers)
         return -ENOMEM;
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
-        k->copies[i].engine = e;
+        k->copies[i].copier = k;
         k->copies[i].buffer = k->buffers + (size_t)i * COPY_BYTES;
-        k->copies[i].slot.grant = slot_granted;
+        copy_put_init(&k->copies[i]);
     }
     for (unsigned i = 0; i < COPY_DISKS; i++)
-        copy_scout_init(&k->scouts[i], e);
+        copy_scout_init(&k->scouts[i], rooms->destination);
+    difference_add_marker(rooms->difference, &k->marker);
     return 0;
 }
 
-void copier_free(struct vs_engine *e)
+void copier_free(struct copier *k)
 {
-    own_memory_unmap(e->copier.buffers, BUFFERS_BYTES);
+    own_memory_unmap(k->buffers, COPY_BUFFERS_BYTES);
 }
 
 static void forget_holes(struct copier *k)
@@ -78,260 +75,79 @@ static void forget_holes(struct copier *k)
         copy_scout_forget(&k->scouts[i]);
 }
 
-void copier_start(struct vs_engine *e)
+void copier_start(struct copier *k)
 {
-    struct copier *k = &e->copier;
-    dirty_map_add(&e->to_copy, &e->difference.differs);
-    bad_ranges_copy_begins(&e->bad);
-    copy_pace_init(&k->pace, k->depth, 1ull << e->to_copy.region_shift, engine_now(e));
+    struct dirty_map *regions = &k->rooms.uncopied->regions;
+    dirty_map_add(regions, &k->rooms.difference->differs);
+    bad_ranges_copy_begins(k->rooms.bad);
+    copy_pace_init(&k->pace, k->depth, 1ull << regions->region_shift, k->rooms.host->now_ns);
     /* The cursor stays where the last copy left off: one that always began with what the guest keeps writing
      * would come no further when it is cut off again and again. */
-    k->bytes_total = dirty_map_bytes(&e->to_copy);
+    k->bytes_total = dirty_map_bytes(regions);
     k->bytes_done = k->bytes_sparse = 0;
     k->not_before_ns = 0;
     forget_holes(k);
 }
 
-void copier_add(struct vs_engine *e, uint64_t offset, uint64_t length)
+void copier_add(struct copier *k, uint64_t offset, uint64_t length, struct copy_of_growth *growth)
 {
-    struct copier *k = &e->copier;
-    dirty_map_set(&e->to_copy, offset, length);
+    dirty_map_set(&k->rooms.uncopied->regions, offset, length);
+    k->rooms.uncopied->growing = true;
+    k->growth = growth;
     k->cursor = 0;
     k->bytes_total = length;
     forget_holes(k);
     k->bytes_done = k->bytes_sparse = 0;
 }
 
-static bool copying(const struct vs_engine *e)
+void copier_set_speed(struct copier *k, uint64_t bytes_per_s)
 {
-    bool grows = e->mirror.state == VS_STEADY && e->grow.running;
-    return e->mirror.state == VS_SYNCING || (grows && !e->failover.pending); /* a source that is left is read no more */
+    k->speed_bytes_per_s = bytes_per_s;
+    k->not_before_ns = 0;
 }
 
-bool copier_finished(const struct vs_engine *e)
+static bool copying(const struct copier *k)
 {
-    return e->to_copy.dirty == 0 && e->copier.in_use == 0;
-}
-
-bool copier_current(const struct region_copy *c)
-{
-    return c->epoch == c->engine->destination.epoch;
-}
-
-/* Back to the pool; its slot is given back by the caller or by the mirror's end. */
-void copier_end(struct region_copy *c)
-{
-    struct copier *k = &c->engine->copier;
-    c->step = COPY_FREE;
-    k->in_use--;
-    if (k->in_use == 0 && c->engine->to_copy.dirty == 0) /* done: the buffers are not needed for long */
-        own_memory_drop(k->buffers, BUFFERS_BYTES);
-}
-
-/* The guest goes first: what it asks of a disk waits there behind what the copy has in flight. While it works that
- * is as little as its pace says; never nothing, so that the copy ends. */
-static bool yields(const struct vs_engine *e)
-{
-    unsigned held = guest_flush_paused(e, NULL); /* a pause: they wait for this very copy */
-    return e->flush.waiting > held || e->requests_in_flight > held || engine_took_up_lately(e);
-}
-
-static uint64_t round_now(const struct region_copy *c)
-{
-    return yields(c->engine) ? c->engine->copier.pace.round : 0;
-}
-
-static void ask_source(struct region_copy *c, void (*done)(struct disk_io *io))
-{
-    c->pace_round = round_now(c);
-    c->io.io.done = done;
-    disk_submit(c->engine->source, &c->io.io);
-}
-
-static void ask_destination(struct region_copy *c, void (*done)(struct destination_io *io, bool current))
-{
-    c->pace_round = round_now(c);
-    c->io.done = done;
-    destination_submit(&c->engine->destination, &c->io);
-}
-
-static void succeeded(struct region_copy *c, enum copy_disk disk)
-{
-    struct vs_engine *e = c->engine;
-    copy_pace_completed(&e->copier.pace, disk, c->pace_round, engine_now(e) - c->io.io.submitted_ns, engine_now(e));
-}
-
-static void finish_copy(struct region_copy *c)
-{
-    struct vs_engine *e = c->engine;
-    range_release(&e->destination.slots, &c->slot);
-    e->copier.bytes_done += c->length;
-    e->copier.bytes_sparse += c->sparse;
-    copier_end(c);
-}
-
-/* ---- putting a region onto the destination ------------------------------ */
-
-static bool is_zero(const uint8_t *p, uint64_t bytes)
-{
-    return p[0] == 0 && memcmp(p, p + 1, bytes - 1) == 0;
-}
-
-static uint64_t unit_at(uint64_t at, uint64_t end)
-{
-    return end - at < COPY_ZERO_BYTES ? end - at : COPY_ZERO_BYTES;
-}
-
-/* The longest piece from "put" to at most "end" that is all zeroes or holds none of them; true: zeroes. */
-static bool next_piece(const struct region_copy *c, uint64_t end, uint64_t *piece)
-{
-    uint64_t at = c->put;
-    bool zero;
-    if (c->hole) {
-        *piece = end - c->put;
-        return true;
-    }
-    zero = is_zero(c->buffer + at, unit_at(at, end));
-    do
-        at += unit_at(at, end);
-    while (at < end && is_zero(c->buffer + at, unit_at(at, end)) == zero);
-    *piece = at - c->put;
-    return zero;
-}
-
-/* Passes over what must not be put; the end of what may be from there on (in the region). */
-static uint64_t next_good(struct region_copy *c)
-{
-    const struct range_set *sets[] = {&c->bad, &c->engine->bad.spared};
-    bool passed = true;
-    uint64_t end = 0;
-    while (passed && c->put < c->length) {
-        passed = false;
-        end = c->offset + c->length;
-        for (unsigned i = 0; i < 2 && !passed; i++) {
-            struct vs_range part;
-            if (!range_set_first(sets[i], c->offset + c->put, end, &part))
-                continue;
-            passed = part.offset == c->offset + c->put;
-            if (passed)
-                c->put += part.length;
-            else
-                end = part.offset;
-        }
-    }
-    return end - c->offset;
-}
-
-/* Of the region, "piece" bytes from "put" on. */
-static void submit_piece(struct region_copy *c, uint32_t kind, void (*done)(struct destination_io *io, bool current))
-{
-    struct disk_io *io = &c->io.io;
-    c->iov = (struct iovec){c->buffer + c->put, (size_t)c->piece};
-    io->kind = kind;
-    io->may_unmap = true;
-    io->to_data_end = false;
-    io->offset = c->offset + c->put;
-    io->length = c->piece;
-    io->iov = &c->iov;
-    io->iov_count = 1;
-    ask_destination(c, done);
-}
-
-static void put_next(struct region_copy *c)
-{
-    uint64_t end = next_good(c);
-    if (c->put == c->length)
-        finish_copy(c);
-    else if (next_piece(c, end, &c->piece))
-        submit_piece(c, VS_DISK_EXTENTS, destination_looked);
-    else
-        submit_piece(c, VS_DISK_WRITE, piece_done);
-}
-
-/* Zeroes are to come where it was looked for a hole. */
-static void destination_looked(struct destination_io *io, bool current)
-{
-    struct region_copy *c = container_of(io, struct region_copy, io);
-    if (!current) {
-        copier_end(c);
-    } else if (disk_found_hole(&io->io)) {
-        c->sparse += c->piece;
-        c->put += c->piece;
-        put_next(c);
-    } else if (c->piece > COPY_BYTES) { /* it was a hole on both disks just now */
-        copy_scout_learn(&c->engine->copier.scouts[COPY_DESTINATION], &io->io);
-        displace(c);
-    } else {
-        if (c->hole)
-            pace(c->engine, c->piece);
-        c->sparse += c->piece;
-        submit_piece(c, VS_DISK_ZERO, piece_done);
-    }
-}
-
-static void piece_done(struct destination_io *io, bool current)
-{
-    struct region_copy *c = container_of(io, struct region_copy, io);
-    if (!current) {
-        copier_end(c);
-        return;
-    }
-    if (io->io.kind == VS_DISK_WRITE)
-        succeeded(c, COPY_DESTINATION);
-    c->put += c->piece;
-    put_next(c);
-}
-
-static void slot_granted(struct range_slot *slot)
-{
-    struct region_copy *c = container_of(slot, struct region_copy, slot);
-    if (c->step != COPY_READ || !copier_current(c))
-        return;
-    /* Not put_next() at once: it may end the copy, and a grant must not give back a slot. */
-    c->step = COPY_GRANTED;
-    c->engine->copier.granted = true;
+    enum vs_mirror_state state = k->rooms.state->now;
+    bool grows = state == VS_STEADY && k->rooms.uncopied->growing;
+    bool is_left = k->rooms.load->holds & GUEST_HOLD_SOURCE_FAILED; /* a source that is left is read no more */
+    return state == VS_SYNCING || (grows && !is_left);
 }
 
 /* ---- reading ----------------------------------------------------------- */
 
-void copier_was_read(struct region_copy *c)
-{
-    c->step = c->slot.granted ? COPY_PUTTING : COPY_READ;
-    if (c->slot.granted)
-        put_next(c);
-}
-
 /* In steady, of a range that is no part of the disk yet, and does not become one. */
 static void new_range_unreadable(struct region_copy *c)
 {
-    struct vs_engine *e = c->engine;
-    report_io_error(&e->mailbox, VS_SOURCE, &c->io.io);
-    range_release(&e->destination.slots, &c->slot);
-    copier_end(c);
-    grow_stop(e, c->io.io.result);
+    struct copier *k = c->copier;
+    report_io_error(k->rooms.mailbox, VS_SOURCE, &c->io.io);
+    range_release(&k->rooms.destination->slots, &c->slot);
+    copy_end(c);
+    k->growth->unreadable(k->growth, c->io.io.result);
 }
 
 static void read_done(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io.io);
-    if (!copier_current(c)) {
-        copier_end(c);
-    } else if (io->result < 0 && c->engine->mirror.state == VS_STEADY) {
+    if (!copy_is_current(c)) {
+        copy_end(c);
+    } else if (io->result < 0 && c->copier->rooms.state->now == VS_STEADY) {
         new_range_unreadable(c);
     } else if (io->result < 0) {
         rescue_start(c); /* it reports what is lost */
     } else {
-        succeeded(c, COPY_SOURCE);
-        copier_was_read(c);
+        copy_took(c, COPY_SOURCE);
+        copy_put_in_turn(c);
     }
 }
 
 /* Takes its place in the order; only then may the source be looked at. */
 static void place(struct region_copy *c, uint64_t offset, uint64_t length)
 {
-    struct vs_engine *e = c->engine;
-    uint64_t whole = offset >> e->to_copy.region_shift << e->to_copy.region_shift; /* of a region, a part may do */
-    c->epoch = e->destination.epoch;
+    struct copier *k = c->copier;
+    struct uncopied *u = k->rooms.uncopied;
+    uint64_t whole = offset >> u->regions.region_shift << u->regions.region_shift; /* of a region, a part may do */
+    c->epoch = k->rooms.destination->epoch;
     c->step = COPY_READING;
     c->offset = offset;
     c->length = length;
@@ -339,19 +155,12 @@ static void place(struct region_copy *c, uint64_t offset, uint64_t length)
     c->sparse = 0;
     c->hole = false;
     c->bad.count = 0;
-    c->io.io.thread = io_thread_beside(&e->host.threads, (unsigned)(c - e->copier.copies));
-    e->copier.in_use++;
-    e->copier.cursor = offset + length;
-    difference_mark(e, offset, length);
-    dirty_map_clear(&e->to_copy, whole, offset + length - whole);
-    range_take(&e->destination.slots, &c->slot, offset, length);
-}
-
-/* By the speed limit. */
-static void pace(struct vs_engine *e, uint64_t bytes)
-{
-    struct copier *k = &e->copier;
-    k->not_before_ns = clock_pace_ns(k->not_before_ns, engine_now(e), bytes, k->speed_bytes_per_s);
+    c->io.io.thread = io_thread_beside(&k->rooms.host->threads, (unsigned)(c - k->copies));
+    u->in_flight++;
+    k->cursor = offset + length;
+    difference_mark(k->rooms.difference, offset, length);
+    dirty_map_clear(&u->regions, whole, offset + length - whole);
+    range_take(&k->rooms.destination->slots, &c->slot, offset, length);
 }
 
 static void start_reading(struct region_copy *c)
@@ -364,16 +173,16 @@ static void start_reading(struct region_copy *c)
     io->length = c->length;
     io->iov = &c->iov;
     io->iov_count = 1;
-    pace(c->engine, c->length);
-    ask_source(c, read_done);
+    copy_counts_as(c->copier, c->length);
+    copy_ask_source(c, read_done);
 }
 
 /* The first run at or after "from". In steady nothing of what the guest can write to already, and the region across
  * the old end may begin with such (grow.c). */
-static bool find_run(const struct vs_engine *e, uint64_t from, uint64_t most, uint64_t *offset, uint64_t *run)
+static bool find_run(const struct copier *k, uint64_t from, uint64_t most, uint64_t *offset, uint64_t *run)
 {
-    uint64_t first = e->mirror.state == VS_STEADY ? e->config.capacity_bytes : 0;
-    if (!dirty_map_find(&e->to_copy, from, most, offset, run))
+    uint64_t first = k->rooms.state->now == VS_STEADY ? k->rooms.source->capacity_bytes : 0;
+    if (!dirty_map_find(&k->rooms.uncopied->regions, from, most, offset, run))
         return false;
     if (*offset < first) {
         assert(*run > first - *offset);
@@ -385,37 +194,28 @@ static bool find_run(const struct vs_engine *e, uint64_t from, uint64_t most, ui
 
 /* ---- holes ------------------------------------------------------------- */
 
-/* It is as if it had never been placed. */
-static void displace(struct region_copy *c)
-{
-    struct vs_engine *e = c->engine;
-    range_release(&e->destination.slots, &c->slot);
-    dirty_map_set(&e->to_copy, c->offset, c->length);
-    e->copier.cursor = c->offset;
-    copier_end(c);
-}
-
 /* Whether it still was a hole when it had its place. */
 static void hole_looked(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io.io);
-    if (!copier_current(c)) {
-        copier_end(c);
+    if (!copy_is_current(c)) {
+        copy_end(c);
     } else if (disk_found_hole(io)) {
         c->hole = true;
-        copier_was_read(c);
+        copy_put_in_turn(c);
     } else { /* a write has filled it */
-        copy_scout_learn(&c->engine->copier.scouts[COPY_SOURCE], io);
-        displace(c);
+        copy_scout_learn(&c->copier->scouts[COPY_SOURCE], io);
+        copy_displace(c);
     }
 }
 
 /* How much of the run lies before "end", in whole regions. */
-static uint64_t whole_regions(const struct vs_engine *e, uint64_t offset, uint64_t run, uint64_t end)
+static uint64_t whole_regions(const struct copier *k, uint64_t offset, uint64_t run, uint64_t end)
 {
+    unsigned shift = k->rooms.uncopied->regions.region_shift;
     if (end >= offset + run)
         return run;
-    end = end >> e->to_copy.region_shift << e->to_copy.region_shift;
+    end = end >> shift << shift;
     return end > offset ? end - offset : 0;
 }
 
@@ -423,15 +223,15 @@ static uint64_t whole_regions(const struct vs_engine *e, uint64_t offset, uint64
  * over in large steps; else zeroes are put there, in parts like any other. */
 static bool start_hole(struct region_copy *c, uint64_t offset, uint64_t run)
 {
-    struct vs_engine *e = c->engine;
-    const struct copy_scout *source = &e->copier.scouts[COPY_SOURCE], *there = &e->copier.scouts[COPY_DESTINATION];
+    struct copier *k = c->copier;
+    const struct copy_scout *source = &k->scouts[COPY_SOURCE], *there = &k->scouts[COPY_DESTINATION];
     uint64_t length = 0, large;
     if (!source->hole)
         return false;
-    if (there->hole && find_run(e, offset, COPY_HOLE_BYTES, &offset, &large))
-        length = whole_regions(e, offset, large, source->end < there->end ? source->end : there->end);
+    if (there->hole && find_run(k, offset, COPY_HOLE_BYTES, &offset, &large))
+        length = whole_regions(k, offset, large, source->end < there->end ? source->end : there->end);
     if (length == 0)
-        length = whole_regions(e, offset, run, source->end);
+        length = whole_regions(k, offset, run, source->end);
     if (length == 0)
         return false;
     place(c, offset, length);
@@ -440,16 +240,18 @@ static bool start_hole(struct region_copy *c, uint64_t offset, uint64_t run)
     c->io.io.to_data_end = false;
     c->io.io.offset = offset;
     c->io.io.length = length;
-    ask_source(c, hole_looked);
+    copy_ask_source(c, hole_looked);
     return true;
 }
 
 /* What the source has at offset, and where that is a hole the destination too; else they are asked. */
-static bool is_known(struct vs_engine *e, uint64_t offset)
+static bool is_known(struct copier *k, uint64_t offset)
 {
-    struct copy_scout *scouts = e->copier.scouts;
-    return copy_scout_knows(&scouts[COPY_SOURCE], e->source, offset) &&
-           (!scouts[COPY_SOURCE].hole || copy_scout_knows(&scouts[COPY_DESTINATION], e->destination.disk, offset));
+    struct copy_scout *scouts = k->scouts;
+    uint64_t end = k->rooms.uncopied->regions.capacity_bytes;
+    return copy_scout_knows(&scouts[COPY_SOURCE], k->rooms.source->disk, offset, end) &&
+           (!scouts[COPY_SOURCE].hole ||
+            copy_scout_knows(&scouts[COPY_DESTINATION], k->rooms.destination->disk, offset, end));
 }
 
 /* ---- what is begun ------------------------------------------------------- */
@@ -462,23 +264,29 @@ static unsigned reads_in_flight(const struct copier *k)
     return count;
 }
 
-static bool may_begin(const struct vs_engine *e)
+/* While the log fills replication goes first, or the guest would get ahead. */
+static bool gives_way(const struct copier *k)
 {
-    const struct copier *k = &e->copier;
-    if (pull_ahead_log_fills(e))
-        return false; /* replication goes first, or the guest would get ahead */
-    if (k->not_before_ns > engine_now(e)) /* by the speed limit */
+    return k->rooms.give_way_bytes && ring_used(&k->rooms.log->ring) >= k->rooms.give_way_bytes;
+}
+
+static bool may_begin(const struct copier *k)
+{
+    unsigned in_flight = k->rooms.uncopied->in_flight;
+    if (gives_way(k))
         return false;
-    if (yields(e))
-        return k->in_use < copy_pace_parts(&k->pace) && reads_in_flight(k) < copy_pace_reads(&k->pace);
-    return k->in_use < k->depth;
+    if (k->not_before_ns > k->rooms.host->now_ns) /* by the speed limit */
+        return false;
+    if (copy_yields(k))
+        return in_flight < copy_pace_parts(&k->pace) && reads_in_flight(k) < copy_pace_reads(&k->pace);
+    return in_flight < k->depth;
 }
 
 /* What is to be copied next: from the cursor to the disk's end, then from its beginning. */
-static bool next_run(const struct vs_engine *e, uint64_t *offset, uint64_t *run)
+static bool next_run(const struct copier *k, uint64_t *offset, uint64_t *run)
 {
-    uint64_t most = yields(e) ? copy_pace_part_bytes(&e->copier.pace) : COPY_BYTES;
-    return find_run(e, e->copier.cursor, most, offset, run) || find_run(e, 0, most, offset, run);
+    uint64_t most = copy_yields(k) ? copy_pace_part_bytes(&k->pace) : COPY_BYTES;
+    return find_run(k, k->cursor, most, offset, run) || find_run(k, 0, most, offset, run);
 }
 
 static struct region_copy *free_copy(struct copier *k)
@@ -489,27 +297,13 @@ static struct region_copy *free_copy(struct copier *k)
     return NULL;
 }
 
-static void put_granted(struct copier *k)
+void copier_pump(struct copier *k)
 {
-    k->granted = false;
-    for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
-        struct region_copy *c = &k->copies[i];
-        if (c->step != COPY_GRANTED)
-            continue;
-        c->step = COPY_PUTTING;
-        put_next(c);
-    }
-}
-
-void copier_pump(struct vs_engine *e)
-{
-    struct copier *k = &e->copier;
     uint64_t offset, run;
-    if (k->granted)
-        put_granted(k);
-    if (!copying(e) || e->mirror.uncaptured_writes)
+    copy_put_granted(k);
+    if (!copying(k) || k->rooms.state->capture.uncaptured)
         return;
-    while (may_begin(e) && next_run(e, &offset, &run) && is_known(e, offset)) {
+    while (may_begin(k) && next_run(k, &offset, &run) && is_known(k, offset)) {
         struct region_copy *c = free_copy(k);
         if (start_hole(c, offset, run))
             continue;
@@ -518,25 +312,27 @@ void copier_pump(struct vs_engine *e)
     }
 }
 
-uint64_t copier_deadline_ns(const struct vs_engine *e)
+uint64_t copier_deadline_ns(const struct copier *k)
 {
-    bool waits = copying(e) && e->to_copy.dirty && e->copier.not_before_ns > engine_now(e);
-    return waits ? e->copier.not_before_ns : UINT64_MAX;
+    bool waits = copying(k) && k->rooms.uncopied->regions.dirty && k->not_before_ns > k->rooms.host->now_ns;
+    return waits ? k->not_before_ns : UINT64_MAX;
 }
 
-void copier_mark_in_flight(struct vs_engine *e)
+/* A checkpoint begins: what is being copied is not covered by it. */
+static void mark_in_flight(struct marker *m)
 {
+    struct copier *k = container_of(m, struct copier, marker);
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++) {
-        const struct region_copy *c = &e->copier.copies[i];
-        if (c->step != COPY_FREE && copier_current(c))
-            difference_mark(e, c->offset, c->length);
+        const struct region_copy *c = &k->copies[i];
+        if (c->step != COPY_FREE && copy_is_current(c))
+            difference_mark(k->rooms.difference, c->offset, c->length);
     }
 }
 
-void copier_drop(struct vs_engine *e)
+void copier_drop(struct copier *k)
 {
     for (unsigned i = 0; i < COPY_DEPTH_MAX; i++)
-        if (e->copier.copies[i].step == COPY_READ || e->copier.copies[i].step == COPY_GRANTED)
-            copier_end(&e->copier.copies[i]);
-    dirty_map_clear_all(&e->to_copy);
+        if (k->copies[i].step == COPY_READ || k->copies[i].step == COPY_GRANTED)
+            copy_end(&k->copies[i]);
+    dirty_map_clear_all(&k->rooms.uncopied->regions);
 }

@@ -14,8 +14,9 @@
 
 #include <assert.h>
 
-#include "attachment.h"
-#include "engine.h"
+#include "bad_ranges.h"
+#include "copy_put.h"
+#include "source.h"
 
 static void piece_read(struct disk_io *io);
 
@@ -34,7 +35,7 @@ static void read_piece(struct region_copy *c)
     io->iov = &c->iov;
     io->iov_count = 1;
     io->done = piece_read;
-    disk_submit(c->engine->source, io);
+    disk_submit(c->copier->rooms.source->disk, io);
 }
 
 void rescue_start(struct region_copy *c)
@@ -48,7 +49,7 @@ static void give_up_piece(struct region_copy *c)
 {
     c->rescue_error = c->io.io.result;
     range_set_add(&c->bad, c->io.io.offset, c->io.io.length);
-    bad_ranges_not_read(&c->engine->bad, c->io.io.offset, c->io.io.length);
+    bad_ranges_not_read(c->copier->rooms.bad, c->io.io.offset, c->io.io.length);
 }
 
 /* One report for each stretch, not for each piece of it. */
@@ -58,7 +59,7 @@ static void report(struct region_copy *c)
         c->io.io.offset = c->bad.range[i].offset;
         c->io.io.length = c->bad.range[i].length;
         c->io.io.result = c->rescue_error;
-        report_io_error(&c->engine->mailbox, VS_SOURCE, &c->io.io);
+        report_io_error(c->copier->rooms.mailbox, VS_SOURCE, &c->io.io);
     }
 }
 
@@ -66,8 +67,8 @@ static void piece_read(struct disk_io *io)
 {
     struct region_copy *c = container_of(io, struct region_copy, io.io);
     uint64_t next = RESCUE_BYTES;
-    if (!copier_current(c)) {
-        copier_end(c);
+    if (!copy_is_current(c)) {
+        copy_end(c);
         return;
     }
     if (io->result < 0 && c->piece > RESCUE_BYTES) {
@@ -86,5 +87,5 @@ static void piece_read(struct disk_io *io)
         return;
     }
     report(c);
-    copier_was_read(c);
+    copy_put_in_turn(c);
 }

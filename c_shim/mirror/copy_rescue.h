@@ -5,9 +5,9 @@
 #ifndef VS_COPY_RESCUE_H
 #define VS_COPY_RESCUE_H
 
-#include "copier.h"
+#include "region_copy.h"
 
-/* Ends in copier_was_read() with "bad" filled in, or in copier_end(). */
+/* Ends in copy_put_in_turn() with "bad" filled in, or in copy_end(). */
 void rescue_start(struct region_copy *c);
 
 #endif

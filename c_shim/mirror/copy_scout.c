@@ -1,20 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "copy_scout.h"
 
-#include "attachment.h"
-#include "engine.h"
-
 static void scouted(struct disk_io *io)
 {
     struct copy_scout *s = container_of(io, struct copy_scout, io);
     s->asking = false;
-    if (s->epoch == s->engine->destination.epoch) /* else it was another disk's answer */
+    if (s->epoch == s->destination->epoch) /* else it was another disk's answer */
         copy_scout_learn(s, io);
 }
 
-void copy_scout_init(struct copy_scout *s, struct vs_engine *e)
+void copy_scout_init(struct copy_scout *s, const struct destination *destination)
 {
-    s->engine = e;
+    s->destination = destination;
     s->io.kind = VS_DISK_EXTENTS;
     s->io.to_data_end = true;
     s->io.done = scouted;
@@ -32,17 +29,16 @@ void copy_scout_learn(struct copy_scout *s, const struct disk_io *found)
     s->end = s->hole ? found->data_at : found->data_end;
 }
 
-bool copy_scout_knows(struct copy_scout *s, struct vs_disk *disk, uint64_t offset)
+bool copy_scout_knows(struct copy_scout *s, struct vs_disk *disk, uint64_t offset, uint64_t end)
 {
-    struct vs_engine *e = s->engine;
     if (s->asking)
         return false;
-    if (s->epoch == e->destination.epoch && offset >= s->from && offset < s->end)
+    if (s->epoch == s->destination->epoch && offset >= s->from && offset < s->end)
         return true;
     s->asking = true;
-    s->epoch = e->destination.epoch;
+    s->epoch = s->destination->epoch;
     s->io.offset = offset;
-    s->io.length = e->to_copy.capacity_bytes - offset;
+    s->io.length = end - offset;
     disk_submit(disk, &s->io);
     return false;
 }

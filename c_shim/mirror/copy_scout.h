@@ -9,22 +9,20 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
-
-struct vs_engine;
+#include "destination.h"
 
 struct copy_scout {
-    struct vs_engine *engine;
+    const struct destination *destination;
     bool asking, hole;
     uint64_t from, end;  /* the range of which it is known */
     uint64_t epoch;      /* of the mirror for which it was asked */
     struct disk_io io;
 };
 
-void copy_scout_init(struct copy_scout *s, struct vs_engine *e);
+void copy_scout_init(struct copy_scout *s, const struct destination *destination);
 void copy_scout_forget(struct copy_scout *s);
-/* Whether it is known what the disk has at offset; else it is asked. */
-bool copy_scout_knows(struct copy_scout *s, struct vs_disk *disk, uint64_t offset);
+/* Whether it is known what the disk has at offset; else it is asked (up to end). */
+bool copy_scout_knows(struct copy_scout *s, struct vs_disk *disk, uint64_t offset, uint64_t end);
 /* What the disk has answered to somebody else. */
 void copy_scout_learn(struct copy_scout *s, const struct disk_io *found);
 

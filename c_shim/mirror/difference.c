@@ -36,10 +36,15 @@
 #include <assert.h>
 #include <string.h>
 
-#include "attachment.h"
+#include "bad_ranges.h"
 #include "bitmap_file.h"
-#include "engine.h"
-#include "request_path.h"
+#include "counts.h"
+#include "guest_side.h"
+#include "mailbox.h"
+#include "mirror_state.h"
+#include "repl_log.h"
+#include "source.h"
+#include "uncopied.h"
 
 /* A guest that flushes by itself makes our own flushes needless: that part of the interval is waited for it. */
 #define GUEST_FLUSH_CHANCE 6
@@ -48,28 +53,23 @@
 static void source_flushed(struct disk_io *io);
 static void destination_flushed(struct destination_io *io, bool current);
 
-static uint64_t interval_ns(const struct vs_engine *e)
-{
-    return e->config.checkpoint_us * 1000;
-}
-
 /* The map as an earlier process has left it, if there was a peer; and the file follows it from here on. */
-static void load_bitmap(struct vs_engine *e)
+static void load_bitmap(struct difference *d, struct vs_bitmap *bitmap, bool peer_tracked)
 {
-    struct difference *d = &e->difference;
-    d->tracked = e->config.peer_tracked;
+    d->tracked = peer_tracked;
     if (d->tracked)
-        bitmap_load(e->config.bitmap, &d->differs);
+        bitmap_load(bitmap, &d->differs);
     d->differs.stored = bitmap_store;
-    d->differs.keeper = e->config.bitmap;
+    d->differs.keeper = bitmap;
 }
 
-int difference_init(struct vs_engine *e)
+int difference_init(struct difference *d, const struct difference_rooms *rooms, const struct vs_engine_config *config)
 {
-    struct difference *d = &e->difference;
-    uint64_t capacity = e->config.capacity_bytes;
-    uint32_t region = e->config.dirty_region_bytes;
+    uint64_t capacity = config->capacity_bytes;
+    uint32_t region = config->dirty_region_bytes;
     int rc;
+    *d = (struct difference){.rooms = *rooms, .interval_ns = config->checkpoint_us * 1000};
+    list_init(&d->markers);
     d->source_io.kind = d->destination_io.io.kind = VS_DISK_FLUSH;
     d->source_io.done = source_flushed;
     d->destination_io.done = destination_flushed;
@@ -77,28 +77,32 @@ int difference_init(struct vs_engine *e)
         (rc = dirty_map_init(&d->recent, capacity, region)) < 0)
         return rc;
     rc = dirty_map_init(&d->settling, capacity, region);
-    if (rc == 0 && e->config.bitmap)
-        load_bitmap(e);
+    if (rc == 0 && config->bitmap)
+        load_bitmap(d, config->bitmap, config->peer_tracked);
     return rc;
 }
 
-void difference_free(struct vs_engine *e)
+void difference_add_marker(struct difference *d, struct marker *m)
 {
-    dirty_map_free(&e->difference.differs);
-    dirty_map_free(&e->difference.recent);
-    dirty_map_free(&e->difference.settling);
+    list_append(&d->markers, &m->link);
 }
 
-void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length)
+void difference_free(struct difference *d)
 {
-    struct difference *d = &e->difference;
+    dirty_map_free(&d->differs);
+    dirty_map_free(&d->recent);
+    dirty_map_free(&d->settling);
+}
+
+void difference_mark(struct difference *d, uint64_t offset, uint64_t length)
+{
     if (!d->tracked)
         return;
     dirty_map_set(&d->differs, offset, length);
-    if (!destination_attached(&e->destination))
+    if (!destination_attached(d->rooms.destination))
         return; /* it will be copied, and then marked again */
-    if (d->recent.dirty == 0 && d->step == CHECKPOINT_NONE && d->next_ns < engine_now(e))
-        d->next_ns = engine_now(e) + interval_ns(e);
+    if (d->recent.dirty == 0 && d->step == CHECKPOINT_NONE && d->next_ns < d->rooms.host->now_ns)
+        d->next_ns = d->rooms.host->now_ns + d->interval_ns;
     dirty_map_set(&d->recent, offset, length);
 }
 
@@ -109,101 +113,99 @@ static void end_checkpoint(struct difference *d)
     d->more = false;
 }
 
-void difference_attach(struct vs_engine *e, bool resync)
+void difference_attach(struct difference *d, bool resync)
 {
-    struct difference *d = &e->difference;
     assert(d->step == CHECKPOINT_NONE && d->settling.dirty == 0);
     d->tracked = true;
     if (!resync)
         dirty_map_set_all(&d->differs);
     dirty_map_clear_all(&d->recent);
-    d->next_ns = engine_now(e) + interval_ns(e);
+    d->next_ns = d->rooms.host->now_ns + d->interval_ns;
 }
 
-void difference_detach(struct vs_engine *e)
+void difference_detach(struct difference *d)
 {
-    end_checkpoint(&e->difference); /* its flushes may still be in flight: they find another epoch */
-    dirty_map_clear_all(&e->difference.recent);
+    end_checkpoint(d); /* its flushes may still be in flight: they find another epoch */
+    dirty_map_clear_all(&d->recent);
 }
 
-void difference_forget(struct vs_engine *e)
+void difference_forget(struct difference *d)
 {
-    difference_detach(e);
-    e->difference.tracked = false;
-    dirty_map_clear_all(&e->difference.differs);
+    difference_detach(d);
+    d->tracked = false;
+    dirty_map_clear_all(&d->differs);
 }
 
-void difference_hurry(struct vs_engine *e)
+void difference_hurry(struct difference *d)
 {
-    e->difference.next_ns = 0;
+    d->next_ns = 0;
 }
 
-void difference_pull_ahead(struct vs_engine *e)
+void difference_pull_ahead(struct difference *d)
 {
-    struct difference *d = &e->difference;
     dirty_map_add(&d->settling, &d->recent); /* a checkpoint that has begun becomes part of this one */
     dirty_map_clear_all(&d->recent);
-    request_path_mark_in_flight(e);
-    d->generation = e->counts.source_generation;
+    d->rooms.listener->mark_in_flight(d->rooms.listener);
+    d->generation = d->rooms.counts->source_generation;
     d->step = CHECKPOINT_MIRRORING;
     d->word = 0;
     d->next_ns = 0;
     d->more = true; /* there may be nothing to wait for */
 }
 
-bool difference_at_rest(const struct vs_engine *e)
+bool difference_at_rest(const struct difference *d)
 {
-    return e->difference.step == CHECKPOINT_NONE && !e->difference.flushes;
+    return d->step == CHECKPOINT_NONE && !d->flushes;
 }
 
-static bool runs(const struct vs_engine *e)
+static bool runs(const struct difference *d)
 {
-    return e->mirror.state == VS_SYNCING || e->mirror.state == VS_STEADY || e->mirror.state == VS_AHEAD;
+    return d->rooms.state->now == VS_SYNCING || d->rooms.state->now == VS_STEADY || d->rooms.state->now == VS_AHEAD;
 }
 
 /* ---- the checkpoint ----------------------------------------------------- */
 
-static void rotate(struct vs_engine *e)
+static void rotate(struct difference *d)
 {
-    struct difference *d = &e->difference;
     struct dirty_map empty = d->settling;
     assert(empty.dirty == 0);
     d->settling = d->recent;
     d->recent = empty;
-    request_path_mark_in_flight(e);
-    copier_mark_in_flight(e);
-    verifier_mark_in_flight(e);
-    d->generation = e->counts.source_generation;
+    d->rooms.listener->mark_in_flight(d->rooms.listener);
+    list_each(node, &d->markers)
+    {
+        struct marker *m = container_of(node, struct marker, link);
+        m->mark_in_flight(m);
+    }
+    d->generation = d->rooms.counts->source_generation;
     d->step = CHECKPOINT_MIRRORING;
     d->word = 0;
-    d->next_ns = engine_now(e) + interval_ns(e) / GUEST_FLUSH_CHANCE;
+    d->next_ns = d->rooms.host->now_ns + d->interval_ns / GUEST_FLUSH_CHANCE;
 }
 
-static void flush_both(struct vs_engine *e)
+static void flush_both(struct difference *d)
 {
-    struct difference *d = &e->difference;
     d->step = CHECKPOINT_FLUSHING;
     d->flushes = 2;
     d->flush_failed = false;
-    d->epoch = e->destination.epoch;
-    d->source_generation = e->counts.source_generation;
-    d->destination_prefix = e->counts.mirrored_known ? e->counts.writes_mirrored : 0;
-    disk_submit(e->source, &d->source_io);
-    destination_submit(&e->destination, &d->destination_io);
+    d->epoch = d->rooms.destination->epoch;
+    d->source_generation = d->rooms.counts->source_generation;
+    d->destination_prefix = d->rooms.counts->mirrored_known ? d->rooms.counts->writes_mirrored : 0;
+    disk_submit(d->rooms.source->disk, &d->source_io);
+    destination_submit(d->rooms.destination, &d->destination_io);
 }
 
-static void flushed(struct vs_engine *e, bool failed)
+static void flushed(struct difference *d, bool failed)
 {
-    struct difference *d = &e->difference;
     d->flushes--;
     d->flush_failed |= failed;
-    e->flush.dirty = true;
-    if (d->flushes > 0 || d->step != CHECKPOINT_FLUSHING || d->epoch != e->destination.epoch)
+    durability_recheck(d->rooms.state);
+    if (d->flushes > 0 || d->step != CHECKPOINT_FLUSHING || d->epoch != d->rooms.destination->epoch)
         return;
     if (d->flush_failed) {
         dirty_map_add(&d->recent, &d->settling);
         end_checkpoint(d);
-        d->next_ns = engine_now(e) + interval_ns(e);
+        d->next_ns = d->rooms.host->now_ns + d->interval_ns;
         return;
     }
     d->step = CHECKPOINT_SETTLING;
@@ -211,46 +213,45 @@ static void flushed(struct vs_engine *e, bool failed)
 
 static void source_flushed(struct disk_io *io)
 {
-    struct vs_engine *e = container_of(io, struct vs_engine, difference.source_io);
+    struct difference *d = container_of(io, struct difference, source_io);
     if (io->result < 0)
-        report_io_error(&e->mailbox, VS_SOURCE, io);
-    else if (e->difference.epoch == e->destination.epoch)
-        counts_source_flushed(&e->counts, e->difference.source_generation);
-    flushed(e, io->result < 0);
+        report_io_error(d->rooms.mailbox, VS_SOURCE, io);
+    else if (d->epoch == d->rooms.destination->epoch)
+        counts_source_flushed(d->rooms.counts, d->source_generation);
+    flushed(d, io->result < 0);
 }
 
 static void destination_flushed(struct destination_io *io, bool current)
 {
-    struct vs_engine *e = container_of(io, struct vs_engine, difference.destination_io);
-    if (current && e->counts.mirrored_known)
-        counts_destination_flushed(&e->counts, e->difference.destination_prefix);
-    flushed(e, io->io.result < 0);
+    struct difference *d = container_of(io, struct difference, destination_io);
+    if (current && d->rooms.counts->mirrored_known)
+        counts_destination_flushed(d->rooms.counts, d->destination_prefix);
+    flushed(d, io->io.result < 0);
 }
 
-static bool region_is_kept(const struct vs_engine *e, uint64_t region)
+static bool region_is_kept(const struct difference *d, uint64_t region)
 {
-    const struct dirty_map *m = &e->difference.settling;
+    const struct dirty_map *m = &d->settling;
     uint64_t offset = region << m->region_shift, length = 1ull << m->region_shift;
     if (offset + length > m->capacity_bytes)
         length = m->capacity_bytes - offset;
-    return dirty_map_any_dirty(&e->to_copy, offset, length) || bad_ranges_overlap(&e->bad, offset, length);
+    return dirty_map_any_dirty(&d->rooms.uncopied->regions, offset, length) || bad_ranges_overlap(d->rooms.bad, offset, length);
 }
 
-static void settle(struct vs_engine *e)
+static void settle(struct difference *d)
 {
-    struct difference *d = &e->difference;
-    bool look = e->to_copy.dirty || bad_ranges_any(&e->bad);
+    bool look = d->rooms.uncopied->regions.dirty || bad_ranges_any(d->rooms.bad);
     for (unsigned n = 0; n < SETTLE_WORDS; n++) {
         uint64_t clean;
         d->word = dirty_map_next_word(&d->settling, d->word);
         if (d->word == UINT64_MAX) {
             end_checkpoint(d);
-            d->next_ns = engine_now(e) + interval_ns(e);
+            d->next_ns = d->rooms.host->now_ns + d->interval_ns;
             return;
         }
         clean = d->settling.words[d->word] & ~d->recent.words[d->word];
         for (uint64_t left = look ? clean : 0; left; left &= left - 1)
-            if (region_is_kept(e, d->word * 64 + (uint64_t)__builtin_ctzll(left)))
+            if (region_is_kept(d, d->word * 64 + (uint64_t)__builtin_ctzll(left)))
                 clean &= ~(left & -left);
         dirty_map_clear_bits(&d->differs, d->word, clean);
         dirty_map_clear_bits(&d->settling, d->word, ~0ull);
@@ -259,46 +260,43 @@ static void settle(struct vs_engine *e)
 }
 
 /* A time for the next checkpoint to begin. */
-static bool begins(const struct vs_engine *e)
+static bool begins(const struct difference *d)
 {
-    const struct difference *d = &e->difference;
-    return d->step == CHECKPOINT_NONE && d->recent.dirty && !d->flushes && e->mirror.state != VS_AHEAD;
+    return d->step == CHECKPOINT_NONE && d->recent.dirty && !d->flushes && d->rooms.state->now != VS_AHEAD;
 }
 
 /* The one that begins with ahead covers all that was on its way then, a repair too. */
-static bool held_up(const struct vs_engine *e)
+static bool held_up(const struct difference *d)
 {
-    return e->mirror.state == VS_AHEAD && (e->difference.flushes || e->copier.in_use || e->destination.disk->stats.in_flight);
+    return d->rooms.state->now == VS_AHEAD && (d->flushes || d->rooms.uncopied->in_flight || d->rooms.destination->disk->stats.in_flight);
 }
 
-static bool counts_cover(const struct vs_engine *e)
+static bool counts_cover(const struct difference *d)
 {
-    return e->mirror.state == VS_STEADY && !e->grow.running && e->counts.writes_flushed >= e->difference.generation &&
-           counts_source_holds(&e->counts, e->difference.generation);
+    return d->rooms.state->now == VS_STEADY && !d->rooms.uncopied->growing && d->rooms.counts->writes_flushed >= d->generation &&
+           counts_source_holds(d->rooms.counts, d->generation);
 }
 
-void difference_pump(struct vs_engine *e)
+void difference_pump(struct difference *d)
 {
-    struct difference *d = &e->difference;
     d->more = false;
-    if (!d->tracked || !runs(e))
+    if (!d->tracked || !runs(d))
         return;
-    if (begins(e) && engine_now(e) >= d->next_ns)
-        rotate(e);
-    if (d->step == CHECKPOINT_MIRRORING && !held_up(e)) {
-        if (counts_cover(e))
+    if (begins(d) && d->rooms.host->now_ns >= d->next_ns)
+        rotate(d);
+    if (d->step == CHECKPOINT_MIRRORING && !held_up(d)) {
+        if (counts_cover(d))
             d->step = CHECKPOINT_SETTLING;
-        else if (engine_takes_up(e) && engine_now(e) >= d->next_ns &&
-                 log_mirrored_prefix(&e->log, e->counts.source_generation) >= d->generation)
-            flush_both(e);
+        else if (guest_is_taken_up(d->rooms.load) && d->rooms.host->now_ns >= d->next_ns &&
+                 log_mirrored_prefix(d->rooms.log, d->rooms.counts->source_generation) >= d->generation)
+            flush_both(d);
     }
     if (d->step == CHECKPOINT_SETTLING)
-        settle(e);
+        settle(d);
 }
 
-uint64_t difference_deadline_ns(const struct vs_engine *e)
+uint64_t difference_deadline_ns(const struct difference *d)
 {
-    const struct difference *d = &e->difference;
-    bool waits = begins(e) || (d->step == CHECKPOINT_MIRRORING && engine_takes_up(e) && d->next_ns > engine_now(e));
-    return d->tracked && runs(e) && waits ? d->next_ns : UINT64_MAX;
+    bool waits = begins(d) || (d->step == CHECKPOINT_MIRRORING && guest_is_taken_up(d->rooms.load) && d->next_ns > d->rooms.host->now_ns);
+    return d->tracked && runs(d) && waits ? d->next_ns : UINT64_MAX;
 }

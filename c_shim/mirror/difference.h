@@ -9,10 +9,18 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "dirty_map.h"
 #include "destination.h"
+#include "dirty_map.h"
+#include "list.h"
 
-struct vs_engine;
+struct bad_ranges;
+struct mirror_listener;
+struct mirror_state;
+struct repl_log;
+struct source;
+struct uncopied;
+struct guest_load;
+struct vs_bitmap;
 
 enum checkpoint_step {
     CHECKPOINT_NONE,
@@ -21,7 +29,31 @@ enum checkpoint_step {
     CHECKPOINT_SETTLING   /* both have what it covers: its regions are clean but for what came since */
 };
 
+/* Who changes the destination beside the log is asked for it when a checkpoint begins. */
+struct marker {
+    struct list link;
+    void (*mark_in_flight)(struct marker *m);
+};
+
+/* What it needs of other rooms. */
+struct difference_rooms {
+    struct destination *destination;
+    const struct source *source;
+    struct vs_counts *counts;
+    const struct repl_log *log;
+    struct mirror_state *state;
+    const struct uncopied *uncopied;
+    const struct bad_ranges *bad;
+    struct mirror_listener *listener;
+    const struct guest_load *load;
+    const struct disk_host *host;
+    struct mailbox *mailbox;
+};
+
 struct difference {
+    struct difference_rooms rooms;
+    struct list markers;
+    uint64_t interval_ns;
     bool tracked;  /* a peer is known: every write marks its region */
     struct dirty_map differs;
     struct dirty_map recent;   /* changed since the checkpoint began (or since the last one) */
@@ -39,24 +71,26 @@ struct difference {
     struct destination_io destination_io;
 };
 
-int difference_init(struct vs_engine *e);
-void difference_free(struct vs_engine *e);
+/* bitmap: NULL, or what an earlier process has left of a peer if peer_tracked; and the file follows from here on. */
+int difference_init(struct difference *d, const struct difference_rooms *rooms, const struct vs_engine_config *config);
+void difference_add_marker(struct difference *d, struct marker *m);
+void difference_free(struct difference *d);
 
 /* Before a write of this range is submitted to the source, or a region copy to the destination. */
-void difference_mark(struct vs_engine *e, uint64_t offset, uint64_t length);
+void difference_mark(struct difference *d, uint64_t offset, uint64_t length);
 /* A destination is attached: of a new one everything may differ; of the peer that is tracked, what does. */
-void difference_attach(struct vs_engine *e, bool resync);
+void difference_attach(struct difference *d, bool resync);
 /* No write is captured from here on: a last checkpoint settles what the destination still gets. */
-void difference_pull_ahead(struct vs_engine *e);
+void difference_pull_ahead(struct difference *d);
 /* No checkpoint is under way. */
-bool difference_at_rest(const struct vs_engine *e);
+bool difference_at_rest(const struct difference *d);
 /* It is given up: what is not settled stays different. */
-void difference_detach(struct vs_engine *e);
+void difference_detach(struct difference *d);
 /* There is no peer any more. */
-void difference_forget(struct vs_engine *e);
+void difference_forget(struct difference *d);
 /* The next checkpoint shall not wait for its time. */
-void difference_hurry(struct vs_engine *e);
-void difference_pump(struct vs_engine *e);
-uint64_t difference_deadline_ns(const struct vs_engine *e);
+void difference_hurry(struct difference *d);
+void difference_pump(struct difference *d);
+uint64_t difference_deadline_ns(const struct difference *d);
 
 #endif

@@ -20,143 +20,159 @@
 
 #include <errno.h>
 
-#include "attachment.h"
+#include "activity_log.h"
 #include "bitmap_file.h"
-#include "engine.h"
+#include "difference.h"
+#include "guest_side.h"
+#include "mailbox.h"
+#include "mirror_state.h"
+#include "source.h"
+#include "uncopied.h"
 
-static int check(const struct vs_engine *e, const struct vs_grow *wanted)
+static void new_range_unreadable(struct copy_of_growth *copy, int error)
 {
-    enum vs_mirror_state state = e->mirror.state;
-    if (e->grow.running || e->grow.undoing || e->gate != GATE_OPEN || e->failover.pending || (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
+    grow_stop(container_of(copy, struct grow, copy), error);
+}
+
+void grow_init(struct grow *g, const struct grow_rooms *rooms)
+{
+    *g = (struct grow){.rooms = *rooms, .copy.unreadable = new_range_unreadable};
+}
+
+static int refusal(const struct grow *g, const struct vs_grow *wanted)
+{
+    enum vs_mirror_state state = g->rooms.state->now;
+    if (g->running || g->undoing || g->rooms.load->holds ||
+        (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
         return -EBUSY;
-    if (wanted->capacity_bytes <= e->config.capacity_bytes || wanted->capacity_bytes % e->config.block_bytes)
+    if (wanted->capacity_bytes <= g->rooms.source->capacity_bytes || wanted->capacity_bytes % g->rooms.source->block_bytes)
         return -EINVAL;
-    if (wanted->source_bytes < wanted->capacity_bytes || (destination_attached(&e->destination) && wanted->destination_bytes < wanted->capacity_bytes))
+    if (wanted->source_bytes < wanted->capacity_bytes ||
+        (destination_attached(g->rooms.destination) && wanted->destination_bytes < wanted->capacity_bytes))
         return -ENOSPC;
     return 0;
 }
 
 /* The bitmap's file stays as long as it has become: a later growth may need less of it. */
-static int grow_maps(struct vs_engine *e, uint64_t capacity_bytes)
+static int grow_maps(struct grow *g, uint64_t capacity_bytes)
 {
-    struct difference *d = &e->difference;
-    struct vs_bitmap *bitmap = e->activity.bitmap;
+    struct difference *d = g->rooms.difference;
+    struct vs_bitmap *bitmap = g->rooms.activity->bitmap;
     int rc;
-    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes && ((rc = activity_grow(&e->activity, capacity_bytes)) < 0 ||
+    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes && ((rc = activity_grow(g->rooms.activity, capacity_bytes)) < 0 ||
                                (rc = bitmap_grow(bitmap, capacity_bytes)) < 0))
         return rc;
-    if ((rc = dirty_map_grow(&e->to_copy, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
+    if ((rc = dirty_map_grow(&g->rooms.uncopied->regions, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
         (rc = dirty_map_grow(&d->settling, capacity_bytes)) < 0)
         return rc;
     return dirty_map_grow(&d->differs, capacity_bytes);
 }
 
 /* What would not fit the disk is not to be copied to the next destination, nor to be asked of it. */
-static void shrink_maps(struct vs_engine *e)
+static void shrink_maps(struct grow *g)
 {
-    struct difference *d = &e->difference;
-    struct dirty_map *maps[] = {&e->to_copy, &d->recent, &d->settling, &d->differs};
+    struct difference *d = g->rooms.difference;
+    struct dirty_map *maps[] = {&g->rooms.uncopied->regions, &d->recent, &d->settling, &d->differs};
     for (size_t i = 0; i < sizeof maps / sizeof maps[0]; i++)
-        dirty_map_shrink(maps[i], e->config.capacity_bytes);
+        dirty_map_shrink(maps[i], g->rooms.source->capacity_bytes);
 }
 
-static void finish(struct vs_engine *e)
+static void end_growth(struct grow *g)
 {
-    e->grow.running = false;
-    e->config.capacity_bytes = e->limits.capacity_bytes = e->grow.capacity_bytes;
-    mailbox_done(&e->mailbox, e->grow.token, 0, 0);
+    g->running = g->rooms.uncopied->growing = false;
+    g->rooms.source->capacity_bytes = *g->rooms.request_limit_bytes = g->capacity_bytes;
+    mailbox_done(g->rooms.mailbox, g->token, 0, 0);
 }
 
 static void measured(struct disk_io *io)
 {
     struct size_question *q = container_of(io, struct size_question, io);
     q->asked = false;
-    mailbox_done(&q->engine->mailbox, q->token, io->result, io->result < 0 ? 0 : io->size_bytes);
+    mailbox_done(q->mailbox, q->token, io->result, io->result < 0 ? 0 : io->size_bytes);
 }
 
-void grow_measure(struct vs_engine *e, uint64_t token, uint64_t role)
+void grow_measure(struct grow *g, uint64_t token, uint64_t role)
 {
-    struct vs_disk *disk = role == VS_SOURCE ? e->source : e->destination.disk;
-    struct size_question *q = &e->grow.size_question[role != VS_SOURCE];
+    struct vs_disk *disk = role == VS_SOURCE ? g->rooms.source->disk : g->rooms.destination->disk;
+    struct size_question *q = &g->size_question[role != VS_SOURCE];
     if (!disk || q->asked) {
-        mailbox_done(&e->mailbox, token, disk ? -EBUSY : -ENOTCONN, 0);
+        mailbox_done(g->rooms.mailbox, token, disk ? -EBUSY : -ENOTCONN, 0);
         return;
     }
-    *q = (struct size_question){.engine = e, .token = token, .asked = true};
+    *q = (struct size_question){.mailbox = g->rooms.mailbox, .token = token, .asked = true};
     q->io.kind = VS_DISK_SIZE;
     q->io.done = measured;
     disk_submit(disk, &q->io);
 }
 
-void grow_begin(struct vs_engine *e, uint64_t token, const struct vs_grow *wanted)
+void grow_begin(struct grow *g, uint64_t token, const struct vs_grow *wanted)
 {
-    uint64_t old = e->config.capacity_bytes, capacity_bytes = wanted->capacity_bytes;
-    int rc = check(e, wanted);
+    uint64_t old = g->rooms.source->capacity_bytes, capacity_bytes = wanted->capacity_bytes;
+    int rc = refusal(g, wanted);
     if (rc == 0)
-        rc = grow_maps(e, capacity_bytes);
+        rc = grow_maps(g, capacity_bytes);
     if (rc == -ENOMEM)
-        shrink_maps(e);
+        shrink_maps(g);
     if (rc < 0) {
-        mailbox_done(&e->mailbox, token, rc, 0);
+        mailbox_done(g->rooms.mailbox, token, rc, 0);
         return;
     }
-    e->host.changes++; /* the operator has enlarged the files */
-    e->grow.token = token;
-    e->grow.capacity_bytes = capacity_bytes;
-    e->source->bytes = wanted->source_bytes;
-    difference_mark(e, old, capacity_bytes - old);
-    e->grow.running = true;
-    if (!destination_attached(&e->destination))
+    g->rooms.host->changes++; /* the operator has enlarged the files */
+    g->token = token;
+    g->capacity_bytes = capacity_bytes;
+    g->rooms.source->disk->bytes = wanted->source_bytes;
+    difference_mark(g->rooms.difference, old, capacity_bytes - old);
+    g->running = true;
+    if (!destination_attached(g->rooms.destination))
         return; /* the rest is grow_pump()'s */
-    e->destination.disk->bytes = wanted->destination_bytes;
-    copier_add(e, old, capacity_bytes - old);
+    g->rooms.destination->disk->bytes = wanted->destination_bytes;
+    copier_add(g->rooms.copier, old, capacity_bytes - old, &g->copy);
 }
 
 static void flushed(struct destination_io *io, bool current)
 {
-    struct vs_engine *e = container_of(io, struct vs_engine, grow.flush);
-    e->grow.flushing = false;
-    if (e->grow.running && current) /* not stopped; and if it is lost, grow_pump() finds that */
-        finish(e);
+    struct grow *g = container_of(io, struct grow, flush);
+    g->flushing = false;
+    if (g->running && current) /* not stopped; and if it is lost, grow_pump() finds that */
+        end_growth(g);
 }
 
 /* Once nothing is under way that lies beyond the end; whoever has stopped it does not wait for that. */
-static void undo(struct vs_engine *e)
+static void undo(struct grow *g)
 {
-    if (e->grow.flushing || e->copier.in_use)
+    if (g->flushing || g->rooms.uncopied->in_flight)
         return;
-    if (e->mirror.state == VS_STEADY)
-        dirty_map_clear_all(&e->to_copy); /* nothing else is copied in steady */
-    shrink_maps(e);
-    e->grow.undoing = false;
+    if (g->rooms.state->now == VS_STEADY)
+        dirty_map_clear_all(&g->rooms.uncopied->regions); /* nothing else is copied in steady */
+    shrink_maps(g);
+    g->undoing = false;
 }
 
-void grow_stop(struct vs_engine *e, int error)
+void grow_stop(struct grow *g, int error)
 {
-    if (!e->grow.running)
+    if (!g->running)
         return;
-    e->grow.running = false;
-    e->grow.undoing = true;
-    undo(e);
-    mailbox_done(&e->mailbox, e->grow.token, error, 0);
+    g->running = g->rooms.uncopied->growing = false;
+    g->undoing = true;
+    undo(g);
+    mailbox_done(g->rooms.mailbox, g->token, error, 0);
 }
 
-void grow_pump(struct vs_engine *e)
+void grow_pump(struct grow *g)
 {
-    struct grow *g = &e->grow;
     if (g->undoing)
-        undo(e);
+        undo(g);
     /* Once it is answered the bitmap's file is told the new size; it must not be believed without the bits of 1. */
-    if (!g->running || g->flushing || !activity_tracks(&e->activity))
+    if (!g->running || g->flushing || !activity_tracks(g->rooms.activity))
         return;
-    if (e->mirror.state != VS_STEADY) {
-        finish(e);
+    if (g->rooms.state->now != VS_STEADY) {
+        end_growth(g);
         return;
     }
-    if (!copier_finished(e))
+    if (!uncopied_is_empty(g->rooms.uncopied))
         return;
     g->flushing = true;
     g->flush.io.kind = VS_DISK_FLUSH;
     g->flush.done = flushed;
-    destination_submit(&e->destination, &g->flush);
+    destination_submit(g->rooms.destination, &g->flush);
 }

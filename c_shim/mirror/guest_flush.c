@@ -18,129 +18,140 @@
 
 #include <errno.h>
 
-#include "attachment.h"
-#include "engine.h"
+#include "counts.h"
+#include "guest_side.h"
+#include "mailbox.h"
+#include "mirror_state.h"
+#include "source.h"
+
 
 static void source_flushed(struct disk_io *io);
 static void destination_flushed(struct destination_io *io, bool current);
 
-void guest_flush_init(struct vs_engine *e)
+void guest_flush_init(struct guest_flush *f, const struct guest_flush_rooms *rooms)
 {
-    list_init(&e->flush.waiters);
-    e->flush.source_io.kind = e->flush.destination_io.io.kind = VS_DISK_FLUSH;
-    e->flush.source_io.done = source_flushed;
-    e->flush.destination_io.done = destination_flushed;
+    *f = (struct guest_flush){.rooms = *rooms};
+    list_init(&f->waiters);
+    f->source_io.kind = f->destination_io.io.kind = VS_DISK_FLUSH;
+    f->source_io.done = source_flushed;
+    f->destination_io.done = destination_flushed;
 }
 
-void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation)
+void guest_flush_wait(struct guest_flush *f, struct flush_waiter *w, uint64_t generation)
 {
     w->generation = generation;
     w->source_flush = 0;
     w->released = false;
-    w->since_ns = engine_now(e);
-    list_append(&e->flush.waiters, &w->link);
-    e->flush.waiting++;
+    w->since_ns = f->rooms.host->now_ns;
+    list_append(&f->waiters, &w->link);
+    f->waiting++;
     if (w->owner) {
-        e->flush.guest_waiting++;
-        e->room = true; /* it counts as at work no more (REQUESTS_MAX) */
+        f->guest_waiting++;
+        f->rooms.listener->room_freed(f->rooms.listener); /* it counts as at work no more (REQUESTS_MAX) */
     }
-    e->flush.dirty = true;
+    durability_recheck(f->rooms.state);
 }
 
-static void let_go(struct vs_engine *e, struct flush_waiter *w, int result)
+void guest_flush_asked(struct guest_flush *f, struct flush_waiter *w)
+{
+    guest_flush_wait(f, w, counts_flush_requested(f->rooms.counts));
+}
+
+void guest_flush_asked_for(struct guest_flush *f, struct flush_waiter *w, uint64_t generation)
+{
+    counts_flush_requested(f->rooms.counts);
+    guest_flush_wait(f, w, generation);
+}
+
+static void let_go(struct guest_flush *f, struct flush_waiter *w, int result)
 {
     list_remove(&w->link);
-    e->flush.waiting--;
-    e->flush.guest_waiting -= w->owner != NULL;
-    e->flush.guest_released -= w->released;
-    e->flush.answered_ns = engine_now(e);
+    f->waiting--;
+    f->guest_waiting -= w->owner != NULL;
+    f->guest_released -= w->released;
+    f->answered_ns = f->rooms.host->now_ns;
     w->done(w, result);
 }
 
 /* ---- the source -------------------------------------------------------- */
 
-static void flush_source(struct vs_engine *e)
+static void flush_source(struct guest_flush *f)
 {
-    struct guest_flush *f = &e->flush;
     f->source_in_flight = true;
     f->source_number++;
-    f->source_generation = e->counts.source_generation;
+    f->source_generation = f->rooms.counts->source_generation;
     list_each(node, &f->waiters)
     {
         container_of(node, struct flush_waiter, link)->source_flush = f->source_number;
     }
-    disk_submit(e->source, &f->source_io);
+    disk_submit(f->rooms.source->disk, &f->source_io);
 }
 
 static void source_flushed(struct disk_io *io)
 {
-    struct vs_engine *e = container_of(io, struct vs_engine, flush.source_io);
-    struct guest_flush *f = &e->flush;
+    struct guest_flush *f = container_of(io, struct guest_flush, source_io);
     f->source_in_flight = false;
-    f->dirty = true;
+    durability_recheck(f->rooms.state);
     if (io->result == 0) {
-        counts_source_flushed(&e->counts, f->source_generation);
+        counts_source_flushed(f->rooms.counts, f->source_generation);
         return;
     }
-    report_io_error(&e->mailbox, VS_SOURCE, io);
-    if (!source_failover_park_flush(e, io, f->source_number))
-        guest_flush_source_failed(e, f->source_number, io->result);
+    report_io_error(f->rooms.mailbox, VS_SOURCE, io);
+    if (!f->rooms.listener->source_flush_failed(f->rooms.listener, io, f->source_number))
+        guest_flush_source_failed(f, f->source_number, io->result);
 }
 
-void guest_flush_source_failed(struct vs_engine *e, uint64_t number, int error)
+void guest_flush_source_failed(struct guest_flush *f, uint64_t number, int error)
 {
-    struct guest_flush *f = &e->flush;
     /* Theirs is an I/O error, whatever the destination holds; who came later has a flush to come. */
     list_each_safe(node, &f->waiters)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if (w->source_flush == number && !w->destination_only && !counts_source_holds(&e->counts, w->generation))
-            let_go(e, w, error);
+        if (w->source_flush == number && !w->destination_only && !counts_source_holds(f->rooms.counts, w->generation))
+            let_go(f, w, error);
     }
 }
 
 /* ---- the destination --------------------------------------------------- */
 
-static void flush_destination(struct vs_engine *e)
+static void flush_destination(struct guest_flush *f)
 {
-    struct guest_flush *f = &e->flush;
     f->destination_in_flight = true;
-    f->destination_prefix = e->counts.writes_mirrored; /* at its beginning, not at its end */
-    destination_submit(&e->destination, &f->destination_io);
+    f->destination_prefix = f->rooms.counts->writes_mirrored; /* at its beginning, not at its end */
+    destination_submit(f->rooms.destination, &f->destination_io);
 }
 
 static void destination_flushed(struct destination_io *io, bool current)
 {
-    struct vs_engine *e = container_of(io, struct vs_engine, flush.destination_io);
-    struct guest_flush *f = &e->flush;
+    struct guest_flush *f = container_of(io, struct guest_flush, destination_io);
     f->destination_in_flight = false;
-    f->dirty = true;
-    if (current && e->mirror.state == VS_STEADY) /* not ahead meanwhile */
-        counts_destination_flushed(&e->counts, f->destination_prefix);
+    durability_recheck(f->rooms.state);
+    if (current && f->rooms.state->now == VS_STEADY) /* not ahead meanwhile */
+        counts_destination_flushed(f->rooms.counts, f->destination_prefix);
 }
 
-static bool held_by_pause(const struct vs_engine *e, const struct flush_waiter *w)
+static bool held_by_pause(const struct guest_flush *f, const struct flush_waiter *w)
 {
-    return e->mirror.paused && w->owner && !w->released;
+    return f->rooms.state->pause.on && w->owner && !w->released;
 }
 
-static int check(const struct vs_engine *e, const struct flush_waiter *w)
+static int destination_holds(const struct guest_flush *f, const struct flush_waiter *w)
 {
-    if (e->mirror.joining)
-        return w->generation <= e->mirror.joining_request ? VS_CHECK_HELD : VS_CHECK_WAIT;
-    if (e->mirror.state != VS_STEADY)
+    if (f->rooms.state->joining)
+        return w->generation <= f->rooms.state->joining_request ? VS_CHECK_HELD : VS_CHECK_WAIT;
+    if (f->rooms.state->now != VS_STEADY)
         return VS_CHECK_HELD;
-    return vs_count_check(w->generation, e->counts.writes_mirrored, e->counts.writes_flushed);
+    return vs_count_check(w->generation, f->rooms.counts->writes_mirrored, f->rooms.counts->writes_flushed);
 }
 
-uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner)
+uint64_t guest_flush_since_ns(const struct guest_flush *f, const void *owner)
 {
-    if (e->mirror.state != VS_STEADY && !e->mirror.joining)
+    if (f->rooms.state->now != VS_STEADY && !f->rooms.state->joining)
         return UINT64_MAX;
-    list_each(node, &e->flush.waiters) /* in the order in which they came */
+    list_each(node, &f->waiters) /* in the order in which they came */
     {
         const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if ((!owner || w->owner == owner) && check(e, w) != VS_CHECK_HELD)
+        if ((!owner || w->owner == owner) && destination_holds(f, w) != VS_CHECK_HELD)
             return w->since_ns;
     }
     return UINT64_MAX;
@@ -148,31 +159,32 @@ uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner)
 
 /* ---- the pause --------------------------------------------------------- */
 
-unsigned guest_flush_paused(const struct vs_engine *e, const void *owner)
+unsigned guest_flush_paused(const struct guest_flush *f, const void *owner)
 {
     unsigned held = 0;
-    if (!e->mirror.paused)
+    if (!f->rooms.state->pause.on)
         return 0;
     if (!owner)
-        return e->flush.guest_waiting - e->flush.guest_released;
-    list_each(node, &e->flush.waiters)
+        return f->guest_waiting - f->guest_released;
+    list_each(node, &f->waiters)
     {
         const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        held += w->owner == owner && held_by_pause(e, w);
+        held += w->owner == owner && held_by_pause(f, w);
     }
     return held;
 }
 
-unsigned guest_flush_release(struct vs_engine *e, const void *owner)
+unsigned guest_flush_release(struct guest_flush *f, const void *owner)
 {
     unsigned released = 0;
-    list_each(node, &e->flush.waiters)
+    list_each(node, &f->waiters)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        if (w->owner != owner || !held_by_pause(e, w))
+        if (w->owner != owner || !held_by_pause(f, w))
             continue;
-        w->released = e->flush.dirty = true;
-        e->flush.guest_released++;
+        w->released = true;
+        durability_recheck(f->rooms.state);
+        f->guest_released++;
         released++;
     }
     return released;
@@ -180,38 +192,36 @@ unsigned guest_flush_release(struct vs_engine *e, const void *owner)
 
 /* ---- deciding ---------------------------------------------------------- */
 
-static void decide(struct vs_engine *e, bool *want_source, bool *want_destination)
+static void decide(struct guest_flush *f, bool *want_source, bool *want_destination)
 {
-    struct guest_flush *f = &e->flush;
     list_each_safe(node, &f->waiters)
     {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
-        int destination = check(e, w);
-        bool source = w->destination_only || counts_source_holds(&e->counts, w->generation);
+        int destination = destination_holds(f, w);
+        bool source = w->destination_only || counts_source_holds(f->rooms.counts, w->generation);
         if (!source)
             *want_source = true;
         if (destination == VS_CHECK_FLUSH)
             *want_destination = true;
-        if (!source || destination != VS_CHECK_HELD || e->mirror.record == RECORD_PENDING)
+        if (!source || destination != VS_CHECK_HELD || f->rooms.state->record == RECORD_PENDING)
             continue;
-        if (held_by_pause(e, w))
+        if (held_by_pause(f, w))
             continue;
-        let_go(e, w, e->mirror.record == RECORD_FAILED ? -EIO : 0);
+        let_go(f, w, f->rooms.state->record == RECORD_FAILED ? -EIO : 0);
     }
 }
 
-void guest_flush_pump(struct vs_engine *e)
+void guest_flush_pump(struct guest_flush *f)
 {
-    struct guest_flush *f = &e->flush;
     bool want_source = false, want_destination = false;
-    if (!f->dirty)
+    if (!f->rooms.state->durability_changed)
         return;
-    f->dirty = false;
+    f->rooms.state->durability_changed = false;
     if (list_empty(&f->waiters))
         return;
-    decide(e, &want_source, &want_destination);
-    if (want_source && !f->source_in_flight && !e->failover.pending)
-        flush_source(e);
+    decide(f, &want_source, &want_destination);
+    if (want_source && !f->source_in_flight && !(f->rooms.load->holds & GUEST_HOLD_SOURCE_FAILED))
+        flush_source(f);
     if (want_destination && !f->destination_in_flight)
-        flush_destination(e);
+        flush_destination(f);
 }

@@ -13,7 +13,10 @@
 #include "destination.h"
 #include "list.h"
 
-struct vs_engine;
+struct guest_load;
+struct mirror_listener;
+struct mirror_state;
+struct source;
 
 struct flush_waiter {
     struct list link;
@@ -27,11 +30,23 @@ struct flush_waiter {
     void (*done)(struct flush_waiter *w, int result);
 };
 
+/* What it needs of other rooms. */
+struct guest_flush_rooms {
+    struct destination *destination;
+    const struct source *source;
+    struct vs_counts *counts;
+    struct mirror_state *state;
+    struct mirror_listener *listener;
+    const struct guest_load *load;
+    const struct disk_host *host;
+    struct mailbox *mailbox;
+};
+
 struct guest_flush {
+    struct guest_flush_rooms rooms;
     struct list waiters;
     unsigned waiting;
     unsigned guest_waiting, guest_released; /* of these: a guest's, and those that no pause holds */
-    bool dirty; /* something changed that may let waiters go */
     struct disk_io source_io;
     struct destination_io destination_io;
     bool source_in_flight, destination_in_flight;
@@ -41,18 +56,26 @@ struct guest_flush {
     uint64_t answered_ns; /* when somebody was let go last */
 };
 
-void guest_flush_init(struct vs_engine *e);
+void guest_flush_init(struct guest_flush *f, const struct guest_flush_rooms *rooms);
 /* Waits until all up to generation is durable (done and destination_only are the caller's to set); done()
  * comes from guest_flush_pump(). */
-void guest_flush_wait(struct vs_engine *e, struct flush_waiter *w, uint64_t generation);
+void guest_flush_wait(struct guest_flush *f, struct flush_waiter *w, uint64_t generation);
+/* The same of a guest's flush: up to what is complete now; and of a write-through write, that is: up to itself. */
+void guest_flush_asked(struct guest_flush *f, struct flush_waiter *w);
+void guest_flush_asked_for(struct guest_flush *f, struct flush_waiter *w, uint64_t generation);
 /* The source flush of this number has failed: the error of those that shared it. */
-void guest_flush_source_failed(struct vs_engine *e, uint64_t number, int error);
-void guest_flush_pump(struct vs_engine *e);
+void guest_flush_source_failed(struct guest_flush *f, uint64_t number, int error);
+void guest_flush_pump(struct guest_flush *f);
+/* How many guests' requests wait. */
+static inline unsigned guest_flush_guests(const struct guest_flush *f)
+{
+    return f->guest_waiting;
+}
 /* Since when somebody (of this owner; NULL: anybody) has waited for the destination; UINT64_MAX: nobody does. */
-uint64_t guest_flush_since_ns(const struct vs_engine *e, const void *owner);
+uint64_t guest_flush_since_ns(const struct guest_flush *f, const void *owner);
 /* How many (of this owner; NULL: of anybody) a pause holds. */
-unsigned guest_flush_paused(const struct vs_engine *e, const void *owner);
+unsigned guest_flush_paused(const struct guest_flush *f, const void *owner);
 /* They wait for no destination any more, but for the source and the state record as without a pause. How many. */
-unsigned guest_flush_release(struct vs_engine *e, const void *owner);
+unsigned guest_flush_release(struct guest_flush *f, const void *owner);
 
 #endif

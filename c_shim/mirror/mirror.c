@@ -4,246 +4,368 @@
 #include <assert.h>
 #include <errno.h>
 
-#include "attachment.h"
-#include "engine.h"
+#include "mailbox.h"
+
+/* The copy gives way above this part of what makes the guest get ahead. */
+#define COPY_FILL 4u
 
 static void steady_flushed(struct destination_io *io, bool current);
 
 static void destination_lost(struct destination *d, uint32_t reason, int error)
 {
-    mirror_degrade(container_of(d, struct vs_engine, destination), reason, error);
+    mirror_degrade(container_of(d, struct mirror, destination), reason, error);
 }
 
-void mirror_init(struct vs_engine *e)
+/* ---- its rooms, and which of the others each may use --------------------------- */
+
+static void init_low_rooms(struct mirror *m, const struct vs_engine_config *config)
 {
-    struct mirror *m = &e->mirror;
-    destination_init(&e->destination, &e->mailbox, destination_lost);
-    m->capture_epoch = 1;
-    m->steady_flush.io.kind = VS_DISK_FLUSH;
-    m->steady_flush.done = steady_flushed;
+    struct mailbox *mailbox = m->host.mailbox;
+    range_slots_init(&m->source.slots);
+    m->source.capacity_bytes = config->capacity_bytes;
+    m->source.block_bytes = config->block_bytes;
+    destination_init(&m->destination, mailbox, destination_lost);
+    m->state = (struct mirror_state){
+        .counts = &m->counts, .bad = &m->bad, .listener = m->host.listener, .mailbox = mailbox, .capture.epoch = 1};
+    bad_ranges_load(&m->bad, config);
+    m->tap = (struct tap){.log = &m->log,
+                          .counts = &m->counts,
+                          .state = &m->state,
+                          .bad = &m->bad,
+                          .difference = &m->difference,
+                          .host = m->host.disks,
+                          .pull_ahead_bytes = config->pull_ahead ? config->congestion_fill_bytes : 0};
+    throttle_init(&m->tap.throttle, config->log_bytes, config->max_lag_us * 1000);
+    guest_flush_init(&m->flush, &(struct guest_flush_rooms){.destination = &m->destination,
+                                                            .source = &m->source,
+                                                            .counts = &m->counts,
+                                                            .state = &m->state,
+                                                            .listener = m->host.listener,
+                                                            .load = m->host.load,
+                                                            .host = m->host.disks,
+                                                            .mailbox = mailbox});
 }
 
-void mirror_post(struct vs_engine *e, uint32_t kind, uint32_t reason, int error)
+static int init_difference(struct mirror *m, const struct vs_engine_config *config)
 {
-    struct vs_event event = {.kind = kind, .value = e->mirror.state, .reason = reason, .result = error};
-    mailbox_post(&e->mailbox, &event);
+    return difference_init(&m->difference,
+                           &(struct difference_rooms){.destination = &m->destination,
+                                                      .source = &m->source,
+                                                      .counts = &m->counts,
+                                                      .log = &m->log,
+                                                      .state = &m->state,
+                                                      .uncopied = &m->uncopied,
+                                                      .bad = &m->bad,
+                                                      .listener = m->host.listener,
+                                                      .load = m->host.load,
+                                                      .host = m->host.disks,
+                                                      .mailbox = m->host.mailbox},
+                           config);
 }
 
-void mirror_set_state(struct vs_engine *e, enum vs_mirror_state state, uint32_t reason, int error)
+static int init_replicator(struct mirror *m)
 {
-    e->mirror.state = state;
-    e->flush.dirty = true; /* waiting flushes are decided anew */
-    mirror_post(e, VS_EV_STATE, reason, error);
+    return replicator_init(&m->replicator, &(struct replicator_rooms){.destination = &m->destination,
+                                                                      .log = &m->log,
+                                                                      .counts = &m->counts,
+                                                                      .state = &m->state,
+                                                                      .throttle = &m->tap.throttle,
+                                                                      .uncopied = &m->uncopied,
+                                                                      .listener = m->host.listener,
+                                                                      .host = m->host.disks});
 }
 
-int mirror_start(struct vs_engine *e, vs_disk *disk, uint32_t flags)
+static int init_copier(struct mirror *m, const struct vs_engine_config *config)
 {
-    struct mirror *m = &e->mirror;
+    uint64_t give_way = config->congestion_fill_bytes / COPY_FILL;
+    return copier_init(&m->copier,
+                       &(struct copier_rooms){.destination = &m->destination,
+                                              .source = &m->source,
+                                              .state = &m->state,
+                                              .uncopied = &m->uncopied,
+                                              .difference = &m->difference,
+                                              .bad = &m->bad,
+                                              .log = &m->log,
+                                              .flush = &m->flush,
+                                              .load = m->host.load,
+                                              .host = m->host.disks,
+                                              .mailbox = m->host.mailbox,
+                                              .give_way_bytes = config->pull_ahead ? give_way + !give_way : 0},
+                       config->copy_depth);
+}
+
+static int init_verifier(struct mirror *m)
+{
+    return verifier_init(&m->verifier, &(struct verifier_rooms){.destination = &m->destination,
+                                                                .source = &m->source,
+                                                                .counts = &m->counts,
+                                                                .state = &m->state,
+                                                                .bad = &m->bad,
+                                                                .difference = &m->difference,
+                                                                .load = m->host.load,
+                                                                .host = m->host.disks,
+                                                                .mailbox = m->host.mailbox});
+}
+
+static void init_high_rooms(struct mirror *m, const struct vs_engine_config *config)
+{
+    pull_ahead_init(&m->ahead,
+                    &(struct pull_ahead_rooms){.state = &m->state,
+                                               .tap = &m->tap,
+                                               .log = &m->log,
+                                               .counts = &m->counts,
+                                               .difference = &m->difference,
+                                               .copier = &m->copier,
+                                               .replicator = &m->replicator,
+                                               .verifier = &m->verifier,
+                                               .uncopied = &m->uncopied,
+                                               .load = m->host.load,
+                                               .host = m->host.disks,
+                                               .mailbox = m->host.mailbox},
+                    config);
+    grow_init(&m->grow, &(struct grow_rooms){.destination = &m->destination,
+                                             .source = &m->source,
+                                             .state = &m->state,
+                                             .uncopied = &m->uncopied,
+                                             .copier = &m->copier,
+                                             .difference = &m->difference,
+                                             .activity = m->host.activity,
+                                             .request_limit_bytes = m->host.request_limit_bytes,
+                                             .load = m->host.load,
+                                             .host = m->host.disks,
+                                             .mailbox = m->host.mailbox});
+}
+
+int mirror_init(struct mirror *m, const struct mirror_host *host, const struct vs_engine_config *config)
+{
+    uint32_t region = config->dirty_region_bytes < COPY_BYTES ? config->dirty_region_bytes : COPY_BYTES;
+    int rc;
+    m->host = *host;
+    m->timeout_ns = config->destination_timeout_us * 1000;
+    m->pauses = config->pause_on_destination_error;
+    m->steady.io.io.kind = VS_DISK_FLUSH;
+    m->steady.io.done = steady_flushed;
+    init_low_rooms(m, config);
+    if ((rc = repl_log_init(&m->log, config->log_bytes)) < 0 || (rc = init_difference(m, config)) < 0 ||
+        (rc = init_replicator(m)) < 0 || (rc = init_copier(m, config)) < 0 || (rc = init_verifier(m)) < 0)
+        return rc;
+    init_high_rooms(m, config);
+    return dirty_map_init(&m->uncopied.regions, config->capacity_bytes, region); /* a region is copied as a whole */
+}
+
+void mirror_free(struct mirror *m)
+{
+    copier_free(&m->copier);
+    verifier_free(&m->verifier);
+    replicator_free(&m->replicator);
+    repl_log_free(&m->log);
+    dirty_map_free(&m->uncopied.regions);
+    difference_free(&m->difference);
+}
+
+void mirror_set_source(struct mirror *m, vs_disk *source)
+{
+    disk_adopt(source, m->host.disks);
+    m->source.disk = source;
+}
+
+void mirror_leave_bitmap(struct mirror *m)
+{
+    m->difference.differs.stored = NULL;
+}
+
+static uint64_t now_ns(const struct mirror *m)
+{
+    return m->host.disks->now_ns;
+}
+
+/* ---- a destination comes -------------------------------------------------------- */
+
+int mirror_start(struct mirror *m, vs_disk *disk, uint32_t flags)
+{
     bool resync = flags & VS_START_RESYNC;
-    if (destination_attached(&e->destination) || e->destination.former || e->gate != GATE_OPEN || m->record != RECORD_WRITTEN)
+    if (destination_attached(&m->destination) || m->destination.former || m->host.load->holds & GUEST_HOLD_SWITCH ||
+        m->state.record != RECORD_WRITTEN)
         return -EBUSY;
-    if (disk->bytes < e->config.capacity_bytes)
+    if (disk->bytes < m->source.capacity_bytes)
         return -ENOSPC;
-    if (disk->block_bytes > e->config.block_bytes || (resync && !e->difference.tracked))
+    if (disk->block_bytes > m->source.block_bytes || (resync && !m->difference.tracked))
         return -EINVAL;
-    destination_attach(&e->destination, disk, &e->host);
-    m->capturing = true;
-    throttle_init(&e->throttle, e->config.log_bytes, e->config.max_lag_us * 1000);
-    difference_attach(e, resync);
-    pull_ahead_reset(e);
+    destination_attach(&m->destination, disk, m->host.disks);
+    tap_begin(&m->tap);
+    difference_attach(&m->difference, resync);
+    pull_ahead_reset(&m->ahead);
     if (!(flags & VS_START_SPARE_DOUBT))
-        bad_ranges_spare_none(&e->bad);
-    copier_start(e);
-    mirror_set_state(e, VS_SYNCING, VS_REASON_COMMAND, 0);
+        bad_ranges_spare_none(&m->bad);
+    copier_start(&m->copier);
+    mirror_move(&m->state, VS_MIRROR_STARTED, VS_REASON_COMMAND, 0);
     return 0;
-}
-
-/* ---- the pause (on_destination_error=pause) ------------------------------ */
-
-static void set_paused(struct vs_engine *e, bool paused)
-{
-    struct vs_event event = {.kind = VS_EV_PAUSED, .value = paused};
-    if (e->mirror.paused == paused)
-        return;
-    e->mirror.paused = paused;
-    e->mirror.paused_since_ns = engine_now(e);
-    e->flush.dirty = true;
-    mailbox_post(&e->mailbox, &event);
 }
 
 /* ---- the end of a destination ------------------------------------------ */
 
-static void close_former(struct vs_engine *e)
+static void close_former(struct mirror *m)
 {
-    const vs_disk *former = e->destination.former;
-    if (former && !former->stats.in_flight && !e->replicator.in_use && !e->copier.in_use)
-        destination_close_former(&e->destination);
-}
-
-static void left_source_closed(struct disk_io *closing)
-{
-    struct vs_engine *e = container_of(closing->disk->host, struct vs_engine, host);
-    disk_free(closing->disk);
-    e->mirror.left_sources--;
-}
-
-void mirror_stop_capture(struct vs_engine *e)
-{
-    struct mirror *m = &e->mirror;
-    m->capture_epoch++;
-    m->capturing = false;
-    m->uncaptured_writes += m->captured_writes;
-    m->captured_writes = 0;
-    m->joining = false;
-    bad_ranges_leave_steady(&e->bad, &e->counts);
-    counts_leave_steady(&e->counts);
-    queues_retry(&e->frontends);
-    e->throttle_until_ns = 0;
-    engine_stop_throttling(e);
+    const vs_disk *former = m->destination.former;
+    if (former && !former->stats.in_flight && !m->replicator.in_use && !m->uncopied.in_flight)
+        destination_close_former(&m->destination);
 }
 
 /* Whatever is captured for it, queued for it or in flight to it belongs to a
  * former mirror from here on. */
-static void give_up(struct vs_engine *e)
+static void give_up(struct mirror *m)
 {
-    struct mirror *m = &e->mirror;
-    destination_give_up(&e->destination);
-    m->steady_flush_in_flight = false;
-    mirror_stop_capture(e);
-    replicator_drop(e);
-    copier_drop(e);
-    difference_detach(e);
+    destination_give_up(&m->destination);
+    m->steady.in_flight = false;
+    replicator_drop(&m->replicator);
+    copier_drop(&m->copier);
+    difference_detach(&m->difference);
 }
 
-void mirror_degrade(struct vs_engine *e, uint32_t reason, int error)
+void mirror_degrade(struct mirror *m, uint32_t reason, int error)
 {
-    struct mirror *m = &e->mirror;
-    bool was_steady = m->state == VS_STEADY;
-    if (!destination_attached(&e->destination))
+    if (!destination_attached(&m->destination))
         return;
-    give_up(e);
-    if (was_steady) {
-        m->record = RECORD_PENDING;
-        set_paused(e, e->config.pause_on_destination_error);
-    }
-    mirror_set_state(e, VS_DEGRADED, reason, error);
-    if (was_steady)
-        mirror_post(e, VS_EV_DEGRADED, reason, error);
+    give_up(m);
+    if (m->state.now == VS_STEADY)
+        mirror_pause(&m->state, m->pauses, now_ns(m));
+    mirror_move(&m->state, VS_MIRROR_LOST, reason, error);
 }
 
-void mirror_stop(struct vs_engine *e, uint32_t reason)
+void mirror_stop(struct mirror *m, uint32_t reason)
 {
-    if (destination_attached(&e->destination))
-        give_up(e);
-    set_paused(e, false);
-    if (e->mirror.state != VS_PASSTHROUGH)
-        mirror_set_state(e, VS_PASSTHROUGH, reason, 0);
+    if (destination_attached(&m->destination))
+        give_up(m);
+    mirror_pause(&m->state, false, now_ns(m));
+    if (m->state.now != VS_PASSTHROUGH)
+        mirror_move(&m->state, VS_MIRROR_STOPPED, reason, 0);
+}
+
+bool mirror_is_idle(const struct mirror *m)
+{
+    const vs_disk *disks[] = {m->source.disk, m->destination.disk, m->destination.former};
+    for (size_t i = 0; i < sizeof disks / sizeof disks[0]; i++)
+        if (disks[i] && disks[i]->stats.in_flight)
+            return false;
+    return m->left_sources == 0;
 }
 
 /* ---- steady ------------------------------------------------------------ */
 
 /* All regions are copied: what is on the destination now has to be durable there. And it has to be all that a guest
  * was told is durable, though only the source was asked: once what was confirmed so far is mirrored too. */
-static void begin_steady(struct vs_engine *e)
+static void begin_steady(struct mirror *m)
 {
-    struct mirror *m = &e->mirror;
-    uint64_t prefix = log_mirrored_prefix(&e->log, e->counts.source_generation);
-    if (!m->joining) {
-        m->joining = true;
-        m->joining_request = e->counts.flush_request;
+    uint64_t prefix = log_mirrored_prefix(&m->log, m->counts.source_generation);
+    if (!m->state.joining) {
+        m->state.joining = true;
+        m->state.joining_request = m->counts.flush_request;
     }
-    if (prefix < m->joining_request)
+    if (prefix < m->state.joining_request)
         return;
-    m->steady_flush_in_flight = true;
-    m->steady_capture_epoch = m->capture_epoch;
-    m->steady_prefix = prefix;
-    destination_submit(&e->destination, &m->steady_flush);
+    m->steady.in_flight = true;
+    m->steady.capture_epoch = m->state.capture.epoch;
+    m->steady.prefix = prefix;
+    destination_submit(&m->destination, &m->steady.io);
 }
 
 static void steady_flushed(struct destination_io *io, bool current)
 {
-    struct vs_engine *e = container_of(io, struct vs_engine, mirror.steady_flush);
-    struct mirror *m = &e->mirror;
+    struct mirror *m = container_of(io, struct mirror, steady.io);
     if (!current)
         return;
-    m->steady_flush_in_flight = false;
-    if (m->steady_capture_epoch != m->capture_epoch)
+    m->steady.in_flight = false;
+    if (m->steady.capture_epoch != m->state.capture.epoch)
         return; /* ahead of it meanwhile */
-    m->joining = false;
-    set_paused(e, false); /* whoever was held by it has asked before this flush began, and is decided by the counts */
-    counts_enter_steady(&e->counts, m->steady_prefix);
+    m->state.joining = false;
+    /* Whoever was held by it has asked before this flush began, and is decided by the counts. */
+    mirror_pause(&m->state, false, now_ns(m));
+    counts_enter_steady(&m->counts, m->steady.prefix);
     /* Writes that were mirrored while it was flushed. */
-    counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));
-    pull_ahead_steady(e);
-    difference_hurry(e); /* what was copied has only the source's flush to wait for */
-    mirror_set_state(e, VS_STEADY, VS_REASON_COPY_DONE, 0);
+    counts_mirrored(&m->counts, log_mirrored_prefix(&m->log, m->counts.source_generation));
+    pull_ahead_steady(&m->ahead);
+    difference_hurry(&m->difference); /* what was copied has only the source's flush to wait for */
+    mirror_move(&m->state, VS_MIRROR_COPIED, VS_REASON_COPY_DONE, 0);
 }
 
-void mirror_pump(struct vs_engine *e)
+static bool may_begin_steady(const struct mirror *m)
 {
-    struct mirror *m = &e->mirror;
-    close_former(e);
-    bad_ranges_pump(&e->bad, &e->counts);
-    if (list_empty(&e->frontends.stalled) || !engine_takes_up(e))
-        engine_stop_throttling(e); /* who waited for room does not any more: stopped, gone, or held by a switch */
-    if (mirror_deadline_ns(e) <= engine_now(e))
-        mirror_degrade(e, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
-    if (m->state == VS_SYNCING && !m->steady_flush_in_flight && !m->uncaptured_writes && copier_finished(e) &&
-        (m->joining || pull_ahead_may_be_steady(e)))
-        begin_steady(e);
+    return m->state.now == VS_SYNCING && !m->steady.in_flight && !m->state.capture.uncaptured &&
+           uncopied_is_empty(&m->uncopied) && (m->state.joining || pull_ahead_may_be_steady(&m->ahead));
 }
 
-uint64_t mirror_deadline_ns(const struct vs_engine *e)
+void mirror_pump(struct mirror *m)
 {
-    uint64_t oldest;
-    if (!destination_attached(&e->destination))
+    close_former(m);
+    bad_ranges_pump(&m->bad, &m->counts);
+    if (mirror_deadline_ns(m) <= now_ns(m))
+        mirror_degrade(m, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
+    if (may_begin_steady(m))
+        begin_steady(m);
+}
+
+uint64_t mirror_deadline_ns(const struct mirror *m)
+{
+    uint64_t oldest, asked;
+    if (!destination_attached(&m->destination))
         return UINT64_MAX;
-    oldest = disk_oldest_ns(e->destination.disk);
+    oldest = disk_oldest_ns(m->destination.disk);
     /* A destination that answers, but too slowly: neither a flush nor a blocked write waits longer (rule 7). */
-    if (e->throttled_since_ns && e->throttled_since_ns < oldest)
-        oldest = e->throttled_since_ns;
-    if (guest_flush_since_ns(e, NULL) < oldest)
-        oldest = guest_flush_since_ns(e, NULL);
-    return oldest == UINT64_MAX ? oldest : oldest + e->config.destination_timeout_us * 1000;
+    if (m->tap.waits_since_ns && m->tap.waits_since_ns < oldest)
+        oldest = m->tap.waits_since_ns;
+    asked = guest_flush_since_ns(&m->flush, NULL);
+    if (asked < oldest)
+        oldest = asked;
+    return oldest == UINT64_MAX ? oldest : oldest + m->timeout_ns;
 }
 
 /* ---- the exchange ------------------------------------------------------ */
 
 /* A disk that is left behind with such ranges is no mirror of the other: they may differ there for ever. */
-static bool ranges_forbid(const struct vs_engine *e, uint32_t flags)
+static bool ranges_forbid(const struct mirror *m, uint32_t flags)
 {
-    return bad_ranges_any(&e->bad) && (flags & ~VS_EXCHANGE_DIFFERENT) != VS_EXCHANGE_ACCEPT;
+    return bad_ranges_any(&m->bad) && (flags & ~VS_EXCHANGE_DIFFERENT) != VS_EXCHANGE_ACCEPT;
 }
 
-int mirror_exchange(struct vs_engine *e, uint32_t flags)
+static int exchange_refused(const struct mirror *m, uint32_t flags, bool gated)
 {
-    struct mirror *m = &e->mirror;
     bool keep = flags & VS_EXCHANGE_KEEP;
-    vs_disk *old = e->source, *new = e->destination.disk;
-    if (m->state != VS_STEADY)
+    if (m->state.now != VS_STEADY)
         return -ENOTCONN;
-    if (e->gate != GATE_CLOSED || ranges_forbid(e, flags) || (keep && !e->counts.source_flush_known))
+    if (!gated || ranges_forbid(m, flags) || (keep && !m->counts.source_flush_known))
         return -EBUSY;
-    if (m->differs && !(flags & VS_EXCHANGE_DIFFERENT))
+    if (m->state.differs && !(flags & VS_EXCHANGE_DIFFERENT))
         return -EBADE;
-    if (e->source->stats.in_flight || new->stats.in_flight)
+    if (m->source.disk->stats.in_flight || m->destination.disk->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */
-    assert((e->requests_in_flight == 0 || e->failover.pending) && log_drained(&e->log));
-    counts_exchange(&e->counts, keep);
-    e->source = destination_exchange(&e->destination, keep ? old : NULL);
-    e->flush.dirty = true;
+    return 0;
+}
+
+static void left_source_closed(struct disk_io *closing)
+{
+    struct mirror *m = closing->disk->closing_for;
+    disk_free(closing->disk);
+    m->left_sources--;
+}
+
+int mirror_exchange(struct mirror *m, uint32_t flags, bool gated)
+{
+    bool keep = flags & VS_EXCHANGE_KEEP;
+    vs_disk *old = m->source.disk;
+    int rc = exchange_refused(m, flags, gated);
+    if (rc < 0)
+        return rc;
+    assert((m->host.load->in_flight == 0 || m->host.load->holds & GUEST_HOLD_SOURCE_FAILED) && log_drained(&m->log));
+    counts_exchange(&m->counts, keep);
+    m->source.disk = destination_exchange(&m->destination, keep ? old : NULL);
     if (keep) {
-        mirror_post(e, VS_EV_STATE, VS_REASON_SWITCH, 0);
+        mirror_move(&m->state, VS_MIRROR_SWITCHED_KEPT, VS_REASON_SWITCH, 0);
         return 0;
     }
-    bad_ranges_forget(&e->bad); /* they spoke of the old source */
-    m->capturing = false;
-    m->capture_epoch++;
-    m->uncaptured_writes += m->captured_writes; /* of those that are parked */
-    m->captured_writes = 0;
-    difference_forget(e);
+    bad_ranges_forget(&m->bad); /* they spoke of the old source */
+    difference_forget(&m->difference);
     m->left_sources++;
-    disk_close_later(old, left_source_closed);
-    mirror_set_state(e, VS_PASSTHROUGH, VS_REASON_SWITCH, 0);
+    disk_close_later(old, left_source_closed, m);
+    mirror_move(&m->state, VS_MIRROR_SWITCHED, VS_REASON_SWITCH, 0);
     return 0;
 }

@@ -32,149 +32,142 @@
 
 #include <errno.h>
 
-#include "attachment.h"
-#include "engine.h"
+#include "copier.h"
+#include "difference.h"
+#include "guest_side.h"
+#include "mailbox.h"
+#include "mirror_state.h"
+#include "repl_log.h"
+#include "replicator.h"
+#include "tap.h"
+#include "uncopied.h"
+#include "verifier.h"
+
 
 /* In units of the first back-off: the longest one, and what is a good while of steady. */
 #define BACKOFF_MAX 60u
 #define STEADY_WHILE 10u
-/* The copy gives way above this part of the fill threshold. */
-#define COPY_FILL 4u
 
-static uint64_t lag_ns(const struct vs_engine *e)
+void pull_ahead_init(struct pull_ahead *a, const struct pull_ahead_rooms *rooms, const struct vs_engine_config *config)
 {
-    uint64_t oldest_ns = log_oldest_ns(&e->log);
-    return oldest_ns && oldest_ns < engine_now(e) ? engine_now(e) - oldest_ns : 0;
+    *a = (struct pull_ahead){.rooms = *rooms,
+                             .enabled = config->pull_ahead,
+                             .max_lag_ns = config->max_lag_us * 1000,
+                             .first_backoff_ns = config->ahead_backoff_us * 1000};
 }
 
-static uint64_t lag_max_ns(const struct vs_engine *e)
+void pull_ahead_reset(struct pull_ahead *a)
 {
-    return e->config.max_lag_us * 1000;
+    a->drained = a->lag_counts = false;
+    a->times = 0;
+    a->since_ns = a->generation = a->not_before_ns = a->steady_since_ns = 0;
+    a->rooms.tap->ahead_bytes = 0;
 }
 
-void pull_ahead_reset(struct vs_engine *e)
+static uint64_t lag_ns(const struct pull_ahead *a)
 {
-    e->ahead = (struct pull_ahead){0};
+    uint64_t oldest_ns = log_oldest_ns(a->rooms.log), now = a->rooms.host->now_ns;
+    return oldest_ns && oldest_ns < now ? now - oldest_ns : 0;
 }
 
-bool pull_ahead_may_be_steady(const struct vs_engine *e)
+bool pull_ahead_may_be_steady(const struct pull_ahead *a)
 {
-    return !e->config.pull_ahead || lag_ns(e) < lag_max_ns(e) / 2;
+    return !a->enabled || lag_ns(a) < a->max_lag_ns / 2;
 }
 
-void pull_ahead_steady(struct vs_engine *e)
+void pull_ahead_steady(struct pull_ahead *a)
 {
-    e->ahead.steady_since_ns = engine_now(e);
-    e->ahead.lag_counts = false;
-}
-
-uint64_t pull_ahead_wait_ns(const struct vs_engine *e)
-{
-    return ring_used(&e->log.ring) < e->config.congestion_fill_bytes ? 0 : UINT64_MAX;
-}
-
-bool pull_ahead_log_fills(const struct vs_engine *e)
-{
-    return e->config.pull_ahead && ring_used(&e->log.ring) >= e->config.congestion_fill_bytes / COPY_FILL;
+    a->steady_since_ns = a->rooms.host->now_ns;
+    a->lag_counts = false;
 }
 
 /* ---- getting ahead ------------------------------------------------------- */
 
-static bool congested(const struct vs_engine *e)
+static bool congested(const struct pull_ahead *a)
 {
-    if (!e->config.pull_ahead || !e->mirror.capturing || !engine_takes_up(e))
+    if (!a->enabled || !a->rooms.state->capture.on || !guest_is_taken_up(a->rooms.load))
         return false;
-    return e->throttled_since_ns || ring_used(&e->log.ring) >= e->config.congestion_fill_bytes ||
-           (e->mirror.state == VS_STEADY && e->ahead.lag_counts && lag_ns(e) >= lag_max_ns(e));
+    return a->rooms.tap->waits_since_ns || ring_used(&a->rooms.log->ring) >= a->rooms.tap->pull_ahead_bytes ||
+           (a->rooms.state->now == VS_STEADY && a->lag_counts && lag_ns(a) >= a->max_lag_ns);
 }
 
-static void back_off(struct vs_engine *e)
+static void back_off(struct pull_ahead *a, bool was_steady)
 {
-    struct pull_ahead *a = &e->ahead;
-    uint64_t first_ns = e->config.ahead_backoff_us * 1000, units;
-    if (a->consistent && engine_now(e) - a->steady_since_ns >= STEADY_WHILE * first_ns)
+    uint64_t first_ns = a->first_backoff_ns, now = a->rooms.host->now_ns, units;
+    if (was_steady && now - a->steady_since_ns >= STEADY_WHILE * first_ns)
         a->times = 0;
     units = a->times == 0 ? 0 : a->times > 6 ? BACKOFF_MAX : 1u << (a->times - 1);
     if (a->times <= 6)
         a->times++;
-    a->not_before_ns = engine_now(e) + units * first_ns;
+    a->not_before_ns = now + units * first_ns;
 }
 
-static void get_ahead(struct vs_engine *e)
+static void get_ahead(struct pull_ahead *a)
 {
-    struct pull_ahead *a = &e->ahead;
-    a->consistent = e->mirror.state == VS_STEADY;
     a->drained = false;
-    a->since_ns = engine_now(e);
-    a->generation = e->counts.source_generation;
-    a->bytes = 0;
-    back_off(e);
-    mirror_stop_capture(e);
-    difference_pull_ahead(e);
-    if (a->consistent)
-        e->mirror.record = RECORD_PENDING;
-    mirror_set_state(e, VS_AHEAD, VS_REASON_CONGESTION, 0);
-    if (a->consistent)
-        mirror_post(e, VS_EV_DEGRADED, VS_REASON_CONGESTION, 0);
+    a->since_ns = a->rooms.host->now_ns;
+    a->generation = a->rooms.counts->source_generation;
+    a->rooms.tap->ahead_bytes = 0;
+    back_off(a, a->rooms.state->now == VS_STEADY);
+    mirror_move(a->rooms.state, VS_MIRROR_CONGESTED, VS_REASON_CONGESTION, 0);
+    difference_pull_ahead(a->rooms.difference);
 }
 
 /* ---- catching up --------------------------------------------------------- */
 
 /* All that was on its way is on the destination, and was flushed. */
-static bool is_drained(const struct vs_engine *e)
+static bool is_drained(const struct pull_ahead *a)
 {
-    return log_drained(&e->log) && e->replicator.in_use == 0 && e->copier.in_use == 0 && e->verifier.in_use == 0 &&
-           difference_at_rest(e);
+    return log_drained(a->rooms.log) && a->rooms.replicator->in_use == 0 && a->rooms.uncopied->in_flight == 0 && a->rooms.verifier->in_use == 0 &&
+           difference_at_rest(a->rooms.difference);
 }
 
-static void tell_drained(struct vs_engine *e)
+static void tell_drained(struct pull_ahead *a)
 {
-    struct pull_ahead *a = &e->ahead;
-    uint64_t now = engine_now(e);
+    uint64_t now = a->rooms.host->now_ns;
     struct vs_event event = {.kind = VS_EV_AHEAD_DRAINED, .value = a->not_before_ns > now ? a->not_before_ns - now : 0};
     a->drained = true;
-    mailbox_post(&e->mailbox, &event);
+    mailbox_post(a->rooms.mailbox, &event);
 }
 
-int pull_ahead_catch_up(struct vs_engine *e)
+int pull_ahead_catch_up(struct pull_ahead *a)
 {
-    if (e->mirror.state != VS_AHEAD)
+    if (a->rooms.state->now != VS_AHEAD)
         return -ENOTCONN;
-    if (!e->ahead.drained || e->mirror.record != RECORD_WRITTEN)
+    if (!a->drained || a->rooms.state->record != RECORD_WRITTEN)
         return -EBUSY;
-    if (engine_now(e) < e->ahead.not_before_ns)
+    if (a->rooms.host->now_ns < a->not_before_ns)
         return -EAGAIN;
-    e->mirror.capturing = true;
-    copier_start(e);
-    mirror_set_state(e, VS_SYNCING, VS_REASON_CATCH_UP, 0);
+    copier_start(a->rooms.copier);
+    mirror_move(a->rooms.state, VS_MIRROR_CATCHES_UP, VS_REASON_CATCH_UP, 0);
     return 0;
 }
 
-void pull_ahead_pump(struct vs_engine *e)
+void pull_ahead_pump(struct pull_ahead *a)
 {
-    if (lag_ns(e) < lag_max_ns(e) / 2)
-        e->ahead.lag_counts = true;
-    if (congested(e))
-        get_ahead(e);
-    if (e->mirror.state == VS_AHEAD && !e->ahead.drained && is_drained(e))
-        tell_drained(e);
+    if (lag_ns(a) < a->max_lag_ns / 2)
+        a->lag_counts = true;
+    if (congested(a))
+        get_ahead(a);
+    if (a->rooms.state->now == VS_AHEAD && !a->drained && is_drained(a))
+        tell_drained(a);
 }
 
-uint64_t pull_ahead_deadline_ns(const struct vs_engine *e)
+uint64_t pull_ahead_deadline_ns(const struct pull_ahead *a)
 {
-    uint64_t oldest_ns = log_oldest_ns(&e->log);
-    bool waits = e->config.pull_ahead && e->mirror.state == VS_STEADY && e->ahead.lag_counts && engine_takes_up(e);
-    return waits && oldest_ns ? oldest_ns + lag_max_ns(e) : UINT64_MAX;
+    uint64_t oldest_ns = log_oldest_ns(a->rooms.log);
+    bool waits = a->enabled && a->rooms.state->now == VS_STEADY && a->lag_counts && guest_is_taken_up(a->rooms.load);
+    return waits && oldest_ns ? oldest_ns + a->max_lag_ns : UINT64_MAX;
 }
 
-struct lag pull_ahead_lag(const struct vs_engine *e)
+struct lag pull_ahead_lag(const struct pull_ahead *a)
 {
-    struct lag lag = {e->log.lag_bytes, log_lag_writes(&e->log), lag_ns(e)};
-    if (e->mirror.state != VS_AHEAD)
+    struct lag lag = {a->rooms.log->lag_bytes, log_lag_writes(a->rooms.log), lag_ns(a)};
+    if (a->rooms.state->now != VS_AHEAD)
         return lag;
-    lag.bytes += e->ahead.bytes;
-    lag.writes += e->counts.source_generation - e->ahead.generation;
+    lag.bytes += a->rooms.tap->ahead_bytes;
+    lag.writes += a->rooms.counts->source_generation - a->generation;
     if (lag.ns == 0)
-        lag.ns = engine_now(e) - e->ahead.since_ns;
+        lag.ns = a->rooms.host->now_ns - a->since_ns;
     return lag;
 }

@@ -5,27 +5,33 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "attachment.h"
-#include "engine.h"
+#include "counts.h"
+#include "destination.h"
+#include "guest_side.h"
+#include "mirror_state.h"
+#include "repl_log.h"
+#include "throttle.h"
+#include "uncopied.h"
 
-int replicator_init(struct vs_engine *e)
+
+int replicator_init(struct replicator *r, const struct replicator_rooms *rooms)
 {
-    struct replicator *p = &e->replicator;
-    list_init(&p->free);
-    list_init(&p->used);
-    p->replicas = calloc(REPLICA_DEPTH, sizeof *p->replicas);
-    if (!p->replicas)
+    *r = (struct replicator){.rooms = *rooms};
+    list_init(&r->free);
+    list_init(&r->used);
+    r->replicas = calloc(REPLICA_DEPTH, sizeof *r->replicas);
+    if (!r->replicas)
         return -ENOMEM;
     for (unsigned i = REPLICA_DEPTH; i-- > 0;) {
-        p->replicas[i].engine = e;
-        list_push(&p->free, &p->replicas[i].link);
+        r->replicas[i].replicator = r;
+        list_push(&r->free, &r->replicas[i].link);
     }
     return 0;
 }
 
-void replicator_free(struct vs_engine *e)
+void replicator_free(struct replicator *r)
 {
-    free(e->replicator.replicas);
+    free(r->replicas);
 }
 
 static struct log_entry *entry_at(struct repl_log *log, uint64_t place)
@@ -35,41 +41,41 @@ static struct log_entry *entry_at(struct repl_log *log, uint64_t place)
 
 static void release(struct replica *p)
 {
-    struct vs_engine *e = p->engine;
+    struct replicator *r = p->replicator;
     uint64_t bytes = 0;
     for (unsigned i = 0; i < p->count; i++) {
-        struct log_entry *entry = entry_at(&e->log, p->first + i);
+        struct log_entry *entry = entry_at(r->rooms.log, p->first + i);
         bytes += entry->kind == LOG_WRITE ? entry->length : 0;
-        log_mirrored(&e->log, entry);
+        log_mirrored(r->rooms.log, entry);
     }
-    e->room = true;
-    throttle_drained(&e->throttle, bytes, engine_now(e));
+    r->rooms.listener->room_freed(r->rooms.listener);
+    throttle_drained(r->rooms.throttle, bytes, r->rooms.host->now_ns);
     list_remove(&p->link);
-    list_push(&e->replicator.free, &p->link);
-    e->replicator.in_use--;
+    list_push(&r->free, &p->link);
+    r->in_use--;
 }
 
 /* A destination that has failed it is given up by now: no count may pass its entries. */
 static void replica_done(struct destination_io *io, bool current)
 {
     struct replica *p = container_of(io, struct replica, io);
-    struct vs_engine *e = p->engine;
+    struct replicator *r = p->replicator;
     if (current)
-        range_release(&e->destination.slots, &p->slot);
+        range_release(&r->rooms.destination->slots, &p->slot);
     release(p); /* of a former destination too: the buffers were its until now */
     if (!current)
         return;
-    if (e->mirror.state == VS_STEADY)
-        counts_mirrored(&e->counts, log_mirrored_prefix(&e->log, e->counts.source_generation));
-    e->flush.dirty = true;
+    if (r->rooms.state->now == VS_STEADY)
+        counts_mirrored(r->rooms.counts, log_mirrored_prefix(r->rooms.log, r->rooms.counts->source_generation));
+    durability_recheck(r->rooms.state);
 }
 
 static void submit(struct range_slot *slot)
 {
     struct replica *p = container_of(slot, struct replica, slot);
     p->submitted = true;
-    p->io.io.thread = io_thread_beside(&p->engine->host.threads, (unsigned)(p - p->engine->replicator.replicas));
-    destination_submit(&p->engine->destination, &p->io);
+    p->io.io.thread = io_thread_beside(&p->replicator->rooms.host->threads, (unsigned)(p - p->replicator->replicas));
+    destination_submit(p->replicator->rooms.destination, &p->io);
 }
 
 static bool continues(const struct replica *p, const struct log_entry *next)
@@ -92,32 +98,32 @@ static void add(struct replica *p, struct repl_log *log, const struct log_entry 
  * copy was cut off (ahead), the region is still known to differ. Where something
  * is promised of the destination, every write is: in steady, though the disk
  * grows (grow.c), and in ahead, if steady came before it. */
-static bool left_to_the_copy(const struct vs_engine *e, const struct log_entry *entry)
+static bool left_to_the_copy(const struct replicator *r, const struct log_entry *entry)
 {
-    enum vs_mirror_state state = e->mirror.state;
-    bool worth_nothing = state == VS_SYNCING || (state == VS_AHEAD && !e->ahead.consistent);
-    return worth_nothing && e->to_copy.dirty && dirty_map_all_dirty(&e->to_copy, entry->offset, entry->length);
+    enum vs_mirror_state state = r->rooms.state->now;
+    bool worth_nothing = state == VS_SYNCING || (state == VS_AHEAD && !r->rooms.state->consistent);
+    return worth_nothing && r->rooms.uncopied->regions.dirty && dirty_map_all_dirty(&r->rooms.uncopied->regions, entry->offset, entry->length);
 }
 
-void replicator_pump(struct vs_engine *e)
+void replicator_pump(struct replicator *r)
 {
-    struct repl_log *log = &e->log;
+    struct repl_log *log = r->rooms.log;
     struct log_entry *entry;
-    if (!destination_attached(&e->destination))
+    if (!destination_attached(r->rooms.destination))
         return;
     while ((entry = log_peek(log))) {
         struct replica *p;
-        if (left_to_the_copy(e, entry)) {
+        if (left_to_the_copy(r, entry)) {
             log_take(log);
             log_mirrored(log, entry);
-            e->room = true;
+            r->rooms.listener->room_freed(r->rooms.listener);
             continue;
         }
-        if (list_empty(&e->replicator.free))
+        if (list_empty(&r->free))
             break;
-        p = container_of(list_pop(&e->replicator.free), struct replica, link);
-        list_append(&e->replicator.used, &p->link);
-        e->replicator.in_use++;
+        p = container_of(list_pop(&r->free), struct replica, link);
+        list_append(&r->used, &p->link);
+        r->in_use++;
         p->submitted = false;
         p->first = log->order_next;
         p->count = 0;
@@ -128,22 +134,22 @@ void replicator_pump(struct vs_engine *e)
         p->io.io.length = 0;
         p->io.done = replica_done;
         add(p, log, entry);
-        while (continues(p, entry = log_peek(log)) && !left_to_the_copy(e, entry))
+        while (continues(p, entry = log_peek(log)) && !left_to_the_copy(r, entry))
             add(p, log, entry);
         p->io.io.iov = p->iov;
         p->io.io.iov_count = (int)p->count;
-        if (range_take(&e->destination.slots, &p->slot, p->io.io.offset, p->io.io.length))
+        if (range_take(&r->rooms.destination->slots, &p->slot, p->io.io.offset, p->io.io.length))
             submit(&p->slot);
     }
 }
 
-void replicator_drop(struct vs_engine *e)
+void replicator_drop(struct replicator *r)
 {
-    list_each_safe(node, &e->replicator.used)
+    list_each_safe(node, &r->used)
     {
         struct replica *p = container_of(node, struct replica, link);
         if (!p->submitted)
             release(p); /* the range slots are reset as a whole by the mirror */
     }
-    log_drop_untaken(&e->log);
+    log_drop_untaken(r->rooms.log);
 }

@@ -15,13 +15,16 @@
 #include "limits.h"
 #include "list.h"
 #include "range_slots.h"
-#include "repl_log.h"
 
-struct vs_engine;
+struct mirror_listener;
+struct mirror_state;
+struct repl_log;
+struct throttle;
+struct uncopied;
 
 struct replica {
     struct list link; /* free, or in use */
-    struct vs_engine *engine;
+    struct replicator *replicator;
     bool submitted;
     uint64_t first;   /* place in the order */
     unsigned count;   /* entries */
@@ -30,16 +33,29 @@ struct replica {
     struct iovec iov[REPLICA_IOV_MAX];
 };
 
+/* What it needs of other rooms. */
+struct replicator_rooms {
+    struct destination *destination;
+    struct repl_log *log;
+    struct vs_counts *counts;
+    struct mirror_state *state;
+    struct throttle *throttle; /* learns how fast the destination drains */
+    const struct uncopied *uncopied;
+    struct mirror_listener *listener;
+    struct disk_host *host;
+};
+
 struct replicator {
+    struct replicator_rooms rooms;
     struct replica *replicas;
     struct list free, used;
     unsigned in_use;
 };
 
-int replicator_init(struct vs_engine *e);
-void replicator_free(struct vs_engine *e);
-void replicator_pump(struct vs_engine *e);
+int replicator_init(struct replicator *r, const struct replicator_rooms *rooms);
+void replicator_free(struct replicator *r);
+void replicator_pump(struct replicator *r);
 /* The destination is given up: forgets what was not submitted to it. */
-void replicator_drop(struct vs_engine *e);
+void replicator_drop(struct replicator *r);
 
 #endif

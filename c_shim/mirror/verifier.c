@@ -31,10 +31,13 @@
 #include <errno.h>
 #include <string.h>
 
-#include "attachment.h"
+#include "bad_ranges.h"
 #include "clock.h"
-#include "engine.h"
+#include "guest_side.h"
+#include "mailbox.h"
+#include "mirror_state.h"
 #include "own_memory.h"
+#include "source.h"
 
 #define BUFFERS_BYTES ((uint64_t)VERIFY_DEPTH * 2 * VERIFY_BYTES)
 
@@ -45,16 +48,18 @@ static void repair_flushed(struct destination_io *io, bool current);
 static void read_back(struct destination_io *io, bool current);
 static void granted(struct range_slot *slot);
 static void scouted(struct disk_io *io);
+static void mark_in_flight(struct marker *m);
 
-int verifier_init(struct vs_engine *e)
+int verifier_init(struct verifier *v, const struct verifier_rooms *rooms)
 {
-    struct verifier *v = &e->verifier;
+    *v = (struct verifier){.rooms = *rooms, .marker.mark_in_flight = mark_in_flight};
+    difference_add_marker(rooms->difference, &v->marker);
     v->buffers = own_memory_map(BUFFERS_BYTES);
     if (!v->buffers)
         return -ENOMEM;
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
         struct compare *c = &v->compares[i];
-        c->engine = e;
+        c->verifier = v;
         c->source_slot.grant = granted;
         c->destination_slot.grant = granted;
         c->source_data = v->buffers + (size_t)(2 * i) * VERIFY_BYTES;
@@ -66,17 +71,16 @@ int verifier_init(struct vs_engine *e)
     return 0;
 }
 
-void verifier_free(struct vs_engine *e)
+void verifier_free(struct verifier *v)
 {
-    own_memory_unmap(e->verifier.buffers, BUFFERS_BYTES);
+    own_memory_unmap(v->buffers, BUFFERS_BYTES);
 }
 
-int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s)
+int verifier_start(struct verifier *v, bool repair, uint64_t speed_bytes_per_s)
 {
-    struct verifier *v = &e->verifier;
     if (v->running || v->scouting)
         return -EBUSY;
-    if (e->mirror.state != VS_STEADY)
+    if (v->rooms.state->now != VS_STEADY)
         return -ENOTCONN;
     v->running = true;
     v->repair = repair;
@@ -89,35 +93,35 @@ int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s)
     return 0;
 }
 
-int verifier_stop(struct vs_engine *e)
+int verifier_stop(struct verifier *v)
 {
-    if (!e->verifier.running)
+    if (!v->running)
         return -ENOENT;
-    e->verifier.result = -ECANCELED;
+    v->result = -ECANCELED;
     return 0;
 }
 
 static bool is_current(const struct compare *c)
 {
-    return c->epoch == c->engine->destination.epoch;
+    return c->epoch == c->verifier->rooms.destination->epoch;
 }
 
 static void end_compare(struct compare *c)
 {
-    struct vs_engine *e = c->engine;
+    struct verifier *v = c->verifier;
     assert(c->reads == 0);
     if (c->holds_source)
-        range_release(&e->source_slots, &c->source_slot);
+        range_release(&v->rooms.source->slots, &c->source_slot);
     if (c->holds_destination && is_current(c)) /* a former mirror's slots were given back as a whole */
-        range_release(&e->destination.slots, &c->destination_slot);
+        range_release(&v->rooms.destination->slots, &c->destination_slot);
     c->holds_source = c->holds_destination = false;
     c->step = COMPARE_FREE;
-    e->verifier.in_use--;
+    v->in_use--;
 }
 
 static void finish_compare(struct compare *c)
 {
-    c->engine->verifier.bytes_done += c->length;
+    c->verifier->bytes_done += c->length;
     end_compare(c);
 }
 
@@ -135,26 +139,26 @@ static void prepare(struct compare *c, struct disk_io *io, struct iovec *iov, ui
 
 static void read_both(struct compare *c, enum compare_step step)
 {
-    struct vs_engine *e = c->engine;
+    struct verifier *v = c->verifier;
     c->step = step;
     c->reads = 2;
     c->source_failed = c->destination_failed = false;
-    c->source_io.thread = io_thread_beside(&e->host.threads, 0);
-    c->destination_io.io.thread = io_thread_beside(&e->host.threads, 1);
+    c->source_io.thread = io_thread_beside(&v->rooms.host->threads, 0);
+    c->destination_io.io.thread = io_thread_beside(&v->rooms.host->threads, 1);
     prepare(c, &c->source_io, &c->source_iov, c->source_data);
     prepare(c, &c->destination_io.io, &c->destination_iov, c->destination_data);
     c->source_io.done = source_read;
     c->destination_io.done = destination_read;
-    disk_submit(e->source, &c->source_io);
-    destination_submit(&e->destination, &c->destination_io);
+    disk_submit(v->rooms.source->disk, &c->source_io);
+    destination_submit(v->rooms.destination, &c->destination_io);
 }
 
 static void take_turn(struct compare *c)
 {
-    struct vs_engine *e = c->engine;
+    struct verifier *v = c->verifier;
     c->step = COMPARE_TURN;
     c->holds_source = true;
-    range_take(&e->source_slots, &c->source_slot, c->offset, c->length);
+    range_take(&v->rooms.source->slots, &c->source_slot, c->offset, c->length);
 }
 
 /* The slot says by itself that it was granted; verifier_pump() looks at it. */
@@ -171,33 +175,33 @@ static bool block_differs(const struct compare *c, uint64_t at, uint64_t bytes)
 /* Lists what differs, as exact as a block; returns how many bytes that is. */
 static uint64_t list_differences(struct compare *c)
 {
-    struct vs_engine *e = c->engine;
-    uint64_t block = e->config.block_bytes, found = 0;
+    struct verifier *v = c->verifier;
+    uint64_t block = v->rooms.source->block_bytes, found = 0;
     for (uint64_t at = 0; at < c->length; at += block) {
         if (!block_differs(c, at, block))
             continue;
-        range_set_add(&e->verifier.differing, c->offset + at, block);
+        range_set_add(&v->differing, c->offset + at, block);
         found += block;
     }
-    e->verifier.bytes_differing += found;
+    v->bytes_differing += found;
     if (found)
-        e->mirror.differs = true;
+        v->rooms.state->differs = true;
     return found;
 }
 
 static void repair(struct compare *c)
 {
-    struct vs_engine *e = c->engine;
+    struct verifier *v = c->verifier;
     bool free;
     c->step = COMPARE_REPAIR;
-    difference_mark(e, c->offset, c->length);
-    free = range_take(&e->destination.slots, &c->destination_slot, c->offset, c->length);
+    difference_mark(v->rooms.difference, c->offset, c->length);
+    free = range_take(&v->rooms.destination->slots, &c->destination_slot, c->offset, c->length);
     assert(free); /* all writes of that range are on the destination, and no new one can come */
     c->holds_destination = true;
     prepare(c, &c->destination_io.io, &c->destination_iov, c->source_data);
     c->destination_io.io.kind = VS_DISK_WRITE;
     c->destination_io.done = repaired;
-    destination_submit(&e->destination, &c->destination_io);
+    destination_submit(v->rooms.destination, &c->destination_io);
 }
 
 static void repaired(struct destination_io *io, bool current)
@@ -209,7 +213,7 @@ static void repaired(struct destination_io *io, bool current)
     }
     io->io.kind = VS_DISK_FLUSH;
     io->done = repair_flushed;
-    destination_submit(&c->engine->destination, io);
+    destination_submit(c->verifier->rooms.destination, io);
 }
 
 static void repair_flushed(struct destination_io *io, bool current)
@@ -222,7 +226,7 @@ static void repair_flushed(struct destination_io *io, bool current)
     c->step = COMPARE_AGAIN;
     prepare(c, &io->io, &c->destination_iov, c->destination_data);
     io->done = read_back;
-    destination_submit(&c->engine->destination, io);
+    destination_submit(c->verifier->rooms.destination, io);
 }
 
 static void read_back(struct destination_io *io, bool current)
@@ -233,20 +237,20 @@ static void read_back(struct destination_io *io, bool current)
         return;
     }
     if (io->io.result == 0 && memcmp(c->source_data, c->destination_data, c->length) == 0)
-        c->engine->verifier.bytes_repaired += c->found;
+        c->verifier->bytes_repaired += c->found;
     finish_compare(c);
 }
 
 static void compare_exactly(struct compare *c)
 {
-    struct vs_engine *e = c->engine;
-    if (bad_ranges_overlap(&e->bad, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
-        e->verifier.bytes_skipped += c->length;
+    struct verifier *v = c->verifier;
+    if (bad_ranges_overlap(v->rooms.bad, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
+        v->bytes_skipped += c->length;
         finish_compare(c);
         return;
     }
     c->found = list_differences(c);
-    if (c->found > 0 && e->verifier.repair)
+    if (c->found > 0 && v->repair)
         repair(c);
     else
         finish_compare(c);
@@ -254,8 +258,8 @@ static void compare_exactly(struct compare *c)
 
 static void both_read(struct compare *c)
 {
-    struct verifier *v = &c->engine->verifier;
-    if (!is_current(c) || c->engine->mirror.state != VS_STEADY) {
+    struct verifier *v = c->verifier;
+    if (!is_current(c) || c->verifier->rooms.state->now != VS_STEADY) {
         end_compare(c);
     } else if (c->source_failed) {
         v->bytes_skipped += c->length;
@@ -279,7 +283,7 @@ static void source_read(struct disk_io *io)
 {
     struct compare *c = container_of(io, struct compare, source_io);
     if (io->result < 0)
-        report_io_error(&c->engine->mailbox, VS_SOURCE, io);
+        report_io_error(c->verifier->rooms.mailbox, VS_SOURCE, io);
     c->source_failed = io->result < 0;
     one_read(c);
 }
@@ -297,18 +301,18 @@ static void destination_read(struct destination_io *io, bool current)
 /* What waits for nothing that calls it. */
 static void step_on(struct compare *c)
 {
-    struct vs_engine *e = c->engine;
+    struct verifier *v = c->verifier;
     if (c->step != COMPARE_TURN && c->step != COMPARE_MIRRORED)
         return;
-    if (!is_current(c) || e->mirror.state != VS_STEADY) {
+    if (!is_current(c) || v->rooms.state->now != VS_STEADY) {
         end_compare(c);
         return;
     }
     if (c->step == COMPARE_TURN && c->source_slot.granted) {
         c->step = COMPARE_MIRRORED;
-        c->generation = e->counts.source_generation;
+        c->generation = v->rooms.counts->source_generation;
     }
-    if (c->step == COMPARE_MIRRORED && e->counts.writes_mirrored >= c->generation)
+    if (c->step == COMPARE_MIRRORED && v->rooms.counts->writes_mirrored >= c->generation)
         read_both(c, COMPARE_READ);
 }
 
@@ -320,11 +324,10 @@ static void know(struct verifier *v, uint64_t end, bool holes)
 }
 
 /* First the source is asked, then the destination, whether there is data from the cursor on. */
-static void scout(struct vs_engine *e, struct vs_disk *disk, uint64_t end)
+static void scout(struct verifier *v, struct vs_disk *disk, uint64_t end)
 {
-    struct verifier *v = &e->verifier;
     v->scouting = true;
-    v->scout_epoch = e->destination.epoch;
+    v->scout_epoch = v->rooms.destination->epoch;
     v->scout.offset = v->cursor;
     v->scout.length = end - v->cursor;
     disk_submit(disk, &v->scout);
@@ -333,48 +336,45 @@ static void scout(struct vs_engine *e, struct vs_disk *disk, uint64_t end)
 static void scouted(struct disk_io *io)
 {
     struct verifier *v = container_of(io, struct verifier, scout);
-    struct vs_engine *e = container_of(v, struct vs_engine, verifier);
     v->scouting = false;
-    if (!v->running || v->scout_epoch != e->destination.epoch || e->mirror.state != VS_STEADY)
+    if (!v->running || v->scout_epoch != v->rooms.destination->epoch || v->rooms.state->now != VS_STEADY)
         return;
     if (io->data_at == io->offset)
         know(v, io->data_end, false);
-    else if (io->disk == e->source)
-        scout(e, e->destination.disk, io->data_at);
+    else if (io->disk == v->rooms.source->disk)
+        scout(v, v->rooms.destination->disk, io->data_at);
     else
         know(v, io->data_at, true);
 }
 
-static void begin_compare(struct vs_engine *e, struct compare *c)
+static void begin_compare(struct verifier *v, struct compare *c)
 {
-    struct verifier *v = &e->verifier;
-    uint64_t left = e->config.capacity_bytes - v->cursor;
-    c->epoch = e->destination.epoch;
+    uint64_t left = v->rooms.source->capacity_bytes - v->cursor;
+    c->epoch = v->rooms.destination->epoch;
     c->offset = v->cursor;
     c->length = left < VERIFY_BYTES ? left : VERIFY_BYTES;
     v->cursor += c->length;
-    if (bad_ranges_overlap(&e->bad, c->offset, c->length)) {
+    if (bad_ranges_overlap(v->rooms.bad, c->offset, c->length)) {
         v->bytes_skipped += c->length;
         v->bytes_done += c->length;
         return;
     }
     v->in_use++;
-    v->not_before_ns = clock_pace_ns(v->not_before_ns, engine_now(e), c->length, v->speed_bytes_per_s);
+    v->not_before_ns = clock_pace_ns(v->not_before_ns, v->rooms.host->now_ns, c->length, v->speed_bytes_per_s);
     read_both(c, COMPARE_GLANCE);
 }
 
 /* Passes over what both disks have as holes; whether it is known that there is something to compare at the cursor. */
-static bool pass_holes(struct vs_engine *e)
+static bool pass_holes(struct verifier *v)
 {
-    struct verifier *v = &e->verifier;
     uint64_t holes;
     if (v->cursor >= v->known_end) {
-        scout(e, e->source, e->config.capacity_bytes);
+        scout(v, v->rooms.source->disk, v->rooms.source->capacity_bytes);
         return false;
     }
     if (!v->known_holes)
         return true;
-    holes = (v->known_end - v->cursor) / e->config.block_bytes * e->config.block_bytes;
+    holes = (v->known_end - v->cursor) / v->rooms.source->block_bytes * v->rooms.source->block_bytes;
     if (holes == 0) {
         v->known_holes = false;
         return true;
@@ -387,63 +387,61 @@ static bool pass_holes(struct vs_engine *e)
 }
 
 /* The guest goes first. */
-static unsigned depth_now(const struct vs_engine *e)
+static unsigned depth_now(const struct verifier *v)
 {
-    return engine_guest_works(e) ? 1 : VERIFY_DEPTH;
+    return guest_works(v->rooms.load, v->rooms.host->now_ns) ? 1 : VERIFY_DEPTH;
 }
 
-static void begin_more(struct vs_engine *e)
+static void begin_more(struct verifier *v)
 {
-    struct verifier *v = &e->verifier;
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
-        if (v->scouting || v->cursor == e->config.capacity_bytes || v->in_use >= depth_now(e) || v->not_before_ns > engine_now(e))
+        if (v->scouting || v->cursor == v->rooms.source->capacity_bytes || v->in_use >= depth_now(v) || v->not_before_ns > v->rooms.host->now_ns)
             return;
         if (v->compares[i].step != COMPARE_FREE)
             continue;
-        if (!pass_holes(e))
+        if (!pass_holes(v))
             return;
-        begin_compare(e, &v->compares[i]);
+        begin_compare(v, &v->compares[i]);
     }
 }
 
-static void end_if_over(struct vs_engine *e)
+static void end_if_over(struct verifier *v)
 {
-    struct verifier *v = &e->verifier;
     struct vs_event event = {.kind = VS_EV_VERIFIED, .result = v->result};
-    if (v->in_use > 0 || (v->result == 0 && v->cursor < e->config.capacity_bytes))
+    if (v->in_use > 0 || (v->result == 0 && v->cursor < v->rooms.source->capacity_bytes))
         return;
     v->running = false;
     own_memory_drop(v->buffers, BUFFERS_BYTES);
-    mailbox_post(&e->mailbox, &event);
+    mailbox_post(v->rooms.mailbox, &event);
 }
 
-void verifier_pump(struct vs_engine *e)
+void verifier_pump(struct verifier *v)
 {
-    struct verifier *v = &e->verifier;
     v->more = false;
     if (!v->running)
         return;
     for (unsigned i = 0; i < VERIFY_DEPTH; i++)
         step_on(&v->compares[i]);
-    if (v->result == 0 && e->mirror.state != VS_STEADY) /* what was under way then was not compared */
+    if (v->result == 0 && v->rooms.state->now != VS_STEADY) /* what was under way then was not compared */
         v->result = -ENOTCONN;
-    if (v->result == 0 && engine_takes_up(e))
-        begin_more(e);
-    end_if_over(e);
+    if (v->result == 0 && guest_is_taken_up(v->rooms.load))
+        begin_more(v);
+    end_if_over(v);
 }
 
-void verifier_mark_in_flight(struct vs_engine *e)
+/* A checkpoint begins: what is being repaired is not covered by it. */
+static void mark_in_flight(struct marker *m)
 {
+    struct verifier *v = container_of(m, struct verifier, marker);
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
-        const struct compare *c = &e->verifier.compares[i];
+        const struct compare *c = &v->compares[i];
         if (c->step == COMPARE_REPAIR && is_current(c))
-            difference_mark(e, c->offset, c->length);
+            difference_mark(v->rooms.difference, c->offset, c->length);
     }
 }
 
-uint64_t verifier_deadline_ns(const struct vs_engine *e)
+uint64_t verifier_deadline_ns(const struct verifier *v)
 {
-    const struct verifier *v = &e->verifier;
-    bool waits = v->running && v->result == 0 && v->not_before_ns > engine_now(e) && v->cursor < e->config.capacity_bytes;
+    bool waits = v->running && v->result == 0 && v->not_before_ns > v->rooms.host->now_ns && v->cursor < v->rooms.source->capacity_bytes;
     return waits ? v->not_before_ns : UINT64_MAX;
 }

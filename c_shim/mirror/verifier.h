@@ -9,11 +9,15 @@
 #include <stdint.h>
 
 #include "destination.h"
+#include "difference.h"
 #include "range_set.h"
 #include "limits.h"
 #include "range_slots.h"
 
-struct vs_engine;
+struct bad_ranges;
+struct guest_load;
+struct mirror_state;
+struct source;
 
 enum compare_step {
     COMPARE_FREE,
@@ -25,8 +29,10 @@ enum compare_step {
     COMPARE_AGAIN     /* and are being read back */
 };
 
+struct verifier;
+
 struct compare {
-    struct vs_engine *engine;
+    struct verifier *verifier;
     enum compare_step step;
     uint64_t epoch;             /* of the mirror */
     uint64_t offset, length;
@@ -42,7 +48,22 @@ struct compare {
     struct range_slot source_slot, destination_slot;
 };
 
+/* What it needs of other rooms. */
+struct verifier_rooms {
+    struct destination *destination;
+    struct source *source;
+    const struct vs_counts *counts;
+    struct mirror_state *state;
+    const struct bad_ranges *bad;
+    struct difference *difference;
+    const struct guest_load *load;
+    struct disk_host *host;
+    struct mailbox *mailbox;
+};
+
 struct verifier {
+    struct verifier_rooms rooms;
+    struct marker marker;
     bool running, repair;
     int result;                 /* why it ends early */
     uint64_t cursor;
@@ -60,15 +81,13 @@ struct verifier {
     struct compare compares[VERIFY_DEPTH];
 };
 
-int verifier_init(struct vs_engine *e);
-void verifier_free(struct vs_engine *e);
+int verifier_init(struct verifier *v, const struct verifier_rooms *rooms);
+void verifier_free(struct verifier *v);
 /* 0, -ENOTCONN (not steady) or -EBUSY. VS_EV_VERIFIED tells of the end. */
-int verifier_start(struct vs_engine *e, bool repair, uint64_t speed_bytes_per_s);
+int verifier_start(struct verifier *v, bool repair, uint64_t speed_bytes_per_s);
 /* Ends it as soon as what it has in flight is over; -ENOENT: there is none. */
-int verifier_stop(struct vs_engine *e);
-void verifier_pump(struct vs_engine *e);
-/* A checkpoint begins: what is being repaired is not covered by it. */
-void verifier_mark_in_flight(struct vs_engine *e);
-uint64_t verifier_deadline_ns(const struct vs_engine *e);
+int verifier_stop(struct verifier *v);
+void verifier_pump(struct verifier *v);
+uint64_t verifier_deadline_ns(const struct verifier *v);
 
 #endif

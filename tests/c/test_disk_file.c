@@ -301,7 +301,7 @@ static void closed_later(void)
     int fd;
     vs_disk *disk = open_disk(&(struct kind_of_file){"memory", false, true}, &fd);
     unsigned before = closings;
-    disk_close_later(disk, on_closed);
+    disk_close_later(disk, on_closed, NULL);
     CHECK_EQUAL(closings, before); /* never from within */
     while (closings == before)
         turn();
@@ -345,7 +345,7 @@ static void left_out(void)
     CHECK_EQUAL(finish(&c), 0);
     CHECK(c.io.data_at == 4096 && c.io.data_end == 4096 + 8192);
     CHECK_EQUAL(size(&disk), BYTES);
-    disk_close_later(&disk, on_closed);
+    disk_close_later(&disk, on_closed, NULL);
     CHECK_EQUAL(closings, before);
     while (closings == before)
         turn();
