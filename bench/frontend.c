@@ -235,8 +235,9 @@ static void start_ring(struct frontend *frontend, uint32_t queue)
     };
     if (ring->kick_fd < 0 || ring->call_fd < 0)
         die("eventfd: %s", strerror(errno));
+    ring_begin(ring, has(frontend, VIRTIO_F_RING_PACKED), has(frontend, RING_F_EVENT_IDX), frontend->ring_size);
 
-    struct vring_state number = {queue, frontend->ring_size}, first = {queue, 0}, enable = {queue, 1};
+    struct vring_state number = {queue, frontend->ring_size}, first = {queue, ring_base(ring)}, enable = {queue, 1};
     struct vring_address address = {
         .queue = queue,
         .descriptors = (uintptr_t)ring->descriptors,
@@ -280,9 +281,9 @@ void frontend_stop(struct frontend *frontend)
     for (uint32_t queue = 0; queue < frontend->queues; queue++) {
         struct vring_state state = {queue, 0};
         ask(frontend, GET_VRING_BASE, &state, sizeof state, &state, sizeof state);
-        uint16_t index = __atomic_load_n(&frontend->ring[queue].avail->index, __ATOMIC_RELAXED);
-        if (state.value != index)
-            die("queue %u was stopped at %u and stands at %u", queue, state.value, index);
+        uint32_t base = ring_base(&frontend->ring[queue]);
+        if (state.value != base)
+            die("queue %u was stopped at %#x and stands at %#x", queue, state.value, base);
     }
     close(frontend->socket);
 }

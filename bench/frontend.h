@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The frontend's half of vhost-user-blk, as far as a load generator needs it: it
- * connects, negotiates, shares a memfd and sets split rings up. The rings are
- * then driven by whoever includes this (loadgen.c), with no call in between.
+ * connects, negotiates, shares a memfd and sets rings up. Those are then driven
+ * by whoever includes this (ring.h).
  */
 #ifndef BENCH_FRONTEND_H
 #define BENCH_FRONTEND_H
@@ -11,38 +11,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ring.h"
+
 enum { QUEUES_MAX = 64, RING_SIZE_MAX = 1024 };
 
 /* Where the backend finds our memory as "guest physical" addresses: not 0, so that a
  * backend that confuses the address spaces fails. */
 #define GUEST_BASE 0x40000000ull
-
-/* virtio 1.x 2.7 (split virtqueues) and 5.2 (block device), little-endian hosts only. */
-struct descriptor {
-    uint64_t address;
-    uint32_t bytes;
-    uint16_t flags;
-    uint16_t next;
-};
-enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
-
-struct avail_ring {
-    uint16_t flags;
-    uint16_t index;
-    uint16_t ring[]; /* then used_event */
-};
-
-struct used_element {
-    uint32_t id;
-    uint32_t bytes;
-};
-
-struct used_ring {
-    uint16_t flags;
-    uint16_t index;
-    struct used_element ring[]; /* then avail_event */
-};
-enum { AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
 
 enum feature {
     BLK_F_SIZE_MAX = 1,
@@ -55,15 +30,8 @@ enum feature {
     RING_F_INDIRECT = 28,
     RING_F_EVENT_IDX = 29,
     VHOST_USER_F_PROTOCOL_FEATURES = 30,
-    VIRTIO_F_VERSION_1 = 32
-};
-
-struct ring {
-    struct descriptor *descriptors;
-    struct avail_ring *avail;
-    struct used_ring *used;
-    int kick_fd;
-    int call_fd;
+    VIRTIO_F_VERSION_1 = 32,
+    VIRTIO_F_RING_PACKED = 34
 };
 
 struct frontend {

@@ -73,40 +73,34 @@ static uint8_t *data_of(const struct worker *worker, uint32_t slot)
     return worker->data + slot * worker->options->block_bytes;
 }
 
-/* Writes the descriptor chain of the slot and makes it available (not yet published). */
+/* Writes the slot's request and its descriptors (not yet published). */
 static void put(struct worker *worker, uint32_t slot_number)
 {
+    static const uint32_t type[OPERATIONS] = {REQUEST_IN, REQUEST_OUT, REQUEST_FLUSH};
     const struct slot *slot = &worker->slots[slot_number];
     const struct options *options = worker->options;
     uint8_t *request = request_of(worker, slot_number);
-    uint16_t head = (uint16_t)(slot_number * worker->stride);
-    struct descriptor *table = options->indirect ? (void *)(request + TABLE_AT) : worker->ring->descriptors;
-    uint16_t at = options->indirect ? 0 : head;
+    uint64_t at = guest_address(worker->frontend, request);
+    struct segment *segments = worker->list;
+    uint32_t count = 0;
 
-    static const uint32_t type[OPERATIONS] = {REQUEST_IN, REQUEST_OUT, REQUEST_FLUSH};
     uint64_t sector = slot->operation == OP_FLUSH ? 0 : slot->unit * (options->block_bytes / SECTOR_BYTES);
     *(struct request_header *)request = (struct request_header){type[slot->operation], 0, sector};
     request[STATUS_AT] = 0xff;
-
-    table[at] = (struct descriptor){guest_address(worker->frontend, request), 16, DESC_NEXT, (uint16_t)(at + 1)};
-    at++;
+    segments[count++] = (struct segment){at, 16, false};
     if (slot->operation != OP_FLUSH) {
-        uint16_t flags = slot->operation == OP_READ ? DESC_NEXT | DESC_WRITE : DESC_NEXT;
         uint64_t address = guest_address(worker->frontend, data_of(worker, slot_number));
         uint64_t left = options->block_bytes;
         uint64_t segment = (options->block_bytes + worker->segments - 1) / worker->segments;
-        for (; left; at++) {
+        while (left) {
             uint32_t bytes = (uint32_t)(left < segment ? left : segment);
-            table[at] = (struct descriptor){address, bytes, flags, (uint16_t)(at + 1)};
+            segments[count++] = (struct segment){address, bytes, slot->operation == OP_READ};
             address += bytes;
             left -= bytes;
         }
     }
-    table[at] = (struct descriptor){guest_address(worker->frontend, request + STATUS_AT), 1, DESC_WRITE, 0};
-    if (options->indirect)
-        worker->ring->descriptors[head] = (struct descriptor){
-            guest_address(worker->frontend, table), (uint32_t)((at + 1u) * sizeof *table), DESC_INDIRECT, 0};
-    worker->ring->avail->ring[worker->avail_index++ & (worker->frontend->ring_size - 1)] = head;
+    segments[count++] = (struct segment){at + STATUS_AT, 1, true};
+    ring_put(worker->ring, slot_number, segments, count, options->indirect ? request + TABLE_AT : NULL, at + TABLE_AT);
 }
 
 /* ---- what to do next --------------------------------------------------------- */
@@ -218,38 +212,14 @@ static bool submit_one(struct worker *worker, uint64_t now)
 
 /* ---- the ring ------------------------------------------------------------------ */
 
-/* Both events lie behind the other ring's last element (virtio 1.x 2.7.7 and 2.7.9). */
-static uint16_t *used_event(const struct worker *worker)
-{
-    return &worker->ring->avail->ring[worker->frontend->ring_size];
-}
-
-static uint16_t *avail_event(const struct worker *worker)
-{
-    return (uint16_t *)&worker->ring->used->ring[worker->frontend->ring_size];
-}
-
 static void publish(struct worker *worker)
 {
-    uint16_t old = worker->published, new = worker->avail_index;
-    if (old == new)
+    uint64_t one = 1;
+    if (!ring_publish(worker->ring))
         return;
-    __atomic_store_n(&worker->ring->avail->index, new, __ATOMIC_RELEASE);
-    worker->published = new;
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    bool notify;
-    if (worker->options->event_idx) {
-        uint16_t event = __atomic_load_n(avail_event(worker), __ATOMIC_RELAXED);
-        notify = (uint16_t)(new - event - 1) < (uint16_t)(new - old);
-    } else {
-        notify = !(__atomic_load_n(&worker->ring->used->flags, __ATOMIC_RELAXED) & USED_NO_NOTIFY);
-    }
-    if (notify) {
-        uint64_t one = 1;
-        worker->kicks++;
-        if (write(worker->ring->kick_fd, &one, sizeof one) < 0 && errno != EAGAIN)
-            die("kick: %s", strerror(errno));
-    }
+    worker->kicks++;
+    if (write(worker->ring->kick_fd, &one, sizeof one) < 0 && errno != EAGAIN)
+        die("kick: %s", strerror(errno));
 }
 
 static void complete(struct worker *worker, uint32_t slot_number, uint64_t now)
@@ -275,54 +245,41 @@ static void complete(struct worker *worker, uint32_t slot_number, uint64_t now)
 
 static uint32_t reap(struct worker *worker)
 {
-    uint16_t index = __atomic_load_n(&worker->ring->used->index, __ATOMIC_ACQUIRE);
-    uint16_t count = (uint16_t)(index - worker->used_seen);
-    if (!count)
+    uint32_t count = 0, slot_number;
+    uint64_t now;
+    if (!ring_something_used(worker->ring))
         return 0;
-    if (count > worker->options->depth - worker->free_count)
-        die("queue %u: more completions than requests", worker->queue);
-    uint64_t now = now_ns();
+    now = now_ns();
     if (worker->last_reap_ns >= the_run.start_ns && now - worker->last_reap_ns > worker->gap_ns) {
         worker->gap_ns = now - worker->last_reap_ns;
         worker->gap_at_ns = worker->last_reap_ns - the_run.start_ns;
     }
     worker->last_reap_ns = now;
-    for (; worker->used_seen != index; worker->used_seen++) {
-        uint32_t id = worker->ring->used->ring[worker->used_seen & (worker->frontend->ring_size - 1)].id;
-        if (id % worker->stride || id / worker->stride >= worker->options->depth)
-            die("queue %u: completion of a request that is none: %u", worker->queue, id);
-        complete(worker, id / worker->stride, now);
+    for (; ring_next_used(worker->ring, &slot_number); count++) {
+        if (slot_number >= worker->options->depth || worker->free_count == worker->options->depth)
+            die("queue %u: completion of a request that is none: %u", worker->queue, slot_number);
+        complete(worker, slot_number, now);
     }
     return count;
-}
-
-static bool something_used(const struct worker *worker)
-{
-    return __atomic_load_n(&worker->ring->used->index, __ATOMIC_ACQUIRE) != worker->used_seen;
 }
 
 /* Until there is a completion, or the backend is lost. */
 static void wait_for_completion(struct worker *worker)
 {
     if (worker->options->poll) {
-        while (!something_used(worker) && !backend_lost)
+        while (!ring_something_used(worker->ring) && !backend_lost)
             __builtin_ia32_pause();
         return;
     }
-    if (worker->options->event_idx)
-        __atomic_store_n(used_event(worker), worker->used_seen, __ATOMIC_RELAXED);
-    else
-        __atomic_store_n(&worker->ring->avail->flags, 0, __ATOMIC_RELAXED);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    while (!something_used(worker) && !backend_lost) {
+    ring_ask_for_call(worker->ring);
+    while (!ring_something_used(worker->ring) && !backend_lost) {
         /* Edge-triggered: nothing has to be read from the descriptor. One system call a wake-up. */
         struct epoll_event event;
         worker->sleeps++;
         if (epoll_wait(worker->epoll_fd, &event, 1, 1000) < 0 && errno != EINTR)
             die("epoll_wait: %s", strerror(errno));
     }
-    if (!worker->options->event_idx)
-        __atomic_store_n(&worker->ring->avail->flags, AVAIL_NO_INTERRUPT, __ATOMIC_RELAXED);
+    ring_no_calls(worker->ring);
 }
 
 static void *work(void *argument)
@@ -382,7 +339,7 @@ static void prepare_worker(struct run *run, uint32_t queue, uint64_t units, uint
         .free_slots = allocate(options->depth, sizeof(uint32_t)),
         .free_count = options->depth,
         .segments = segments,
-        .stride = options->indirect ? 1 : segments + 2,
+        .list = allocate(segments + 2, sizeof(struct segment)),
         .random_state = (options->seed + queue + 1) * 0x9e3779b97f4a7c15ull,
         .first_unit = 0,
         .units = units,
@@ -403,8 +360,8 @@ static void prepare_worker(struct run *run, uint32_t queue, uint64_t units, uint
     struct epoll_event event = {.events = EPOLLIN | EPOLLET};
     if (worker->epoll_fd < 0 || epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->ring->call_fd, &event) < 0)
         die("epoll: %s", strerror(errno));
-    if (!options->event_idx)
-        worker->ring->avail->flags = AVAIL_NO_INTERRUPT;
+    worker->ring->stride = options->indirect ? 1 : segments + 2;
+    worker->ring->list_length = allocate(run->frontend.ring_size, sizeof(uint16_t));
     /* Bytes that do not compress and are not zero, for runs that do not verify. */
     for (size_t i = 0; i < data / 8; i++)
         ((uint64_t *)worker->data)[i] = worker->random_state * (i + 1);
@@ -420,9 +377,13 @@ static void prepare(struct run *run)
         wanted |= 1ull << RING_F_INDIRECT;
     if (options->event_idx)
         wanted |= 1ull << RING_F_EVENT_IDX;
+    if (options->packed)
+        wanted |= 1ull << VIRTIO_F_RING_PACKED;
     frontend_connect(frontend, options->socket_path, wanted);
     options->indirect = has(frontend, RING_F_INDIRECT);
     options->event_idx = has(frontend, RING_F_EVENT_IDX);
+    if (options->packed && !has(frontend, VIRTIO_F_RING_PACKED))
+        die("the backend offers no packed rings");
     if (options->flush_every && !has(frontend, BLK_F_FLUSH))
         die("the backend offers no flush");
     if (options->queues > frontend->queues_max)

@@ -36,6 +36,7 @@ struct options {
     bool verify;
     bool indirect;
     bool event_idx;
+    bool packed;
     bool stay; /* connected, idle, until the time is over */
 };
 
@@ -69,10 +70,7 @@ struct worker {
     uint32_t *free_slots;
     uint32_t free_count;
     uint32_t segments;
-    uint32_t stride; /* ring descriptors per slot */
-    uint16_t avail_index;
-    uint16_t published;
-    uint16_t used_seen;
+    struct segment *list; /* of the request that is being put */
 
     uint64_t random_state;
     uint64_t first_unit;

@@ -24,6 +24,7 @@ static void usage(void)
           "  --flush-drain           nothing else in flight beside a flush\n"
           "  --poll                  never sleep\n"
           "  --no-indirect, --no-event-idx                  leave these features out\n"
+          "  --packed                packed rings in place of split ones\n"
           "  --verify [--journal FILE]   every sector says what it is; checked on read\n"
           "  --interval-ms N         count completions in intervals too\n"
           "  --seed N\n",
@@ -58,13 +59,14 @@ static void parse_work(struct options *options, const char *text)
 void parse_options(struct options *options, int argc, char **argv)
 {
     enum { SOCKET = 1, CHECK, JOURNAL, FLUSHED_ONLY, RW, READ_PERCENT, BS, DEPTH, QUEUES, SECONDS, RAMP, OPERATIONS_MAX,
-           SPAN, FLUSH_EVERY, FLUSH_DRAIN, POLL, NO_INDIRECT, NO_EVENT_IDX, VERIFY, INTERVAL, SEED, STAY };
+           SPAN, FLUSH_EVERY, FLUSH_DRAIN, POLL, NO_INDIRECT, NO_EVENT_IDX, PACKED, VERIFY, INTERVAL, SEED, STAY };
     static const struct option names[] = {
         {"socket", 1, 0, SOCKET}, {"check", 1, 0, CHECK}, {"journal", 1, 0, JOURNAL}, {"flushed-only", 0, 0, FLUSHED_ONLY},
         {"rw", 1, 0, RW}, {"read-percent", 1, 0, READ_PERCENT}, {"bs", 1, 0, BS}, {"depth", 1, 0, DEPTH},
         {"queues", 1, 0, QUEUES}, {"seconds", 1, 0, SECONDS}, {"ramp", 1, 0, RAMP}, {"operations", 1, 0, OPERATIONS_MAX},
         {"span", 1, 0, SPAN}, {"flush-every", 1, 0, FLUSH_EVERY}, {"flush-drain", 0, 0, FLUSH_DRAIN},
         {"poll", 0, 0, POLL}, {"no-indirect", 0, 0, NO_INDIRECT}, {"no-event-idx", 0, 0, NO_EVENT_IDX},
+        {"packed", 0, 0, PACKED},
         {"verify", 0, 0, VERIFY}, {"interval-ms", 1, 0, INTERVAL}, {"seed", 1, 0, SEED}, {"stay", 0, 0, STAY}, {0}};
     const char *work_name = "randread";
     *options = (struct options){.block_bytes = 4096, .depth = 32, .queues = 1, .read_percent = 100, .random = true,
@@ -89,6 +91,7 @@ void parse_options(struct options *options, int argc, char **argv)
         case POLL: options->poll = true; break;
         case NO_INDIRECT: options->indirect = false; break;
         case NO_EVENT_IDX: options->event_idx = false; break;
+        case PACKED: options->packed = true; break;
         case VERIFY: options->verify = true; break;
         case INTERVAL: options->interval_ms = (uint32_t)number_of(optarg, 1, 60000); break;
         case SEED: options->seed = number_of(optarg, 0, UINT64_MAX); break;

@@ -552,11 +552,11 @@ class EngineTransport:
     def set_write_cache(self, writeback: bool) -> None:
         self._call(lib.VS_CMD_SET_WRITE_CACHE, value=int(writeback))
 
-    def set_inflight(self) -> None:
+    def set_inflight(self, size: int = INFLIGHT_RING_BYTES) -> None:
         """A new and empty record for one ring."""
         fd = os.memfd_create("inflight")
-        os.truncate(fd, INFLIGHT_RING_BYTES)
-        self._call(lib.VS_CMD_SET_INFLIGHT, fd=fd, area=(INFLIGHT_RING_BYTES, 0, 1))
+        os.truncate(fd, size)
+        self._call(lib.VS_CMD_SET_INFLIGHT, fd=fd, area=(size, 0, 1))
 
     def reset(self) -> None:
         self._call(lib.VS_CMD_RESET)

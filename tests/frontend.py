@@ -23,7 +23,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Protocol
 
-from tests.guest_ring import TIMEOUT_S, GuestMemory, Region, RingAddresses, Segment, SplitRing
+from tests.guest_ring import TIMEOUT_S, GuestMemory, PackedRing, Region, RingAddresses, Segment, SplitRing
 
 SECTOR_BYTES = 512
 HEADER = struct.Struct("<IIQ")
@@ -73,6 +73,7 @@ class Feature(IntEnum):
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
     VERSION_1 = 1 << 32
+    RING_PACKED = 1 << 34
 
 
 DEFAULT_FEATURES = (
@@ -145,12 +146,12 @@ class Request:
 class Queue:
     """A ring, its eventfds and what is in flight on it."""
 
-    def __init__(self, memory: GuestMemory, size: int, *, event_idx: bool) -> None:
-        self.ring = SplitRing(memory, size, event_idx=event_idx)
+    def __init__(self, memory: GuestMemory, size: int, *, event_idx: bool, packed: bool = False) -> None:
+        self.ring = (PackedRing if packed else SplitRing)(memory, size, event_idx=event_idx)
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.err = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.base = 0
+        self.base = self.ring.first_base
         """Where the device is to go on when the ring is started."""
         self.in_flight: dict[int, Request] = {}
         self.raw_done: dict[int, int] = {}
@@ -180,7 +181,12 @@ class Frontend:
         self.indirect = bool(features & Feature.INDIRECT_DESC)
         self.timeout_s = timeout_s
         self.queues = [
-            Queue(self.memory, queue_size, event_idx=bool(features & Feature.EVENT_IDX))
+            Queue(
+                self.memory,
+                queue_size,
+                event_idx=bool(features & Feature.EVENT_IDX),
+                packed=bool(features & Feature.RING_PACKED),
+            )
             for _ in range(queues)
         ]
         self.started = False

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory on a memfd and the driver's side of a split virtqueue (virtio 1.2, 2.7), for tests."""
+"""Guest memory on a memfd and the driver's side of a virtqueue, for tests: split or packed (virtio 1.2, 2.7
+and 2.8)."""
 
 from __future__ import annotations
 
@@ -135,6 +136,10 @@ class Segment:
 class SplitRing:
     """The driver's side of one split virtqueue."""
 
+    packed = False
+    first_base = 0
+    """Where the device of a new ring begins, as SET_VRING_BASE has it."""
+
     def __init__(self, memory: GuestMemory, size: int, *, event_idx: bool = True, region: int = 0) -> None:
         self.memory = memory
         self.size = size
@@ -232,6 +237,14 @@ class SplitRing:
     def used_index(self) -> int:
         return int(self._used_idx.value)
 
+    def all_used(self) -> bool:
+        """All that was made available is used, and was reaped."""
+        return self.used_index() == self.next_avail
+
+    def base_after_crash(self) -> int:
+        """What QEMU sends in SET_VRING_BASE to the backend that takes a killed one's place."""
+        return self.used_index()
+
     def reap(self) -> list[tuple[int, int]]:
         """(head, bytes written) of all that the device has returned; frees their descriptors."""
         done: list[tuple[int, int]] = []
@@ -245,4 +258,155 @@ class SplitRing:
             if head in self._tables:
                 self.memory.free(*self._tables.pop(head))
             done.append((head, written))
+        return done
+
+
+PACKED_DESCRIPTOR = struct.Struct("<QIHH")
+PACKED_AVAIL = 1 << 7
+PACKED_USED = 1 << 15
+WRAP = 0x8000
+
+
+class PackedRing(SplitRing):
+    """The driver's side of one packed virtqueue, for whoever uses a `SplitRing`: a head is a buffer ID here.
+    Places in the ring are an index with the wrap counter in bit 15."""
+
+    packed = True
+    first_base = WRAP | WRAP << 16
+
+    def __init__(self, memory: GuestMemory, size: int, *, event_idx: bool = True, region: int = 0) -> None:
+        self.memory = memory
+        self.size = size
+        self.event_idx = event_idx
+        self.desc = memory.alloc(16 * size, align=16, region=region)
+        self.avail = memory.alloc(4, region=region)
+        self.used = memory.alloc(4, region=region)
+        memory.write(self.desc, bytes(16 * size))
+        memory.write(self.avail, bytes(4))
+        memory.write(self.used, bytes(4))
+        self.free = list(range(size))
+        self.free_descriptors = size
+        self.next_avail = WRAP
+        self.next_used = WRAP
+        self.last_used = 0
+        self._fill = WRAP  # where the next chain is written, perhaps not yet shown
+        self._kicked_at = WRAP
+        self._hidden: dict[int, tuple[int, int]] = {}  # by ID: place and flags of a head that was not shown
+        self._lengths: dict[int, int] = {}
+        self._tables = {}
+        self._flags = [memory.u16(self.desc + 16 * index + 14) for index in range(size)]
+        self._driver_place, self._driver_flags = memory.u16(self.avail), memory.u16(self.avail + 2)
+        self._device_place, self._device_flags = memory.u16(self.used), memory.u16(self.used + 2)
+
+    def release(self) -> None:
+        del self._flags, self._driver_place, self._driver_flags, self._device_place, self._device_flags
+
+    def step(self, place: int, steps: int) -> int:
+        index = (place & ~WRAP) + steps
+        return place + steps if index < self.size else (place & WRAP ^ WRAP) | (index - self.size)
+
+    def available(self, place: int) -> int:
+        """The flags that make a descriptor available there."""
+        return PACKED_AVAIL if place & WRAP else PACKED_USED
+
+    def add(self, chain: Sequence[Segment], *, indirect: bool = False) -> int:
+        if not self.free or self.free_descriptors < (1 if indirect else len(chain)):
+            raise MemoryError("the ring has not enough free descriptors")
+        number = self.free.pop(0)
+        flags = [DESC_WRITE if segment.write else 0 for segment in chain]
+        fields = [(s.addr, s.length, f) for s, f in zip(chain, flags, strict=True)]
+        if indirect:
+            table = b"".join(PACKED_DESCRIPTOR.pack(addr, length, 0, flag) for addr, length, flag in fields)
+            addr = self.memory.alloc(len(table))
+            self.memory.write(addr, table)
+            self._tables[number] = (addr, len(table))
+            fields = [(addr, len(table), DESC_INDIRECT)]
+        self._write_list(number, fields)
+        return number
+
+    def _write_list(self, number: int, fields: Sequence[tuple[int, int, int]]) -> None:
+        head = self._fill
+        for position, (addr, length, flag) in enumerate(fields):
+            last = position == len(fields) - 1
+            flag |= self.available(self._fill) | (0 if last else DESC_NEXT)
+            index = self._fill & ~WRAP
+            # All but the flags, which the device may look at any time.
+            self.memory.write(self.desc + 16 * index, PACKED_DESCRIPTOR.pack(addr, length, number, 0)[:14])
+            if position == 0:
+                self._hidden[number] = (head, flag)
+            else:
+                self._flags[index].value = flag
+            self._fill = self.step(self._fill, 1)
+        self._lengths[number] = len(fields)
+        self.free_descriptors -= len(fields)
+
+    def publish(self, *heads: int) -> None:
+        """Makes what `add` has returned available, in the order in which it was added."""
+        for head in heads:
+            place, flags = self._hidden.pop(head)
+            assert place == self.next_avail, "not in the order of the ring"
+            full_barrier()
+            self._flags[place & ~WRAP].value = flags
+            self.next_avail = self.step(place, self._lengths[head])
+
+    def wants_kick(self) -> bool:
+        full_barrier()
+        old, self._kicked_at = self._kicked_at, self.next_avail
+        flags, wish = self._device_flags.value, self._device_place.value
+        if flags != 2:
+            return flags != 1
+        added = ((self.next_avail & ~WRAP) - (old & ~WRAP)) % self.size
+        if added == 0 and old != self.next_avail:
+            added = self.size
+        behind = (self.next_avail & ~WRAP) - (wish & ~WRAP)
+        if (wish ^ self.next_avail) & WRAP:
+            behind += self.size
+        return 0 < behind <= added
+
+    def _is_used(self) -> bool:
+        flags = self._flags[self.next_used & ~WRAP].value & (PACKED_AVAIL | PACKED_USED)
+        return flags == (PACKED_AVAIL | PACKED_USED if self.next_used & WRAP else 0)
+
+    def arm(self) -> bool:
+        if self.event_idx:
+            self._driver_place.value = self.next_used
+            self._driver_flags.value = 2
+        else:
+            self._driver_flags.value = 0
+        full_barrier()
+        return not self._is_used()
+
+    def used_index(self) -> int:
+        """How many used elements there are, those that were not reaped included."""
+        count, kept = self.last_used, self.next_used
+        while self._is_used():
+            self.next_used = self.step(self.next_used, self._lengths[self._used_element()[0]])
+            count += 1
+        self.next_used = kept
+        return count
+
+    def all_used(self) -> bool:
+        return self.next_used == self.next_avail
+
+    def base_after_crash(self) -> int:
+        return self.first_base  # what it had before: the ring does not tell
+
+    def _used_element(self) -> tuple[int, int]:
+        full_barrier()
+        index = self.next_used & ~WRAP
+        _, written, number, _ = PACKED_DESCRIPTOR.unpack(self.memory.read(self.desc + 16 * index, 16))
+        return number, written
+
+    def reap(self) -> list[tuple[int, int]]:
+        done: list[tuple[int, int]] = []
+        while self._is_used():
+            number, written = self._used_element()
+            length = self._lengths.pop(number)
+            self.next_used = self.step(self.next_used, length)
+            self.free_descriptors += length
+            self.last_used += 1
+            self.free.append(number)
+            if number in self._tables:
+                self.memory.free(*self._tables.pop(number))
+            done.append((number, written))
         return done

@@ -50,6 +50,7 @@ class Feature(IntFlag):
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
     VERSION_1 = 1 << 32
+    RING_PACKED = 1 << 34
 
 
 _ALWAYS: Final = (
@@ -58,6 +59,7 @@ _ALWAYS: Final = (
     | Feature.LOG_ALL
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
+    | Feature.RING_PACKED
     | Feature.SIZE_MAX
     | Feature.SEG_MAX
     | Feature.GEOMETRY

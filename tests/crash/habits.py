@@ -3,7 +3,8 @@
 QEMU and cloud-hypervisor send, and the record of requests in flight that outlives the backend.
 
     QEMU              asks for the features again, SET_INFLIGHT_FD before memory and rings, BASE is the used
-                      index (what virtio_queue_restore_last_avail_idx leaves), KICK before ENABLE before CALL,
+                      index (what virtio_queue_restore_last_avail_idx leaves; of
+                      a packed ring, what it was before), KICK before ENABLE before CALL,
                       and hardly ever waits for an acknowledgement
     cloud-hypervisor  SET_PROTOCOL_FEATURES without GET, memory and sizes before the region, BASE is the
                       *available* index, CALL before KICK, every message acknowledged, tries every 100 ms
@@ -96,12 +97,14 @@ class Kept:
         return self.region
 
     def marked(self, queue: int) -> list[int]:
-        """The heads that the record has as in flight (vhost-user specification, QueueRegionSplit)."""
+        """The heads that the record has as in flight (vhost-user specification, QueueRegionSplit), or the
+        entries (QueueRegionPacked, whose part is twice as large)."""
         if self.region is None:
             return []
         ring_bytes = self.region.mmap_bytes // self.region.queues
         part = os.pread(self.region.fd, ring_bytes, self.region.mmap_offset + queue * ring_bytes)
-        return [head for head in range(self.region.queue_size) if part[16 + 16 * head] == 1]
+        entry = 32 if ring_bytes > 32 * 1024 else 16
+        return [head for head in range(self.region.queue_size) if part[entry + entry * head] == 1]
 
     def close(self) -> None:
         if self.region is not None:
@@ -129,7 +132,7 @@ def qemu(client: VhostUserClient, frontend: Frontend, kept: Kept) -> None:
     client.tell(Message.SET_MEM_TABLE, _pack_regions(frontend), [r.fd for r in frontend.memory.regions])
     for number, queue in enumerate(frontend.queues):
         client.send(Message.SET_VRING_NUM, STATE.pack(number, queue.ring.size))
-        client.send(Message.SET_VRING_BASE, STATE.pack(number, queue.ring.used_index()))
+        client.send(Message.SET_VRING_BASE, STATE.pack(number, queue.ring.base_after_crash()))
         client.send(Message.SET_VRING_ADDR, _pack_address(number, queue))
         client.send(Message.SET_VRING_KICK, number.to_bytes(8, "little"), [queue.kick])
     for number in range(len(frontend.queues)):

@@ -245,7 +245,7 @@ class VerifiedLoad:
                 self._told = True
                 recovered()
         for number, queue in enumerate(self.frontend.queues):
-            assert queue.ring.used_index() == queue.ring.next_avail, f"queue {number}: used is not available"
+            assert queue.ring.all_used(), f"queue {number}: used is not available"
 
     def _wait(self) -> None:
         """For a completion, the end of the connection, or news."""

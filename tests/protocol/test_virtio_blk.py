@@ -171,6 +171,7 @@ def test_the_limits_are_the_engine_s() -> None:
     assert limits["VS_MAX_ATTACHMENTS"] == server.ATTACHMENTS_MAX
     assert limits["VS_MAX_MEM_SLOTS"] == rules.MEM_SLOTS
     assert limits["VS_INFLIGHT_RING_BYTES"] == rules.INFLIGHT_RING_BYTES
+    assert limits["VS_INFLIGHT_PACKED_RING_BYTES"] == rules.INFLIGHT_PACKED_RING_BYTES
     assert limits["VS_MEM_TABLE_REGIONS"] == payloads.MEM_TABLE_REGIONS_MAX
     assert limits["VS_SEGMENT_MAX"] == virtio_blk.SEGMENTS_MAX
     assert limits["VS_SEGMENT_BYTES_MAX"] == virtio_blk.SEGMENT_BYTES_MAX

@@ -30,6 +30,8 @@ FORMS = {
     "all": DEFAULT_FEATURES,
     "no event index": DEFAULT_FEATURES & ~Feature.EVENT_IDX,
     "no indirect": DEFAULT_FEATURES & ~Feature.INDIRECT_DESC,
+    "packed": DEFAULT_FEATURES | Feature.RING_PACKED,
+    "packed, no indirect": (DEFAULT_FEATURES | Feature.RING_PACKED) & ~Feature.INDIRECT_DESC,
 }
 
 

@@ -7,10 +7,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
+
 from tests.engine_driver import DiskOp
+from tests.frontend import DEFAULT_FEATURES, Feature
 from tests.guest_ring import Region
 from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
 from vhostsync._shim import lib
+
+EACH_LAYOUT = pytest.mark.parametrize(
+    "features", [DEFAULT_FEATURES, DEFAULT_FEATURES | Feature.RING_PACKED], ids=["split", "packed"]
+)
 
 
 def without_descriptors(regions: Sequence[Region]) -> list[Region]:
@@ -24,12 +31,12 @@ def hold_a_write(r: Rig, number: int) -> None:
 
 
 def used_index(r: Rig) -> int:
-    ring = r.guest.queues[0].ring
-    return r.guest.memory.u16(ring.used + 2).value
+    return r.guest.queues[0].ring.used_index()
 
 
-def test_a_write_in_flight_is_answered_before_the_rings_are_unmapped() -> None:
-    with rig(queues=1) as r:
+@EACH_LAYOUT
+def test_a_write_in_flight_is_answered_before_the_rings_are_unmapped(features: int) -> None:
+    with rig(queues=1, features=features) as r:
         r.write_now(0, 1)
         hold_a_write(r, 1)
         removal = r.driver.submit(
@@ -47,9 +54,10 @@ def test_a_write_in_flight_is_answered_before_the_rings_are_unmapped() -> None:
         assert used_index(r) == 3
 
 
-def test_memory_that_comes_back_meanwhile_takes_over() -> None:
+@EACH_LAYOUT
+def test_memory_that_comes_back_meanwhile_takes_over(features: int) -> None:
     """Both rings' memory is the same file: whichever mapping is written, the guest sees it, once."""
-    with rig(queues=1) as r:
+    with rig(queues=1, features=features) as r:
         hold_a_write(r, 1)
         removal = r.driver.submit(
             lib.VS_CMD_REMOVE_MEM_REGION, attachment=0, regions=without_descriptors(r.guest.memory.regions)
@@ -62,9 +70,10 @@ def test_memory_that_comes_back_meanwhile_takes_over() -> None:
         assert used_index(r) == 2
 
 
-def test_a_table_exchanged_twice_keeps_the_ring_for_its_answers() -> None:
+@EACH_LAYOUT
+def test_a_table_exchanged_twice_keeps_the_ring_for_its_answers(features: int) -> None:
     """The write holds the first table, the ring lies in the second, and the third one lacks it."""
-    with rig(queues=1) as r:
+    with rig(queues=1, features=features) as r:
         hold_a_write(r, 1)
         r.driver.call(lib.VS_CMD_SET_MEM_TABLE, attachment=0, regions=r.guest.memory.regions)
         elsewhere = replace(r.guest.memory.regions[0], guest_addr=1 << 40, user_addr=1 << 40, bytes=MIB)

@@ -14,10 +14,11 @@ from tests.frontend import DEFAULT_FEATURES, Feature
 from tests.model.rig import BLOCK, Rig, pattern, rig
 from vhostsync._shim import lib
 
+PACKED = DEFAULT_FEATURES | Feature.RING_PACKED
 WINDOW_US = 10_000_000  # longer than the test
 
 
-@pytest.mark.parametrize("features", [DEFAULT_FEATURES, DEFAULT_FEATURES & ~Feature.EVENT_IDX])
+@pytest.mark.parametrize("features", [DEFAULT_FEATURES, DEFAULT_FEATURES & ~Feature.EVENT_IDX, PACKED])
 def test_a_ring_that_is_looked_at_needs_no_kick(features: int) -> None:
     with rig(features=features, poll_us=WINDOW_US) as r:
         r.write_now(0, 1)
@@ -35,11 +36,17 @@ def test_commands_are_heard_while_it_looks() -> None:
         assert time.monotonic() - began < WINDOW_US / 1e6 / 2
 
 
-@pytest.mark.parametrize("poll_us", [1, 20, 200, lib.VS_POLL_AUTO])
-def test_no_wake_up_is_lost_where_looking_ends(poll_us: int) -> None:
+@pytest.mark.parametrize(
+    ("poll_us", "features"),
+    [
+        *((poll_us, DEFAULT_FEATURES) for poll_us in (1, 20, 200, lib.VS_POLL_AUTO)),
+        (20, PACKED),
+    ],
+)
+def test_no_wake_up_is_lost_where_looking_ends(poll_us: int, features: int) -> None:
     """The guest's next request comes at every moment about the end of the window; each is kicked only if the
     ring asks for it, and each must be answered."""
-    with rig(poll_us=poll_us) as r:
+    with rig(poll_us=poll_us, features=features) as r:
         for n in range(3000):
             pause_s = (n % 60) * (poll_us if poll_us < 1000 else 50) / 30 * 1e-6
             until = time.perf_counter() + pause_s

@@ -58,8 +58,10 @@ from .payloads import (
 
 QUEUE_ENTRIES_MAX: Final = 1024
 INFLIGHT_RING_BYTES: Final = 16448
-"""A ring's part of the inflight region, always for 1024 descriptors: frontends (QEMU 10 with SeaBIOS) name
-the ring's size only afterwards. c_shim/virtio/inflight.h has the layout."""
+"""A split ring's part of the inflight region, always for 1024 descriptors: frontends (QEMU 10 with SeaBIOS)
+name the ring's size only afterwards. c_shim/virtio/inflight.h has the layout."""
+INFLIGHT_PACKED_RING_BYTES: Final = 32832
+"""The same of a packed ring (c_shim/virtio/inflight_packed.h): which it is, SET_FEATURES has said before."""
 MEM_SLOTS: Final = 128
 """Memory regions of one attachment. Never less in a later version: QEMU refuses a number that shrank."""
 
@@ -97,6 +99,11 @@ class State:
     features: int | None = None  # None: SET_FEATURES was not sent yet
     protocol_features: ProtocolFeature = ProtocolFeature.NONE
     regions: tuple[MemoryRegion, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rings are packed ones."""
+        return bool((self.features or 0) & Feature.RING_PACKED)
 
     def with_ring(self, queue: int, ring: Ring) -> "State":
         """The same with another ring `queue`."""
@@ -303,9 +310,10 @@ def _rem_mem_reg(state: State, device: BlkDevice, message: Message, fds: Sequenc
 def _set_vring_num(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     assert isinstance(message.payload, VringState)
     queue, num = message.payload.queue, message.payload.num
-    if not 1 <= num <= QUEUE_ENTRIES_MAX or num & (num - 1):
+    if not 1 <= num <= QUEUE_ENTRIES_MAX or (num & (num - 1) and not state.packed):
+        possible = "any number" if state.packed else "a power of two"
         raise FrontendError(
-            f"SET_VRING_NUM {num} for ring {queue} (a power of two up to {QUEUE_ENTRIES_MAX} is possible)"
+            f"SET_VRING_NUM {num} for ring {queue} ({possible} up to {QUEUE_ENTRIES_MAX} is possible)"
         )
     after = state.with_ring(queue, replace(state.rings[queue], num=num))
     return Step(after, calls=(lambda attachment: attachment.set_vring_num(queue, num),))
@@ -328,7 +336,9 @@ def _set_vring_addr(state: State, device: BlkDevice, message: Message, fds: Sequ
 def _set_vring_base(state: State, device: BlkDevice, message: Message, fds: Sequence[OwnedFd]) -> Step:
     assert isinstance(message.payload, VringState)
     queue, base = message.payload.queue, message.payload.num
-    if base > 0xFFFF:
+    # A packed ring's has two halves: where to look for what is available, and where to put what is used. Each
+    # is an index with the wrap counter above it; frontends that know of 16 bits leave the second half out.
+    if base > 0xFFFF and not state.packed:
         raise FrontendError(f"SET_VRING_BASE {base:#x} for ring {queue} (a split ring's has 16 bits)")
     return Step(state, calls=(lambda attachment: attachment.set_vring_base(queue, base),))
 
@@ -385,7 +395,8 @@ def _get_inflight(state: State, device: BlkDevice, message: Message, fds: Sequen
     asked = message.payload
     if not 1 <= asked.queues <= len(state.rings):
         raise FrontendError(f"GET_INFLIGHT_FD for {asked.queues} rings of a device with {len(state.rings)}")
-    area = replace(asked, mmap_bytes=asked.queues * INFLIGHT_RING_BYTES, mmap_offset=0)
+    ring_bytes = INFLIGHT_PACKED_RING_BYTES if state.packed else INFLIGHT_RING_BYTES
+    area = replace(asked, mmap_bytes=asked.queues * ring_bytes, mmap_offset=0)
     return Step(
         state,
         answer=lambda _: encode_payload(area),
