@@ -41,6 +41,8 @@ def _command(sock: Path, work: Work, seconds: float, ramp: float, *options: str)
         command += ["--flush-every", str(work.flush_every)]
     if work.poll:
         command.append("--poll")
+    if work.packed:
+        command.append("--packed")
     return command
 
 

@@ -20,6 +20,7 @@ class Work:
     flush_every: int = 0
     queues: int = 1
     poll: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
