@@ -15,6 +15,8 @@
 #include "virtqueue.h"
 
 #define NUM 8u
+/* Of a record: its head, and more entries than so few descriptors take. */
+#define WRITTEN_BYTES offsetof(struct inflight_packed, desc[2 * NUM])
 #define DATA (GUEST_ADDR + 0x8000)
 
 static struct inflight_packed record;
@@ -220,9 +222,9 @@ static unsigned watch(struct shared *s, void (*run)(struct virtqueue *vq))
         if (WIFEXITED(status))
             break;
         CHECK(WIFSTOPPED(status) && (WSTOPSIG(status) == SIGTRAP || WSTOPSIG(status) == SIGSTOP));
-        if (states == 0 || memcmp(&before, &s->record, sizeof before) != 0 ||
+        if (states == 0 || memcmp(&before, &s->record, WRITTEN_BYTES) != 0 ||
             memcmp(ring_before, s->driver.desc, sizeof ring_before) != 0) {
-            memcpy(&before, &s->record, sizeof before);
+            memcpy(&before, &s->record, WRITTEN_BYTES);
             memcpy(ring_before, s->driver.desc, sizeof ring_before);
             check_recovery(s, false);
             check_recovery(s, true);
@@ -266,7 +268,9 @@ static void whole_ring(struct virtqueue *vq)
 
 static void killed_at_any_instruction(void)
 {
-    for (uint16_t at = 0; at < NUM; at++) {
+    static const uint16_t places[] = {0, 6};
+    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
+        const uint16_t at = places[i];
         for (unsigned wrap = 0; wrap < 2; wrap++) {
             struct shared *s = begin((uint16_t)(at | (wrap ? WRAP : 0)));
             put(&s->driver, 3, 2);

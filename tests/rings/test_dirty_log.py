@@ -206,6 +206,24 @@ def test_elements_and_index_on_different_pages() -> None:
         m.log.close()
 
 
+def test_elements_of_a_packed_ring_on_different_pages() -> None:
+    """Answers that are shown together, some on one page of the ring and some on the next."""
+    with rig(queues=1, queue_size=1024, memory_bytes=MEMORY_BYTES, features=FORMS["packed"]) as r:
+        m = Migrating(r)
+        r.driver.settle()
+        m.begin()
+        for _ in range(PAGE // 16 - 5):
+            r.guest.wait(r.guest.get_id())
+        r.driver.settle()
+        m.log.take()
+        at = r.guest.memory.alloc(PAGE, align=PAGE)
+        changed = m.answered(*(m.build_read(0, at + 20 * n, 20, op=Op.GET_ID) for n in range(10)))
+        first = r.guest.queues[0].ring.desc // PAGE
+        assert {first, first + 1} <= changed
+        assert m.log.take() == changed
+        m.log.close()
+
+
 def test_writes_and_flushes_mark_their_status_and_the_used_ring_alone() -> None:
     with migrating(queues=1) as m:
         ring = m.rig.guest.queues[0].ring
