@@ -132,14 +132,15 @@ static int take_again(struct virtqueue *vq)
     return 0;
 }
 
-/* As SET_VRING_BASE has it: where to look for the next available descriptor, and above it where the next used element
- * goes. Nothing is in flight, so the two are one; frontends that know of 16 bits only leave the other half out. */
+/* As SET_VRING_BASE has it: where to look for the next available descriptor. Above it frontends may tell where the next
+ * used element goes. Nothing is in flight (what is, the record knows), so that is the same place, and it is not asked
+ * which frontends leave it out, or keep it up to date. */
 static int packed_start(struct virtqueue *vq, uint32_t base)
 {
     struct packed_ring *p = vq->packed;
     p->next_avail = (uint16_t)base;
-    p->next_used = base >> 16 ? (uint16_t)(base >> 16) : p->next_avail;
-    if (index_of(p->next_avail) >= vq->num || index_of(p->next_used) >= vq->num)
+    p->next_used = p->next_avail;
+    if (index_of(p->next_avail) >= vq->num)
         return -VS_BREACH_AVAILABLE_INDEX;
     p->in_flight = 0;
     p->batch_descs = p->batch_chains = p->seen_count = 0;

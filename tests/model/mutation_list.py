@@ -774,7 +774,7 @@ MUTATIONS = [
     ),
     _m(
         "packed-record-forgets-the-descriptors",
-        "requests in flight of a packed ring are taken up from the record, for the ring has other elements there",
+        "requests in flight of a packed ring are taken up from the record: the ring has other elements there",
         "inflight_packed.c",
         "        WRITE_ONCE(d->addr, descs[i].addr);\n",
         "",

@@ -107,7 +107,7 @@ def test_an_id_that_is_in_flight() -> None:
         assert write.ok and r.seen(r.source, 0) == pattern(5)
 
 
-@pytest.mark.parametrize("base", [WRAP | SIZE, (WRAP | SIZE) << 16 | WRAP, 0xFFFFFFFF])
+@pytest.mark.parametrize("base", [WRAP | SIZE, 0xFFFFFFFF])
 def test_a_base_outside_the_ring(base: int) -> None:
     with guest() as r:
         r.guest.stop()
