@@ -59,7 +59,6 @@ _ALWAYS: Final = (
     | Feature.LOG_ALL
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
-    | Feature.RING_PACKED
     | Feature.SIZE_MAX
     | Feature.SEG_MAX
     | Feature.GEOMETRY
