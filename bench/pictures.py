@@ -79,7 +79,7 @@ def _legend(figure: Any, drawn: dict[str, Any]) -> None:
     )
 
 
-def _finish(figure: Any, title: str, section: Json, path: Path, *, how: str = "") -> None:
+def _finish_figure(figure: Any, title: str, section: Json, path: Path, *, how: str = "") -> None:
     """The title above, when and where it was measured below, the rest between them."""
     height = figure.get_figheight()
     foot, head = (0.38 if how else 0.22) / height, 0.5 / height
@@ -126,7 +126,7 @@ def side_by_side(pyplot: Any, section: Json, path: Path) -> None:
     _legend(figure, drawn)
     title = "vhostsync beside its rival and the bare file: 4 KiB random, one queue"
     how = "Bars: medians, each group on its own scale; lines: from the least to the greatest round."
-    _finish(figure, title, section, path, how=how)
+    _finish_figure(figure, title, section, path, how=how)
 
 
 def _bars(one: Any, rows: Sequence[Json], drawn: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ def latencies(pyplot: Any, section: Json, path: Path) -> None:
     for one in axes[:, 0]:
         one.set_ylabel("part of the writes that took less")
     _legend(figure, drawn)
-    _finish(figure, "Latency of 4 KiB random writes, disk (further left is better)", section, path)
+    _finish_figure(figure, "Latency of 4 KiB random writes, disk (further left is better)", section, path)
 
 
 def _round_amount(number: float, _: object = None) -> str:
@@ -271,7 +271,7 @@ def timeline(pyplot: Any, section: Json, path: Path) -> None:
         f"(a disk of {section['disk_bytes'] / 2**30:g} GiB, 4 KiB random, 32 in flight; "
         f"pause at the switch {section['switch_pause_ms']:.1f} ms)"
     )
-    _finish(figure, title, section, path)
+    _finish_figure(figure, title, section, path)
 
 
 def _fold(text: str) -> str:

@@ -6,7 +6,7 @@
 static struct bad_ranges b;
 static struct vs_counts steady, unknown;
 
-static void begin(void)
+static void begin_ranges(void)
 {
     b = (struct bad_ranges){0};
     unknown = (struct vs_counts){.source_generation = 10};
@@ -20,7 +20,7 @@ static bool spared(uint64_t offset)
 
 static void doubt_until_it_is_written(void)
 {
-    begin();
+    begin_ranges();
     CHECK(!bad_ranges_any(&b));
     bad_ranges_write_failed(&b, 100, 10, false, &unknown);
     CHECK(bad_ranges_any(&b) && bad_ranges_overlap(&b, 109, 1) && !bad_ranges_overlap(&b, 110, 1));
@@ -32,7 +32,7 @@ static void doubt_until_it_is_written(void)
 
 static void spared_once_the_destination_is_durable(void)
 {
-    begin();
+    begin_ranges();
     bad_ranges_write_failed(&b, 100, 10, true, &steady);
     bad_ranges_pump(&b, &steady);
     CHECK(!spared(100)); /* it lacks the write of generation 10 */
@@ -45,7 +45,7 @@ static void spared_once_the_destination_is_durable(void)
 
 static void spared_only_if_steady_lasts_so_long(void)
 {
-    begin();
+    begin_ranges();
     bad_ranges_write_failed(&b, 100, 10, true, &steady);
     bad_ranges_leave_steady(&b, &steady);
     steady.writes_mirrored = steady.writes_flushed = 10;
@@ -60,7 +60,7 @@ static void spared_only_if_steady_lasts_so_long(void)
 
 static void unreadable_and_healed(void)
 {
-    begin();
+    begin_ranges();
     bad_ranges_not_read(&b, 300, 10);
     CHECK(bad_ranges_overlap(&b, 300, 1));
     CHECK(bad_ranges_healed(&b, &steady));
@@ -77,7 +77,7 @@ static void another_source(void)
 {
     struct vs_engine_config config = {
         .doubt_count = 1, .doubt = {{100, 10}}, .spared_count = 1, .spared = {{100, 5}}};
-    begin();
+    begin_ranges();
     bad_ranges_load(&b, &config);
     CHECK(bad_ranges_overlap(&b, 105, 1) && spared(104) && !spared(105));
     bad_ranges_not_read(&b, 300, 10);

@@ -41,7 +41,7 @@ static void world_make(void)
     CHECK(virtqueue_map(&vq, memory.current));
 }
 
-static void begin(uint32_t type, uint64_t sector)
+static void begin_request(uint32_t type, uint64_t sector)
 {
     struct virtio_blk_outhdr header = {.type = type, .sector = sector};
     limits = (struct blk_limits){.capacity_bytes = CAPACITY, .block_bytes = 512};
@@ -96,7 +96,7 @@ static uint64_t iov_sum(void)
 
 static void a_read(void)
 {
-    begin(VIRTIO_BLK_T_IN, 8);
+    begin_request(VIRTIO_BLK_T_IN, 8);
     add(HEADER, 16, 0);
     add(DATA, 4096, W);
     add(DATA + 8192, 512, W);
@@ -114,7 +114,7 @@ static void a_read(void)
 
 static void a_write(void)
 {
-    begin(VIRTIO_BLK_T_OUT, CAPACITY / 512 - 8);
+    begin_request(VIRTIO_BLK_T_OUT, CAPACITY / 512 - 8);
     add(HEADER, 16, 0);
     add(DATA, 4096, 0);
     add(HEADER + 16, 1, W);
@@ -131,7 +131,7 @@ static void a_write(void)
 
 static void a_flush_and_an_id(void)
 {
-    begin(VIRTIO_BLK_T_FLUSH, 0);
+    begin_request(VIRTIO_BLK_T_FLUSH, 0);
     add(HEADER, 16, 0);
     add(HEADER + 16, 1, W);
     CHECK_EQUAL(parse(), BLK_OK);
@@ -139,7 +139,7 @@ static void a_flush_and_an_id(void)
     CHECK_EQUAL(request.iov_count, 0);
     limits.read_only = true;
     CHECK_EQUAL(parse(), BLK_OK);
-    begin(VIRTIO_BLK_T_GET_ID, 99);
+    begin_request(VIRTIO_BLK_T_GET_ID, 99);
     add(HEADER, 16, 0);
     add(DATA, 20, W);
     add(HEADER + 16, 1, W);
@@ -154,14 +154,14 @@ static void a_flush_and_an_id(void)
 static void any_layout(void)
 {
     for (uint32_t first = 1; first < 16; first++) {
-        begin(VIRTIO_BLK_T_OUT, 1);
+        begin_request(VIRTIO_BLK_T_OUT, 1);
         add(HEADER, first, 0);
         add(HEADER + first, 16 - first + 512, 0);
         add(DATA, 1, W);
         CHECK_EQUAL(parse(), BLK_OK);
         CHECK_EQUAL(request.length, 512);
         check_iov(0, HEADER + 16, 512);
-        begin(VIRTIO_BLK_T_IN, 1);
+        begin_request(VIRTIO_BLK_T_IN, 1);
         for (uint32_t i = 0; i < 16; i++)
             add(HEADER + i, 1, 0);
         add(DATA, 512 - first, W);
@@ -171,7 +171,7 @@ static void any_layout(void)
         check_iov(1, DATA + 4096, first);
         CHECK_EQUAL(offset_of(request.status), DATA + 4096 + first);
     }
-    begin(VIRTIO_BLK_T_IN, 0); /* empty ones in between */
+    begin_request(VIRTIO_BLK_T_IN, 0); /* empty ones in between */
     add(DATA, 0, 0);
     add(HEADER, 16, 0);
     add(DATA, 0, W);
@@ -184,7 +184,7 @@ static void any_layout(void)
 
 static void over_a_border_of_regions(void)
 {
-    begin(VIRTIO_BLK_T_OUT, 0);
+    begin_request(VIRTIO_BLK_T_OUT, 0);
     add(HEADER, 16, 0);
     add(BORDER - 100, 512, 0);
     add(HEADER + 16, 1, W);
@@ -192,7 +192,7 @@ static void over_a_border_of_regions(void)
     CHECK_EQUAL(request.iov_count, 2);
     check_iov(0, BORDER - 100, 100);
     check_iov(1, BORDER, 412);
-    begin(VIRTIO_BLK_T_IN, 0);
+    begin_request(VIRTIO_BLK_T_IN, 0);
     add(HEADER, 16, 0);
     add(BORDER - 512, 513, W); /* the status byte alone beyond it */
     CHECK_EQUAL(parse(), BLK_OK);
@@ -203,7 +203,7 @@ static void over_a_border_of_regions(void)
 
 static void indirect(void)
 {
-    begin(VIRTIO_BLK_T_OUT, 0);
+    begin_request(VIRTIO_BLK_T_OUT, 0);
     add(HEADER, 16, 0);
     add(DATA, 512, 0);
     add(HEADER + 16, 1, W);
@@ -234,7 +234,7 @@ static void indirect(void)
 
 static void no_status(void)
 {
-    begin(VIRTIO_BLK_T_OUT, 0);
+    begin_request(VIRTIO_BLK_T_OUT, 0);
     add(HEADER, 16, 0);
     add(DATA, 512, 0);
     CHECK_EQUAL(parse(), -VS_BREACH_NO_STATUS);
@@ -255,26 +255,26 @@ static void no_status(void)
 static void bad_headers(void)
 {
     for (uint32_t len = 0; len < 16; len++) {
-        begin(VIRTIO_BLK_T_IN, 0);
+        begin_request(VIRTIO_BLK_T_IN, 0);
         add(HEADER, len, 0);
         add(DATA, 513, W);
         CHECK_EQUAL(parse(), BLK_IOERR);
         CHECK_EQUAL(offset_of(request.status), DATA + 512);
     }
-    begin(VIRTIO_BLK_T_IN, 0);
+    begin_request(VIRTIO_BLK_T_IN, 0);
     add(TOP, 16, 0); /* not in memory */
     add(DATA, 513, W);
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_IN, 0);
+    begin_request(VIRTIO_BLK_T_IN, 0);
     add(HEADER, 16, W); /* the wrong direction */
     add(DATA, 513, W);
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_IN, 0); /* readable after writable */
+    begin_request(VIRTIO_BLK_T_IN, 0); /* readable after writable */
     add(HEADER, 16, 0);
     add(DATA, 513, W);
     add(DATA + 1024, 512, 0);
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_IN, 0);
+    begin_request(VIRTIO_BLK_T_IN, 0);
     add(DATA, 513, W);
     add(HEADER, 16, 0);
     CHECK_EQUAL(parse(), BLK_IOERR);
@@ -282,17 +282,17 @@ static void bad_headers(void)
 
 static void bad_data(void)
 {
-    begin(VIRTIO_BLK_T_IN, 0); /* a read with readable data */
+    begin_request(VIRTIO_BLK_T_IN, 0); /* a read with readable data */
     add(HEADER, 16, 0);
     add(DATA, 512, 0);
     add(DATA, 513, W);
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_OUT, 0); /* a write with writable data */
+    begin_request(VIRTIO_BLK_T_OUT, 0); /* a write with writable data */
     add(HEADER, 16, 0);
     add(DATA, 512, 0);
     add(DATA, 513, W);
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_OUT, 0); /* data that runs out of memory */
+    begin_request(VIRTIO_BLK_T_OUT, 0); /* data that runs out of memory */
     add(HEADER, 16, 0);
     add(TOP - 100, 512, 0);
     add(HEADER + 16, 1, W);
@@ -301,13 +301,13 @@ static void bad_data(void)
     CHECK_EQUAL(parse(), BLK_IOERR);
     ring.desc[1].addr = 0;
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_OUT, 0); /* more than a request may have */
+    begin_request(VIRTIO_BLK_T_OUT, 0); /* more than a request may have */
     add(HEADER, 16, 0);
     for (int i = 0; i < 17; i++)
         add(BORDER, 0x80000, 0);
     add(HEADER + 16, 1, W);
     CHECK_EQUAL(parse(), BLK_IOERR);
-    begin(VIRTIO_BLK_T_IN, 0);
+    begin_request(VIRTIO_BLK_T_IN, 0);
     add(HEADER, 16, 0);
     for (int i = 0; i < 16; i++) /* exactly what it may */
         add(BORDER, 0x80000, W);
@@ -319,7 +319,7 @@ static void bad_data(void)
 
 static int transfer(uint32_t type, uint64_t sector, uint32_t bytes, uint32_t block, uint64_t capacity)
 {
-    begin(type, sector);
+    begin_request(type, sector);
     limits.block_bytes = block;
     limits.capacity_bytes = capacity;
     add(HEADER, 16, 0);
@@ -355,7 +355,7 @@ static void unknown_types(void)
 {
     static const uint32_t types[] = {2, 3, 5, 6, 7, 9, 10, 12, 14, 25, 0x100, 0x80000000, UINT32_MAX};
     for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
-        begin(types[i], 0);
+        begin_request(types[i], 0);
         add(HEADER, 16, 0);
         add(DATA, 513, W);
         CHECK_EQUAL(parse(), BLK_UNSUPP);
@@ -370,7 +370,7 @@ static int zero(uint32_t type, uint64_t sector, uint32_t sectors, uint32_t flags
 {
     struct virtio_blk_discard_write_zeroes s = {.sector = sector, .num_sectors = sectors, .flags = flags};
     uint32_t block = limits.block_bytes;
-    begin(type, 12345); /* the header's sector means nothing here */
+    begin_request(type, 12345); /* the header's sector means nothing here */
     limits.block_bytes = block ? block : 512;
     memcpy(guest.base + DATA, &s, sizeof s);
     add(HEADER, 16, 0);
@@ -422,7 +422,7 @@ static void zeroing(void)
         CHECK_EQUAL(parse(), BLK_IOERR);
         zero(both[i], 16, 8, 0);
         for (uint32_t cut = 1; cut < 16; cut++) {
-            begin(both[i], 0);
+            begin_request(both[i], 0);
             add(HEADER, 16, 0);
             add(DATA, cut, 0);
             add(DATA + cut, 16 - cut, 0);
@@ -445,7 +445,7 @@ static void at_random(void)
     uint64_t state = 5, accepted = 0, errors = 0, broken = 0;
     for (int step = 0; step < 300000; step++) {
         unsigned count = 1 + (unsigned)(test_random(&state) % 6);
-        begin(types[test_random(&state) % 12], test_random(&state) % 8 ? test_random(&state) % 64 : test_random(&state));
+        begin_request(types[test_random(&state) % 12], test_random(&state) % 8 ? test_random(&state) % 64 : test_random(&state));
         for (unsigned i = 0; i < count; i++) {
             bool likely = test_random(&state) % 8 != 0;
             uint64_t at = test_random(&state) % 16 ? test_random(&state) % TOP : test_random(&state);

@@ -41,7 +41,7 @@ static struct world {
     uint64_t copied, guest_waits_ns, guest_longest_ns, guest_asked, most_at_source;
 } w;
 
-static void begin(struct simulated_disk source, struct simulated_disk destination)
+static void begin_copy(struct simulated_disk source, struct simulated_disk destination)
 {
     memset(&w, 0, sizeof w);
     w.seed = 7;
@@ -152,7 +152,7 @@ static double one_part_at_a_time(void)
 
 static void near_disks(void)
 {
-    begin((struct simulated_disk){90 * US, 1500 * MB_PER_S, 0}, (struct simulated_disk){90 * US, 1500 * MB_PER_S, 0});
+    begin_copy((struct simulated_disk){90 * US, 1500 * MB_PER_S, 0}, (struct simulated_disk){90 * US, 1500 * MB_PER_S, 0});
     w.jitter = true;
     for (unsigned i = 0; i < 100; i++) {
         run_for(100 * MS);
@@ -170,7 +170,7 @@ static void far_disks(void)
     for (unsigned i = 0; i < sizeof speeds / sizeof speeds[0]; i++) {
         struct simulated_disk disk = {5 * MS, speeds[i] * MB_PER_S, 0};
         double before, now;
-        begin(disk, disk);
+        begin_copy(disk, disk);
         before = one_part_at_a_time();
         run_for(1 * S);
         now = run_for(20 * S);
@@ -188,11 +188,11 @@ static void one_of_them_is_far(void)
 {
     struct simulated_disk near = {90 * US, 1500 * MB_PER_S, 0}, far = {5 * MS, 1000 * MB_PER_S, 0};
     double before;
-    begin(near, far);
+    begin_copy(near, far);
     before = one_part_at_a_time();
     CHECK(run_for(20 * S) >= 5 * before);
     CHECK_EQUAL(w.most_at_source, 1); /* the guest never waits behind more */
-    begin(far, near);
+    begin_copy(far, near);
     CHECK(run_for(20 * S) >= 5 * before);
     CHECK(w.guest_waits_ns / w.guest_asked <= COPY_SLACK_NS);
 }
@@ -201,14 +201,14 @@ static void one_of_them_is_far(void)
 static void disks_change(void)
 {
     struct simulated_disk near = {90 * US, 1500 * MB_PER_S, 0}, far = {5 * MS, 1000 * MB_PER_S, 0};
-    begin(near, near);
+    begin_copy(near, near);
     w.disk[COPY_SOURCE].away_ns = w.disk[COPY_DESTINATION].away_ns = 20 * MS; /* for a while */
     run_for(S);
     CHECK(copy_pace_parts(&w.pace) > 1);
     w.disk[COPY_SOURCE].away_ns = w.disk[COPY_DESTINATION].away_ns = 90 * US;
     run_for(50 * MS);
     CHECK_EQUAL(copy_pace_parts(&w.pace), 1);
-    begin(far, far);
+    begin_copy(far, far);
     run_for(S);
     w.disk[COPY_SOURCE].away_ns = 50 * MS; /* no queue of ours, but who knows: down to one part, which is measured anew */
     for (unsigned i = 0; copy_pace_parts(&w.pace) > 1; i++) {
@@ -223,7 +223,7 @@ static void disks_change(void)
 static void jitter_does_not_stop_it(void)
 {
     struct simulated_disk far = {5 * MS, 1000 * MB_PER_S, 0};
-    begin(far, far);
+    begin_copy(far, far);
     w.jitter = true;
     run_for(S);
     CHECK(run_for(20 * S) >= 10 * one_part_at_a_time());

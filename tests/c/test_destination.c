@@ -56,7 +56,7 @@ static struct destination_io io;
 static uint8_t buffer[4096];
 static struct iovec iov = {buffer, sizeof buffer};
 
-static void begin(void)
+static void begin_destination(void)
 {
     calls = lost_call = done_call = lost_reason = 0;
     closed = 0;
@@ -94,7 +94,7 @@ static unsigned events(uint32_t kind)
 
 static void what_succeeds(void)
 {
-    begin();
+    begin_destination();
     start(VS_DISK_WRITE);
     complete(0);
     CHECK(done_call && done_current && !lost_call);
@@ -104,7 +104,7 @@ static void what_succeeds(void)
 /* Reported, lost, and only then its caller hears. */
 static void fails(uint32_t kind, uint32_t reason)
 {
-    begin();
+    begin_destination();
     start(kind);
     complete(-EIO);
     CHECK_EQUAL(lost_call, 1);
@@ -123,7 +123,7 @@ static void what_fails(void)
 
 static void a_read_that_fails(void)
 {
-    begin();
+    begin_destination();
     start(VS_DISK_READ);
     complete(-EIO);
     CHECK(!lost_call && done_current && io.io.result == -EIO);
@@ -134,7 +134,7 @@ static void a_read_that_fails(void)
 static void what_is_late(void)
 {
     for (int result = -EIO; result <= 0; result += EIO) {
-        begin();
+        begin_destination();
         start(VS_DISK_WRITE);
         destination_give_up(&d);
         complete(result);
@@ -145,7 +145,7 @@ static void what_is_late(void)
 
 static void the_fence(void)
 {
-    begin();
+    begin_destination();
     start(VS_DISK_WRITE);
     destination_give_up(&d);
     complete(0);
@@ -163,7 +163,7 @@ static void the_fence(void)
 static void an_exchange(void)
 {
     uint64_t epoch;
-    begin();
+    begin_destination();
     disk_adopt(&disks[1], &host);
     epoch = d.epoch;
     CHECK(destination_exchange(&d, &disks[1]) == &disks[0]);

@@ -69,7 +69,7 @@ static void turn(void)
     disk_run_done(&host);
 }
 
-static int finish(struct call *c)
+static int finish_call(struct call *c)
 {
     while (!c->done)
         turn();
@@ -81,7 +81,7 @@ static int call(vs_disk *disk, uint32_t kind, uint64_t offset, uint64_t length, 
 {
     struct call c = {.io.may_unmap = false};
     start(disk, &c, kind, offset, length, memory);
-    return finish(&c);
+    return finish_call(&c);
 }
 
 static uint64_t data_at(vs_disk *disk, uint64_t offset, uint64_t length)
@@ -92,7 +92,7 @@ static uint64_t data_at(vs_disk *disk, uint64_t offset, uint64_t length)
     c.io.to_data_end = true;
     start(disk, &c, VS_DISK_EXTENTS, offset, length, NULL);
     thread = usual;
-    CHECK_EQUAL(finish(&c), 0);
+    CHECK_EQUAL(finish_call(&c), 0);
     CHECK(c.io.data_at >= offset && c.io.data_end >= c.io.data_at && c.io.data_end <= offset + length);
     return c.io.data_at;
 }
@@ -101,7 +101,7 @@ static int zero(vs_disk *disk, uint64_t offset, uint64_t length, bool may_unmap)
 {
     struct call c = {.io.may_unmap = may_unmap};
     start(disk, &c, VS_DISK_ZERO, offset, length, NULL);
-    return finish(&c);
+    return finish_call(&c);
 }
 
 struct kind_of_file {
@@ -186,7 +186,7 @@ static void contents(const struct kind_of_file *k)
             disk_submit(disk, &c->io);
         }
         for (unsigned i = 0; i < IOS; i++)
-            CHECK_EQUAL(finish(&calls[i]), 0);
+            CHECK_EQUAL(finish_call(&calls[i]), 0);
         compare(disk);
     }
     CHECK_EQUAL(disk->stats.in_flight, 0);
@@ -280,7 +280,7 @@ static void one_by_one(void)
         start(disk, &other, VS_DISK_READ, 4096, 4096, buffer + 4096);
         thread = 1;
         CHECK_EQUAL(call(disk, VS_DISK_WRITE, 0, 512, buffer), 0);
-        CHECK_EQUAL(finish(&other), 0);
+        CHECK_EQUAL(finish_call(&other), 0);
     }
     CHECK_EQUAL(disk->stats.op[VS_DISK_WRITE].operations, 5000);
     disk_close(disk);
@@ -327,7 +327,7 @@ static uint64_t size(vs_disk *disk)
 {
     struct call c = {0};
     start(disk, &c, VS_DISK_SIZE, 0, 0, NULL);
-    CHECK_EQUAL(finish(&c), 0);
+    CHECK_EQUAL(finish_call(&c), 0);
     return c.io.size_bytes;
 }
 
@@ -342,7 +342,7 @@ static void left_out(void)
     disk_adopt(&disk, &host);
     told = -EIO;
     start(&disk, &c, VS_DISK_EXTENTS, 4096, 8192, NULL);
-    CHECK_EQUAL(finish(&c), 0);
+    CHECK_EQUAL(finish_call(&c), 0);
     CHECK(c.io.data_at == 4096 && c.io.data_end == 4096 + 8192);
     CHECK_EQUAL(size(&disk), BYTES);
     disk_close_later(&disk, on_closed, NULL);

@@ -171,7 +171,7 @@ static void drivers_end(unsigned long allowed_errors)
     }
 }
 
-static struct rig begin(uint64_t features)
+static struct rig begin_rig(uint64_t features)
 {
     memset(driver, 0, sizeof driver);
     return rig_begin(LANES, features);
@@ -187,11 +187,11 @@ static void wait_for_writes(struct rig *r, uint64_t count)
 
 static void passthrough(void)
 {
-    struct rig r = begin(F_USUAL);
+    struct rig r = begin_rig(F_USUAL);
     drivers_start(&r, 20000);
     drivers_end(0);
     rig_end(&r);
-    r = begin(F_USUAL | F_EVENT_IDX | F_INDIRECT);
+    r = begin_rig(F_USUAL | F_EVENT_IDX | F_INDIRECT);
     drivers_start(&r, 20000);
     drivers_end(0);
     rig_end(&r);
@@ -200,7 +200,7 @@ static void passthrough(void)
 /* From nothing to steady and away again, the drivers running all the time. */
 static void a_whole_life(void)
 {
-    struct rig r = begin(F_USUAL | F_EVENT_IDX | F_INDIRECT);
+    struct rig r = begin_rig(F_USUAL | F_EVENT_IDX | F_INDIRECT);
     pthread_t watcher;
     atomic_store(&stop_watcher, false);
     CHECK_EQUAL(pthread_create(&watcher, NULL, watch, &r), 0);
@@ -286,7 +286,7 @@ static unsigned open_descriptors(void)
 /* Rings are stopped, resumed, disabled and enabled under load. */
 static void stop_and_go(void)
 {
-    struct rig r = begin(F_USUAL | F_EVENT_IDX);
+    struct rig r = begin_rig(F_USUAL | F_EVENT_IDX);
     rig_mirror(&r);
     unsigned before = open_descriptors();
     drivers_start(&r, 0);
@@ -317,7 +317,7 @@ static void stop_and_go(void)
 /* The log as small as it may be, a slow destination: writes wait for room, and all of them end. */
 static void a_slow_destination(void)
 {
-    struct rig r = begin(F_USUAL);
+    struct rig r = begin_rig(F_USUAL);
     rig_mirror(&r);
     vs_test_disk_hold(r.destination, VS_DISK_WRITE, 1);
     drivers_start(&r, 2000);

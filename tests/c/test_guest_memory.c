@@ -18,7 +18,7 @@ static void on_gone(struct guest_memory *m, uint64_t token)
     gone_tokens[gone_count++] = token;
 }
 
-static struct guest_memory begin(void)
+static struct guest_memory begin_memory(void)
 {
     struct guest_memory m;
     gone_count = 0;
@@ -37,7 +37,7 @@ static int open_descriptors(void)
 static void translation(void)
 {
     struct guest g = guest_make(16 * PAGE);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     struct vs_region r = guest_region(&g, 0, 16 * PAGE);
     int before = open_descriptors();
     CHECK_EQUAL(guest_memory_set(&m, &r, 1), 0);
@@ -64,7 +64,7 @@ static void translation(void)
 static void segments(void)
 {
     struct guest g = guest_make(16 * PAGE);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     struct vs_region r[3] = {guest_region(&g, 0, 4 * PAGE), guest_region(&g, 8 * PAGE, 2 * PAGE),
                              guest_region(&g, 4 * PAGE, 2 * PAGE)};
     struct iovec iov[4];
@@ -95,7 +95,7 @@ static int set_one(struct guest_memory *m, struct vs_region r)
 static void refused(void)
 {
     struct guest g = guest_make(4 * PAGE);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     struct vs_region good = guest_region(&g, 0, 4 * PAGE), r;
     int before = open_descriptors() - 1;
     CHECK_EQUAL(set_one(&m, good), 0);
@@ -143,7 +143,7 @@ static void refused(void)
 static void odd_sizes(void)
 {
     struct guest g = guest_make(0x3b10);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     CHECK_EQUAL(set_one(&m, guest_region(&g, 0, 0x3b10)), 0);
     CHECK(guest_at(m.current, GUEST_ADDR + 0x3b0f, 1));
     CHECK(!guest_at(m.current, GUEST_ADDR + 0x3b0f, 2));
@@ -158,7 +158,7 @@ static void odd_sizes(void)
 static void add_and_remove(void)
 {
     struct guest g = guest_make(16 * PAGE);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     struct vs_region r = guest_region(&g, 8 * PAGE, PAGE);
     CHECK_EQUAL(guest_memory_add(&m, &r), 0);
     for (uint64_t i = 0; i < 8; i++) {
@@ -191,7 +191,7 @@ static void add_and_remove(void)
 static void too_many(void)
 {
     struct guest g = guest_make((VS_MAX_MEM_SLOTS + 1) * PAGE);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     struct vs_region r;
     for (uint64_t i = 0; i < VS_MAX_MEM_SLOTS; i++) {
         r = guest_region(&g, i * PAGE, PAGE);
@@ -208,7 +208,7 @@ static void too_many(void)
 static void pins(void)
 {
     struct guest g = guest_make(4 * PAGE);
-    struct guest_memory m = begin();
+    struct guest_memory m = begin_memory();
     CHECK_EQUAL(set_one(&m, guest_region(&g, 0, 2 * PAGE)), 0);
     struct mem_table *first = mem_table_pin(&m), *again = mem_table_pin(&m);
     struct vs_region r = guest_region(&g, 2 * PAGE, 2 * PAGE);
@@ -246,7 +246,7 @@ static void pins(void)
 static void shrunk_memory(void)
 {
     struct guest g = guest_make(4 * PAGE), other = guest_make(PAGE);
-    struct guest_memory m = begin(), n = begin();
+    struct guest_memory m = begin_memory(), n = begin_memory();
     guest_memory_catch_sigbus();
     CHECK_EQUAL(set_one(&m, guest_region(&g, 0, 4 * PAGE)), 0);
     CHECK_EQUAL(set_one(&n, guest_region(&other, 0, PAGE)), 0);
@@ -276,7 +276,7 @@ static void unwatched_memory_is_refused(void)
     struct guest g = guest_make(PAGE);
     int before = open_descriptors(), rc = 0, given = 0;
     for (int i = 0; i < MANY; i++)
-        m[i] = begin();
+        m[i] = begin_memory();
     while (rc == 0 && given < MANY * VS_MAX_MEM_SLOTS) {
         struct vs_region r = guest_region(&g, 0, PAGE);
         r.guest_addr += (uint64_t)given * PAGE;
@@ -287,7 +287,7 @@ static void unwatched_memory_is_refused(void)
     CHECK(given >= VS_MAX_ATTACHMENTS * VS_MAX_MEM_SLOTS); /* all that frontends may have at once fits */
     CHECK_EQUAL(open_descriptors(), before);
     guest_memory_free(&m[0]);
-    m[0] = begin();
+    m[0] = begin_memory();
     CHECK_EQUAL(set_one(&m[0], guest_region(&g, 0, PAGE)), 0);
     for (int i = 0; i < MANY; i++)
         guest_memory_free(&m[i]);

@@ -100,7 +100,7 @@ static void put(struct packed_driver *d, unsigned count, unsigned id)
     packed_put(d, chain, count, id);
 }
 
-static struct shared *begin(uint16_t at)
+static struct shared *begin_ring(uint16_t at)
 {
     struct shared *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(s != MAP_FAILED);
@@ -272,7 +272,7 @@ static void killed_at_any_instruction(void)
     for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
         const uint16_t at = places[i];
         for (unsigned wrap = 0; wrap < 2; wrap++) {
-            struct shared *s = begin((uint16_t)(at | (wrap ? WRAP : 0)));
+            struct shared *s = begin_ring((uint16_t)(at | (wrap ? WRAP : 0)));
             put(&s->driver, 3, 2);
             put(&s->driver, 1, 5);
             put(&s->driver, 2, 3);
@@ -281,7 +281,7 @@ static void killed_at_any_instruction(void)
             s->all = 1u << 2 | 1u << 5 | 1u << 3 | 1u << 7;
             CHECK(watch(s, batches) > 40);
             end(s);
-            s = begin((uint16_t)(at | (wrap ? WRAP : 0)));
+            s = begin_ring((uint16_t)(at | (wrap ? WRAP : 0)));
             put(&s->driver, 5, 0);
             put(&s->driver, 3, 1);
             packed_publish(&s->driver);
@@ -295,7 +295,7 @@ static void killed_at_any_instruction(void)
 /* A next process takes the chains up again from the record alone, answers them, and goes on in the ring. */
 static void taken_up_again(void)
 {
-    struct shared *s = begin(WRAP | 6);
+    struct shared *s = begin_ring(WRAP | 6);
     struct chain c;
     struct chain_segment segment;
     uint16_t id;
@@ -339,7 +339,7 @@ static void taken_up_again(void)
 /* Records that no run of ours leaves: each breaks the ring and goes no further. */
 static void rubbish(void)
 {
-    struct shared *s = begin(WRAP);
+    struct shared *s = begin_ring(WRAP);
     put(&s->driver, 3, 2);
     put(&s->driver, 1, 5);
     packed_publish(&s->driver);

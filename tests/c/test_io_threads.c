@@ -96,7 +96,7 @@ static void over(struct io_job *io)
     container_of(io, struct job, io)->done++;
 }
 
-static void begin(unsigned count)
+static void begin_threads(unsigned count)
 {
     const char *step = "";
     CHECK_EQUAL(io_threads_start(&threads, count, wake_fd, &step), 0);
@@ -153,7 +153,7 @@ static void all_come_back(void)
 
 static void usual_rings(void)
 {
-    begin(4);
+    begin_threads(4);
     all_come_back();
     io_threads_stop(&threads);
 }
@@ -162,7 +162,7 @@ static void usual_rings(void)
 static void small_rings_that_refuse(void)
 {
     atomic_store(&small, true);
-    begin(3);
+    begin_threads(3);
     all_come_back();
     atomic_store(&refusing, true);
     all_come_back();
@@ -206,7 +206,7 @@ static void the_ring_has_its_turn(void)
     unsigned done[2] = {0};
     atomic_store(&handed_out, 0);
     atomic_store(&ending, false);
-    begin(2);
+    begin_threads(2);
     io_threads_lend(&threads, 1, &patient.io);
     hand_out(&busy[0]);
     hand_out(&busy[1]);
@@ -237,7 +237,7 @@ static void begun_and_ended(void)
         struct job job = {.io = {.start = start, .over = over}, .in_ring = n % 2};
         if (n == 0)
             before = held_now(); /* what is kept and used again, the first ones have made */
-        begin(3);
+        begin_threads(3);
         if (n % 3) {
             io_threads_lend(&threads, 1 + (unsigned)(n & 1), &job.io);
             while (!job.done)

@@ -55,7 +55,7 @@ static void give_back(struct actor *a)
     range_release(&set, &a->slot);
 }
 
-static void begin(void)
+static void begin_slots(void)
 {
     memset(actor, 0, sizeof actor);
     grants = 0;
@@ -76,7 +76,7 @@ static void check_all(void)
 
 static void apart(void)
 {
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], 0, 4096));
     CHECK(ask(&actor[1], 4096, 4096)); /* neighbours do not overlap */
     CHECK(ask(&actor[2], 1 << 30, 512));
@@ -85,7 +85,7 @@ static void apart(void)
 
 static void in_turn(void)
 {
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], 0, 8192));
     CHECK(!ask(&actor[1], 4096, 8192));
     CHECK(!ask(&actor[2], 8192, 512)); /* does not overlap the first, but one that waits for it */
@@ -100,7 +100,7 @@ static void in_turn(void)
 /* A slot that is given back before its turn lets those behind it go. */
 static void given_up(void)
 {
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], 0, 512));
     CHECK(!ask(&actor[1], 0, 2048));
     CHECK(!ask(&actor[2], 1024, 1024));
@@ -111,7 +111,7 @@ static void given_up(void)
 
 static void many_at_once(void)
 {
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], 0, 10240));
     for (int i = 1; i <= 10; i++)
         CHECK(!ask(&actor[i], (uint64_t)(i - 1) * 1024, 1024));
@@ -130,7 +130,7 @@ static void on_grant_ask_again(struct range_slot *slot)
 
 static void ask_within_grant(void)
 {
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], 0, 4096));
     CHECK(!ask(&actor[1], 0, 4096));
     actor[1].slot.grant = on_grant_ask_again;
@@ -145,7 +145,7 @@ static void ask_within_grant(void)
 static void wide(void)
 {
     uint64_t much = (uint64_t)(RANGE_WIDE_CHUNKS + 4) * RANGE_CHUNK_BYTES;
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], 0, much));
     CHECK(!ask(&actor[1], much - 512, 512));
     CHECK(ask(&actor[2], much, 512));
@@ -173,7 +173,7 @@ static void filter_is_clean_again(void)
 static void at_random(void)
 {
     uint64_t state = 42;
-    begin();
+    begin_slots();
     for (int step = 0; step < 200000; step++) {
         struct actor *a = &actor[test_random(&state) % SLOTS];
         if (a->used) {
@@ -198,7 +198,7 @@ static void at_random(void)
 /* The end of the largest possible disk. */
 static void at_the_end(void)
 {
-    begin();
+    begin_slots();
     CHECK(ask(&actor[0], UINT64_MAX - 4095, 4095));
     CHECK(!ask(&actor[1], UINT64_MAX - 1, 1));
     give_back(&actor[0]);

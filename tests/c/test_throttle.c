@@ -21,7 +21,7 @@ struct world {
     double drain; /* bytes per ns */
 };
 
-static struct world begin(double drain, uint64_t max_lag_ns)
+static struct world begin_world(double drain, uint64_t max_lag_ns)
 {
     struct world w = {.now = 12345 * MS, .drain = drain, .lag_bound_ns = max_lag_ns};
     throttle_init(&w.t, LOG, max_lag_ns);
@@ -98,7 +98,7 @@ static void waits_are_useful(void)
 /* In the long run as much goes in as comes out, near three quarters, and nobody waits long for the next write. */
 static void settles(double drain, uint64_t write_bytes, uint64_t max_lag_ns)
 {
-    struct world w = begin(drain, max_lag_ns);
+    struct world w = begin_world(drain, max_lag_ns);
     double bound = max_lag_ns && (double)max_lag_ns * drain < (double)LOG ? (double)max_lag_ns * drain : (double)LOG;
     uint64_t offered = (uint64_t)(drain * 4 * (double)MS);
     run(&w, 4000 * MS, write_bytes, offered);
@@ -128,7 +128,7 @@ static void settles_by_time(void)
 /* A guest that writes less than the destination takes never waits. */
 static void fast_enough(void)
 {
-    struct world w = begin(0.5, 500 * MS);
+    struct world w = begin_world(0.5, 500 * MS);
     run(&w, 2000 * MS, 65536, (uint64_t)(0.4 * (double)MS));
     CHECK(w.written > (uint64_t)(0.39 * 2e9));
     CHECK(w.longest_wait < MS);
@@ -138,7 +138,7 @@ static void fast_enough(void)
 /* The destination slows to a tenth: the guest follows without a stop of its own. */
 static void slows_down(void)
 {
-    struct world w = begin(1.0, 0);
+    struct world w = begin_world(1.0, 0);
     run(&w, 3000 * MS, 65536, (uint64_t)(4.0 * (double)MS));
     w.drain = 0.1;
     run(&w, 3000 * MS, 65536, (uint64_t)(4.0 * (double)MS));

@@ -17,7 +17,7 @@ static void on_gone(struct guest_memory *m, uint64_t token)
     (void)m, (void)token;
 }
 
-static struct world begin(unsigned num, bool event_idx, bool indirect, uint16_t base)
+static struct world begin_ring(unsigned num, bool event_idx, bool indirect, uint16_t base)
 {
     struct world w = {.guest = guest_make(1 << 20)};
     w.ring = ring_make(&w.guest, num);
@@ -58,7 +58,7 @@ static bool maps(struct world *w, uint64_t desc, uint64_t avail, uint64_t used)
 
 static void places(void)
 {
-    struct world w = begin(256, true, true, 0);
+    struct world w = begin_ring(256, true, true, 0);
     uint64_t top = w.guest.bytes;
     CHECK(maps(&w, 0, 4096, 8192));
     CHECK(!maps(&w, 8, 4096, 8192)); /* alignment: 2.7, table of requirements */
@@ -84,7 +84,7 @@ static void places(void)
 
 static void heads(void)
 {
-    struct world w = begin(4, false, false, 0);
+    struct world w = begin_ring(4, false, false, 0);
     uint16_t head;
     CHECK_EQUAL(virtqueue_peek(&w.vq, &head), 0);
     ring_put(&w.ring, 3);
@@ -107,7 +107,7 @@ static void heads(void)
 static void indices_wrap(void)
 {
     for (unsigned num = 1; num <= 1024; num *= 2) {
-        struct world w = begin(num, true, false, 65530);
+        struct world w = begin_ring(num, true, false, 65530);
         uint16_t head;
         struct vring_used_elem e;
         for (unsigned round = 0; round < 40; round++) {
@@ -139,7 +139,7 @@ static void bad_indices(void)
     uint16_t head;
     for (unsigned num = 1; num <= 1024; num *= 4) {
         for (unsigned base = 0; base < 65536; base += 16381) {
-            struct world w = begin(num, false, false, (uint16_t)base);
+            struct world w = begin_ring(num, false, false, (uint16_t)base);
             w.ring.avail->idx = (uint16_t)(base + num + 1);
             CHECK_EQUAL(virtqueue_peek(&w.vq, &head), -VS_BREACH_AVAILABLE_INDEX);
             w.ring.avail->idx = (uint16_t)(base - 1); /* backwards */
@@ -172,7 +172,7 @@ enum { NEXT = VRING_DESC_F_NEXT, WRITE = VRING_DESC_F_WRITE, INDIRECT = VRING_DE
 
 static void direct_chains(void)
 {
-    struct world w = begin(8, false, true, 0);
+    struct world w = begin_ring(8, false, true, 0);
     struct chain_segment s[2000];
     ring_desc(&w.ring.desc[5], DATA, 16, NEXT, 2);
     ring_desc(&w.ring.desc[2], DATA + 4096, 512, NEXT | WRITE, 7);
@@ -197,7 +197,7 @@ static void direct_chains(void)
 
 static void indirect_chains(void)
 {
-    struct world w = begin(8, false, true, 0);
+    struct world w = begin_ring(8, false, true, 0);
     struct chain_segment s[2000];
     struct vring_desc *table = (struct vring_desc *)(void *)(w.guest.base + 0x40000);
     uint64_t at = GUEST_ADDR + 0x40000;
@@ -254,7 +254,7 @@ static bool push_and_show(struct world *w, unsigned count)
 
 static void notify_without_event_idx(void)
 {
-    struct world w = begin(16, false, false, 0);
+    struct world w = begin_ring(16, false, false, 0);
     CHECK(!virtqueue_show_used(&w.vq)); /* nothing to show */
     CHECK(push_and_show(&w, 1));
     w.ring.avail->flags = VRING_AVAIL_F_NO_INTERRUPT;
@@ -277,7 +277,7 @@ static void notify_with_event_idx(void)
 {
     static const uint16_t bases[] = {0, 100, 65520, 65535};
     for (size_t b = 0; b < sizeof bases / sizeof bases[0]; b++) {
-        struct world w = begin(32, true, false, bases[b]);
+        struct world w = begin_ring(32, true, false, bases[b]);
         CHECK(push_and_show(&w, 1)); /* the first is always announced: nobody knows what went before */
         for (unsigned step = 1; step <= 32; step++) {
             for (int distance = -40; distance <= 40; distance++) {
@@ -301,7 +301,7 @@ static void notify_with_event_idx(void)
 /* The memory goes while requests are in flight. */
 static void ring_taken_away(void)
 {
-    struct world w = begin(16, true, false, 0);
+    struct world w = begin_ring(16, true, false, 0);
     virtqueue_push(&w.vq, 1, 1);
     virtqueue_unmap(&w.vq);
     virtqueue_push(&w.vq, 2, 1);

@@ -20,7 +20,7 @@ static void on_gone(struct guest_memory *m, uint64_t token)
     (void)m, (void)token;
 }
 
-static struct world *begin(unsigned num, bool event_idx, bool indirect, uint16_t at)
+static struct world *begin_ring(unsigned num, bool event_idx, bool indirect, uint16_t at)
 {
     struct world *w = calloc(1, sizeof *w);
     w->guest = guest_make(1 << 20);
@@ -92,7 +92,7 @@ static bool maps(struct world *w, uint64_t desc, uint64_t driver, uint64_t devic
 
 static void places(void)
 {
-    struct world *w = begin(100, true, true, WRAP); /* no power of two */
+    struct world *w = begin_ring(100, true, true, WRAP); /* no power of two */
     uint64_t top = w->guest.bytes;
     CHECK(maps(w, 0, 4096, 8192));
     CHECK(!maps(w, 8, 4096, 8192)); /* alignment: 2.8.10.1 */
@@ -114,7 +114,7 @@ static void places(void)
 
 static void bases(void)
 {
-    struct world *w = begin(6, false, false, WRAP | 5);
+    struct world *w = begin_ring(6, false, false, WRAP | 5);
     CHECK_EQUAL(virtqueue_base(&w->vq), 0x80058005u);
     CHECK_EQUAL(virtqueue_start(&w->vq, 0x8003), 0); /* 16 bits are told by some */
     CHECK_EQUAL(virtqueue_base(&w->vq), 0x80038003u);
@@ -131,7 +131,7 @@ static void bases(void)
 
 static void heads(void)
 {
-    struct world *w = begin(4, false, false, WRAP);
+    struct world *w = begin_ring(4, false, false, WRAP);
     CHECK_EQUAL(peek(w), 0);
     put(w, 2, 3);
     CHECK_EQUAL(peek(w), 0); /* the head's flags are the last that the guest writes */
@@ -151,7 +151,7 @@ static void heads(void)
 static void rounds(void)
 {
     for (unsigned num = 1; num <= 1024; num = num * 3 + 1) {
-        struct world *w = begin(num, true, false, WRAP);
+        struct world *w = begin_ring(num, true, false, WRAP);
         unsigned length[3] = {1 + num / 3, num / 2, num / 5};
         for (unsigned round = 0; round < 60; round++) {
             unsigned count = 0, used = 0, order;
@@ -181,7 +181,7 @@ static void rounds(void)
 /* A chain at work outlives its descriptors: the used element of another one lies over them. */
 static void answered_over_one_at_work(void)
 {
-    struct world *w = begin(4, false, false, WRAP);
+    struct world *w = begin_ring(4, false, false, WRAP);
     put(w, 2, 0);
     put(w, 2, 1);
     packed_publish(&w->ring);
@@ -222,7 +222,7 @@ static int walk(struct world *w, struct chain_segment *out, int max)
 
 static void direct_chains(void)
 {
-    struct world *w = begin(8, false, true, WRAP | 6); /* over the end of the ring */
+    struct world *w = begin_ring(8, false, true, WRAP | 6); /* over the end of the ring */
     struct chain_segment s[2000];
     const struct vring_packed_desc chain[3] = {{.addr = DATA, .len = 16},
                                                {.addr = DATA + 4096, .len = 512, .flags = WRITE},
@@ -244,7 +244,7 @@ static void direct_chains(void)
 
 static void bad_chains(void)
 {
-    struct world *w = begin(8, false, true, WRAP);
+    struct world *w = begin_ring(8, false, true, WRAP);
     struct chain_segment s[2000];
     put(w, 8, 5);
     packed_publish(&w->ring);
@@ -260,7 +260,7 @@ static void bad_chains(void)
     CHECK_EQUAL(walk(w, s, 2000), 8);
     end(w);
 
-    w = begin(8, false, true, WRAP);
+    w = begin_ring(8, false, true, WRAP);
     put(w, 3, 5);
     put(w, 2, 5); /* an ID that is at work */
     packed_publish(&w->ring);
@@ -274,7 +274,7 @@ static void bad_chains(void)
     CHECK_EQUAL(walk(w, s, 2000), -VS_BREACH_CHAIN);
     end(w);
 
-    w = begin(2, false, true, WRAP); /* all is at work, and more is available */
+    w = begin_ring(2, false, true, WRAP); /* all is at work, and more is available */
     put(w, 2, 0);
     packed_publish(&w->ring);
     take(w, 0);
@@ -288,7 +288,7 @@ static void bad_chains(void)
 
 static void indirect_chains(void)
 {
-    struct world *w = begin(8, false, true, WRAP);
+    struct world *w = begin_ring(8, false, true, WRAP);
     struct chain_segment s[2000];
     struct vring_packed_desc *table = (struct vring_packed_desc *)(void *)(w->guest.base + 0x40000);
     const struct vring_packed_desc head = {.addr = GUEST_ADDR + 0x40000, .len = 16 * VS_MAX_QUEUE_SIZE,
@@ -351,7 +351,7 @@ static void reap_all(struct world *w)
 
 static void notify_without_event_idx(void)
 {
-    struct world *w = begin(16, false, false, WRAP);
+    struct world *w = begin_ring(16, false, false, WRAP);
     CHECK(!virtqueue_show_used(&w->vq)); /* nothing to show */
     CHECK(answer(w, 1));
     w->ring.driver->flags = VRING_PACKED_EVENT_FLAG_DISABLE;
@@ -377,7 +377,7 @@ static void notify_with_event_idx(void)
 {
     const unsigned num = 12;
     for (unsigned at = 0; at < num; at++) {
-        struct world *w = begin(num, true, false, (uint16_t)at);
+        struct world *w = begin_ring(num, true, false, (uint16_t)at);
         w->ring.driver->flags = VRING_PACKED_EVENT_FLAG_DESC;
         CHECK(answer(w, 1)); /* the first is always announced: nobody knows what went before */
         reap_all(w);
@@ -414,7 +414,7 @@ static void notify_with_event_idx(void)
 
 static void ring_taken_away(void)
 {
-    struct world *w = begin(16, true, false, WRAP);
+    struct world *w = begin_ring(16, true, false, WRAP);
     put(w, 1, 1);
     put(w, 1, 2);
     packed_publish(&w->ring);
@@ -435,7 +435,7 @@ static bool logged(const uint8_t *bits, uint64_t page)
 /* Used elements lie among the descriptors, whose guest address no message tells; the device's wishes where it does. */
 static void used_elements_are_logged(void)
 {
-    struct world *w = begin(512, false, false, WRAP | 200); /* two pages of descriptors */
+    struct world *w = begin_ring(512, false, false, WRAP | 200); /* two pages of descriptors */
     uint64_t bytes = (GUEST_ADDR + w->guest.bytes) / DIRTY_LOG_PAGE_BYTES / 8, desc_page, wish = GUEST_ADDR + 0x77000;
     struct dirty_log log = {.map = NULL};
     int fd = memfd_create("log", MFD_CLOEXEC);

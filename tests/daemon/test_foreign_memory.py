@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import WAIT_S, Served, await_true, image
+from tests.daemon.rig import WAIT_S, Served, await_true, image, overlay
 from tests.daemon.test_hanging import assert_both_go_on, hanging, running
 from tests.guest.images import MIB, new_image
 from tests.guest_ring import Region
@@ -124,16 +124,28 @@ def test_more_that_hang_than_there_are_threads(work: Path, hanging: HangingDisk)
             os.close(fd)
 
 
-def test_memory_in_a_file_of_a_local_file_system(work: Path) -> None:
-    """QEMU's memory-backend-file on a disk of the host."""
+@pytest.fixture(params=["disk", "overlay"])
+def local_folder(request: pytest.FixtureRequest, work: Path) -> Iterator[Path]:
+    """On a disk of the host, and on the root file system that a container has."""
+    with ExitStack() as undo:
+        yield work if request.param == "disk" else undo.enter_context(overlay(work)).folder
+
+
+def test_memory_in_a_file_of_a_local_file_system(work: Path, local_folder: Path) -> None:
+    """QEMU's memory-backend-file."""
     with Served(work, image(work / "a.img", 16)) as served, second(served) as client:
-        fd = os.open(new_image(work / "memory", 1), os.O_RDWR)
+        fd = os.open(new_image(local_folder / "memory", 1), os.O_RDWR)
         message, payload = MEMORY["the guest's memory"]
         try:
             client.send(message, payload, [fd])
             client.ask_u64(Message.GET_FEATURES)
         finally:
             os.close(fd)
+
+
+def test_memory_in_a_device_that_is_none(work: Path) -> None:
+    with Served(work, image(work / "a.img", 16)) as served, second(served) as client:
+        message, payload = MEMORY["the guest's memory"]
         device = os.open("/dev/zero", os.O_RDWR)
         try:
             client.send(message, payload, [device])

@@ -188,7 +188,7 @@ PLACES: Final = (
 )  # fmt: skip
 
 
-def check(served: bool, code: int, said: str, where: str) -> None:
+def check_end(served: bool, code: int, said: str, where: str) -> None:
     assert "Traceback" not in said, f"{where}:\n{said}"
     sentences = [line for line in said.splitlines() if line.startswith("vhostsync: ")]
     if served:
@@ -206,7 +206,7 @@ def test_a_start_serves_or_says_why_not(place: Place, what: str) -> None:
         paths = place.lay_out(where)
         way(paths[what])
         served, code, said = place.start(paths, explicit=what not in OF_THE_INDEX)
-        check(served, code, said, where)
+        check_end(served, code, said, where)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -221,4 +221,4 @@ def test_on_a_file_system_that_is_full_or_read_only(place: Place, way: str, expl
         else:
             files.remount_read_only()
         served, code, said = place.start(paths, explicit=explicit)
-    check(served, code, said, way)
+    check_end(served, code, said, way)

@@ -436,7 +436,7 @@ static void compare(void)
 
 /* ---- a run --------------------------------------------------------------------------------- */
 
-static void begin(const uint8_t *data, size_t size)
+static void begin_run(const uint8_t *data, size_t size)
 {
     const char *step;
     memset(&w, 0, sizeof w);
@@ -532,7 +532,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static unsigned descriptors;
-    begin(data, size);
+    begin_run(data, size);
     for (unsigned step = 0; w.c.left > 0 && step < 150; step++) {
         switch (choose(&w.c, 16)) {
         case 8:

@@ -121,7 +121,7 @@ static vs_disk *memory_disk(const struct work *work)
     return disk_on(fd, &probe);
 }
 
-static void begin(struct rig *r, const struct work *work)
+static void begin_rig(struct rig *r, const struct work *work)
 {
     struct vs_engine_config config = rig_config();
     config.log_bytes = 64u << 20;
@@ -214,7 +214,7 @@ int main(int argc, char **argv)
     }
     struct rig r;
     struct vs_queue_stats queue;
-    begin(&r, work);
+    begin_rig(&r, work);
     int thread = engine_thread();
     struct lane *lane = &r.lane[r.lanes - 1];
     push(lane, work, (unsigned)atoi(argv[2]));

@@ -98,7 +98,7 @@ def messages(draw: st.DrawFn) -> tuple[Message, int]:
     return Message(request, payload, draw(st.booleans())), fds
 
 
-def check(session: Session, blk_queues: int = 4) -> None:
+def check_session(session: Session, blk_queues: int = 4) -> None:
     """What must hold of any state."""
     state = session.state
     assert len(state.rings) == blk_queues
@@ -129,7 +129,7 @@ async def converse(script: list[tuple[Message, int]], refuse: frozenset[str]) ->
             assert (outcome.reply is not None) == replies
         finally:
             close_all(fds)
-        check(session)
+        check_session(session)
     session.close()
 
 

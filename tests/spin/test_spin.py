@@ -113,7 +113,7 @@ def _need_spin() -> None:
     pytest.fail("spin is not installed: apt-get install spin (./run test does it)", pytrace=False)
 
 
-def check(model: Model, folder: Path, bug: str | None = None) -> Checked:
+def check_model(model: Model, folder: Path, bug: str | None = None) -> Checked:
     """Runs the model, with one bug seeded, until all states were seen or the first error was."""
     _need_spin()
     defines = [f"-D{name}" for name in (*model.defines, *([f"BUG_{bug}"] if bug else []))]
@@ -138,7 +138,7 @@ def check(model: Model, folder: Path, bug: str | None = None) -> Checked:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_no_interleaving_breaks_the_promise(model: Model, tmp_path: Path) -> None:
-    checked = check(model, tmp_path)
+    checked = check_model(model, tmp_path)
     print(
         f"spin {model.name}: {checked.states} states, depth {checked.depth}, {checked.seconds} s,"
         f" {checked.errors} errors"
@@ -155,7 +155,7 @@ def test_no_interleaving_breaks_the_promise(model: Model, tmp_path: Path) -> Non
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("model", "bug"), BUGS, ids=[f"{model.name}-{bug}" for model, bug in BUGS])
 def test_a_seeded_bug_is_found(model: Model, bug: str, tmp_path: Path) -> None:
-    checked = check(model, tmp_path, bug)
+    checked = check_model(model, tmp_path, bug)
     assert checked.errors == 1
     assert checked.trail
     assert re.match(r"assertion violated|acceptance cycle", checked.violation), checked.output

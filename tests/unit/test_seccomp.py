@@ -47,7 +47,7 @@ def sealed(tries: str, *arguments: str | Path, internet: bool = False) -> dict[s
     return found
 
 
-def check(results: dict[str, int]) -> None:
+def check_results(results: dict[str, int]) -> None:
     """What is called "may ..." is done, all else refused."""
     for name, error in results.items():
         assert error == (0 if name.startswith("may ") else errno.EPERM), name
@@ -102,7 +102,7 @@ attempt("may ask what waits", lambda: fcntl.ioctl(master, termios.FIONREAD, arra
 
 
 def test_nothing_is_typed_into_a_terminal() -> None:
-    check(sealed(TERMINAL))
+    check_results(sealed(TERMINAL))
 
 
 NEIGHBOURS = """
@@ -146,7 +146,7 @@ def test_other_processes_are_left_alone() -> None:
             assert os.sched_getaffinity(neighbour.pid) == os.sched_getaffinity(0)
         finally:
             neighbour.send_signal(signal.SIGKILL)
-    check(results)
+    check_results(results)
 
 
 FILES = """
@@ -196,5 +196,5 @@ attempt("openat2", lambda: call(437, -100, 0, 0, 0))
 def test_modes_owners_and_attributes_of_files_stay(tmp_path: Path) -> None:
     results = sealed(FILES, tmp_path)
     assert results.pop("openat2") == errno.ENOSYS, "what lies in memory no filter can read"
-    check(results)
+    check_results(results)
     assert (tmp_path / "file").stat().st_mode & 0o7777 == 0o640
