@@ -34,7 +34,8 @@ from .option import (
     out_of_range,
 )
 from .quantities import BYTES_MAX, GIB, KIB, MIB
-from .storage.kinds import absolute_name, absolute_path, is_absolute
+from .storage.disk import absolute_path
+from .storage.kinds import absolute_name, is_absolute
 
 Cache = Literal["none", "writeback"]
 DiskFormat = Literal["raw"]

@@ -10,8 +10,8 @@ from vhostsync.config import MirrorTarget
 from vhostsync.errors import DiskError, MirrorError
 from vhostsync.state_record import StateRecord
 from vhostsync.storage import kinds
+from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, Likeness, same
-from vhostsync.storage.kinds import Disk
 
 log = structlog.get_logger(__name__)
 

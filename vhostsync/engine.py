@@ -26,7 +26,7 @@ from vhostsync.engine_event import EngineEvent, event_of
 from vhostsync.errors import ConfigError, EngineError
 from vhostsync.record_store import Mark
 from vhostsync.snapshot import ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
-from vhostsync.storage.kinds import Disk
+from vhostsync.storage.disk import Disk
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.owned_fd import OwnedFd
 from vhostsync.vhost_user.ring_watch import RingsSeen

@@ -46,8 +46,9 @@ from vhostsync.record_keeper import RecordKeeper, outdated
 from vhostsync.record_store import RecordStore
 from vhostsync.roles import Roles
 from vhostsync.state_record import GuestDisk, StateRecord, Wanted, Worth
+from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, same
-from vhostsync.storage.kinds import Disk, is_named
+from vhostsync.storage.kinds import is_named
 from vhostsync.switch import Switch
 from vhostsync.switch_steps import SwitchSteps
 from vhostsync.turns import Turns

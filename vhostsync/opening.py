@@ -16,8 +16,9 @@ from vhostsync.errors import DamagedRecordError, DiskError, StateRecordError, Su
 from vhostsync.record_store import RecordStore
 from vhostsync.state_index import open_state_file
 from vhostsync.state_record import GuestDisk, StateRecord, Worth, timestamp
+from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, Likeness
-from vhostsync.storage.kinds import Disk, open_disk
+from vhostsync.storage.kinds import open_disk
 from vhostsync.virtio_blk import DeviceShape
 from vhostsync.who_may_serve import check_start
 

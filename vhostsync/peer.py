@@ -10,8 +10,8 @@ from typing import Final
 
 from vhostsync.destination import Place, look_again
 from vhostsync.heartbeat import why_changed
+from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, Likeness
-from vhostsync.storage.kinds import Disk
 
 NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 

@@ -24,6 +24,7 @@ from vhostsync import cli
 from vhostsync.errors import ConfigError, DiskError
 from vhostsync.storage import kinds
 from vhostsync.storage.condition import Condition, Look
+from vhostsync.storage.disk import CacheMode, Disk, Spot
 from vhostsync.storage.identity import DiskIdentity, Likeness
 
 BLOCK_BYTES = 512
@@ -103,7 +104,7 @@ class Served:
         return name
 
     def open(
-        self, name: str, *, read_only: bool, cache: kinds.CacheMode, lock_timeout_s: float
+        self, name: str, *, read_only: bool, cache: CacheMode, lock_timeout_s: float
     ) -> ServedDisk:
         deadline = time.monotonic() + lock_timeout_s
         while True:
@@ -128,7 +129,7 @@ class Served:
     def remove(self, name: str, made: object) -> None:
         self._told(name, "remove", token=made)
 
-    def is_made(self, disk: kinds.Disk, made: object) -> bool:
+    def is_made(self, disk: Disk, made: object) -> bool:
         return disk.identity.serial == made
 
     def overlap(self, one: str, other: str) -> str | None:
@@ -155,7 +156,7 @@ class Served:
             return Look(Condition.OTHER)
         return Look(Condition.THERE, users=("another backend",) if answer["owned"] else ())
 
-    def spot(self, name: str) -> kinds.Spot | None:
+    def spot(self, name: str) -> Spot | None:
         return None
 
     def places(self, disk: DiskIdentity) -> Iterable[Path]:

@@ -47,7 +47,7 @@ from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, Worth, decode_record
 from vhostsync.storage import local as disks
-from vhostsync.storage.kinds import Disk
+from vhostsync.storage.disk import Disk
 from vhostsync.storage.native import probe
 from vhostsync.virtio_blk import DeviceShape
 

@@ -17,7 +17,7 @@ from vhostsync.destination import open_destination
 from vhostsync.errors import StateRecordError
 from vhostsync.mirror_state import MirrorState
 from vhostsync.state_record import Worth
-from vhostsync.storage.kinds import Disk
+from vhostsync.storage.disk import Disk
 
 
 def created(it: Stage) -> MirrorTarget:

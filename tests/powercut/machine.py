@@ -43,7 +43,7 @@ from vhostsync.source_failover import SourceFailover
 from vhostsync.state_file import StateFile
 from vhostsync.state_record import StateRecord, decode_record
 from vhostsync.storage import local as disks
-from vhostsync.storage.kinds import Disk
+from vhostsync.storage.disk import Disk
 from vhostsync.storage.local import LocalDisk
 from vhostsync.storage.native import probe
 from vhostsync.verify import Verifier

@@ -1,143 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kind of disk has to say, and which kind a name or an identity means.
+"""Which kind (disk.py) a name or an identity means.
 
-A disk is what its kind says it is: nobody outside storage/ opens its path, looks at its descriptor or asks
-whether it is a file. A name is a text: a path (files and block devices: local.py), or one that begins with
-the prefix of a kind that was registered, as `rbd:` would be. Kinds that need more than every host has are
-modules (and libraries, c_shim/disk/disk_services.h) of their own, which `register` themselves.
+A name is a text: a path (files and block devices: local.py), or one that begins with the prefix of a kind
+that was registered, as `rbd:` would be. Kinds that need more than every host has are modules (and libraries,
+c_shim/disk/disk_services.h) of their own, which `register` themselves.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Final
 
 from vhostsync.errors import ConfigError
 from vhostsync.storage.condition import Condition, Look
+from vhostsync.storage.disk import CacheMode, Disk, Kind, Spot, absolute_path
 from vhostsync.storage.identity import DiskIdentity
 
-CacheMode = Literal["none", "writeback"]
-
 _LIKE_A_URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://")
-
-
-class Disk(Protocol):
-    """An open disk that nobody else has. `to_engine` gives it away; else `close` ends it. Whatever asks it
-    something blocks."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def identity(self) -> DiskIdentity: ...
-    @property
-    def read_only(self) -> bool: ...
-    @property
-    def direct(self) -> bool:
-        """Writes go past the page cache of this host."""
-        ...
-
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def logical_block_bytes(self) -> int: ...
-    @property
-    def physical_block_bytes(self) -> int: ...
-    @property
-    def discard_granularity_bytes(self) -> int: ...
-
-    def as_it_is(self) -> DiskIdentity:
-        """How it looks now, with what tells a later change by somebody else, where that shows."""
-        ...
-
-    def marked(self, mark: str | None) -> Self:
-        """The same, bearing this mark of ours, or a new one (None), where its kind bears any."""
-        ...
-
-    def image_format(self) -> str | None:
-        """The format of the image that it is, unless it is a raw disk. OSError."""
-        ...
-
-    def signatures(self) -> list[str]:
-        """What it seems to hold, in words. OSError."""
-        ...
-
-    def to_engine(self) -> Any:
-        """A vs_disk (c_shim/shim_api.h), which is the caller's. EngineError."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where on this host a disk lies, without links, and what has to be within reach of who opens it."""
-
-    real: Path
-    allow: Path
-
-
-class Kind(Protocol):
-    """One kind of disk. Everything but `absolute` blocks."""
-
-    @property
-    def prefix(self) -> str:
-        """What its names begin with: `rbd:`; of paths nothing."""
-        ...
-
-    @property
-    def identities(self) -> frozenset[str]:
-        """The kinds of its identities (DiskIdentity.kind)."""
-        ...
-
-    def absolute(self, name: str) -> str:
-        """The name as it is written everywhere, wherever the process stands. ConfigError: one clear sentence
-        that says what is wrong with it."""
-        ...
-
-    def open(self, name: str, *, read_only: bool, cache: CacheMode, lock_timeout_s: float) -> Disk:
-        """Open and lock it. Waits up to `lock_timeout_s` seconds for whoever has it, and for what a former
-        owner may still have under way there (the fence: docs/durability.md, rule 8). DiskError says what is
-        wrong and what to do."""
-        ...
-
-    def create(self, name: str, size_bytes: int) -> object:
-        """A new, empty one, durable; what is returned tells `remove` which. DiskError: nothing was made."""
-        ...
-
-    def remove(self, name: str, made: object) -> None:
-        """One that `create` has made and nobody needs; what somebody else has taken stays."""
-        ...
-
-    def is_made(self, disk: Disk, made: object) -> bool:
-        """Whether what was opened is what was made."""
-        ...
-
-    def overlap(self, one: str, other: str) -> str | None:
-        """Where both names lead to the same bytes, a phrase that says how. OSError."""
-        ...
-
-    def is_named(self, name: str, disk: DiskIdentity) -> bool:
-        """Whether the name still is that disk's."""
-        ...
-
-    def look(self, disk: DiskIdentity) -> Look:
-        """Whether it is there and answers, without opening it for anything."""
-        ...
-
-    def identify(self, name: str) -> DiskIdentity:
-        """What is there now, as `Disk.as_it_is` has it, while somebody may use it. OSError."""
-        ...
-
-    def spot(self, name: str) -> Spot | None:
-        """None: it lies not on this host."""
-        ...
-
-    def places(self, disk: DiskIdentity) -> Iterable[Path]:
-        """What of this host's files has to be within reach for it."""
-        ...
-
-
 _REGISTERED: Final[list[Kind]] = []
 
 
@@ -179,21 +57,6 @@ def absolute_name(name: str, of: str) -> str:
         have = ", ".join(["paths of image files and block devices", *(f"{k.prefix}…" for k in _REGISTERED)])
         raise ConfigError(f"{of} {name!r}: there are no disks of the kind {uri[1]} here; there are {have}.")
     return absolute_path(name, of)
-
-
-def absolute_path(name: str, of: str) -> str:
-    if "\0" in name:
-        raise ConfigError(f"The path {name!r} has a zero byte in it.")
-    path = Path(name)
-    if path == Path():  # also what an empty word makes
-        raise ConfigError(f"{of} is empty or the current directory; write a path.")
-    try:
-        return str(path.absolute())
-    except OSError as error:
-        raise ConfigError(
-            f"{path} begins at the current directory, which cannot be told ({error.strerror}); "
-            f"write the whole path."
-        ) from error
 
 
 # ---- of any kind ------------------------------------------------------------------

@@ -28,6 +28,7 @@ from vhostsync.storage import layers
 from vhostsync.storage import signatures as looking
 from vhostsync.storage.block import BlockDevice, is_block_device
 from vhostsync.storage.condition import Condition, Look
+from vhostsync.storage.disk import CacheMode, Disk, Spot, absolute_path
 from vhostsync.storage.file import RETRY_S, ImageFile, create_image, remove_image
 from vhostsync.storage.identity import DiskIdentity, Likeness
 from vhostsync.storage.image_locks import (
@@ -39,7 +40,6 @@ from vhostsync.storage.image_locks import (
     is_locked,
     try_lock,
 )
-from vhostsync.storage.kinds import CacheMode, Disk, Spot, absolute_path
 from vhostsync.storage.native import DiskProbe, file_disk
 from vhostsync.storage.native import probe as probe_disk
 from vhostsync.vhost_user.owned_fd import OwnedFd
