@@ -12,12 +12,12 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+from vhostsync.cli.serve_arguments import ANSWERS  # noqa: E402
 from vhostsync.config import ServeConfig  # noqa: E402
+from vhostsync.engine.snapshot import EngineFigures, QueueFigures  # noqa: E402
 from vhostsync.events import EVENTS  # noqa: E402
-from vhostsync.mirror_status import MirrorStatus  # noqa: E402
+from vhostsync.mirror.mirror_status import MirrorStatus  # noqa: E402
 from vhostsync.option import FLAG, Option, options_of  # noqa: E402
-from vhostsync.serve_arguments import ANSWERS  # noqa: E402
-from vhostsync.snapshot import EngineFigures, QueueFigures  # noqa: E402
 from vhostsync.statistic import statistics_of  # noqa: E402
 
 OPTIONS_HEAD = """\

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.guest_ring import TIMEOUT_S, Region, RingAddresses
 from tests.testing_library import ffi, lib
-from vhostsync.snapshot import ranges_of
+from vhostsync.engine.snapshot import ranges_of
 from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES
 
 NO_LOG = (1 << 64) - 1

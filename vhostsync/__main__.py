@@ -19,7 +19,7 @@ def run() -> int:
     if interruptible:
         signal.signal(signal.SIGINT, _leave)
     try:
-        from .cli import main
+        from vhostsync.cli.main import main
 
         if interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)

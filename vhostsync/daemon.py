@@ -26,17 +26,17 @@ import structlog
 from vhostsync import events
 from vhostsync import log as logging
 from vhostsync.config import ServeConfig
+from vhostsync.confine.privileges import Confinement, change_user, find_user, places_of
 from vhostsync.control.server import serve_control
-from vhostsync.device import Device, start_engine
-from vhostsync.engine import Engine
+from vhostsync.device.device import Device, start_engine
+from vhostsync.device.opening import Opened, open_device
+from vhostsync.engine.engine import Engine
 from vhostsync.errors import VhostsyncError
+from vhostsync.host.service_manager import ServiceManager
+from vhostsync.host.signals import watch_signals
 from vhostsync.metrics import serve_metrics
-from vhostsync.opening import Opened, open_device
 from vhostsync.printable import printable
-from vhostsync.privileges import Confinement, change_user, find_user, places_of
-from vhostsync.service_manager import ServiceManager
-from vhostsync.signals import watch_signals
-from vhostsync.state_index import default_directory, make_directory
+from vhostsync.record.state_index import default_directory, make_directory
 from vhostsync.storage.signatures import load_library
 from vhostsync.vhost_user import listener
 

@@ -25,13 +25,14 @@ import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
-from . import unix_socket
+from vhostsync.engine.snapshot import EngineFigures, QueueFigures
+from vhostsync.host import unix_socket
+from vhostsync.mirror.mirror_status import MirrorStatus
+
 from .config import TcpAddress
 from .control import sockets
 from .control.commands import Backend, dashed
 from .errors import ConfigError
-from .mirror_status import MirrorStatus
-from .snapshot import EngineFigures, QueueFigures
 from .statistic import MetricKind, statistics_of
 
 log = structlog.get_logger(__name__)

@@ -18,7 +18,7 @@ from tests.crash.backend_thread import BackendThread
 from tests.guest.backends import Vhostsync
 from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import QmpError
-from vhostsync.state_file import StateFile
+from vhostsync.record.state_file import StateFile
 
 LEFT_BEHIND_MAX = 8
 """Descriptors that a process may have more than after its start, with a mirror and a client or two."""

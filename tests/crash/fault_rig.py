@@ -27,8 +27,8 @@ from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import Qmp, QmpError
 from tests.holding import holding
 from tests.vhost_client import ConnectionLostError, Message, VhostUserClient
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord, Worth
 
 LOG_MIB = 16
 LOAD_BLOCKS = 6144

@@ -12,8 +12,8 @@ from pathlib import Path
 from tests.crash.backend_thread import BackendThread
 from tests.daemon.rig import await_true
 from tests.guest.backends import Vhostsync
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import Worth
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import Worth
 
 
 @dataclass

@@ -26,8 +26,8 @@ from tests.guest.processes import Process, ProcessError, wait_listening
 from tests.guest.qmp_client import Qmp
 from tests.guest_ring import GuestMemory
 from tests.vhost_client import VhostUserTransport
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord
 
 BLOCK = 4096
 WAIT_S = 30.0

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.testing_library import lib
-from vhostsync import cli
+from vhostsync.cli import main as cli
 from vhostsync.errors import ConfigError, DiskError
 from vhostsync.storage import kinds
 from vhostsync.storage.condition import Condition, Look

@@ -11,7 +11,7 @@ import pytest
 from tests.daemon.rig import Served, await_true, ext4, flush, image, same_content, write_block
 from tests.guest.images import new_image
 from tests.guest.qmp_client import QmpError
-from vhostsync.state_record import Worth
+from vhostsync.record.state_record import Worth
 
 OPTIONS = ("--on-congestion", "pull-ahead", "--max-lag-ms", "100", "--destination-timeout", "60s")
 REGION = 64 << 10

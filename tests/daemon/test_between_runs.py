@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import ext4_image, loop_device, mounted, overlay
-from vhostsync import heartbeat, kernel
 from vhostsync.config import Answer, ServeConfig
+from vhostsync.device.opening import Opened, open_device
 from vhostsync.errors import DiskError, StateRecordError
-from vhostsync.opening import Opened, open_device
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord, Wanted, Worth
+from vhostsync.host import kernel
+from vhostsync.record import heartbeat
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord, Wanted, Worth
 from vhostsync.storage import identify
 from vhostsync.storage.file import create_image
 from vhostsync.storage.identity import DiskIdentity, Likeness

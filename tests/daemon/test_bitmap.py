@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import Served, await_true, flush, image, refused_start, write_block
-from vhostsync.bitmap import HEADER_BYTES, Header
-from vhostsync.heartbeat import LANDING_NS
-from vhostsync.heartbeat import WORDS as HEARTBEAT
+from vhostsync.record.bitmap import HEADER_BYTES, Header
+from vhostsync.record.heartbeat import LANDING_NS
+from vhostsync.record.heartbeat import WORDS as HEARTBEAT
 
 REGION = 64 << 10
 EXTENT = 4 << 20

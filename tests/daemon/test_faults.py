@@ -28,7 +28,7 @@ from tests.daemon.rig import (
 from tests.frontend import Frontend, Request, Status
 from tests.guest.images import MIB, new_image
 from tests.guest.qmp_client import QmpError
-from vhostsync.state_record import Worth
+from vhostsync.record.state_record import Worth
 
 NO_SPACE = "No space left on device"
 

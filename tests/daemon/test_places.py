@@ -17,9 +17,10 @@ from typing import Final
 import pytest
 
 from tests.daemon.rig import WAIT_S, fill, image, tmpfs
-from vhostsync import cli, daemon
-from vhostsync.state_index import open_state_file
-from vhostsync.state_record import StateRecord
+from vhostsync import daemon
+from vhostsync.cli import main as cli
+from vhostsync.record.state_index import open_state_file
+from vhostsync.record.state_record import StateRecord
 from vhostsync.storage.identify import identify
 from vhostsync.storage.identity import DiskIdentity
 

@@ -106,8 +106,8 @@ def test_every_thread_has_nothing_left(work: Path) -> None:
 TAKEN_OVER = """
 import json, os, signal, sys
 from pathlib import Path
-from vhostsync.cli import main
-from vhostsync.service_manager import ServiceManager
+from vhostsync.cli.main import main
+from vhostsync.host.service_manager import ServiceManager
 results, tell = Path(os.environ["RESULTS"]), ServiceManager.tell
 kept, neighbour = results.open("w"), int(os.environ["NEIGHBOUR"])
 def attempts():

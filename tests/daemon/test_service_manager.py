@@ -17,7 +17,7 @@ import pytest
 from tests.daemon.rig import WAIT_S, Served, await_true, image, need_root
 from tests.guest.backends import vhostsync_command
 from tests.guest.processes import Process, wait_listening
-from vhostsync.service_manager import ServiceManager
+from vhostsync.host.service_manager import ServiceManager
 
 UNITS = Path(__file__).parents[2] / "share" / "systemd"
 MANAGER = Path(__file__).with_name("own_manager.sh")

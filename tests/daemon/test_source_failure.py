@@ -28,7 +28,7 @@ from tests.daemon.rig import (
 from tests.frontend import Status
 from tests.guest.images import MIB, fill_random, new_image
 from tests.guest.qmp_client import QmpError
-from vhostsync.state_record import decode_record
+from vhostsync.record.state_record import decode_record
 
 SIZE_MIB = 16
 GOOD_MIB = 12

@@ -13,7 +13,7 @@ import pytest
 
 from tests.daemon.rig import Load, Served, flush, image, lacking, tmpfs, write_block
 from tests.guest.images import new_image
-from vhostsync.state_record import Worth
+from vhostsync.record.state_record import Worth
 
 
 def into(target: str) -> list[str]:

@@ -27,8 +27,8 @@ import anyio.lowlevel
 
 from tests.engine_options import engine_options
 from tests.fuzz.odd_descriptors import ODD, memory
-from vhostsync.engine import Engine, EngineConfig
-from vhostsync.engine_event import EngineEvent, EventKind
+from vhostsync.engine.engine import Engine, EngineConfig
+from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.events import FRONTEND_DISCONNECTED
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe
@@ -51,7 +51,7 @@ from vhostsync.vhost_user.payloads import (
 )
 from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES, OFFERED
 from vhostsync.vhost_user.server import FrontendServer
-from vhostsync.virtio_blk import BlkDevice, DeviceShape, Feature
+from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape, Feature
 
 MIB = 1 << 20
 DISK_BYTES = 8 * MIB

@@ -15,7 +15,7 @@ import pytest
 from tests.guest.backends import Vhostsync
 from tests.guest.images import new_image
 from tests.guest.processes import Process, wait_said
-from vhostsync.show import status_text
+from vhostsync.cli.show import status_text
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 

@@ -55,7 +55,7 @@ PYTHON = [
     _m(
         "a-copy-keeps-the-mark",
         "a copy that is served as a disk of its own gets a mark of its own",
-        "state_index.py",
+        "record/state_index.py",
         "return bool(alike) and not any(same(pointer.disk, disk) for pointer in alike)",
         "return not alike",
         "daemon/test_between_runs.py::test_a_copy_beside_it",
@@ -63,7 +63,7 @@ PYTHON = [
     _m(
         "a-former-peer-is-forgotten",
         "a copy that did not end is known as one when another disk takes its place",
-        "state_record.py",
+        "record/state_record.py",
         "former = () if self.peer is None or same(self.peer, peer) else (self._former_peer(),)",
         "former = ()",
         "unit/test_who_may_serve.py::"
@@ -72,7 +72,7 @@ PYTHON = [
     _m(
         "a-half-copy-is-promoted-as-a-moment",
         "what the peer was worth is known after another disk was promoted",
-        "state_record.py",
+        "record/state_record.py",
         "gone.append(replace(self._former_peer(since), lost=True))",
         "gone.append(Superseded(self.peer, since, lost=True))",
         "unit/test_who_may_serve.py::test_what_the_peer_was_worth_is_known_after_another_disk_was_promoted",
@@ -90,7 +90,7 @@ PYTHON = [
     _m(
         "a-superseded-disk-found-by-its-name",
         "a superseded disk is refused under every name",
-        "state_index.py",
+        "record/state_index.py",
         "for pointer in pointers if pointer.disk.likeness(disk) is likeness}",
         "for pointer in pointers if (pointer.disk.path == disk.path) is (likeness is Likeness.SAME)}",
         "unit/test_state_index.py::test_a_renamed_superseded_disk_is_still_refused",
@@ -98,7 +98,7 @@ PYTHON = [
     _m(
         "a-missing-record-is-a-licence",
         "a record of two disks that is missing lets neither of them be served",
-        "state_index.py",
+        "record/state_index.py",
         "if pointer.kept and same(pointer.disk, disk):",
         "if False:",
         "unit/test_state_index.py::test_a_record_that_is_missing_is_no_licence_to_serve",
@@ -107,7 +107,7 @@ PYTHON = [
     _m(
         "the-peer-survives-a-promotion",
         "once a disk is promoted, the lost one and the peer are superseded for good",
-        "state_record.py",
+        "record/state_record.py",
         "        if self.peer is not None:\n            gone.append(",
         "        if self.peer is not None and self.bitmap:\n            gone.append(",
         "unit/test_who_may_serve.py::test_a_new_file_at_the_current_path_is_a_question",
@@ -115,7 +115,7 @@ PYTHON = [
     _m(
         "the-lost-disk-survives-a-promotion",
         "once a disk is promoted, the lost one is refused when it comes back",
-        "state_record.py",
+        "record/state_record.py",
         "gone = [Superseded(self.current, since, lost=True)]",
         "gone: list[Superseded] = []",
         "daemon/test_between_runs.py::test_the_source_is_lost_and_comes_back",
@@ -123,7 +123,7 @@ PYTHON = [
     _m(
         "half-a-copy-is-promoted",
         "a copy that did not end is never promoted",
-        "who_may_serve.py",
+        "record/who_may_serve.py",
         "return [record.peer, *copies] if record.peer_worth is Worth.INCONSISTENT else copies",
         "return copies",
         "daemon/test_between_runs.py::test_the_source_is_lost_and_comes_back",
@@ -131,7 +131,7 @@ PYTHON = [
     _m(
         "half-a-copy-is-offered",
         "a copy that did not end is not offered",
-        "who_may_serve.py",
+        "record/who_may_serve.py",
         "    if worth is Worth.INCONSISTENT:\n        return",
         "    if worth is None:\n        return",
         "daemon/test_between_runs.py::test_the_source_is_lost_and_comes_back",
@@ -139,7 +139,7 @@ PYTHON = [
     _m(
         "a-new-file-without-an-answer",
         "another file at the current disk's path is a question where something is at stake",
-        "who_may_serve.py",
+        "record/who_may_serve.py",
         "if record.at_stake or (likeness is Likeness.OTHER and disk.path != record.current.path):",
         "if disk.path != record.current.path:",
         "unit/test_who_may_serve.py::test_a_new_file_at_the_current_path_is_a_question",
@@ -147,7 +147,7 @@ PYTHON = [
     _m(
         "same-disk-of-another-file",
         "--same-disk is refused where it is certainly another file",
-        "who_may_serve.py",
+        "record/who_may_serve.py",
         "        if likeness is Likeness.OTHER:\n            raise",
         "        if likeness is None:\n            raise",
         "unit/test_who_may_serve.py::test_a_new_file_at_the_current_path_is_a_question",
@@ -155,7 +155,7 @@ PYTHON = [
     _m(
         "the-bitmap-of-a-copied-file",
         "with --same-disk the bitmap is kept only if nothing says that it may be a copy or a snapshot",
-        "who_may_serve.py",
+        "record/who_may_serve.py",
         "kept = None if record.current.lies_elsewhere(disk) else record.bitmap",
         "kept = record.bitmap",
         "daemon/test_between_runs.py::test_moved_to_another_file_system",
@@ -164,7 +164,7 @@ PYTHON = [
     _m(
         "up-to-date-though-it-serves",
         "a start records 'outdated' before it serves, since no mirror runs then",
-        "opening.py",
+        "device/opening.py",
         "if record.peer_worth is Worth.UP_TO_DATE:",
         "if record.peer_worth is Worth.UP_TO_DATE and not found.clean:",
         "daemon/test_between_runs.py::test_nothing_but_a_boot",
@@ -172,7 +172,7 @@ PYTHON = [
     _m(
         "an-untrue-record-is-served",
         "a start is refused where a record that calls the destination up to date cannot be replaced",
-        "opening.py",
+        "device/opening.py",
         "if found.peer is not None and found.peer_worth is Worth.UP_TO_DATE:",
         "if found.peer is None and found.peer_worth is Worth.UP_TO_DATE:",
         "unit/test_late_record.py::test_where_something_waits_for_it_the_start_is_refused",
@@ -180,7 +180,7 @@ PYTHON = [
     _m(
         "a-bitmap-that-misses-writes",
         "a start is refused where a record that names a bitmap cannot be replaced",
-        "opening.py",
+        "device/opening.py",
         "if found.bitmap is not None:",
         "if found.bitmap is not None and not found.clean:",
         "unit/test_late_record.py::test_where_something_waits_for_it_the_start_is_refused",
@@ -188,7 +188,7 @@ PYTHON = [
     _m(
         "an-epoch-that-can-wait",
         "a start is refused where the record still calls another disk the current one",
-        "opening.py",
+        "device/opening.py",
         "if record.epoch != found.epoch:",
         "if record.epoch < found.epoch:",
         "unit/test_late_record.py::test_a_promotion_that_cannot_be_written_is_refused",
@@ -196,7 +196,7 @@ PYTHON = [
     _m(
         "a-change-that-nobody-sees",
         "after an end in order a change by somebody else is seen, and everything is copied",
-        "opening.py",
+        "device/opening.py",
         "if found.clean and record.bitmap is not None and",
         "if not found.clean and record.bitmap is not None and",
         "daemon/test_between_runs.py::test_written_to_by_somebody_else",
@@ -204,7 +204,7 @@ PYTHON = [
     _m(
         "the-shape-of-the-disk",
         "capacity and block sizes are those that the guest was told first, on whatever disk it is by now",
-        "opening.py",
+        "device/opening.py",
         "told = record.guest if record is not None and record.at_stake else None",
         "told = None",
         "daemon/test_between_runs.py::test_grown",
@@ -212,7 +212,7 @@ PYTHON = [
     _m(
         "a-growth-that-is-not-recorded",
         "the record has the new size before anybody is told",
-        "resize.py",
+        "mirror/resize.py",
         "            await self._mirror.record_capacity(capacity)\n            try:",
         "            try:",
         "daemon/test_guest_disk.py::test_a_resize_is_recorded",
@@ -220,7 +220,7 @@ PYTHON = [
     _m(
         "measures-the-path",
         "the disk that is open is measured, and not what has its name by now",
-        "resize.py",
+        "mirror/resize.py",
         'source_bytes = await self._engine.disk_bytes("source")',
         "source_bytes = self._mirror.source_path.stat().st_size",
         "daemon/test_resize.py::test_the_open_disk_is_measured_and_not_what_has_its_name_by_now",
@@ -229,7 +229,7 @@ PYTHON = [
     _m(
         "a-foreign-file-is-ours",
         "a file that does not begin as ours do is left alone",
-        "own_file.py",
+        "host/own_file.py",
         "return cut_short or head.startswith(begins)",
         "return True",
         "unit/test_own_file.py::test_a_name_that_is_taken_is_refused",
@@ -237,7 +237,7 @@ PYTHON = [
     _m(
         "a-disk-is-a-bitmap",
         "a bitmap is made of nothing that is not empty and not ours",
-        "own_file.py",
+        "host/own_file.py",
         "if not stat.S_ISREG(mode):",
         "if stat.S_ISDIR(mode):",
         "unit/test_own_file.py::test_a_bitmap_is_made_of_nothing_else",
@@ -246,7 +246,7 @@ PYTHON = [
     _m(
         "what-differs-is-not-recorded",
         "the record has it that the destination differs, so a restart knows it",
-        "record_keeper.py",
+        "mirror/record_keeper.py",
         "            record = self.record.with_difference(self.different_since)\n            try:",
         "            record = self.record\n            try:",
         "daemon/test_verify.py::test_a_switch_to_what_differs_is_refused_until_it_is_mended",
@@ -254,7 +254,7 @@ PYTHON = [
     _m(
         "a-resync-forgets-what-differs",
         "a copy of what differs mends nothing that a verification has found: no bit says where",
-        "mirror.py",
+        "mirror/mirror.py",
         "            if not resync:\n                record = record.with_difference(None)",
         "            record = record.with_difference(None)",
         "daemon/test_verify.py::test_a_switch_to_what_differs_is_refused_until_it_is_mended",
@@ -263,7 +263,7 @@ PYTHON = [
     _m(
         "a-failover-waits",
         "the switch from a failed source interrupts whoever has the turn",
-        "turns.py",
+        "mirror/turns.py",
         "                self._scope.cancel()\n",
         "",
         "failover_first.py::test_who_goes_first_waits_until_the_other_has_undone_it_and_no_third_comes_between",
@@ -271,7 +271,7 @@ PYTHON = [
     _m(
         "a-third-comes-between",
         "while a switch from a failed source waits for its turn, nobody else gets it",
-        "turns.py",
+        "mirror/turns.py",
         "if (other := self.first or self._name) is not None:",
         "if (other := self._name) is not None:",
         "failover_first.py::test_who_goes_first_waits_until_the_other_has_undone_it_and_no_third_comes_between",
@@ -279,7 +279,7 @@ PYTHON = [
     _m(
         "two-starts-at-once",
         "of many starts over a leftover socket one wins, and the others are told",
-        "unix_socket.py",
+        "host/unix_socket.py",
         "        with _alone(path):\n",
         "        with suppress():\n",
         "unit/test_unix_socket.py::test_of_many_that_start_at_once_over_a_leftover_one_wins",
@@ -287,7 +287,7 @@ PYTHON = [
     _m(
         "a-busy-socket-is-a-leftover",
         "only a socket on which nobody listens is replaced",
-        "unix_socket.py",
+        "host/unix_socket.py",
         "not in (errno.ECONNREFUSED, errno.ENOENT):",
         "not in (errno.ECONNREFUSED, errno.ENOENT, errno.EAGAIN):",
         "unit/test_unix_socket.py::test_a_busy_socket_is_not_taken_for_a_leftover",

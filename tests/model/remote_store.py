@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from vhostsync.errors import StateRecordError, SupersededError, UnsettledRecordError
-from vhostsync.record_store import Prepared, RecordStore
-from vhostsync.state_record import StateRecord
+from vhostsync.record.record_store import Prepared, RecordStore
+from vhostsync.record.state_record import StateRecord
 
 _numbers = itertools.count(1)
 

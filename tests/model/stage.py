@@ -22,18 +22,18 @@ from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.model.rig import MIB
 from vhostsync.config import MirrorTarget
-from vhostsync.engine import Engine, EngineConfig
-from vhostsync.engine_attachment import EngineAttachment
+from vhostsync.engine.engine import Engine, EngineConfig
+from vhostsync.engine.engine_attachment import EngineAttachment
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror
-from vhostsync.mirror_state import MirrorState
-from vhostsync.record_store import Prepared
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.host.owned_fd import OwnedFd
+from vhostsync.mirror.mirror import Mirror
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.record.record_store import Prepared
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe
 from vhostsync.vhost_user.attachment import MemoryRegion
-from vhostsync.vhost_user.owned_fd import OwnedFd
 
 SIZE = 4 * MIB
 WAIT_S = 10.0

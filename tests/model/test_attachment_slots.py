@@ -11,7 +11,7 @@ import pytest
 
 from tests.model.stage import Stage, play
 from vhostsync._shim import lib
-from vhostsync.engine import ATTACHMENTS_MAX
+from vhostsync.engine.engine import ATTACHMENTS_MAX
 from vhostsync.errors import EngineError
 
 

@@ -22,13 +22,13 @@ from tests.model.stage import SIZE, Stage, stage, until
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import MirrorError
 from vhostsync.events import EventHub
-from vhostsync.mirror_state import MirrorState
-from vhostsync.resize import Resizer
-from vhostsync.source_failover import SourceFailover
-from vhostsync.state_record import GuestDisk
-from vhostsync.turns import Turns
-from vhostsync.verify import Verifier
-from vhostsync.virtio_blk import BlkDevice, DeviceShape
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.resize import Resizer
+from vhostsync.mirror.source_failover import SourceFailover
+from vhostsync.mirror.turns import Turns
+from vhostsync.mirror.verify import Verifier
+from vhostsync.record.state_record import GuestDisk
+from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape
 
 READ, WRITE, FLUSH = DiskOp.READ, DiskOp.WRITE, DiskOp.FLUSH
 ROOM = 2 * SIZE

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.model.rig import Rig
 from tests.model.test_bitmap_lost import BLOCKS_A_REGION, Bits, rig
 from vhostsync._shim import lib
-from vhostsync.heartbeat import Heartbeat
+from vhostsync.record.heartbeat import Heartbeat
 
 
 def promised(bits: Bits) -> Heartbeat:

@@ -32,24 +32,24 @@ from tests.frontend import Frontend, Request
 from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, MIB, pattern
 from tests.model.stage import AsyncTransport
-from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
-from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes
+from vhostsync.device.opening import Opened, check_record, follow_record, recognisable
+from vhostsync.engine.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.errors import StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror
-from vhostsync.mirror_state import MirrorState
-from vhostsync.opening import Opened, check_record, follow_record, recognisable
-from vhostsync.pause import DestinationPause
-from vhostsync.record_store import Prepared, RecordStore
-from vhostsync.retry import DestinationRetry
-from vhostsync.source_failover import SourceFailover
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord, Worth, decode_record
+from vhostsync.mirror.mirror import Mirror
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.pause import DestinationPause
+from vhostsync.mirror.retry import DestinationRetry
+from vhostsync.mirror.source_failover import SourceFailover
+from vhostsync.record.bitmap import BitmapFile, Shape
+from vhostsync.record.record_store import Prepared, RecordStore
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord, Worth, decode_record
 from vhostsync.storage import local as disks
 from vhostsync.storage.disk import Disk
 from vhostsync.storage.native import probe
-from vhostsync.virtio_blk import DeviceShape
+from vhostsync.vhost_user.virtio_blk import DeviceShape
 
 SIZE = 4 * MIB
 BLOCKS = 24

@@ -17,14 +17,14 @@ from tests.engine_driver import DiskOp
 from tests.frontend import Status
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import SIZE, WAIT_S, Stage, play, until
-from vhostsync import peer, record_keeper
 from vhostsync.config import MirrorTarget
-from vhostsync.destination import Place, look_again
-from vhostsync.engine_event import EngineEvent, EventKind
+from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.errors import MirrorError, StateRecordError, SwitchError
-from vhostsync.mirror_state import MirrorState
-from vhostsync.record_store import Prepared
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.mirror import peer, record_keeper
+from vhostsync.mirror.destination import Place, look_again
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.record.record_store import Prepared
+from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks
 from vhostsync.storage.identity import DiskIdentity
 

@@ -40,7 +40,6 @@ from tests.model.remote_store import Outcome, RemoteStore, Server
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import until
 from tests.model.test_policy import BLOCKS, SPREAD, Run, World, disks_in, run_of
-from vhostsync import record_keeper
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import (
     MirrorError,
@@ -50,10 +49,11 @@ from vhostsync.errors import (
     UnsettledRecordError,
     VhostsyncError,
 )
-from vhostsync.mirror_state import MirrorState
-from vhostsync.record_store import RecordStore
-from vhostsync.state_record import StateRecord, Worth
-from vhostsync.who_may_serve import check_start
+from vhostsync.mirror import record_keeper
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.record.record_store import RecordStore
+from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.record.who_may_serve import check_start
 
 EXAMPLES = int(os.environ.get("VHOSTSYNC_STORE_EXAMPLES", "15"))
 PATIENCE_S = 20.0

@@ -11,12 +11,12 @@ import anyio
 import pytest
 
 from tests.model.stage import WAIT_S, Stage, play, until
-from vhostsync import mirror
 from vhostsync.config import MirrorTarget
-from vhostsync.destination import open_destination
 from vhostsync.errors import StateRecordError
-from vhostsync.mirror_state import MirrorState
-from vhostsync.state_record import Worth
+from vhostsync.mirror import mirror
+from vhostsync.mirror.destination import open_destination
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.record.state_record import Worth
 from vhostsync.storage.disk import Disk
 
 

@@ -17,9 +17,9 @@ from tests.engine_driver import DiskOp
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import Stage, stage
 from vhostsync.errors import EngineError
-from vhostsync.mirror_state import MirrorState
-from vhostsync.mirror_status import SwitchPlan
-from vhostsync.switch_steps import SwitchSteps
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.mirror_status import SwitchPlan
+from vhostsync.mirror.switch_steps import SwitchSteps
 
 PLAN = SwitchPlan(max_pause_ms=2000)
 

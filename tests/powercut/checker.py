@@ -36,13 +36,13 @@ from tests.powercut.machine import (
 from tests.powercut.media import SECTOR, tags_of
 from tests.powercut.recorder import Confirmed, Kind, Moment, Replaced, Settled, Submitted
 from tests.powercut.state import BrokenPromiseError, State, pieces_of, sectors_of
-from vhostsync import engine as engine_module
 from vhostsync._shim import lib
-from vhostsync.bad_ranges import within
-from vhostsync.bitmap import HEADER_BYTES
-from vhostsync.peer import Peer
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import Worth, decode_record
+from vhostsync.engine import engine as engine_module
+from vhostsync.mirror.bad_ranges import within
+from vhostsync.mirror.peer import Peer
+from vhostsync.record.bitmap import HEADER_BYTES
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import Worth, decode_record
 from vhostsync.storage.local import LocalDisk
 
 LOG_BYTES = (24 + 8 * SHAPE.extents + 4095) // 4096 * 4096

@@ -28,27 +28,28 @@ from tests.model.stage import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
 from tests.testing_library import lib
-from vhostsync import engine as engine_module
-from vhostsync import kernel, opening
-from vhostsync.bad_ranges import within
-from vhostsync.bitmap import BitmapFile, Shape
 from vhostsync.config import MirrorTarget
-from vhostsync.engine import Engine, EngineConfig, bitmap_file_bytes
+from vhostsync.device import opening
+from vhostsync.device.opening import Opened
+from vhostsync.engine import engine as engine_module
+from vhostsync.engine.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror
-from vhostsync.mirror_state import MirrorState
-from vhostsync.opening import Opened
-from vhostsync.resize import Resizer
-from vhostsync.source_failover import SourceFailover
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord, decode_record
+from vhostsync.host import kernel
+from vhostsync.mirror.bad_ranges import within
+from vhostsync.mirror.mirror import Mirror
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.resize import Resizer
+from vhostsync.mirror.source_failover import SourceFailover
+from vhostsync.mirror.verify import Verifier
+from vhostsync.record.bitmap import BitmapFile, Shape
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord, decode_record
 from vhostsync.storage import local as disks
 from vhostsync.storage.disk import Disk
 from vhostsync.storage.local import LocalDisk
 from vhostsync.storage.native import probe
-from vhostsync.verify import Verifier
 from vhostsync.vhost_user.server import FrontendServer
-from vhostsync.virtio_blk import BlkDevice, DeviceShape
+from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape
 
 MIB = 1 << 20
 SIZE = 1 * MIB

@@ -27,10 +27,10 @@ from tests.powercut.recorder import (
 )
 from tests.powercut.state import sectors_of
 from vhostsync.errors import SwitchError
-from vhostsync.mirror_state import MirrorState
-from vhostsync.mirror_status import SwitchResult
-from vhostsync.retry import DestinationRetry
-from vhostsync.verify import VerifyState
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.mirror_status import SwitchResult
+from vhostsync.mirror.retry import DestinationRetry
+from vhostsync.mirror.verify import VerifyState
 
 WAIT_S = 20
 

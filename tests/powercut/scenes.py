@@ -42,7 +42,7 @@ from tests.powercut.phases import (
     verify_and_switch,
 )
 from vhostsync.errors import VhostsyncError
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.record.state_record import StateRecord, Worth
 
 WITHOUT_GUEST = (stop_queues,)
 WRITE_THROUGH = DEFAULT_FEATURES & ~(Feature.FLUSH | Feature.CONFIG_WCE)

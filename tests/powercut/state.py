@@ -37,7 +37,7 @@ from tests.powercut.recorder import (
     Verified,
     VerifyBegun,
 )
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.record.state_record import StateRecord, Worth
 
 ON_DISK = (Kind.WRITE, Kind.ZERO, Kind.FLUSHED, Kind.LOADED, Kind.SPOILT)
 Ranges = Iterable[tuple[int, int]]

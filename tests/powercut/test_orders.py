@@ -29,9 +29,9 @@ from tests.model.rig import BLOCK, Rig, pattern, rig
 from tests.powercut.checker import BITS_AT
 from tests.powercut.machine import EXTENT, MIB, REGION, SHAPE, SIZE, Site, booted
 from tests.testing_library import ffi, lib
-from vhostsync.bitmap import HEADER_BYTES, BitmapFile, Header, Trust
-from vhostsync.engine import _engine_bitmap, bitmap_file_bytes
-from vhostsync.state_record import StateRecord
+from vhostsync.engine.engine import _engine_bitmap, bitmap_file_bytes
+from vhostsync.record.bitmap import HEADER_BYTES, BitmapFile, Header, Trust
+from vhostsync.record.state_record import StateRecord
 
 BYTES = bitmap_file_bytes(SHAPE)
 

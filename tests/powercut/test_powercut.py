@@ -15,13 +15,13 @@ from tests.powercut.checker import LossError, Tally
 from tests.powercut.machine import Site
 from tests.powercut.runs import check_scene, site
 from tests.powercut.scenes import SCENES, Scene
-from vhostsync.bad_ranges import BadRanges
-from vhostsync.mirror_status import Switched
-from vhostsync.record_keeper import RecordKeeper
-from vhostsync.record_store import Prepared
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.mirror.bad_ranges import BadRanges
+from vhostsync.mirror.mirror_status import Switched
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.mirror.switch_steps import SwitchSteps
+from vhostsync.record.record_store import Prepared
+from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage.identity import DiskIdentity
-from vhostsync.switch_steps import SwitchSteps
 
 SEEDS = int(os.environ.get("VHOSTSYNC_POWERCUT_SEEDS", "2"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.protocol.desk import Desk
-from vhostsync.vhost_user.owned_fd import close_all
+from vhostsync.host.owned_fd import close_all
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@
 from typing import Any
 
 from tests.protocol.fakes import WANTED, RecordingAttachment, RecordingChannel, device, some_fds
+from vhostsync.host.owned_fd import OwnedFd, close_all
 from vhostsync.vhost_user.messages import HEADER, Message, ProtocolFeature, Request
-from vhostsync.vhost_user.owned_fd import OwnedFd, close_all
 from vhostsync.vhost_user.payloads import U64, Empty, Payload, VringAddress, VringFile, VringState
 from vhostsync.vhost_user.rules import OFFERED
 from vhostsync.vhost_user.session import Session
-from vhostsync.virtio_blk import BlkDevice
+from vhostsync.vhost_user.virtio_blk import BlkDevice
 
 R = Request
 

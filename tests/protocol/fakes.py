@@ -12,11 +12,11 @@ from typing import Any
 import anyio
 
 from vhostsync.errors import EngineError
+from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.vhost_user.attachment import MemoryRegion
 from vhostsync.vhost_user.messages import HEADER, Message, Request, encode_request
-from vhostsync.vhost_user.owned_fd import OwnedFd
 from vhostsync.vhost_user.payloads import Empty, Payload, encode_payload
-from vhostsync.virtio_blk import BlkDevice, DeviceShape, Feature
+from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape, Feature
 
 MIB = 1024 * 1024
 SHAPE = DeviceShape(capacity_bytes=64 * MIB, num_queues=4)

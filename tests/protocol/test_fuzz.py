@@ -15,10 +15,10 @@ from tests.protocol.conftest import open_fds
 from tests.protocol.fakes import RecordingAttachment, RecordingChannel, device, region, some_fds, wire_of
 from tests.protocol.traces import TRACES
 from vhostsync.errors import FrontendError
+from vhostsync.host.owned_fd import OwnedFd, close_all
 from vhostsync.vhost_user.attachment import Attachment, MemoryRegion
 from vhostsync.vhost_user.listener import Endpoint
 from vhostsync.vhost_user.messages import FORMATS, HEADER, Header, Message, Request, parse_message
-from vhostsync.vhost_user.owned_fd import OwnedFd, close_all
 from vhostsync.vhost_user.payloads import (
     U64,
     ConfigAccess,

@@ -12,7 +12,7 @@ from vhostsync.errors import FrontendError
 from vhostsync.vhost_user.messages import ProtocolFeature, Request
 from vhostsync.vhost_user.payloads import U64, LogArea, VringAddress, encode_u64
 from vhostsync.vhost_user.rules import OFFERED
-from vhostsync.virtio_blk import Feature
+from vhostsync.vhost_user.virtio_blk import Feature
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leak")]
 

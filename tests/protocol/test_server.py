@@ -22,7 +22,7 @@ from vhostsync.vhost_user.listener import Endpoint, adopt, listen_at
 from vhostsync.vhost_user.messages import HEADER, Request
 from vhostsync.vhost_user.payloads import U64, VringState, encode_u64, encode_vring_state
 from vhostsync.vhost_user.server import ATTACHMENTS_MAX, FrontendServer
-from vhostsync.virtio_blk import BlkDevice
+from vhostsync.vhost_user.virtio_blk import BlkDevice
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leak")]
 

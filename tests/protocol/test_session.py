@@ -37,7 +37,7 @@ from vhostsync.vhost_user.rules import (
     RULES,
 )
 from vhostsync.vhost_user.session import Session
-from vhostsync.virtio_blk import BlkDevice, DeviceShape, Feature
+from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape, Feature
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leak")]
 

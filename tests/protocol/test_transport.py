@@ -11,8 +11,8 @@ import pytest
 
 from tests.protocol.fakes import WireFrontend, region, some_fds, wire, wire_of
 from vhostsync.errors import FrontendError
+from vhostsync.host.owned_fd import OwnedFd, close_all
 from vhostsync.vhost_user.messages import HEADER, Message, Request, encode_reply
-from vhostsync.vhost_user.owned_fd import OwnedFd, close_all
 from vhostsync.vhost_user.payloads import U64, ConfigAccess, MemoryTable, VringFile, encode_u64
 from vhostsync.vhost_user.transport import BackendChannel, Connection
 

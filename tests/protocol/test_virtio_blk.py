@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhostsync import virtio_blk
-from vhostsync.vhost_user import messages, payloads, rules, server
-from vhostsync.virtio_blk import (
+from vhostsync.vhost_user import messages, payloads, rules, server, virtio_blk
+from vhostsync.vhost_user.virtio_blk import (
     CONFIG_BYTES,
     SECTOR_BYTES,
     BlkDevice,

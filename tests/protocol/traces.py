@@ -26,7 +26,7 @@ from vhostsync.vhost_user.payloads import (
     VringState,
 )
 from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES
-from vhostsync.virtio_blk import Feature
+from vhostsync.vhost_user.virtio_blk import Feature
 
 R = Request
 P = ProtocolFeature

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A switch that is announced in the state record (vhostsync/state_file.py): what a start finds after a kill
-and after a power cut, at every step of it."""
+"""A switch that is announced in the state record (vhostsync/record/state_file.py): what a start finds
+after a kill and after a power cut, at every step of it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.disk_fakes import A, B, CrashError, VolatileFileSystem
-from vhostsync import kernel
-from vhostsync.opening import check_record, follow_record
-from vhostsync.state_file import PreparedFile, StateFile
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.device.opening import check_record, follow_record
+from vhostsync.host import kernel
+from vhostsync.record.state_file import PreparedFile, StateFile
+from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe
 

@@ -16,12 +16,13 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from tests.unit.control_fakes import GIB, FakeBackend, FakeStatus, running
-from vhostsync import cli, operate, show
+from vhostsync.cli import main as cli
+from vhostsync.cli import operate, show
 from vhostsync.config import Answer, ServeConfig
 from vhostsync.errors import DiskError, SwitchError
 from vhostsync.printable import size
-from vhostsync.state_file import StateFile
-from vhostsync.state_record import StateRecord
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord
 from vhostsync.storage.identity import DiskIdentity
 
 ROOT = Path(__file__).parents[2]
@@ -610,7 +611,8 @@ SERVE = ["serve", "--blk-file", "/no", "--socket-path", "/no/no"]
     ("words", "module"),
     [
         (["--help"], "argparse"), (["status"], "vhostsync.config"), (["status"], "anyio"),
-        (["record"], "vhostsync.state_record"), (SERVE, "structlog"), (SERVE, "vhostsync.engine_event"),
+        (["record"], "vhostsync.record.state_record"), (SERVE, "structlog"),
+        (SERVE, "vhostsync.engine.engine_event"),
     ],
     ids=lambda each: each if isinstance(each, str) else each[0],
 )  # fmt: skip
@@ -711,7 +713,7 @@ def test_a_degraded_mirror_says_why() -> None:
 
 def test_without_a_terminal_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("vhostsync.show.time.monotonic", lambda: now)
+    monkeypatch.setattr("vhostsync.cli.show.time.monotonic", lambda: now)
     out = io.StringIO()
     live = show.Live(out)
     for number in range(20):

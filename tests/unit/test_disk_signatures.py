@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_disks import MIB, opened
-from vhostsync.destination import check_holds_nothing
 from vhostsync.errors import DiskError
+from vhostsync.mirror.destination import check_holds_nothing
 from vhostsync.storage.file import create_image
 from vhostsync.storage.local import open_disk
 from vhostsync.storage.native import probe

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vhostsync.config import MirrorTarget
-from vhostsync.destination import check_destination, check_distinct, open_destination
 from vhostsync.errors import DiskError
+from vhostsync.mirror.destination import check_destination, check_distinct, open_destination
 from vhostsync.storage import local as disks
 from vhostsync.storage.file import create_image
 from vhostsync.storage.identify import identify

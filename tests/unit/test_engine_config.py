@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vhostsync.config import POLL_AUTO, ServeConfig
-from vhostsync.engine import EngineConfig
+from vhostsync.engine.engine import EngineConfig
 from vhostsync.option import options_of
 
 GIVEN: dict[str, tuple[Any, int]] = {

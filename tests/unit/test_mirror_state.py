@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from vhostsync.engine_event import mirror_moves
-from vhostsync.mirror_state import TRANSITIONS, MirrorState
-from vhostsync.snapshot import State
+from vhostsync.engine.engine_event import mirror_moves
+from vhostsync.engine.snapshot import State
+from vhostsync.mirror.mirror_state import TRANSITIONS, MirrorState
 
 
 def test_the_moves_are_those_of_the_contract() -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.unit.disk_fakes import A, B
-from vhostsync.bitmap import KIND, BitmapFile, Shape
 from vhostsync.config import ServeConfig
-from vhostsync.engine import bitmap_file_bytes
+from vhostsync.engine.engine import bitmap_file_bytes
 from vhostsync.errors import BitmapError, ConfigError, DamagedRecordError, DiskError, StateRecordError
-from vhostsync.own_file import ForeignFileError, beginning, remove_leftover
-from vhostsync.state_file import MARK_BYTES, StateFile
-from vhostsync.state_index import open_state_file
-from vhostsync.state_record import StateRecord, encode_checked, encode_record
+from vhostsync.host.own_file import ForeignFileError, beginning, remove_leftover
+from vhostsync.record.bitmap import KIND, BitmapFile, Shape
+from vhostsync.record.state_file import MARK_BYTES, StateFile
+from vhostsync.record.state_index import open_state_file
+from vhostsync.record.state_record import StateRecord, encode_checked, encode_record
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe
 

@@ -8,7 +8,7 @@ import time
 import anyio
 import pytest
 
-from vhostsync import patience
+from vhostsync.host import patience
 
 pytestmark = pytest.mark.anyio
 

@@ -21,10 +21,13 @@ from hypothesis import strategies as st
 
 from tests.unit.control_fakes import FakeBackend
 from tests.unit.test_disks import opened
-from vhostsync import cli, daemon, log, service_manager, show
+from vhostsync import daemon, log
+from vhostsync.cli import main as cli
+from vhostsync.cli import show
 from vhostsync.config import ServeConfig
 from vhostsync.control.commands import dashed
 from vhostsync.errors import DiskError
+from vhostsync.host import service_manager
 from vhostsync.printable import printable, printable_lines
 from vhostsync.storage.file import create_image
 
@@ -83,7 +86,7 @@ def test_the_last_words_of_a_start(tmp_path: Path, capsys: pytest.CaptureFixture
     with subprocess.Popen([named], stdin=subprocess.PIPE, pass_fds=[disk.fd.fileno()]) as child:
         disk.close()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("vhostsync.opening.SOURCE_LOCK_S", 0.0)
+            patched.setattr("vhostsync.device.opening.SOURCE_LOCK_S", 0.0)
             patched.setattr(daemon, "_load_modules", lambda: None)
             config = ServeConfig(
                 blk_file=str(image), socket_path=tmp_path / "s", no_state_file=True, cache="writeback",
@@ -144,8 +147,8 @@ def test_a_path_adds_nothing_to_what_the_service_manager_is_told(
 def test_a_directory_that_is_made_is_given_to_nobody_by_a_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vhostsync import state_index
     from vhostsync.errors import StateRecordError
+    from vhostsync.record import state_index
 
     victim, wanted = tmp_path / "victim", tmp_path / "state"
     (victim / "in it").mkdir(parents=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import structlog
 
-from vhostsync import landlock, privileges
 from vhostsync.config import ServeConfig
+from vhostsync.confine import landlock, privileges
+from vhostsync.confine.privileges import Confinement, Reach, places_of
 from vhostsync.errors import ConfigError, MirrorError
-from vhostsync.kernel import PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_SET_NO_NEW_PRIVS, Kernel
-from vhostsync.privileges import Confinement, Reach, places_of
+from vhostsync.host.kernel import PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_SET_NO_NEW_PRIVS, Kernel
 from vhostsync.storage.identity import DiskIdentity
 
 
@@ -204,8 +204,8 @@ def test_a_disk_that_cannot_be_looked_at_is_a_place_all_the_same(tmp_path: Path)
 WITHHELD = """
 import errno, os, sys
 from pathlib import Path
-from vhostsync import landlock
-from vhostsync.kernel import PR_SET_NO_NEW_PRIVS, Kernel
+from vhostsync.confine import landlock
+from vhostsync.host.kernel import PR_SET_NO_NEW_PRIVS, Kernel
 kernel, inside, outside = Kernel(), Path(sys.argv[1]), Path(sys.argv[2])
 version = landlock.abi(kernel)
 kept = os.open(outside / "open", os.O_RDWR)
@@ -243,8 +243,8 @@ def test_landlock_on_the_real_kernel(tmp_path: Path) -> None:
 READING = """
 import os, sys
 from pathlib import Path
-from vhostsync import landlock, privileges
-from vhostsync.kernel import PR_SET_NO_NEW_PRIVS, Kernel
+from vhostsync.confine import landlock, privileges
+from vhostsync.host.kernel import PR_SET_NO_NEW_PRIVS, Kernel
 kernel = Kernel()
 kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
 landlock.restrict(kernel, landlock.abi(kernel), landlock.Grants(privileges._read_places(), ()))

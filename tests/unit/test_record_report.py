@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_disks import MIB, opened
-from vhostsync import record_report
 from vhostsync.errors import StateRecordError
-from vhostsync.record_report import advise, find, forget, good_copy, lock_holder, report
-from vhostsync.state_index import open_state_file
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.record import record_report
+from vhostsync.record.record_report import advise, find, forget, good_copy, lock_holder, report
+from vhostsync.record.state_index import open_state_file
+from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage import signatures
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.file import create_image

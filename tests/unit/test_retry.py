@@ -8,9 +8,9 @@ import pytest
 
 from vhostsync.config import MirrorTarget
 from vhostsync.events import EventHub
-from vhostsync.mirror import Mirror
-from vhostsync.mirror_state import MirrorState
-from vhostsync.retry import DestinationRetry
+from vhostsync.mirror.mirror import Mirror
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.retry import DestinationRetry
 
 pytestmark = pytest.mark.anyio
 

@@ -15,8 +15,8 @@ import pytest
 SEALED = """
 import ctypes, errno, fcntl, os, resource, signal, socket, stat, sys, termios, threading
 from pathlib import Path
-from vhostsync.kernel import PR_SET_NO_NEW_PRIVS, Kernel
-from vhostsync.seccomp import Filter
+from vhostsync.host.kernel import PR_SET_NO_NEW_PRIVS, Kernel
+from vhostsync.confine.seccomp import Filter
 results = {}
 def attempt(name, do):
     try: do()

@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from vhostsync.signals import ENDING, watch_signals
+from vhostsync.host.signals import ENDING, watch_signals
 
 WAIT_S = 20.0
 

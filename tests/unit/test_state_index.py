@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem
 from vhostsync.config import Answer
 from vhostsync.errors import DamagedRecordError, StateRecordError
-from vhostsync.state_file import StateFile
-from vhostsync.state_index import Index, default_directory, open_state_file
-from vhostsync.state_record import StateRecord, Worth
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_index import Index, default_directory, open_state_file
+from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.record.who_may_serve import check_start
 from vhostsync.storage.identity import DiskIdentity
-from vhostsync.who_may_serve import check_start
 
 
 def start(directory: Path, identity: DiskIdentity) -> tuple[StateFile, StateRecord | None]:

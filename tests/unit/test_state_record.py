@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem, disk, identities
 from vhostsync.errors import StateRecordError, SupersededError, UnsettledRecordError
-from vhostsync.state_file import RealFileSystem, StateFile
-from vhostsync.state_record import (
+from vhostsync.record.state_file import RealFileSystem, StateFile
+from vhostsync.record.state_record import (
     SUPERSEDED_MAX,
     GuestDisk,
     StateRecord,
@@ -92,7 +92,7 @@ def test_a_damaged_record_is_refused_with_a_sentence(tmp_path: Path, text: bytes
 
 
 def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    from vhostsync import state_record
+    from vhostsync.record import state_record
 
     content = json.loads(encode_record(StateRecord.first(A)))
     content.pop("sha256")

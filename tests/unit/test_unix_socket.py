@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_own_file import FOREIGN, link_to_a_disk, untouched
-from vhostsync import unix_socket
 from vhostsync.errors import ConfigError
-from vhostsync.unix_socket import bind_unix_socket
+from vhostsync.host import unix_socket
+from vhostsync.host.unix_socket import bind_unix_socket
 from vhostsync.vhost_user.listener import listen_at
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.unit.disk_fakes import A, B, C, disk
 from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
-from vhostsync.state_record import StateRecord, Wanted, Worth
-from vhostsync.who_may_serve import check_start, claims
+from vhostsync.record.state_record import StateRecord, Wanted, Worth
+from vhostsync.record.who_may_serve import check_start, claims
 
 
 def test_the_superseded_disk_is_refused_and_the_current_one_named() -> None:

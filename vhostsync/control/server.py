@@ -25,9 +25,10 @@ import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from vhostsync.host.unix_socket import bind_unix_socket
+
 from ..config import Cache
 from ..events import EVENTS_LOST, Event, Subscription
-from ..unix_socket import bind_unix_socket
 from . import qmp, sockets
 from .commands import Backend, Dispatcher, dashed
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import structlog
 
 from vhostsync.errors import DiskError
-from vhostsync.kernel import why_denied
-from vhostsync.own_file import open_regular
+from vhostsync.host.kernel import why_denied
+from vhostsync.host.own_file import open_regular
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.image_locks import WRITER_SHARES, WRITER_USES, holders, try_lock
 from vhostsync.storage.users import users_of_file

@@ -20,7 +20,7 @@ from typing import Final
 
 import structlog
 
-from vhostsync import kernel
+from vhostsync.host import kernel
 from vhostsync.storage.identity import NETWORK_NAMES, DiskIdentity
 from vhostsync.storage.layers import block_identifiers, lasting_place, loop_backing
 

@@ -21,8 +21,9 @@ from typing import Any, Final, Protocol
 import structlog
 
 from vhostsync.errors import DiskError, EngineError
-from vhostsync.kernel import why_denied
-from vhostsync.own_file import kind_of as in_words
+from vhostsync.host.kernel import why_denied
+from vhostsync.host.own_file import kind_of as in_words
+from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.storage import identify as identifying
 from vhostsync.storage import layers
 from vhostsync.storage import signatures as looking
@@ -42,7 +43,6 @@ from vhostsync.storage.image_locks import (
 )
 from vhostsync.storage.native import DiskProbe, file_disk
 from vhostsync.storage.native import probe as probe_disk
-from vhostsync.vhost_user.owned_fd import OwnedFd
 
 log = structlog.get_logger(__name__)
 

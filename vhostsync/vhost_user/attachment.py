@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .owned_fd import OwnedFd
+from vhostsync.host.owned_fd import OwnedFd
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from .. import patience
+from vhostsync.host import patience
+from vhostsync.host.kernel import file_system_type
+from vhostsync.host.owned_fd import OwnedFd
+
 from ..errors import FrontendError
-from ..kernel import file_system_type
-from .owned_fd import OwnedFd
 
 LOOK_S: Final = 5.0
 """How long a file system may take to say what it is; a frontend waits meanwhile, and perhaps its VM."""

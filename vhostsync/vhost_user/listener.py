@@ -12,8 +12,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from vhostsync.host.unix_socket import BoundSocket, bind_unix_socket
+
 from ..errors import ConfigError
-from ..unix_socket import BoundSocket, bind_unix_socket
 
 
 @dataclass(frozen=True)

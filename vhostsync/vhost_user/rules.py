@@ -32,11 +32,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
+from vhostsync.host.owned_fd import OwnedFd, new_memory
+from vhostsync.vhost_user.virtio_blk import WRITEBACK_OFFSET, BlkDevice, Feature
+
 from ..errors import FrontendError
-from ..virtio_blk import WRITEBACK_OFFSET, BlkDevice, Feature
 from .attachment import Attachment, MemoryRegion
 from .messages import Message, ProtocolFeature, Request
-from .owned_fd import OwnedFd, new_memory
 from .payloads import (
     FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,

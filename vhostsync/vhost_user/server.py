@@ -18,9 +18,10 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
+from vhostsync.vhost_user.virtio_blk import BlkDevice
+
 from ..errors import EngineError, FrontendError
 from ..events import FRONTEND_CONNECTED, FRONTEND_DISCONNECTED
-from ..virtio_blk import BlkDevice
 from .attachment import Attachment
 from .foreign_fd import close_foreign
 from .listener import Endpoint

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from vhostsync.host.owned_fd import OwnedFd
+from vhostsync.vhost_user.virtio_blk import BlkDevice
+
 from ..errors import EngineError, FrontendError
-from ..virtio_blk import BlkDevice
 from .attachment import Attachment
 from .messages import Message, encode_reply
-from .owned_fd import OwnedFd
 from .payloads import encode_u64
 from .rules import Call, Ring, State, plan
 

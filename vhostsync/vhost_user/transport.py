@@ -13,10 +13,11 @@ from typing import Final
 
 import anyio
 
+from vhostsync.host.owned_fd import OwnedFd
+
 from ..errors import FrontendError
 from .foreign_fd import close_foreign
 from .messages import HEADER, BackendRequest, Message, encode_request, parse_header, parse_message
-from .owned_fd import OwnedFd
 from .payloads import MEM_TABLE_REGIONS_MAX
 
 MESSAGE_TIMEOUT_S: Final = 30.0

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: from words to a command that runs; exit codes.
+
+`vhostsync --socket-path=… --blk-file=…` without a word means `serve`: that is how programs call a
+vhost-user backend (QEMU docs/interop/vhost-user.rst, "Backend program conventions").
+
+Only what parsing needs is imported here, so that --help and --print-capabilities are quick and work without
+the C extension."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NoReturn
+
+from vhostsync import config
+from vhostsync.cli.arguments import make_parser
+from vhostsync.cli.serve_arguments import serve_config
+from vhostsync.errors import ConfigError, UnreachableError, VhostsyncError
+from vhostsync.printable import printable
+
+CAPABILITIES: Final = {"type": "block", "features": ["read-only", "blk-file"]}
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_UNREACHABLE: Final = 3
+EXIT_TIMED_OUT: Final = 4
+EXIT_INTERRUPTED: Final = 130
+
+_OF_THE_PROGRAM: Final = ("-h", "--help", "--version", "--control")
+"""Options that do not mean `serve` when they come first."""
+
+
+def _with_serve(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the word `serve` where QEMU's conventions leave it out."""
+    if arguments and arguments[0].startswith("-") and arguments[0].split("=")[0] not in _OF_THE_PROGRAM:
+        return ["serve", *arguments]
+    return list(arguments)
+
+
+def _fill_standard_descriptors() -> None:
+    """Where stdin, stdout or stderr is closed (`2>&-`), a disk that is opened later would get its number, and
+    what is written to stderr would be written to the disk."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _serve(settings: config.ServeConfig) -> int:
+    try:
+        from vhostsync.daemon import run
+    except ImportError as error:
+        return _failed(f"{error} (the data plane is a C extension; `pip install .` builds it)", EXIT_FAILED)
+    return run(settings)
+
+
+def _operate(options: argparse.Namespace) -> int:
+    import anyio
+
+    from vhostsync.cli import operate
+
+    return anyio.run(operate.run, getattr(operate, options.function), options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. Ends the process itself where argparse does (--help, wrong
+    usage)."""
+    _fill_standard_descriptors()
+    try:
+        try:
+            return _run(_with_serve(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it has failed
+    except UnreachableError as error:
+        return _failed(error, EXIT_UNREACHABLE)
+    except VhostsyncError as error:
+        return _failed(error, EXIT_FAILED)
+    except TimeoutError:
+        return _failed("The backend did not do that in time; it may still be at it.", EXIT_TIMED_OUT)
+    except BrokenPipeError:  # the reader of our output is gone
+        _drop_output()
+        return EXIT_FAILED
+    except OSError as error:  # its disk is full, for example
+        _drop_output()
+        return _failed(f"The output cannot be written: {error.strerror or error}.", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["serve"] and "--print-capabilities" in words:
+        print(json.dumps(CAPABILITIES))
+        return EXIT_OK
+    parser = make_parser()
+    options = parser.parse_args(words)
+    if options.command == "serve":
+        return _serve(_or_usage(parser, lambda: serve_config(options)))
+    if options.command == "record":
+        from vhostsync.record import record_report
+
+        return record_report.run(options.where, as_json=options.json, remove=options.forget)
+    if options.control is None:
+        inherited = os.environ.get("VHOSTSYNC_CONTROL")
+        if not inherited:
+            parser.error("which backend? Give --control PATH or set VHOSTSYNC_CONTROL")
+        options.control = Path(inherited)
+    return _operate(options)
+
+
+def _drop_output() -> None:
+    """What could not be written would be tried again, and complained of, when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _or_usage(parser: argparse.ArgumentParser, make: Callable[[], config.ServeConfig]) -> config.ServeConfig:
+    try:
+        return make()
+    except ConfigError as error:
+        _usage(parser, str(error))
+
+
+def _usage(parser: argparse.ArgumentParser, text: str) -> NoReturn:
+    parser.exit(EXIT_USAGE, f"vhostsync: {printable(text)}\n")
+
+
+def _failed(error: object, code: int) -> int:
+    with suppress(OSError):  # the code tells at least that it has failed
+        print(f"vhostsync: {printable(str(error))}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of `serve`, from what config.py declares, and the configuration that they make."""
+
+import argparse
+from dataclasses import Field
+from typing import Any, Final
+
+from vhostsync.cli.argument_types import Parser, checked
+from vhostsync.config import SOCKET, STATE_RECORD, Answer, ServeConfig
+from vhostsync.option import FLAG, Option, options_of
+
+_SERVE_EXAMPLES: Final = """\
+examples:
+  vhostsync serve --socket-path /run/vm.sock --blk-file /disks/a.img
+  vhostsync serve --socket-path /run/vm.sock --blk-file /dev/vg/vm --num-queues 4 --serial vm1
+  qemu-system-x86_64 … -chardev socket,id=c,path=/run/vm.sock,reconnect=1 \\
+      -device vhost-user-blk-pci,chardev=c,num-queues=4 \\
+      -object memory-backend-memfd,id=m,size=1G,share=on -machine memory-backend=m
+
+Sizes are bytes, or have a unit: 64M, 1GiB. Durations are seconds, or have a unit: 500ms, 10s.
+It stays in the foreground; SIGTERM ends it cleanly. It exits 0 when told to end, 1 when it cannot
+serve (the reason is on stderr), 2 when an option is wrong.
+"""
+
+
+ANSWERS: Final = {
+    Answer.PROMOTE: "this disk is the current one from now on; the recorded one is lost for good",
+    Answer.SAME_DISK: "this is the recorded current disk, although it cannot be recognised",
+    Answer.NEW_DISK: "this disk is none that a record knows: begin a new record",
+}
+
+
+def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a disk to a virtual machine",
+        description="Serve a disk to a virtual machine over a vhost-user socket.",
+        epilog=_SERVE_EXAMPLES,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for each, declared in options_of(ServeConfig):
+        if declared.group not in groups:
+            groups[declared.group] = serve.add_argument_group(declared.group)
+        _add_option(groups[declared.group], each, declared)
+    groups[SOCKET].add_argument(
+        "--print-capabilities", action="store_true", help="print what this backend can do as JSON, and exit"
+    )
+    answers = groups[STATE_RECORD].add_mutually_exclusive_group()
+    for answer, meaning in ANSWERS.items():
+        answers.add_argument(
+            f"--{answer}", dest="answer", action="store_const", const=answer,
+            help=f"answer to a start that was refused, for one start: {meaning}",
+        )  # fmt: skip
+
+
+def _add_option(group: argparse._ArgumentGroup, each: "Field[Any]", declared: Option) -> None:
+    """What is not given stays None."""
+    kind, word = declared.kind, declared.default_word(each.default)
+    told: dict[str, Any] = {"dest": each.name, "help": declared.help + (f" (default {word})" if word else "")}
+    if kind is FLAG:
+        told |= {"action": "store_true", "default": None}
+    else:
+        told |= {"type": checked(kind.parse, kind.metavar), "metavar": kind.metavar}
+    if declared.repeatable:
+        told["action"] = "append"
+    if declared.required:
+        told["required"] = True
+    group.add_argument(declared.flag, **told)
+
+
+def serve_config(arguments: argparse.Namespace) -> ServeConfig:
+    """The configuration; what was not given keeps the default of ServeConfig. ConfigError."""
+    given: dict[str, Any] = {"answer": arguments.answer}
+    for each, declared in options_of(ServeConfig):
+        value = getattr(arguments, each.name)
+        if value is not None:
+            given[each.name] = tuple(value) if declared.repeatable else value
+    return ServeConfig(**given)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the control socket and the metrics show of one device."""
+
+from typing import Any
+
+from vhostsync import log as logging
+from vhostsync.config import ServeConfig
+from vhostsync.engine.engine import Engine
+from vhostsync.engine.snapshot import EngineFigures, OpStats, QueueFigures
+from vhostsync.mirror.mirror import Mirror
+from vhostsync.statistic import figures_of
+from vhostsync.vhost_user.server import FrontendServer
+
+
+class DeviceView:
+    def __init__(
+        self, config: ServeConfig, engine: Engine, mirror: Mirror, frontends: FrontendServer
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._mirror = mirror
+        self._frontends = frontends
+
+    async def query_status(self) -> dict[str, Any]:
+        snapshot = await self._engine.snapshot()
+        index, frontends = snapshot.active_attachment, self._frontends
+        active = None if index is None else self._engine.attachment(index)
+        return {
+            "status": "running",
+            "name": self._config.label,
+            "frontends": frontends.frontends,
+            "active": index is not None,
+            "active-frontend": frontends.number_of(active),
+            "waiting-frontends": frontends.waiting(active),
+            "disk": self._mirror.source_path,
+            "capacity": self._engine.config.capacity_bytes,
+            "block-size": self._engine.config.block_bytes,
+            "queues": self._engine.config.num_queues,
+            "read-only": self._config.read_only,
+            "write-cache": snapshot.write_cache,
+            "mirror": str(self._mirror.state),
+            "epoch": self._mirror.epoch,
+            "log-lines-dropped": logging.dropped_lines(),
+        }
+
+    async def query_stats(self) -> dict[str, Any]:
+        snapshot = await self._engine.snapshot()
+        queues = await self._engine.queue_stats()
+        status = await self._mirror.status()
+        attached = status.state in ("syncing", "steady", "ahead")
+        paths = {"source": status.source, "destination": status.destination if attached else None}
+        return {
+            "queues": [
+                {
+                    "index": index,
+                    **figures_of(QueueFigures, queue),
+                    "operations": _operations(queue.operations),
+                }
+                for index, queue in enumerate(queues)
+            ],
+            "disks": {
+                role: {
+                    "path": path,
+                    "in-flight": snapshot.disks_in_flight[role],
+                    "operations": _operations(snapshot.disks[role]),
+                }
+                if path
+                else None
+                for role, path in paths.items()
+            },
+            "engine": {
+                "threads": self._config.threads,
+                **figures_of(EngineFigures, snapshot),
+                "log-bytes": self._config.log_bytes,
+            },
+        }
+
+
+def _operations(stats: dict[str, OpStats]) -> dict[str, Any]:
+    return {name: _operation(each) for name, each in stats.items()}
+
+
+def _operation(stats: OpStats) -> dict[str, Any]:
+    return {
+        "operations": stats.operations,
+        "bytes": stats.bytes,
+        "errors": stats.errors,
+        "latency-us": {
+            "mean": stats.latency_ns_total / stats.operations / 1000 if stats.operations else 0.0,
+            "p50": percentile_us(stats, 0.5),
+            "p99": percentile_us(stats, 0.99),
+            "p999": percentile_us(stats, 0.999),
+        },
+        "latency-log2-ns": list(stats.latency_ns_log2),
+    }
+
+
+def percentile_us(stats: OpStats, share: float) -> float:
+    """The latency below which `share` of the operations lie: the upper bound of its power of two, so never
+    more than twice too much; 0.0 when there were none."""
+    wanted, seen = share * stats.operations, 0
+    for bucket, count in enumerate(stats.latency_ns_log2):
+        seen += count
+        if count and seen >= wanted:
+            return float(2 ** (bucket + 1)) / 1000
+    return 0.0

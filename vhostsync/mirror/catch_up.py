@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catching up after the guest got ahead of a slow destination (c_shim/mirror/pull_ahead.c).
+
+While the mirror is ahead, the destination is a moment of the source. As soon as the first region is copied it
+is nothing, so the state record has to say so durably before the engine is told to begin. When that may be is
+the engine's to say: it backs off longer each time in which the destination could not keep up.
+
+Who wants the destination as that moment (mirror-cancel, the end of the backend) holds this back.
+"""
+
+import errno
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import anyio
+import structlog
+
+from vhostsync.engine.engine import Engine
+from vhostsync.engine.engine_event import EngineEvent, EventKind
+from vhostsync.engine.snapshot import State
+from vhostsync.errors import EngineError, StateRecordError
+
+log = structlog.get_logger(__name__)
+
+RETRY_S: Final = 1.0
+TOO_EARLY: Final = (errno.EAGAIN, errno.EBUSY, errno.ENOTCONN)
+
+
+class CatchUp:
+    """`run` must run as long as it is used. `begin` records, then commands; StateRecordError, EngineError."""
+
+    def __init__(self, engine: Engine, begin: Callable[[], Awaitable[None]]) -> None:
+        self._begin = begin
+        self._ahead = False
+        self._due_s: float | None = None  # on the event loop's clock; None: the log is not drained
+        self._holders = 0
+        self._changed = anyio.Event()
+        engine.on_event(self._on_event)
+
+    def _on_event(self, event: EngineEvent) -> None:
+        if event.kind is EventKind.STATE:
+            self._ahead, self._due_s = event.value == State.AHEAD, None
+        elif event.kind is EventKind.AHEAD_DRAINED:
+            self._due_s = anyio.current_time() + event.value / 1e9
+            log.info("the destination holds what was in the log", catches_up_in_s=round(event.value / 1e9, 3))
+        else:
+            return
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The destination stays what it is, but for a catch-up that has begun."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self._wake()
+
+    @property
+    def is_held(self) -> bool:
+        return self._holders > 0
+
+    async def drained(self) -> None:
+        """Until the destination holds durably what was in the log, or the mirror is not ahead any more."""
+        while self._ahead and self._due_s is None:
+            await self._changed.wait()
+
+    async def run(self) -> None:
+        """Catch up whenever it is time, until cancelled."""
+        while True:
+            changed = self._changed
+            if not self._ahead or self._due_s is None or self.is_held:
+                await changed.wait()
+                continue
+            if (left_s := self._due_s - anyio.current_time()) > 0:
+                with anyio.move_on_after(left_s):
+                    await changed.wait()
+                continue
+            try:
+                await self._begin()
+                continue
+            except StateRecordError as error:
+                log.error("the mirror stays ahead until the state record can be written", error=str(error))
+            except EngineError as error:
+                if error.errno not in TOO_EARLY:
+                    raise
+                log.debug("too early to catch up", error=str(error))
+            with anyio.move_on_after(RETRY_S):
+                await changed.wait()

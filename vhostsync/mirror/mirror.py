@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mirror's policy: attach a destination, let go of it, switch to it.
+
+The engine (C) knows how to copy, replicate and flush; it reports what becomes of the destination. This file
+decides what is allowed when, and what must be durably recorded before what (docs/durability.md, section 5).
+Its rooms: `roles` (which disk is what), `record_keeper` (the record follows the engine), `switch`,
+`catch_up`, `mirror_status`. Before the first byte goes to a destination, the record says that it is
+inconsistent.
+
+One command at a time (`turns`): a second one is refused, not queued.
+"""
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import structlog
+
+from vhostsync.config import MirrorTarget
+from vhostsync.confine.privileges import Reach
+from vhostsync.engine.engine import Engine
+from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.mirror.catch_up import CatchUp
+from vhostsync.mirror.destination import (
+    DESTINATION_LOCK_S,
+    RESUMED_LOCK_S,
+    Place,
+    check_former,
+    check_holds_nothing,
+    discard,
+    open_destination,
+    was_of_this_guest,
+)
+from vhostsync.mirror.mirror_course import Course
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.mirror_status import MirrorStatus, SwitchPlan, SwitchResult
+from vhostsync.mirror.peer import NO_EARLIER_COPY
+from vhostsync.mirror.record_keeper import RecordKeeper, outdated
+from vhostsync.mirror.roles import Roles
+from vhostsync.mirror.switch import Switch
+from vhostsync.mirror.switch_steps import SwitchSteps
+from vhostsync.mirror.turns import Turns
+from vhostsync.record.bitmap import BitmapFile
+from vhostsync.record.record_store import RecordStore
+from vhostsync.record.state_record import GuestDisk, StateRecord, Wanted, Worth
+from vhostsync.storage.disk import Disk
+from vhostsync.storage.identity import DiskIdentity, same
+from vhostsync.storage.kinds import is_named
+
+log = structlog.get_logger(__name__)
+
+PROGRESS_S: Final = 1.0
+FENCE_WAIT_S: Final = 2.0
+
+
+class Mirror:
+    """The mirror of one device. `run` must run as long as it is used."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: Disk,
+        hub: EventHub,
+        store: RecordStore | None,
+        record: StateRecord | None,
+        bitmap: BitmapFile | None = None,
+        peer_left: DiskIdentity | None = None,
+        guest: GuestDisk | None = None,
+        peer_until_ns: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._hub = hub
+        self._roles = Roles(Place.of(source))
+        record = record if record is not None else StateRecord.first(source.identity, guest)
+        if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
+            self._roles.peer.known(record.peer, peer_left, peer_until_ns)
+        self._read_only = source.read_only
+        self.reach = Reach()  # where destinations may lie
+        self.turns = Turns()
+        self._keeper = RecordKeeper(engine, self._roles, hub, store, record, bitmap, self._note_error)
+        self._course = Course(engine, self._roles, self._keeper, hub)
+        self._switch = Switch(engine, self._roles, self._keeper, hub)
+        self._catch_up = CatchUp(engine, self._begin_catch_up)
+
+    @property
+    def state(self) -> MirrorState:
+        return self._course.state
+
+    async def status(self) -> MirrorStatus:
+        return await self._course.status()
+
+    @property
+    def source_path(self) -> str:
+        """The disk that the guest is on."""
+        return self._roles.source.name
+
+    def source_is_named(self) -> bool:
+        """Whether its name still leads to it. Blocks."""
+        return is_named(self._roles.source.name, self._roles.source.identity)
+
+    @property
+    def destination_path(self) -> str | None:
+        """The destination that is attached."""
+        destination = self._roles.destination
+        return destination.name if destination is not None else None
+
+    @property
+    def wanted(self) -> MirrorTarget | None:
+        """What the last mirror-start that was obeyed has asked for, in this run or an earlier one, until
+        somebody takes it back."""
+        wanted = self._keeper.record.wanted
+        if wanted is None:
+            return None
+        return MirrorTarget(wanted.path, False, wanted.cache, wanted.speed_bytes_per_s)
+
+    @property
+    def fenced(self) -> bool:
+        """Requests to a former destination are not over: none can be attached yet (rule 8)."""
+        return self._roles.fenced_path is not None
+
+    @property
+    def changed(self) -> anyio.Event:
+        """Set at the next event of the engine."""
+        return self._course.changed
+
+    @property
+    def bitmap(self) -> BitmapFile | None:
+        return self._keeper.bitmap
+
+    async def record_capacity(self, capacity_bytes: int) -> None:
+        """What the guest is told of its disk, before it is told so. StateRecordError."""
+        await self._keeper.record_capacity(capacity_bytes)
+
+    def _note_error(self, error: str) -> None:
+        self._course.last_error = error
+
+    @property
+    def epoch(self) -> int:
+        return self._keeper.record.epoch
+
+    async def run(self) -> None:
+        """Keep the record true and report progress, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._course.report_progress)
+            tasks.start_soon(self._catch_up.run)
+            await self._keeper.run()
+
+    async def _begin_catch_up(self) -> None:
+        async with self._keeper.lock:
+            if self.state is not MirrorState.AHEAD or self._catch_up.is_held:
+                return
+            if (await self._engine.snapshot()).record_pending:
+                raise EngineError.from_errno("catching up before the state record is written", errno.EBUSY)
+            if self._keeper.record.peer_worth is not Worth.INCONSISTENT:
+                await self._keeper.write(self._keeper.record.with_worth(Worth.INCONSISTENT))
+            await self._engine.catch_up()
+
+    # ---- commands ------------------------------------------------------------------
+
+    async def start(self, target: MirrorTarget) -> None:
+        """Attach a destination and begin the copy: of what differs if it is the last one, as that was left;
+        else of everything. MirrorError, DiskError, StateRecordError, EngineError:
+        nothing was changed."""
+        async with self.turns.take("mirror-start"):
+            await self._start(target)
+
+    async def resume(self) -> None:
+        """Begin the mirror again that is wanted and not attached, but to no other disk than before: a name
+        may mean another one by now. Errors as of `start`; query-mirror shows them."""
+        await self.turns.free()
+        target = self.wanted
+        if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
+            return
+        async with self.turns.take("resuming the mirror"):
+            self._course.resuming = True
+            try:
+                await self._start(target, former=self._keeper.record.peer)
+            except VhostsyncError as error:
+                self._course.last_error = str(error)
+                raise
+            finally:
+                self._course.resuming = False
+
+    async def _start(self, target: MirrorTarget, former: DiskIdentity | None = None) -> None:
+        if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
+            raise MirrorError(
+                f"a mirror to {self._roles.destination_path} is {self.state} already; cancel it first"
+            )
+        if self._read_only:
+            raise MirrorError("a disk that is served read-only has nothing to mirror")
+        await anyio.to_thread.run_sync(self.reach.check, target.name)
+        await self._await_fence()
+        engine = self._engine.config
+        disk, made = await anyio.to_thread.run_sync(
+            open_destination, target, self._roles.source.name, engine.capacity_bytes, engine.block_bytes,
+            DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S,
+        )  # fmt: skip
+        obeyed = False
+        try:
+            if former is not None:
+                check_former(disk, former)
+                await self._keeper.check_unclaimed(disk.identity)
+            elif not (target.create or target.force or await self._is_ours(disk.identity)):
+                await anyio.to_thread.run_sync(check_holds_nothing, disk)
+            await self._attach(disk, target)
+            obeyed = True
+        finally:
+            if not obeyed:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(discard, disk, made)
+
+    async def _is_ours(self, disk: DiskIdentity) -> bool:
+        """What it holds is this guest's. StateRecordError."""
+        known = was_of_this_guest(self._keeper.record, disk)
+        return known and await self._keeper.claimed_by(disk) is None
+
+    async def _await_fence(self) -> None:
+        """A destination that was given up may still be written to by what it had under way (rule 8)."""
+        with anyio.move_on_after(FENCE_WAIT_S):
+            while self._roles.fenced_path is not None:
+                await self._course.changed.wait()
+        if self._roles.fenced_path is not None:
+            raise MirrorError(
+                f"requests to the former destination {self._roles.fenced_path} are not over yet and could "
+                f"still write there; wait until it has answered, or restart the backend"
+            )
+        if (await self._engine.snapshot()).record_pending:
+            raise MirrorError(
+                "the state record does not say yet that the former destination is outdated, because it "
+                "cannot be written (see last-error); mend that first"
+            )
+
+    def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Place]:
+        """Why everything has to be copied; how it looks now; and how it is recognised from here on.
+        Blocks."""
+        why_full, now = self._roles.peer.why_full(disk), disk.as_it_is()
+        bitmap, peer = self._keeper.bitmap, self._keeper.record.peer
+        if why_full == NO_EARLIER_COPY and bitmap and peer and same(peer, disk.identity):
+            why_full = bitmap.changed or why_full
+        mark = self._keeper.mark_of(disk.identity)
+        return why_full, now, Place.of(disk.marked(mark))
+
+    async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
+        """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
+        restart goes by the record."""
+        why_full, now, place = await anyio.to_thread.run_sync(self._judge, disk)
+        if self._course.resuming and why_full == NO_EARLIER_COPY:
+            why_full = "what the last run's copy lacks is not known, for no --bitmap has kept it"
+        full_copy_reason = "it was asked for" if target.full else why_full
+        resync = full_copy_reason is None
+        # A peer that is known and gets everything has not the content any more that the mirror has left.
+        as_left = not target.full and (resync or self._roles.peer.place is None)
+        async with self._keeper.lock_for_good():
+            former = self._keeper.record
+            spare_doubt = as_left and former.peer_is(now)
+            wanted = Wanted(target.name, target.cache, target.speed_bytes_per_s)
+            record = former.with_peer(place.identity, former.bitmap if resync else None)
+            if not resync:
+                record = record.with_difference(None)
+            await self._keeper.write(record.with_wanted(wanted))
+            former_peer, self._course.last_error = self._roles.attach(place), None
+            try:
+                await self._engine.mirror_speed(target.speed_bytes_per_s)
+                await self._engine.peer_differs(record.different_since is not None)
+                await self._engine.mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
+            except EngineError:
+                self._roles.destination, self._roles.peer = None, former_peer
+                await self._keeper.write(former)
+                raise
+            if not resync:
+                await self._keeper.begin_bitmap(place)
+            self._keeper.different_since = record.different_since
+        self._course.full_copy_reason = full_copy_reason
+        self._course.speed_bytes_per_s = target.speed_bytes_per_s
+        log.info("copying", destination=place.name, everything_because=full_copy_reason)
+
+    async def cancel(self, *, force: bool) -> None:
+        """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first, and in
+        ahead of the moment when the guest got ahead.
+        MirrorError when there is none, or it could not be brought up to date."""
+        async with self.turns.take("mirror-cancel"):
+            if self.state is MirrorState.PASSTHROUGH and self.wanted is None:
+                raise MirrorError("there is no mirror to cancel")
+            if self.state is MirrorState.STEADY and not force:
+                await self._drain("mirror-cancel --force lets go without that")
+            with self._catch_up.held():
+                if not force:
+                    await self._catch_up.drained()
+                await anyio.lowlevel.checkpoint()  # the last moment at which this can be given up
+                with anyio.CancelScope(shield=True):
+                    await self._let_go(for_good=True)
+                    if not force:
+                        await self._see_it_off()
+
+    async def _see_it_off(self) -> None:
+        """Whoever changes the destination after the command has returned is to be noticed."""
+        with anyio.move_on_after(FENCE_WAIT_S):
+            while self._roles.fenced_path is not None:
+                await self._course.changed.wait()
+            await anyio.to_thread.run_sync(self._roles.peer.look)
+
+    async def _drain(self, otherwise: str) -> None:
+        try:
+            await self._engine.mirror_drain()
+        except EngineError as error:
+            reason = f"the destination could not be brought up to date ({error}); {otherwise}"
+            raise MirrorError(reason) from error
+
+    async def _let_go(self, *, for_good: bool) -> None:
+        """`for_good`: a restart does not resume the mirror."""
+        # First the record: after the stop, flushes are confirmed without the destination.
+        async with self._keeper.lock:
+            record = self._keeper.record
+            if for_good:
+                record = record.with_wanted(None)
+            if self.state is MirrorState.STEADY:
+                record = outdated(record)
+            if record != self._keeper.record:
+                await self._keeper.write(record)
+            if self.state is not MirrorState.PASSTHROUGH:
+                self._roles.fence()
+                await self._engine.mirror_stop()
+
+    async def set_speed(self, bytes_per_s: int) -> None:
+        """Limit the bulk copy, also when it is resumed; 0: no limit. MirrorError: there is none."""
+        if self.wanted is None and self.state in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
+            raise MirrorError("there is no mirror whose copy could be limited; start one with --speed")
+        async with self._keeper.lock:
+            record = self._keeper.record
+            if record.wanted is not None:
+                wanted = replace(record.wanted, speed_bytes_per_s=bytes_per_s)
+                await self._keeper.write(record.with_wanted(wanted))
+        await self._engine.mirror_speed(bytes_per_s)
+        self._course.speed_bytes_per_s = bytes_per_s
+
+    async def note_verified(self, *, different: bool | None) -> None:
+        """A verification has found so: one that differs is switched to only if that is accepted. None: it has
+        found nothing that lasts."""
+        await self._keeper.note_verified(different=different)
+
+    # ---- the switch ------------------------------------------------------------------
+
+    async def switch(
+        self, *, deadline_s: float, max_pause_ms: float, keep_mirror: bool, accept_unreadable: bool = False,
+        accept_different: bool = False,
+    ) -> SwitchResult:
+        """Move the guest to the destination. SwitchError: it is still on the source, and the mirror is as it
+        was (or what the error says became of it)."""
+        plan = SwitchPlan(max_pause_ms, keep_mirror, accept_unreadable, accept_different)
+        async with self.turns.take("switch"):
+            await self._switch.check(self.state, plan)
+            return await self._switch.run(plan, deadline_s)
+
+    @asynccontextmanager
+    async def switch_in_steps(self, plan: SwitchPlan) -> AsyncIterator[SwitchSteps]:
+        """For a coordinator of several disks: one attempt, whose steps it takes. The guest's last writes are
+        on the destination, nothing else commands the mirror meanwhile, and what was begun and not exchanged
+        is taken back. SwitchError, EngineError."""
+        async with self.turns.take("switch"):
+            await self._switch.check(self.state, plan)
+            await self._switch.drain(plan)
+            async with self._switch.steps(plan) as steps:
+                yield steps
+
+    async def leave_source(self, deadline_s: float) -> SwitchResult | None:
+        """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
+        another switch has done so meanwhile. VhostsyncError."""
+        async with self.turns.take_first("a switch from a failed source"):
+            return await self._switch.leave_source(deadline_s)
+
+    # ---- the end -----------------------------------------------------------------------
+
+    async def detach(self, *, force: bool) -> None:
+        """The backend ends, no frontend is attached any more: leave a destination that is worth what the
+        record says. Errors are logged; the end goes on."""
+        if self.state is MirrorState.STEADY and not force:
+            try:
+                await self._engine.mirror_drain()
+            except EngineError as error:
+                log.error("the destination could not be brought up to date", error=str(error))
+        elif not force:
+            with self._catch_up.held():
+                await self._catch_up.drained()
+        try:
+            await self._keeper.record_doubt()
+        except StateRecordError as error:
+            log.error("the state record does not have what is in doubt", error=str(error))
+
+    async def abandon(self) -> None:
+        """The end shall not wait for the destination any longer: what waits for it goes on without."""
+        if self.state in (MirrorState.STEADY, MirrorState.SYNCING, MirrorState.AHEAD):
+            try:
+                await self._let_go(for_good=False)
+            except VhostsyncError as error:
+                log.error("the destination could not be let go", error=str(error))
+
+    def record_clean(self) -> None:
+        """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
+        if not self._read_only:
+            self._keeper.write_clean_end()

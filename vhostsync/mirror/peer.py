@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The peer: the other disk that the engine's difference map speaks of, and whether that map may be believed.
+
+While a peer is known, the engine keeps a map of the regions on which the two disks may differ
+(c_shim/mirror/difference.c). It is worth something only for that very disk, in the very state in which the
+mirror has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
+"""
+
+from typing import Final
+
+from vhostsync.mirror.destination import Place, look_again
+from vhostsync.record.heartbeat import why_changed
+from vhostsync.storage.disk import Disk
+from vhostsync.storage.identity import DiskIdentity, Likeness
+
+NO_EARLIER_COPY: Final = "no earlier copy of it is known"
+
+
+class Peer:
+    """What is known of the peer. None of this awaits; `look` and `why_full` block."""
+
+    def __init__(self) -> None:
+        self.place: Place | None = None
+        self._left: DiskIdentity | None = None  # how it looked when the mirror let go of it
+        self._until_ns: int | None = None  # after a crash: until when its changes were the mirror's
+        self._why_changed: str | None = None  # later than that
+        self._attached = False
+
+    def attached(self, place: Place) -> None:
+        """The mirror writes to it from here on."""
+        self.forget()
+        self.place, self._attached = place, True
+
+    def detached(self) -> None:
+        """The mirror has let go of it; what it has under way may still change it, so `look` comes later."""
+        self._attached = False
+
+    def forget(self) -> None:
+        """No peer is known any more."""
+        self.place, self._left, self._attached = None, None, False
+        self._until_ns = self._why_changed = None
+
+    def known(self, identity: DiskIdentity, left: DiskIdentity | None, until_ns: int | None = None) -> None:
+        """From an earlier process: the peer; how it was left if that is known (a clean end); if it is not,
+        until when its changes were that process's own."""
+        self.forget()
+        self.place, self._left, self._until_ns = Place.of_identity(identity), left, until_ns
+
+    def look(self) -> None:
+        """The last request to it is over: note how it looks."""
+        if self.place is not None and not self._attached and self._left is None:
+            self._left = look_again(self.place)
+            if self._left is None:
+                self.forget()
+            elif self._until_ns is not None and self._left.changes_show:
+                self._why_changed = why_changed(self._left.path, self._left.ctime_ns, self._until_ns)
+
+    def why_full(self, disk: Disk) -> str | None:
+        """Why everything has to be copied to `disk`; None: what differs is enough."""
+        if self.place is not None and disk.identity.likeness(self.place.identity) is not Likeness.SAME:
+            return f"the differences are known for {self.place.name} only"
+        self.look()  # not at another one, which may be lost in a way that keeps whoever looks at it
+        if self.place is None:
+            return NO_EARLIER_COPY
+        if self._left is None:
+            return None  # the mirror has not let go of it
+        if self._why_changed is not None:
+            return self._why_changed
+        changed = disk.as_it_is().changed_since(self._left)
+        return None if changed is None else f"{changed} since the mirror let go of it"

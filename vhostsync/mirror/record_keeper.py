@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the state record true to what the engine reports (docs/durability.md, section 5):
+
+* once the engine reports `steady`, it says up to date (late is safe, early would not be);
+* when the engine lost a steady destination, or the guest got ahead of one, the engine holds every flush until
+  the record says "outdated";
+* when the dirty bitmap cannot be written, writes that need it are held until the record names none;
+* ranges in doubt (rule 5) are in it soon after the engine has reported the failed write, and out of it within
+  about a second after the guest has healed them. In between, a crash forgets a doubt, or leaves one too many;
+* what a verification has found is in it soon after.
+
+Events of one kind are taken one by one, in their order; one kind waits for no other. Whoever changes the
+record holds `lock`, which also covers what the change was made of and what must follow it: two writers that
+each change what they have read would undo each other.
+"""
+
+import errno
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from vhostsync import events
+from vhostsync.engine.engine import Engine
+from vhostsync.engine.engine_event import EngineEvent, EventKind, Reason
+from vhostsync.engine.snapshot import State
+from vhostsync.errors import (
+    EngineError,
+    MirrorError,
+    StateRecordError,
+    SupersededError,
+    UnsettledRecordError,
+    VhostsyncError,
+)
+from vhostsync.events import EventHub
+from vhostsync.mirror.destination import Place, look_again
+from vhostsync.mirror.roles import Roles
+from vhostsync.record.bitmap import BitmapFile
+from vhostsync.record.record_store import Prepared, RecordStore
+from vhostsync.record.state_record import StateRecord, Worth, timestamp
+from vhostsync.storage.identity import DiskIdentity
+
+log = structlog.get_logger(__name__)
+
+RETRY_S: Final = 1.0
+
+T = TypeVar("T")
+
+_TO_RECORD: Final = (EventKind.DEGRADED, EventKind.BITMAP_FAILED)
+
+
+class RecordKeeper:
+    """`run` must run as long as it is used. `failed` is told each error, as a sentence."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: Roles,
+        hub: EventHub,
+        store: RecordStore | None,
+        record: StateRecord,
+        bitmap: BitmapFile | None,
+        failed: Callable[[str], None],
+    ) -> None:
+        self.record = record
+        self.bitmap = bitmap
+        self.lock = anyio.Lock()
+        self.write_error: str | None = None  # of the last record that was written; None: it is durable
+        self.flushes_fail = False  # because the record that they need cannot be written
+        self._engine = engine
+        self._roles = roles
+        self._hub = hub
+        self._store = store
+        self._failed = failed
+        self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
+        self.different_since = record.different_since  # ahead of the record until that could be written
+        self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
+        self._state = State.PASSTHROUGH
+        self._to_record: dict[EventKind, deque[EngineEvent]] = {kind: deque() for kind in _TO_RECORD}
+        self._came = anyio.Event()
+        self._unsettled = anyio.Event()
+        self._source_failed = anyio.Event()
+        self._fence_clear = anyio.Event()
+        self._steady = anyio.Event()
+        self._verified = anyio.Event()
+        engine.on_event(self._on_event)
+
+    # ---- writing ---------------------------------------------------------------
+
+    async def write(self, record: StateRecord) -> None:
+        """Durable on return. StateRecordError."""
+        assert self.lock.locked()
+        if self._store is not None:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._blocking(self._store.change, record)
+            except StateRecordError as error:
+                self.write_error = str(error)
+                raise
+        self.write_error = None
+        self.record = record
+
+    async def _blocking(self, do: Callable[..., T], *arguments: Any) -> T:
+        """In a thread: what changes the record. Where it is unknown what has become of that, the record that
+        holds is written again (`_write_late`)."""
+        try:
+            return await anyio.to_thread.run_sync(do, *arguments)
+        except UnsettledRecordError:
+            self._unsettled.set()
+            raise
+
+    @asynccontextmanager
+    async def lock_for_good(self) -> AsyncIterator[None]:
+        """The lock, and once it is held nothing is cut off."""
+        async with self.lock:
+            with anyio.CancelScope(shield=True):
+                yield
+
+    def switched(self, *, keep_mirror: bool) -> StateRecord:
+        """The record for after an exchange, with what could not be written yet."""
+        record = self.record.with_difference(self.different_since)
+        return record.switched(keep_mirror=keep_mirror, since=timestamp())
+
+    async def prepare_switch(self, switched: StateRecord) -> Prepared | None:
+        """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
+        error, too, `take_back`. StateRecordError."""
+        assert self.lock.locked()
+        if self._store is None:
+            self._announced = switched
+            return None
+        # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
+        modest = outdated(switched) if switched.peer is not None else switched
+        announcement = await self._blocking(self._store.announce, self.record, modest)
+        self._announced = switched
+        await self._blocking(announcement.settle)
+        prepared = await self._blocking(self._store.prepare, switched)
+        prepared.mark = announcement.mark
+        return prepared
+
+    async def change_to(self, prepared: Prepared) -> None:
+        """While the guest is held: from here on the record names the new disk. After an error, too,
+        `take_back`: it may do so. StateRecordError."""
+        await self._blocking(prepared.change)
+
+    async def take_back(self, prepared: Prepared | None) -> None:
+        """The exchange did not take place. Should this fail too, nothing that was flushed is at stake: the
+        mirror is steady, and the engine confirms no flush without the destination before another record is
+        durable."""
+        with anyio.CancelScope(shield=True):
+            if prepared is not None:
+                await anyio.to_thread.run_sync(prepared.discard)
+            if self._announced is None:
+                return
+            try:
+                await self.write(self.record)
+                self._announced = None
+            except StateRecordError as error:
+                log.error("the state record may name the destination as the current disk", error=str(error))
+                if self._store is not None:
+                    self._store.late = True
+                    self._unsettled.set()
+
+    async def settle_switch(self, prepared: Prepared | None) -> None:
+        """The exchange has taken place. The guest runs, and waits for none of this."""
+        if prepared is None:
+            return
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._blocking(prepared.settle)
+        except StateRecordError as error:
+            # What was announced is durable, and names the same disk.
+            self._failed(str(error))
+            log.error("the state record may call the mirror outdated after a power cut", error=str(error))
+
+    async def check_unclaimed(self, disk: DiskIdentity) -> None:
+        """MirrorError where another lineage has taken the disk meanwhile. StateRecordError."""
+        other = await self.claimed_by(disk)
+        if other is not None:
+            raise MirrorError(
+                f"{disk.path} belongs to another state record by now, {other}, and what is on it would be "
+                f"lost; if it may be, start the mirror to it yourself: vhostsync mirror start {disk.path}"
+            )
+
+    async def claimed_by(self, disk: DiskIdentity) -> Path | None:
+        """Another lineage's record that has taken the disk meanwhile. StateRecordError."""
+        if self._store is None:
+            return None
+        return await anyio.to_thread.run_sync(self._store.other_record, disk)
+
+    def mark_of(self, disk: DiskIdentity) -> str | None:
+        """The mark that a destination is to bear: its own, which it may have lost; a new one (None) where it
+        has none, or that of another disk, of which it is a copy. Blocks."""
+        known = self.record.of_disk(disk)
+        if known is not None:
+            return known.mark or disk.mark
+        if any(each.mark == disk.mark for each in self.record.disks):
+            return None
+        copied = self._store is not None and self._store.is_copied_mark(disk)
+        return None if copied else disk.mark
+
+    async def begin_bitmap(self, destination: Place) -> None:
+        """The engine has marked that everything differs; once that is durable, the record may name it."""
+        bitmap = self.bitmap
+        if bitmap is None:
+            return
+        try:
+            pair = (self._roles.source.identity, destination.identity)
+            await anyio.to_thread.run_sync(bitmap.new_peer, pair)
+            await self.write(self.record.with_bitmap(bitmap.token))
+        except (OSError, VhostsyncError) as error:
+            # The record names none: a restart copies everything, and loses nothing.
+            log.error("the dirty bitmap is not used for this destination", error=str(error))
+
+    async def record_capacity(self, capacity_bytes: int) -> None:
+        """StateRecordError. Of a disk that never had another beside it, its size is taken at each start."""
+        async with self.lock:
+            guest = self.record.guest
+            if guest is None:
+                return
+            record = self.record.with_guest(replace(guest, capacity_bytes=capacity_bytes))
+            if record.at_stake:
+                await self.write(record)
+            else:
+                self.record = record
+
+    def write_clean_end(self) -> None:
+        """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
+        if self._store is None:
+            return
+        current = look_again(self._roles.source)
+        peer = self.record.peer
+        if current is None:
+            return
+        if peer is not None and self._roles.destination is not None:
+            peer = look_again(self._roles.destination)
+            if peer is None:
+                return
+        try:
+            self._store.change(self.record.detached(current, peer, self._spared))
+        except StateRecordError as error:
+            log.error("the state record could not note the clean end", error=str(error))
+
+    # ---- following the engine ----------------------------------------------------
+
+    def _on_event(self, event: EngineEvent) -> None:
+        if event.kind is EventKind.STATE:
+            self._state = State(event.value)
+            if self._state is State.STEADY:
+                self._steady.set()
+            if event.reason == Reason.SWITCH:
+                # Here and not where the exchange is awaited: what the engine reports next (the loss of the
+                # new destination, say) is to be recorded of the new roles.
+                assert self._announced is not None
+                self.record, self._announced = self._announced, None
+                self.different_since = self.record.different_since
+                self._roles.exchange(keep_mirror=self.record.peer is not None)
+        elif event.kind is EventKind.IO_ERROR and event.role == "source":
+            self._source_failed.set()
+        elif event.kind is EventKind.FENCE_CLEAR:
+            self._fence_clear.set()
+        if event.kind in _TO_RECORD:
+            self._to_record[event.kind].append(event)
+            self._came.set()
+            self._came = anyio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._write_late)
+            tasks.start_soon(self._follow_doubt)
+            tasks.start_soon(self._follow_fence)
+            tasks.start_soon(self._follow_steady)
+            tasks.start_soon(self._follow_verified)
+            tasks.start_soon(self._follow, EventKind.BITMAP_FAILED, self._give_up_bitmap)
+            await self._follow(EventKind.DEGRADED, self._record_outdated)
+
+    async def _write_late(self) -> None:
+        """The start has left a record for later, or it is unknown what has become of a change. Any other
+        record that is written meanwhile does as well."""
+        store = self._store
+        while store is not None:
+            try:
+                async with self.lock:
+                    if store.late:
+                        await self.write(self.record)
+                        log.info("the state record is written")
+            except SupersededError as error:
+                self._failed(str(error))
+                log.error("the state record is left to somebody else", error=str(error))
+                return
+            except StateRecordError as error:
+                self._failed(str(error))
+                await anyio.sleep(RETRY_S)
+                continue
+            await self._unsettled.wait()
+            self._unsettled = anyio.Event()
+
+    async def _follow_fence(self) -> None:
+        """Not in turn with the rest, which may wait for the record's disk: whoever changes the lost one
+        meanwhile is to be noticed."""
+        while True:
+            await self._fence_clear.wait()
+            self._fence_clear = anyio.Event()
+            await anyio.to_thread.run_sync(self._roles.peer.look)
+
+    async def _follow_doubt(self) -> None:
+        behind = False
+        while True:
+            if not behind and not self.record.doubt:
+                await self._source_failed.wait()
+            self._source_failed = anyio.Event()
+            try:
+                await self.record_doubt()
+                behind = False
+            except StateRecordError as error:
+                if not behind:
+                    self._failed(str(error))
+                    log.error("a restart would forget what is in doubt", error=str(error))
+                behind = True
+            with anyio.move_on_after(RETRY_S):
+                await self._source_failed.wait()
+
+    async def record_doubt(self) -> None:
+        """What is in doubt now. StateRecordError."""
+        async with self.lock:
+            now = await self._engine.snapshot()
+            self._spared = now.spared
+            record = self.record.with_doubt(now.doubt, now.spared)
+            if record != self.record:
+                await self.write(record)
+
+    async def _follow(self, kind: EventKind, do: Callable[[EngineEvent], Awaitable[None]]) -> None:
+        """For these the engine waits. Those of one kind in their order; one kind waits for no other, each of
+        which may try again and again to write the record."""
+        events = self._to_record[kind]
+        while True:
+            came = self._came
+            while events:
+                await do(events.popleft())
+            if came is self._came:
+                await came.wait()
+
+    async def _follow_steady(self) -> None:
+        """Nobody waits for this. Too modest a record loses no data, but may
+        not stay so: nobody would go on from such a destination when the source is lost."""
+        while True:
+            await self._steady.wait()
+            self._steady = anyio.Event()
+            await self._until_written(
+                self._record_up_to_date, "the state record still calls the destination inconsistent"
+            )
+
+    async def _until_written(self, write: Callable[[], Awaitable[str | None]], otherwise: str) -> None:
+        """`write` says why not, or None."""
+        told = False
+        while (error := await write()) is not None:
+            if not told:
+                self._failed(error)
+                log.error(otherwise, error=error)
+            told = True
+            await anyio.sleep(RETRY_S)
+
+    async def note_verified(self, *, different: bool | None) -> None:
+        """A verification has found so (None: nothing that lasts). What forbids a switch holds on return; the
+        record follows."""
+        if different and self.record.peer is not None:
+            self.different_since = self.different_since or timestamp()
+        elif different is not None:
+            self.different_since = None
+        await self._engine.peer_differs(self.different_since is not None)
+        self._verified.set()
+
+    async def _follow_verified(self) -> None:
+        while True:
+            await self._verified.wait()
+            self._verified = anyio.Event()
+            await self._until_written(
+                self._record_verified, "a restart would forget what the verification has found"
+            )
+
+    async def _record_verified(self) -> str | None:
+        async with self.lock:
+            record = self.record.with_difference(self.different_since)
+            try:
+                if record != self.record:
+                    await self.write(record)
+            except StateRecordError as error:
+                return str(error)
+            return None
+
+    async def _record_up_to_date(self) -> str | None:
+        """Why not, or None. Much may have happened since: only what is steady now may be called so."""
+        async with self.lock:
+            if self._state is not State.STEADY or self.record.peer_worth is not Worth.INCONSISTENT:
+                return None
+            try:
+                await self.write(self.record.with_worth(Worth.UP_TO_DATE))
+            except StateRecordError as error:
+                return str(error)
+            return None
+
+    async def _record_outdated(self, _: EngineEvent) -> None:
+        """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
+        durable, they fail."""
+        while True:
+            error_number = 0
+            try:
+                async with self.lock:
+                    if self.record.peer is not None:
+                        await self.write(outdated(self.record))
+            except StateRecordError as error:
+                error_number = errno.EIO
+                self._failed(str(error))
+                log.error("flushes fail until the state record can be written", error=str(error))
+            self.flushes_fail = error_number != 0
+            await self._engine.record_written(error_number)
+            if not error_number:
+                return
+            await anyio.sleep(RETRY_S)
+
+    async def _give_up_bitmap(self, event: EngineEvent) -> None:
+        """Writes that need it are held until a crash cannot make anybody believe it."""
+        reason = str(EngineError.from_errno("writing the dirty bitmap", event.error))
+        self._failed(reason)
+        log.error("going on without the dirty bitmap", error=reason)
+        self._hub.publish(events.BITMAP_FAILED, {"error": reason})
+        while True:
+            try:
+                async with self.lock:
+                    await self.write(self.record.with_bitmap(None))
+                    self.bitmap = None
+                break
+            except StateRecordError as error:
+                log.error("writes wait until the state record can be written", error=str(error))
+                await anyio.sleep(RETRY_S)
+        await self._engine.bitmap_void()
+
+
+def outdated(record: StateRecord) -> StateRecord:
+    """The destination falls behind from now on."""
+    return record.with_worth(Worth.OUTDATED, timestamp())

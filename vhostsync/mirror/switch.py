@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch: whether it may be, attempt after attempt until one has succeeded (switch_steps.py has what an
+attempt is) or the deadline has passed, and what is said of it."""
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Final
+
+import anyio
+import structlog
+
+from vhostsync import events
+from vhostsync.engine.engine import Engine
+from vhostsync.errors import EngineError, SwitchError, VhostsyncError
+from vhostsync.events import EventHub
+from vhostsync.host import patience
+from vhostsync.mirror.bad_ranges import BadRanges
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.mirror_status import Switched, SwitchPlan, SwitchResult
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.mirror.roles import Roles
+from vhostsync.mirror.switch_steps import SwitchSteps, take_all
+
+log = structlog.get_logger(__name__)
+
+RETRY_S: Final = 0.05
+
+
+class Switch:
+    """Nothing else may command the mirror meanwhile (turns.py)."""
+
+    def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub) -> None:
+        self._engine = engine
+        self._roles = roles
+        self._keeper = keeper
+        self._hub = hub
+
+    async def check(self, state: MirrorState, plan: SwitchPlan) -> None:
+        """SwitchError when it may not begin."""
+        if state is not MirrorState.STEADY:
+            how = "start it and wait until it is steady (mirror start --wait)"
+            if state is MirrorState.AHEAD:
+                how = "the destination was too slow and catches up by itself; wait until it is steady"
+            raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
+        if self._keeper.different_since is not None and not plan.accept_different:
+            raise SwitchError(self._different(f"known since {self._keeper.different_since}"))
+        bad = BadRanges.of(await self._engine.snapshot())
+        bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
+
+    async def run(self, plan: SwitchPlan, deadline_s: float) -> SwitchResult:
+        """SwitchError: the guest is still on the source."""
+        self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._roles.destination_path)})
+        try:
+            with patience.fail_after(deadline_s):
+                result = await self._try_until_switched(plan)
+        except TimeoutError as error:
+            raise self._failed(
+                f"the switch did not succeed within {deadline_s:g} s: no pause of at most "
+                f"{plan.max_pause_ms:g} ms was enough to bring the destination up to date; allow a longer "
+                f"pause or deadline"
+            ) from error
+        except VhostsyncError as error:
+            raise self._failed(self._why(error)) from error
+        except anyio.get_cancelled_exc_class():
+            self._failed("the source has failed, and the switch from it goes first; or the backend ends")
+            raise
+        log.info("switched", **asdict(result))
+        self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
+        return result
+
+    def _different(self, when: str) -> str:
+        return (
+            f"a verification has found that {self._roles.destination_path} differs from the guest's disk "
+            f"({when}); mend it (verify --repair), verify that it is equal by now, or copy everything anew "
+            f"(mirror cancel, mirror start --full); or move the guest there all the same (switch "
+            f"--accept-different)"
+        )
+
+    def _why(self, error: VhostsyncError) -> str:
+        if isinstance(error, EngineError) and error.errno == errno.ENOTCONN:
+            return "the mirror did not stay steady meanwhile (`status` says why); try again when it is steady"
+        if isinstance(error, EngineError) and error.errno == errno.EBADE:
+            return self._different("just now: query-verify says where")
+        return str(error)
+
+    def _failed(self, reason: str) -> SwitchError:
+        log.warning("switch failed", reason=reason)
+        self._hub.publish(events.SWITCH_FAILED, {"reason": reason})
+        return SwitchError(f"the guest is still on {self._roles.source.name}: {reason}")
+
+    async def leave_source(self, deadline_s: float) -> SwitchResult | None:
+        """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
+        another switch has done so meanwhile. VhostsyncError."""
+        async with self.steps(SwitchPlan(deadline_s * 1000)) as steps:
+            if not (await self._engine.snapshot()).failover_pending:
+                return None
+            switched = await take_all(steps)
+            if switched is None:
+                raise SwitchError("the destination could not be brought up to date in time")
+            return self._result(switched, 1)
+
+    async def _try_until_switched(self, plan: SwitchPlan) -> SwitchResult:
+        attempts = 0
+        while True:
+            attempts += 1
+            await self.drain(plan)
+            async with self.steps(plan) as steps:
+                switched = await take_all(steps)
+            if switched is not None:
+                if switched.accepted:
+                    log.warning("accepted what the destination holds there", **switched.accepted.listed())
+                return self._result(switched, attempts)
+            await anyio.sleep(RETRY_S * attempts)
+
+    async def drain(self, plan: SwitchPlan) -> None:
+        """The guest running: the lag shrinks, and the destination shows that it can flush. EngineError."""
+        await self._engine.mirror_drain(both_disks=plan.keep_mirror)
+
+    def _result(self, switched: Switched, attempts: int) -> SwitchResult:
+        destination = self._roles.destination
+        return SwitchResult(
+            pause_us=switched.pause_ns // 1000,
+            attempts=attempts,
+            source_path=self._roles.source.name,
+            destination_path=destination.name if destination is not None else None,
+            accepted=switched.accepted.listed(),
+        )
+
+    @asynccontextmanager
+    async def steps(self, plan: SwitchPlan) -> AsyncIterator[SwitchSteps]:
+        """One attempt, with the record's lock. What it has begun is taken back, unless the disks were
+        exchanged."""
+        async with self._keeper.lock:
+            steps = SwitchSteps(self._engine, self._keeper, plan)
+            try:
+                yield steps
+            finally:
+                await steps.take_back()
