@@ -394,7 +394,7 @@ MUTATIONS = [
         "a source that fails: what is parked is answered once, by the new disk",
         "request_path.c",
         "&& !source_failover_park(r, io))",
-        "&& (range_set_add(&r->engine->bad.doubt, r->blk.offset, r->blk.length), "
+        "&& (range_set_add(&r->engine->mirror.bad.doubt, r->blk.offset, r->blk.length), "
         "!source_failover_park(r, io)))",
         "failover.py::test_a_failed_write_is_done_on_the_other_disk",
     ),
