@@ -78,6 +78,21 @@ def _latency(number: str, place: str, bound: float) -> Row:
     return Row(number, title, place, ALONE, (target,), "mean_us", "µs", WRITE_1)
 
 
+def _packed(number: str, kind: str) -> Row:
+    """What packed rings cost or spare, with the same backend on the same file in turn."""
+    work = READ_32 if kind == "read" else WRITE_32
+
+    def measure(contender: Contender, plan: Plan) -> Sample:
+        split = contender.measure(work, plan.seconds, plan.ramp_s)
+        packed = contender.measure(replace(work, packed=True), plan.seconds, plan.ramp_s)
+        ratio_of_both = packed.figures["per_s"] / split.figures["per_s"]
+        return Sample({**packed.figures, "of_split": ratio_of_both}, {"split": split.figures})
+
+    title = f"packed rings: pass-through, memory, depth 32, {kind}"
+    targets = (Target("of split rings", value("ours", "of_split"), None),)
+    return Row(number, title, "memory", ("ours",), targets, measure=measure)
+
+
 _R4 = Row(
     "4", "mirrored writes, disk, depth 32", "disk", ("raw", *MIRRORS),
     (Target("of L", of_limit, 0.95), Target("of rival's best", ratio("ours mirrored", *RIVALS), 1.25)),
@@ -92,6 +107,8 @@ _SIDE_BY_SIDE = (
     _pass_through("1w", "write", "disk", 0.9, 1),
     _pass_through("2r", "read", "memory", 0.95, 4),
     _pass_through("2w", "write", "memory", 0.95, 4),
+    _packed("2rp", "read"),
+    _packed("2wp", "write"),
     _latency("3", "disk", 1.4),
     _latency("3m", "memory", 0.3),
     replace(

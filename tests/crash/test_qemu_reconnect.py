@@ -1,31 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real guest goes on while its disk's backend is killed and started again: QEMU reconnects, the guest's
-kernel notices nothing, and nothing that it synced is lost."""
+kernel notices nothing, and nothing that it synced is lost.
+
+VHOSTSYNC_QEMU_KILLS is the number of kills of each test (3 unless told)."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import Vhostsync
-from tests.guest.harness import Guest, GuestDisk, machine_command, verify_blocks
+from tests.guest.harness import Guest, GuestDisk, machine_command, rings_are_packed, verify_blocks
 from tests.guest.images import new_image
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+KILLS = int(os.environ.get("VHOSTSYNC_QEMU_KILLS", "3"))
 
-KILLS = 3
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(180 + 20 * KILLS)]
 
 
-@pytest.mark.parametrize("mirrored", [False, True], ids=["alone", "mirrored"])
-def test_backend_killed_under_a_guest(assets: GuestAssets, work: Path, mirrored: bool) -> None:
+@pytest.mark.parametrize(
+    ("mirrored", "properties"),
+    [(False, ""), (True, ""), (False, "packed=on")],
+    ids=["alone", "mirrored", "packed"],
+)
+def test_backend_killed_under_a_guest(
+    assets: GuestAssets, work: Path, mirrored: bool, properties: str
+) -> None:
     """With `mirrored` the first backend dies in steady, and the last one copies all anew."""
     image, destination = new_image(work / "disk.img", 64), new_image(work / "destination.img", 64)
     backend = Vhostsync(work, image, queues=2)
     try:
-        disk = GuestDisk(backend.socket, queues=2, reconnect_s=1)
+        disk = GuestDisk(backend.socket, queues=2, reconnect_s=1, properties=properties)
         with Guest(assets, work, machine_command([disk])) as guest:
+            assert rings_are_packed(guest) == bool(properties)
             load = guest.start_load("/dev/vda", blocks=8192, threads=8)
             load.next_report()
             if mirrored:

@@ -20,7 +20,7 @@ import pytest
 from tests.crash.habits import HABITS, Habits, Unconnected
 from tests.crash.killer import Killer
 from tests.crash.load import BLOCK_BYTES, VerifiedLoad
-from tests.frontend import Frontend
+from tests.frontend import DEFAULT_FEATURES, Feature, Frontend
 from tests.guest.images import MIB, digest, new_image
 
 KILLS = int(os.environ.get("VHOSTSYNC_CRASH_KILLS", "12"))
@@ -33,11 +33,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIME_S + 120)]
 
 @contextlib.contextmanager
 def running(
-    work: Path, habits: Habits, *, kills: int, destination: Path | None, bitmap: Path | None = None
+    work: Path,
+    habits: Habits,
+    *,
+    kills: int,
+    destination: Path | None,
+    bitmap: Path | None = None,
+    features: int = DEFAULT_FEATURES,
 ) -> Iterator[tuple[VerifiedLoad, Killer, Path]]:
     rng = random.Random(SEED)
     disk = new_image(work / "disk.img", DISK_MIB)
-    frontend = Frontend(Unconnected(), queues=2, queue_size=64)
+    frontend = Frontend(Unconnected(), queues=2, queue_size=64, features=features)
     load = VerifiedLoad(frontend, work / "disk.sock", habits, blocks=DISK_MIB * MIB // BLOCK_BYTES, rng=rng)
     killer = Killer(
         work,
@@ -59,11 +65,21 @@ def running(
         frontend.close()
 
 
-@pytest.mark.parametrize("habits", HABITS, ids=lambda habits: habits.name)
-def test_killed_again_and_again(work: Path, habits: Habits) -> None:
+PACKED = DEFAULT_FEATURES | Feature.RING_PACKED
+LAYOUTS = [
+    pytest.param(HABITS[0], DEFAULT_FEATURES, id="qemu"),
+    pytest.param(HABITS[1], DEFAULT_FEATURES, id="cloud-hypervisor"),
+    pytest.param(HABITS[0], PACKED, id="packed"),
+    pytest.param(HABITS[0], PACKED & ~Feature.INDIRECT_DESC, id="packed, lists in the ring"),
+]
+
+
+@pytest.mark.parametrize(("habits", "features"), LAYOUTS)
+def test_killed_again_and_again(work: Path, habits: Habits, features: int) -> None:
     began = time.monotonic()
     destination = new_image(work / "destination.img", DISK_MIB)
-    with running(work, habits, kills=KILLS, destination=destination) as (load, killer, disk):
+    ran = running(work, habits, kills=KILLS, destination=destination, features=features)
+    with ran as (load, killer, disk):
         load.run(
             finished=killer.over.is_set, connecting=killer.connecting.set, recovered=killer.recovered.set
         )

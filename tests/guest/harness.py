@@ -461,6 +461,11 @@ class Guest:
         self.kill()
 
 
+def rings_are_packed(guest: Guest) -> bool:
+    """Whether the guest's driver has negotiated VIRTIO_F_RING_PACKED for its first disk."""
+    return guest.run("cat /sys/block/vda/device/features").strip()[34] == "1"
+
+
 def verify_blocks(assets: GuestAssets, image: Path, load: Load, *, synced: int, issued: int = 0) -> str:
     """Check an image (or a file) on the host: every block at least as new as what was synced, none from
     after `issued` (0: no such bound). Returns vhs-load's summary; raises GuestError with the first bad

@@ -10,19 +10,30 @@ from pathlib import Path
 import pytest
 
 from tests.guest.assets import GuestAssets
-from tests.guest.backends import Vhostsync, start_backend
-from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
+from tests.guest.backends import Vhostsync, start_backend, storage_daemon_wanted
+from tests.guest.harness import (
+    Guest,
+    GuestDisk,
+    GuestOptions,
+    machine_command,
+    rings_are_packed,
+    verify_blocks,
+)
 from tests.guest.images import MIB, digest, new_image
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 
 
-def test_write_sync_read_back_and_discard(assets: GuestAssets, work: Path) -> None:
+@pytest.mark.parametrize("properties", ["", "packed=on"], ids=["split", "packed"])
+def test_write_sync_read_back_and_discard(assets: GuestAssets, work: Path, properties: str) -> None:
+    if properties and storage_daemon_wanted():
+        pytest.skip("qemu-storage-daemon has no packed rings")
     image = new_image(work / "disk.img", 64)
     with (
         start_backend(work, image) as backend,
-        Guest(assets, work, machine_command([GuestDisk(backend.socket)])) as guest,
+        Guest(assets, work, machine_command([GuestDisk(backend.socket, properties=properties)])) as guest,
     ):
+        assert rings_are_packed(guest) == bool(properties)
         assert int(guest.run("cat /sys/block/vda/size")) == 64 * MIB // 512
         guest.run("head -c 8388608 /dev/urandom >/tmp/data")
         guest.run("dd if=/tmp/data of=/dev/vda bs=64k seek=16 oflag=direct conv=fsync 2>&1")

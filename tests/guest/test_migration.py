@@ -10,7 +10,14 @@ import pytest
 
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import Vhostsync, storage_daemon_wanted
-from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
+from tests.guest.harness import (
+    Guest,
+    GuestDisk,
+    GuestOptions,
+    machine_command,
+    rings_are_packed,
+    verify_blocks,
+)
 from tests.guest.images import MIB, digest, fill_random, new_image
 from tests.guest.migration import Migration
 
@@ -28,7 +35,8 @@ def reads_so_far(guest: Guest) -> int:
     return int(guest.run("cat /sys/block/vda/stat").split()[0])
 
 
-def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path) -> None:
+@pytest.mark.parametrize("properties", ["", "packed=on"], ids=["split", "packed"])
+def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path, properties: str) -> None:
     """Two migrations, each with both QEMUs connected at once, while the load writes and the mirror is steady.
 
     What the guest reads during a migration goes from the backend straight into its page cache, and is more
@@ -36,8 +44,10 @@ def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path
     source, destination = new_image(work / "source.img", 128), new_image(work / "destination.img", 128)
     fill_random(source, 32 * MIB, READ_MIB * MIB)  # the load writes the first 32 MiB
     with Vhostsync(work, source, queues=2) as backend:
-        machine = machine_command([GuestDisk(backend.socket, queues=2)], GuestOptions(memory_mib=256))
+        disk = GuestDisk(backend.socket, queues=2, properties=properties)
+        machine = machine_command([disk], GuestOptions(memory_mib=256))
         with Guest(assets, work, machine, name="home") as guest:
+            assert rings_are_packed(guest) == bool(properties)
             load = guest.start_load("/dev/vda", blocks=8192, threads=8)
             load.next_report()
             backend.start_mirror(destination)

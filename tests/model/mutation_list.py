@@ -772,6 +772,22 @@ MUTATIONS = [
         "        set_wish(vq, VRING_PACKED_EVENT_FLAG_DESC, vq->packed->next_avail ^ PACKED_WRAP);",
         "rings/test_requests.py::test_what_was_written_is_read",
     ),
+    _m(
+        "packed-record-forgets-the-descriptors",
+        "requests in flight of a packed ring are taken up from the record: the ring has other elements there",
+        "inflight_packed.c",
+        "        WRITE_ONCE(d->addr, descs[i].addr);\n",
+        "",
+        "crash/test_reconnect.py::test_killed_again_and_again[packed]",
+    ),
+    _m(
+        "packed-record-keeps-what-was-answered",
+        "what a packed ring has answered is not taken up again",
+        "inflight_packed.c",
+        "    WRITE_ONCE(r->desc[entry].inflight, 0);\n}\n\nvoid inflight_packed_shown",
+        "}\n\nvoid inflight_packed_shown",
+        "crash/test_reconnect.py::test_killed_again_and_again[packed]",
+    ),
     # -- the dirty log of a live migration --------------------------------------------------
     _m(
         "element-not-logged",

@@ -30,6 +30,7 @@ from vhostsync.vhost_user.payloads import (
     encode_vring_state,
 )
 from vhostsync.vhost_user.rules import (
+    INFLIGHT_PACKED_RING_BYTES,
     INFLIGHT_RING_BYTES,
     MEM_SLOTS,
     OFFERED,
@@ -131,6 +132,28 @@ async def test_inflight_region(desk: Desk, wire_bytes: int) -> None:
         for request, fds in ((R.GET_INFLIGHT_FD, 0), (R.SET_INFLIGHT_FD, 1)):
             with pytest.raises(FrontendError, match=f"for {queues} rings of a device with 4"):
                 await desk.say(request, InflightArea(0, 0, queues, 64, wire_bytes), fds)
+
+
+async def test_inflight_region_of_packed_rings(desk: Desk) -> None:
+    await desk.negotiate()
+    await desk.say(R.SET_FEATURES, U64(WANTED | Feature.RING_PACKED))
+    reply = await desk.say(R.GET_INFLIGHT_FD, InflightArea(0, 0, 2, 64, 24))
+    assert reply == encode_payload(InflightArea(2 * INFLIGHT_PACKED_RING_BYTES, 0, 2, 64, 24))
+    assert os.fstat(desk.shared[0].fileno()).st_size == 2 * INFLIGHT_PACKED_RING_BYTES
+
+
+async def test_sizes_and_bases_of_packed_rings(desk: Desk) -> None:
+    """Any size, and a base of two halves."""
+    await desk.negotiate()
+    await desk.say(R.SET_FEATURES, U64(WANTED | Feature.RING_PACKED))
+    await desk.say(R.SET_VRING_NUM, VringState(0, 100))
+    for num in (0, QUEUE_ENTRIES_MAX + 1):
+        with pytest.raises(FrontendError, match="any number up to"):
+            await desk.say(R.SET_VRING_NUM, VringState(0, num))
+    await desk.say(R.SET_VRING_BASE, VringState(0, 0x8063_8063))
+    assert desk.calls[-2:] == [("set_vring_num", 0, 100), ("set_vring_base", 0, 0x8063_8063)]
+    desk.attachment.base = 0x0007_8008
+    assert await desk.say(R.GET_VRING_BASE, VringState(0, 0)) == encode_vring_state(0, 0x0007_8008)
 
 
 async def test_features_that_were_not_offered(desk: Desk) -> None:

@@ -59,6 +59,7 @@ _ALWAYS: Final = (
     | Feature.LOG_ALL
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
+    | Feature.RING_PACKED
     | Feature.SIZE_MAX
     | Feature.SEG_MAX
     | Feature.GEOMETRY
