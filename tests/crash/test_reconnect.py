@@ -43,7 +43,8 @@ def running(
 ) -> Iterator[tuple[VerifiedLoad, Killer, Path]]:
     rng = random.Random(SEED)
     disk = new_image(work / "disk.img", DISK_MIB)
-    frontend = Frontend(Unconnected(), queues=2, queue_size=64, features=features)
+    size = 64 if features & Feature.INDIRECT_DESC else 256  # a list takes a descriptor for each of its parts
+    frontend = Frontend(Unconnected(), queues=2, queue_size=size, features=features)
     load = VerifiedLoad(frontend, work / "disk.sock", habits, blocks=DISK_MIB * MIB // BLOCK_BYTES, rng=rng)
     killer = Killer(
         work,
