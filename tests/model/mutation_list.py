@@ -468,7 +468,7 @@ MUTATIONS = [
         "rule 8: log buffers stay owned until every request has completed",
         "replicator.c",
         "if (!p->submitted)\n            release(p);",
-        "if (p->epoch)\n            release(p);",
+        "if (p->count)\n            release(p);",
         "faults.py::test_buffers_stay_owned_until_a_late_write_is_over",
     ),
     _m(
