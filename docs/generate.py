@@ -12,6 +12,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+from docs.structure import c_arrows, picture, python_arrows  # noqa: E402
 from vhostsync.cli.serve_arguments import ANSWERS  # noqa: E402
 from vhostsync.config import ServeConfig  # noqa: E402
 from vhostsync.engine.snapshot import EngineFigures, QueueFigures  # noqa: E402
@@ -66,28 +67,30 @@ def events_table() -> str:
     return "| event | when | data |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {
+PARTS: dict[str, Callable[[], str]] = {
     "query-mirror": lambda: statistics_table(MirrorStatus),
     "queues": lambda: statistics_table(QueueFigures),
     "engine": lambda: statistics_table(EngineFigures),
     "events": events_table,
+    "c floors": lambda: picture(c_arrows()),
+    "python layers": lambda: picture(python_arrows()),
 }
 
 
-def control_protocol() -> str:
-    """Its tables lie between marks; the rest is written by hand."""
-    text = (DOCS / "control-protocol.md").read_text()
-    for name, table in TABLES.items():
-        mark = rf"(<!-- docs/generate\.py: {name} -->\n\n).*?(\n<!-- end -->)"
-        place = re.search(mark, text, re.DOTALL)
-        assert place is not None, f"control-protocol.md has no place for {name}"
-        text = text[: place.end(1)] + table() + text[place.start(2) :]
+def filled(document: str) -> str:
+    """Parts of it lie between marks, and are made anew; the rest is written by hand."""
+    text = (DOCS / document).read_text()
+    for name in re.findall(r"<!-- docs/generate\.py: (.*?) -->", text):
+        place = re.search(rf"(<!-- docs/generate\.py: {name} -->\n\n).*?(\n?<!-- end -->)", text, re.DOTALL)
+        assert place is not None, f"{document}: the mark of {name} has no end"
+        text = text[: place.end(1)] + PARTS[name]() + "\n" + text[place.start(2) :].lstrip("\n")
     return text
 
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "options.md": options_page,
-    "control-protocol.md": control_protocol,
+    "control-protocol.md": lambda: filled("control-protocol.md"),
+    "architecture.md": lambda: filled("architecture.md"),
 }
 
 
