@@ -154,7 +154,7 @@ class ServeConfig:
     )
     poll_us: int | None = option(
         "--poll-us", DISK, POLLING_US,
-        "look for work so many microseconds before sleeping: 0 never, auto where it pays",
+        "how many microseconds to look for work before sleeping: 0 none, auto where it pays",
         least=0, most=10_000, default_text="auto", engine="poll_us",
     )
     threads: int = option(
@@ -176,7 +176,7 @@ class ServeConfig:
     )
     max_lag_ms: int = option(
         "--max-lag-ms", MIRROR, MILLISECONDS,
-        "in steady, slow the guest's writes so that the destination lags no more", 500,
+        "in steady, slow the guest's writes so that the destination's lag stays below this", 500,
         least=1, most=60_000, engine="max_lag_us",
         detail="From half of it on, the guest's writes are slowed down, so that the lag stays below it.",
     )
@@ -207,12 +207,12 @@ class ServeConfig:
     )
     on_destination_error: OnDestinationError = option(
         "--on-destination-error", MIRROR, one_of("degrade", "pause", engine_word="pause"),
-        "when one that was up to date fails: go on without, or flushes wait for the next one", "degrade",
+        "when an up-to-date destination fails: go on without it, or hold flushes until another is", "degrade",
         engine="pause_on_destination_error",
     )
     destination_retry_s: float | None = option(
         "--destination-retry", MIRROR, SECONDS,
-        "attach one that failed again after so long, then after twice as long",
+        "attach a destination that failed again after this time, then after twice as long",
         least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX, default_text="never",
         detail="At most 5 minutes lie between two tries. A mirror that could not be resumed is tried, too. "
         "Only what differs is copied.",
@@ -261,7 +261,7 @@ class ServeConfig:
     )
     no_state_file: bool = option(
         "--no-state-file", STATE_RECORD, FLAG,
-        "keep none: after a switch nobody stops you from serving the old disk", False,
+        "keep none: after a switch nothing stops you from serving the old disk", False,
     )
     answer: Answer | None = None  # of the operator, to what the state record has asked: an option for each
 
@@ -292,7 +292,7 @@ class ServeConfig:
     )
     sandbox: Sandbox = option(
         "--sandbox", PRIVILEGES, one_of("auto", "off", "require"),
-        "drop rights that are not needed: what the kernel has (auto), nothing, or all or fail", "auto",
+        "drop rights that are not needed: as many as the kernel can (auto), none, or all or fail", "auto",
     )
     allow_paths: tuple[Path, ...] = option(
         "--allow-path", PRIVILEGES, Kind("DIR", Path),

@@ -131,8 +131,8 @@ class MirrorFigures:
         Metric("copy_bytes", "gauge", "Bytes that the copy has to go through."), member="copy_bytes_total",
     )
     copy_bytes_done: int = statistic(
-        "of these: what it is through with",
-        Metric("copy_done_bytes", "gauge", "Bytes that the copy is through with."), member="copy_bytes_done",
+        "of these: what the copy has dealt with",
+        Metric("copy_done_bytes", "gauge", "Bytes that the copy has dealt with."), member="copy_bytes_done",
     )
     copy_bytes_sparse: int = statistic(
         "of those done: holes and zeroes",
