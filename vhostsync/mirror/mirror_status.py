@@ -42,7 +42,8 @@ class MirrorStatus(MirrorFigures):
     copy_remaining_s: float | None = statistic("an estimate; null: not known")
     speed_bytes_per_s: int = statistic("the copy's limit; 0: none")
     wanted: bool = statistic(
-        "`mirror-start` has asked for the mirror and no `mirror-cancel` has ended it: a restart resumes it"
+        "`mirror-start` has asked for the mirror, and neither `mirror-cancel` nor a switch without "
+        "`keep-mirror` has ended it: a restart resumes it"
     )
     last_error: str | None = statistic("of the last failure; or null")
     reason: str | None = statistic("of the last change of state; or null")
