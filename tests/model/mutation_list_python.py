@@ -259,6 +259,31 @@ PYTHON = [
         "            record = record.with_difference(None)",
         "daemon/test_verify.py::test_a_switch_to_what_differs_is_refused_until_it_is_mended",
     ),
+    # -- who may change the record -----------------------------------------------------
+    _m(
+        "somebody-elses-record-is-overwritten",
+        "a record that somebody else has put there is not changed any more",
+        "record/state_file.py",
+        "        self._superseded = self._superseded or self._is_of_somebody_else()\n",
+        "",
+        "unit/test_state_record.py::test_a_record_that_somebody_else_has_put_there_is_left_to_them",
+    ),
+    _m(
+        "a-change-in-doubt-is-forgotten",
+        "where it is unknown whether the record was changed, the record that holds is written again",
+        "mirror/record_keeper.py",
+        "        except UnsettledRecordError:\n            self._unsettled.set()\n",
+        "        except UnsettledRecordError:\n",
+        "record_store.py::test_a_change_in_doubt_is_followed_by_the_record_that_holds",
+    ),
+    _m(
+        "the-record-is-not-put-back",
+        "a switch whose change of the record is in doubt puts the former one back before the guest goes on",
+        "mirror/switch_steps.py",
+        "                await self._keeper.take_back(self._prepared)\n",
+        "                pass\n",
+        "record_store.py::test_a_switch_whose_change_is_in_doubt_leaves_the_guest_where_it_was",
+    ),
     # -- one command at a time -------------------------------------------------------
     _m(
         "a-failover-waits",
