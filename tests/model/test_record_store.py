@@ -360,9 +360,19 @@ def test_a_switch_whose_change_is_in_doubt_leaves_the_guest_where_it_was(
     """And the record follows, as soon as it can."""
 
     async def scene(world: RemoteWorld, run: Run) -> None:
+        named: list[str] = []
+        ungate = run.engine.ungate
+
+        async def note_and_ungate() -> None:
+            named.append(world.record().current.path)
+            await ungate()
+
+        monkeypatch.setattr(run.engine, "ungate", note_and_ungate)
         world.server.coming.extend([Outcome.ANSWERED, made, put_back])  # announced, changed, put back
         with pytest.raises(SwitchError, match="is unknown"):
             await run.mirror.switch(deadline_s=5, max_pause_ms=1000, keep_mirror=False)
+        if put_back is Outcome.ANSWERED:
+            assert named == [str(world.folder / "a.img")], "the guest goes on before the record is put back"
         world.check()
         run.guest.write(1)
         run.guest.flush()
