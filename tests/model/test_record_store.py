@@ -163,6 +163,7 @@ class RemoteRecord(RuleBasedStateMachine):
 
     async def _confirm_nothing_alone(self) -> None:
         """The destination is lost to whoever was superseded: no flush is confirmed without it."""
+        self.world.end_the_stores_faults(self.run.store)
         if self.run.mirror.state is MirrorState.STEADY:
             await self._try(partial(self.run.mirror.cancel, force=True), SupersededError)
             assert self.run.mirror.state is MirrorState.STEADY
