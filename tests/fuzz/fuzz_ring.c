@@ -78,6 +78,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 pinned[i] = mem_table_pin(&memory);
             change_memory(&c);
             mapped = virtqueue_map(&vq, memory.current);
+            if (!mapped) /* nothing of it is in flight */
+                virtqueue_unmap(&vq);
             if (mapped && choose(&c, 2))
                 (void)virtqueue_start(&vq, vq.next_avail);
         }

@@ -780,14 +780,6 @@ MUTATIONS = [
         "",
         "crash/test_reconnect.py::test_killed_again_and_again[packed]",
     ),
-    _m(
-        "packed-record-keeps-what-was-answered",
-        "what a packed ring has answered is not taken up again",
-        "inflight_packed.c",
-        "    WRITE_ONCE(r->desc[entry].inflight, 0);\n}\n\nvoid inflight_packed_shown",
-        "}\n\nvoid inflight_packed_shown",
-        "crash/test_reconnect.py::test_killed_again_and_again[packed]",
-    ),
     # -- the dirty log of a live migration --------------------------------------------------
     _m(
         "element-not-logged",
