@@ -50,8 +50,11 @@ class ServedDisk:
     def as_it_is(self) -> DiskIdentity:
         return self.identity
 
-    def marked(self, mark: str | None) -> ServedDisk:
+    def with_mark(self, mark: str | None) -> ServedDisk:
         return self  # its token is its own for good
+
+    def bear_mark(self) -> ServedDisk:
+        return self
 
     def image_format(self) -> str | None:
         return None

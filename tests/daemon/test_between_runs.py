@@ -133,7 +133,7 @@ def seen(path: Path, *, clean: bool = False, mark: bool = False) -> DiskIdentity
     fd = os.open(path, os.O_RDWR)
     try:
         found = identify.identify(fd, path, with_ctime=clean)
-        return identify.marked(fd, found, found.mark) if mark else found
+        return identify.bear_mark(fd, identify.with_mark(fd, found, found.mark)) if mark else found
     finally:
         os.close(fd)
 
@@ -375,7 +375,7 @@ def nameless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identify, "file_system", lambda *_: None)
     monkeypatch.setattr(identify, "_generation", lambda *_: None)
     monkeypatch.setattr(identify, "read_mark", lambda *_: None)
-    monkeypatch.setattr(identify, "marked", lambda _fd, disk, _mark: disk)
+    monkeypatch.setattr(identify, "with_mark", lambda _fd, disk, _mark: disk)
 
 
 @pytest.mark.alone

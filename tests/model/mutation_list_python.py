@@ -61,6 +61,22 @@ PYTHON = [
         "daemon/test_between_runs.py::test_a_copy_beside_it",
     ),
     _m(
+        "a-start-marks-before-it-records",
+        "no disk bears a mark that no record knows",
+        "device/opening.py",
+        "    disk = disk.with_mark(mark)\n",
+        "    disk = disk.with_mark(mark).bear_mark()\n",
+        "model/test_lineage.py::test_no_disk_bears_a_mark_that_no_record_knows",
+    ),
+    _m(
+        "a-mirror-marks-before-it-records",
+        "no disk bears a mark that no record knows",
+        "mirror/mirror.py",
+        "return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity))",
+        "return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity)).bear_mark()",
+        "model/test_lineage.py::test_no_disk_bears_a_mark_that_no_record_knows",
+    ),
+    _m(
         "a-former-peer-is-forgotten",
         "a copy that did not end is known as one when another disk takes its place",
         "record/state_record.py",

@@ -78,9 +78,11 @@ def open_device(
         shape = device_shape(config, disk, record)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, shape, found, record)
+        unmarked = disk
         disk, record = recognisable(disk, store, found, record, config.answer)
         spared = record.spared if record is not None else ()
         record = follow_record(store, found, record, disk, bitmap, shape.guest)
+        disk, record = _bearing_its_mark(store, disk, record, unmarked)
         left = found.peer if found is not None and found.clean else None
         until_ns = bitmap.peer_until_ns if bitmap is not None else None
         return Opened(disk, shape, store, record, bitmap, left, spared, until_ns)
@@ -183,8 +185,8 @@ def recognisable(
     disk: Disk, store: RecordStore, found: StateRecord | None, record: StateRecord | None,
     answer: Answer | None,
 ) -> tuple[Disk, StateRecord | None]:
-    """The disk bears its mark from here on, and the record knows it. A disk that is not the recorded one, or
-    a copy of one that is, gets a mark that no other has."""
+    """As they are once the disk bears its mark. A disk that is not the recorded one, or a copy of one that
+    is, gets a mark that no other has."""
     if disk.read_only:
         return disk, record
     mark = disk.identity.mark
@@ -195,9 +197,25 @@ def recognisable(
         mark = known.mark or mark
     else:
         mark = None if answer is Answer.PROMOTE else record.current.mark
-    disk = disk.marked(mark)
+    disk = disk.with_mark(mark)
     if record is not None:
         record = replace(record, current=disk.identity)
+    return disk, record
+
+
+def _bearing_its_mark(
+    store: RecordStore, disk: Disk, record: StateRecord | None, unmarked: Disk
+) -> tuple[Disk, StateRecord | None]:
+    """The disk bears its mark from here on, which the record knows by now. Where that could not be written
+    yet, or the mark not be set, the disk stays as it was, and the record has it so."""
+    if disk.read_only or record is None:
+        return disk, record
+    told, disk = disk.identity, unmarked if store.late else disk.bear_mark()
+    if disk.identity == told:
+        return disk, record
+    record = replace(record, current=disk.identity)
+    if not store.late:
+        _write(store, record, None)
     return disk, record
 
 

@@ -125,6 +125,24 @@ def check_former(disk: Disk, former: DiskIdentity) -> None:
     )
 
 
+def put_mark_back(disk: Disk, place: Place) -> None:
+    """The engine has refused the disk, and the record is to know it by its former mark again."""
+    disk.close()
+    mark = disk.identity.mark
+    if mark is None or mark == place.identity.mark:
+        return
+    try:
+        again = kinds.open_disk(disk.name, read_only=False, cache="writeback", lock_timeout_s=0)
+    except DiskError as error:
+        log.error("the disk keeps a mark that the record does not have", error=str(error))
+        return
+    try:
+        if same(again.identity, place.identity):
+            again.with_mark(mark).bear_mark()
+    finally:
+        again.close()
+
+
 def was_of_this_guest(record: StateRecord, disk: DiskIdentity) -> bool:
     """The last destination, or one that was the source once: what it holds is the guest's."""
     return any(same(former, disk) for former in record.disks if former is not record.current)

@@ -35,6 +35,7 @@ from vhostsync.mirror.destination import (
     check_holds_nothing,
     discard,
     open_destination,
+    put_mark_back,
     was_of_this_guest,
 )
 from vhostsync.mirror.mirror_course import Course
@@ -236,20 +237,19 @@ class Mirror:
                 "cannot be written (see last-error); mend that first"
             )
 
-    def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Place]:
-        """Why everything has to be copied; how it looks now; and how it is recognised from here on.
-        Blocks."""
+    def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Disk]:
+        """Why everything has to be copied; how it looks now; and the same disk, as it is recognised once it
+        bears its mark. Blocks."""
         why_full, now = self._roles.peer.why_full(disk), disk.as_it_is()
         bitmap, peer = self._keeper.bitmap, self._keeper.record.peer
         if why_full == NO_EARLIER_COPY and bitmap and peer and same(peer, disk.identity):
             why_full = bitmap.changed or why_full
-        mark = self._keeper.mark_of(disk.identity)
-        return why_full, now, Place.of(disk.marked(mark))
+        return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity))
 
     async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
         """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
         restart goes by the record."""
-        why_full, now, place = await anyio.to_thread.run_sync(self._judge, disk)
+        why_full, now, marked = await anyio.to_thread.run_sync(self._judge, disk)
         if self._course.resuming and why_full == NO_EARLIER_COPY:
             why_full = "what the last run's copy lacks is not known, for no --bitmap has kept it"
         full_copy_reason = "it was asked for" if target.full else why_full
@@ -260,10 +260,11 @@ class Mirror:
             former = self._keeper.record
             spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(target.name, target.cache, target.speed_bytes_per_s)
-            record = former.with_peer(place.identity, former.bitmap if resync else None)
+            record = former.with_peer(marked.identity, former.bitmap if resync else None)
             if not resync:
                 record = record.with_difference(None)
             await self._keeper.write(record.with_wanted(wanted))
+            place = Place.of(await self._bearing_its_mark(marked))
             former_peer, self._course.last_error = self._roles.attach(place), None
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
@@ -271,6 +272,7 @@ class Mirror:
                 await self._engine.mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
             except EngineError:
                 self._roles.destination, self._roles.peer = None, former_peer
+                await anyio.to_thread.run_sync(put_mark_back, disk, place)
                 await self._keeper.write(former)
                 raise
             if not resync:
@@ -279,6 +281,16 @@ class Mirror:
         self._course.full_copy_reason = full_copy_reason
         self._course.speed_bytes_per_s = target.speed_bytes_per_s
         log.info("copying", destination=place.name, everything_because=full_copy_reason)
+
+    async def _bearing_its_mark(self, disk: Disk) -> Disk:
+        """Before its first byte is overwritten: from there on a start must not miss what it is."""
+        marked = await anyio.to_thread.run_sync(disk.bear_mark)
+        if marked.identity != disk.identity:
+            try:
+                await self._keeper.write(replace(self._keeper.record, peer=marked.identity))
+            except StateRecordError as error:
+                log.error("the record has a mark that the destination does not bear", error=str(error))
+        return marked
 
     async def cancel(self, *, force: bool) -> None:
         """Let go of the destination; in steady, unless forced, it becomes a copy of this moment first, and in

@@ -42,8 +42,13 @@ class Disk(Protocol):
         """How it looks now, with what tells a later change by somebody else, where that shows."""
         ...
 
-    def marked(self, mark: str | None) -> Self:
-        """The same, bearing this mark of ours, or a new one (None), where its kind bears any."""
+    def with_mark(self, mark: str | None) -> Self:
+        """The same, as it is once it bears this mark of ours, or a new one (None), where its kind bears any.
+        Its identity is recorded before `bear_mark`."""
+        ...
+
+    def bear_mark(self) -> Self:
+        """The same, which bears the mark of its identity from here on; as it is, where it cannot."""
         ...
 
     def image_format(self) -> str | None:

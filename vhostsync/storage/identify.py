@@ -5,11 +5,12 @@ A file system is named by what lasts of it: the UUID in its super block, folded 
 those that have it there, or asked for; of a network file system the server and its export. Those that have
 neither (FUSE, overlay) have no name, and their files are known by their mark.
 
-The mark is a `user.` attribute of an image file: 128 random bits, written to the open and locked file when
-the first record mentions it. Nothing depends on it alone: without it (no attributes on that file system, no
-right, no room) the numbers decide.
+The mark is a `user.` attribute of an image file: 128 random bits, written to the open and locked file once
+the first record that mentions it is durable. Nothing depends on it alone: without it (no attributes on that
+file system, no right, no room) the numbers decide.
 """
 
+import errno
 import fcntl
 import os
 import secrets
@@ -165,14 +166,29 @@ def read_mark(fd: int) -> str | None:
     return mark if fits else None
 
 
-def marked(fd: int, disk: DiskIdentity, wanted: str | None) -> DiskIdentity:
-    """`disk`, which is open at `fd`, bearing this mark, or a new one (None)."""
-    if disk.kind != "file" or (wanted is not None and wanted == disk.mark):
+def with_mark(fd: int, disk: DiskIdentity, wanted: str | None) -> DiskIdentity:
+    """`disk`, which is open at `fd`, as it is once it bears this mark, or a new one (None). To be recorded
+    before `bear_mark`: a disk whose mark nobody knows, the next start would take for one of its own."""
+    if disk.kind != "file" or (wanted is not None and wanted == disk.mark) or not _can_bear_marks(fd):
         return disk
-    mark = wanted if wanted is not None else secrets.token_hex(MARK_CHARACTERS // 2)
+    return replace(disk, mark=wanted if wanted is not None else secrets.token_hex(MARK_CHARACTERS // 2))
+
+
+def bear_mark(fd: int, disk: DiskIdentity) -> DiskIdentity:
+    """The disk bears its mark from here on; where it cannot, how it is recognised then."""
+    if disk.kind != "file" or disk.mark is None or disk.mark == (former := read_mark(fd)):
+        return disk
     try:
-        os.setxattr(fd, MARK_NAME, mark.encode())
+        os.setxattr(fd, MARK_NAME, disk.mark.encode())
     except OSError as error:
         log.debug("the disk bears no mark", path=disk.path, reason=error.strerror)
-        return disk
-    return replace(disk, mark=mark)
+        return replace(disk, mark=former)
+    return disk
+
+
+def _can_bear_marks(fd: int) -> bool:
+    try:
+        os.getxattr(fd, MARK_NAME)
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True

@@ -104,8 +104,11 @@ class LocalDisk:
     def as_it_is(self) -> DiskIdentity:
         return identifying.identify(self.fd.fileno(), self.path, with_ctime=True)
 
-    def marked(self, mark: str | None) -> "LocalDisk":
-        return replace(self, identity=identifying.marked(self.fd.fileno(), self.identity, mark))
+    def with_mark(self, mark: str | None) -> "LocalDisk":
+        return replace(self, identity=identifying.with_mark(self.fd.fileno(), self.identity, mark))
+
+    def bear_mark(self) -> "LocalDisk":
+        return replace(self, identity=identifying.bear_mark(self.fd.fileno(), self.identity))
 
     def image_format(self) -> str | None:
         return looking.image_format(self.fd.fileno())
