@@ -8,7 +8,7 @@
  * by the nearest deadline, which is passed to the wait: no timer runs, and an
  * idle engine does not wake.
  */
-#include "engine.h"
+#include "engine_state.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -22,6 +22,7 @@
 #include "engine_command.h"
 #include "frontend_patience.h"
 #include "request_path.h"
+#include "switching.h"
 
 /* How long the end waits for a destination (or source) that does not answer. */
 #define QUIT_PATIENCE_NS 2000000000u
@@ -70,31 +71,31 @@ static void serve_queues(struct vs_engine *e)
 {
     struct list turn;
     struct list *node;
-    if (!guest_is_taken_up(&e->load))
+    if (!guest_is_taken_up(&e->guest.load))
         return;
-    if (e->room || (e->mirror.tap.retry_ns && e->mirror.tap.retry_ns <= engine_now(e))) {
-        e->room = false;
+    if (e->guest.room || (e->mirror.tap.retry_ns && e->mirror.tap.retry_ns <= engine_now(e))) {
+        e->guest.room = false;
         e->mirror.tap.retry_ns = 0;
-        queues_retry(&e->frontends);
+        queues_retry(&e->guest.frontends);
     }
     list_init(&turn);
-    list_splice(&turn, &e->frontends.ready);
-    e->taken_in_pass = 0;
-    while (e->taken_in_pass < PASS_BUDGET && (node = list_pop(&turn))) {
+    list_splice(&turn, &e->guest.frontends.ready);
+    e->guest.taken_in_pass = 0;
+    while (e->guest.taken_in_pass < PASS_BUDGET && (node = list_pop(&turn))) {
         struct queue *q = container_of(node, struct queue, ready_link);
-        switch (request_path_service(e, q)) {
+        switch (request_path_service(&e->guest, q)) {
         case SERVICE_MORE:
-            list_append(&e->frontends.ready, node);
+            list_append(&e->guest.frontends.ready, node);
             break;
         case SERVICE_STALLED:
-            list_append(&e->frontends.stalled, node);
+            list_append(&e->guest.frontends.stalled, node);
             break;
         case SERVICE_EMPTY:
             break;
         }
     }
-    list_splice(&turn, &e->frontends.ready); /* those that had no turn are the first of the next pass */
-    list_splice(&e->frontends.ready, &turn);
+    list_splice(&turn, &e->guest.frontends.ready); /* those that had no turn are the first of the next pass */
+    list_splice(&e->guest.frontends.ready, &turn);
 }
 
 static uint64_t min_ns(uint64_t a, uint64_t b)
@@ -118,14 +119,14 @@ static uint64_t patience_ends_ns(const struct vs_engine *e)
 {
     uint64_t deadline = e->gate == GATE_CLOSING ? e->gate_deadline_ns : UINT64_MAX;
     deadline = min_ns(deadline, mirror_deadline_ns(&e->mirror));
-    deadline = min_ns(deadline, attachments_deadline_ns(e));
-    return min_ns(deadline, read_fallback_deadline_ns(e));
+    deadline = min_ns(deadline, attachments_deadline_ns(&e->guest));
+    return min_ns(deadline, read_fallback_deadline_ns(&e->guest));
 }
 
 static struct outlook outlook(const struct vs_engine *e)
 {
     return (struct outlook){
-        .takes_up = guest_is_taken_up(&e->load),
+        .takes_up = guest_is_taken_up(&e->guest.load),
         .disk = e->mirror.source.disk->stats.in_flight > 0 || (e->mirror.destination.disk && e->mirror.destination.disk->stats.in_flight > 0),
         .flush = e->mirror.flush.waiting > 0,
         .flushed_ns = e->mirror.flush.answered_ns,
@@ -136,11 +137,11 @@ static struct outlook outlook(const struct vs_engine *e)
 static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, patience = patience_ends_ns(e), now;
-    bool queues = guest_is_taken_up(&e->load) && (!list_empty(&e->frontends.ready) || (e->room && !list_empty(&e->frontends.stalled)));
+    bool queues = guest_is_taken_up(&e->guest.load) && (!list_empty(&e->guest.frontends.ready) || (e->guest.room && !list_empty(&e->guest.frontends.stalled)));
     if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->mirror.difference.more || e->mirror.verifier.more || e->quit ||
-        read_fallback_due(e) || source_failover_due(e) || e->mirror.state.durability_changed)
+        read_fallback_due(&e->guest) || source_failover_due(&e->guest, e->gate == GATE_CLOSED) || e->mirror.state.durability_changed)
         return 0;
-    if (e->mirror.tap.retry_ns && guest_is_taken_up(&e->load) && !list_empty(&e->frontends.stalled))
+    if (e->mirror.tap.retry_ns && guest_is_taken_up(&e->guest.load) && !list_empty(&e->guest.frontends.stalled))
         deadline = e->mirror.tap.retry_ns;
     deadline = min_ns(deadline, copier_deadline_ns(&e->mirror.copier));
     deadline = min_ns(deadline, pull_ahead_deadline_ns(&e->mirror.ahead));
@@ -169,27 +170,27 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
 {
     reap(e, slept_ns);
     take_commands(e, w);
-    poller_begin(&e->poller, outlook(e));
+    poller_begin(&e->guest.poller, outlook(e));
     serve_queues(e);
     io_threads_wake(&e->host.threads);
     look_at_clock(e, 0);
     disk_run_done(&e->host); /* what completed at once */
-    read_fallback_pump(e);
-    source_failover_pump(e);
+    read_fallback_pump(&e->guest);
+    source_failover_pump(&e->guest, e->gate == GATE_CLOSED);
     guest_flush_pump(&e->mirror.flush);
     activity_pump(&e->activity);
-    queues_notify(&e->frontends);
+    queues_notify(&e->guest.frontends);
     replicator_pump(&e->mirror.replicator);
     copier_pump(&e->mirror.copier);
-    if (list_empty(&e->frontends.stalled) || !guest_is_taken_up(&e->load))
+    if (list_empty(&e->guest.frontends.stalled) || !guest_is_taken_up(&e->guest.load))
         tap_wait_is_over(&e->mirror.tap); /* who waited for room does not any more: stopped, gone, or held by a switch */
     mirror_pump(&e->mirror);
     difference_pump(&e->mirror.difference);
     verifier_pump(&e->mirror.verifier);
     grow_pump(&e->mirror.grow);
     pull_ahead_pump(&e->mirror.ahead);
-    attachments_check_deadlines(e);
-    attachments_check_memory(&e->frontends);
+    attachments_check_deadlines(&e->guest);
+    attachments_check_memory(&e->guest.frontends);
     gate_pump(e);
     heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.destination.disk || e->mirror.destination.former); /* after all that may change a disk */
     io_threads_wake(&e->host.threads);
@@ -206,7 +207,7 @@ static void sleep_ns(struct vs_engine *e, uint64_t ns)
 
 static bool idle_for_good(const struct vs_engine *e)
 {
-    return mirror_is_idle(&e->mirror) && !e->frontends.bells.outside && !e->activity.in_flight &&
+    return mirror_is_idle(&e->mirror) && !e->guest.frontends.bells.outside && !e->activity.in_flight &&
            !e->heartbeat.in_flight && list_empty(&e->host.done);
 }
 
@@ -217,9 +218,9 @@ static bool wind_up(struct vs_engine *e)
     uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
     mirror_stop(&e->mirror, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
-    guest_hold(e, GUEST_HOLD_SWITCH);
-    bells_cancel(&e->frontends.bells);
-    kick_watches_stop_emptying(&e->frontends.watches);
+    guest_hold(&e->guest, GUEST_HOLD_SWITCH);
+    bells_cancel(&e->guest.frontends.bells);
+    kick_watches_stop_emptying(&e->guest.frontends.watches);
     while (!idle_for_good(e)) {
         uint64_t wait = list_empty(&e->host.done) ? min_ns(deadline - engine_now(e), PATIENT_SLEEP_NS) : 0;
         if (engine_now(e) >= deadline)
@@ -227,7 +228,7 @@ static bool wind_up(struct vs_engine *e)
         io_threads_wake(&e->host.threads);
         sleep_ns(e, wait);
         reap(e, wait);
-        queues_notify(&e->frontends);
+        queues_notify(&e->guest.frontends);
     }
     return true;
 }
@@ -256,23 +257,23 @@ static void *run(void *arg)
         sem_post(&start->ready);
         return NULL;
     }
-    e->frontends.bells.uring = &e->uring;
+    e->guest.frontends.bells.uring = &e->uring;
     watch_mailbox(&watch);
     e->host.now_ns = clock_ns();
     sem_post(&start->ready); /* "start" is gone from here on */
     while (!e->quit) {
         uint64_t wait = wait_ns(e);
-        if (wait && poller_look(&e->poller, outlook(e), wait))
+        if (wait && poller_look(&e->guest.poller, outlook(e), wait))
             wait = 0;
         sleep_ns(e, wait);
         if (wait) {
             e->wakeups++;
-            poller_woken(&e->poller);
+            poller_woken(&e->guest.poller);
         }
         pass(e, &watch, wait);
     }
     e->quit = wind_up(e);
-    e->frontends.bells.uring = NULL;
+    e->guest.frontends.bells.uring = NULL;
     if (e->quit) {
         io_threads_stop(&e->host.threads);
         uring_free(&e->uring);
@@ -289,9 +290,9 @@ static void *run(void *arg)
 static void free_engine(struct vs_engine *e)
 {
     drains_free(e);
-    request_path_free(e); /* before the memory that its requests pin */
-    frontends_free(&e->frontends);
-    read_fallback_free(e);
+    request_path_free(&e->guest); /* before the memory that its requests pin */
+    frontends_free(&e->guest.frontends);
+    read_fallback_free(&e->guest);
     mirror_free(&e->mirror);
     activity_free(&e->activity);
     if (e->config.bitmap)
@@ -307,9 +308,9 @@ static int init_mirror(struct vs_engine *e)
                        &(struct mirror_host){.disks = &e->host,
                                              .mailbox = &e->mailbox,
                                              .activity = &e->activity,
-                                             .listener = &e->listener,
-                                             .load = &e->load,
-                                             .request_limit_bytes = &e->limits.capacity_bytes},
+                                             .listener = &e->guest.listener,
+                                             .load = &e->guest.load,
+                                             .request_limit_bytes = &e->guest.limits.capacity_bytes},
                        &e->config);
 }
 
@@ -317,11 +318,16 @@ static int init_engine(struct vs_engine *e, const char **step)
 {
     int rc;
     disk_host_init(&e->host, &e->uring, e->mailbox.wake_fd);
-    frontends_init(&e->frontends, &e->mailbox, &e->host, &e->config);
-    poller_init(&e->poller, &e->host, e->config.poll_us);
-    source_failover_init(e);
+    e->guest.config = &e->config;
+    e->guest.host = &e->host;
+    e->guest.mailbox = &e->mailbox;
+    e->guest.mirror = &e->mirror;
+    e->guest.activity = &e->activity;
+    frontends_init(&e->guest.frontends, &e->mailbox, &e->host, &e->config);
+    poller_init(&e->guest.poller, &e->host, e->config.poll_us);
+    source_failover_init(&e->guest);
     *step = "allocation of the engine's buffers";
-    if ((rc = request_path_init(e)) < 0 || (rc = init_mirror(e)) < 0 || (rc = read_fallback_init(e)) < 0 ||
+    if ((rc = request_path_init(&e->guest)) < 0 || (rc = init_mirror(e)) < 0 || (rc = read_fallback_init(&e->guest)) < 0 ||
         (rc = activity_init(&e->activity, e->config.bitmap, &e->uring, &e->mailbox)) < 0)
         return rc;
     return heartbeat_init(&e->heartbeat, &e->uring, e->config.bitmap);
@@ -365,7 +371,7 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_
     if (!e)
         return -ENOMEM;
     e->config = *config;
-    e->limits = (struct blk_limits){config->capacity_bytes, config->block_bytes, config->read_only};
+    e->guest.limits = (struct blk_limits){config->capacity_bytes, config->block_bytes, config->read_only};
     guest_memory_catch_sigbus();
     rc = mailbox_init(&e->mailbox, step);
     if (rc < 0) {

@@ -5,7 +5,7 @@
  */
 #include "shim.h"
 
-#include "engine.h"
+#include "engine_state.h"
 
 uint64_t vs_engine_submit(vs_engine *e, const struct vs_command *command)
 {

@@ -9,8 +9,9 @@
 #include <errno.h>
 
 #include "attachment_command.h"
-#include "engine.h"
+#include "engine_state.h"
 #include "snapshot.h"
+#include "switching.h"
 
 static void void_bitmap(struct vs_engine *e)
 {
@@ -70,7 +71,7 @@ void engine_command(struct vs_engine *e, uint64_t token, const struct vs_command
         gate_cancel(e);
         break;
     case VS_CMD_FAILOVER_GIVE_UP:
-        source_failover_give_up(e);
+        source_failover_give_up(&e->guest);
         break;
     case VS_CMD_EXCHANGE:
         switch_exchange(e, token, &c->exchange);
@@ -84,7 +85,7 @@ void engine_command(struct vs_engine *e, uint64_t token, const struct vs_command
             rc = -EINVAL;
             break;
         }
-        attachment_command(&e->frontends, token, c);
+        attachment_command(&e->guest.frontends, token, c);
         return;
     }
     mailbox_done(&e->mailbox, token, rc, 0);

@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include "engine_state.h"
+
 static void fill(const struct vs_engine *e, struct vs_snapshot *s)
 {
     struct lag lag = pull_ahead_lag(&e->mirror.ahead);
@@ -14,8 +16,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->gated = e->gate != GATE_OPEN;
     s->record_pending = e->mirror.state.record != RECORD_WRITTEN;
     s->fenced = e->mirror.destination.former ? e->mirror.destination.former->stats.in_flight + !e->mirror.destination.former->stats.in_flight : 0;
-    s->write_cache = e->frontends.write_cache;
-    s->active_attachment = e->frontends.active ? (uint32_t)(e->frontends.active - e->frontends.attachment) : VS_MAX_ATTACHMENTS;
+    s->write_cache = e->guest.frontends.write_cache;
+    s->active_attachment = e->guest.frontends.active ? (uint32_t)(e->guest.frontends.active - e->guest.frontends.attachment) : VS_MAX_ATTACHMENTS;
     s->counts = e->mirror.counts;
     s->lag_bytes = lag.bytes;
     s->lag_writes = lag.writes;
@@ -37,12 +39,12 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     memcpy(s->verify_ranges, e->mirror.verifier.differing.range, sizeof s->verify_ranges);
     s->differing_bytes = e->mirror.difference.tracked ? dirty_map_bytes(&e->mirror.difference.differs) : 0;
     s->throttled_ns = e->mirror.tap.waited_ns + (e->mirror.tap.waits_since_ns ? engine_now(e) - e->mirror.tap.waits_since_ns : 0);
-    s->polled_ns = e->poller.polled_ns;
-    s->polls = e->poller.polls;
-    s->poll_hits = e->poller.hits;
+    s->polled_ns = e->guest.poller.polled_ns;
+    s->polls = e->guest.poller.polls;
+    s->poll_hits = e->guest.poller.hits;
     s->wakeups = e->wakeups;
     s->lent = e->host.threads.lent;
-    s->syscalls = e->uring.enters + e->frontends.notifications + io_threads_syscalls(&e->host.threads);
+    s->syscalls = e->uring.enters + e->guest.frontends.notifications + io_threads_syscalls(&e->host.threads);
     s->requests_waiting = e->mirror.flush.waiting;
     s->doubt_count = e->mirror.bad.doubt.count;
     memcpy(s->doubt, e->mirror.bad.doubt.range, sizeof s->doubt);
@@ -50,9 +52,9 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     memcpy(s->spared, e->mirror.bad.spared.range, sizeof s->spared);
     s->unreadable_count = e->mirror.bad.unreadable.count;
     memcpy(s->unreadable, e->mirror.bad.unreadable.range, sizeof s->unreadable);
-    s->reads_from_destination = e->read_fallback.answered;
-    s->source_failovers = e->failover.count;
-    s->failover_pending = e->failover.pending;
+    s->reads_from_destination = e->guest.read_fallback.answered;
+    s->source_failovers = e->guest.failover.count;
+    s->failover_pending = e->guest.failover.pending;
     s->paused = e->mirror.state.pause.on;
     s->pause_held = guest_flush_paused(&e->mirror.flush, NULL);
     s->pause_ns = e->mirror.state.pause.on ? engine_now(e) - e->mirror.state.pause.since_ns : 0;
@@ -70,9 +72,9 @@ void snapshot_take(struct vs_engine *e)
     pthread_mutex_lock(&m->lock);
     m->snapshot = s;
     m->snapshot.events_lost = m->events_lost;
-    memcpy(m->queue_stats, e->frontends.queue_stats, sizeof m->queue_stats);
-    for (unsigned i = 0; e->frontends.active && i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->frontends.active->queue[i];
+    memcpy(m->queue_stats, e->guest.frontends.queue_stats, sizeof m->queue_stats);
+    for (unsigned i = 0; e->guest.frontends.active && i < VS_MAX_QUEUES; i++) {
+        const struct queue *q = &e->guest.frontends.active->queue[i];
         m->queue_stats[i].in_flight = q->in_flight;
         m->queue_stats[i].running = q->running;
         m->queue_stats[i].broken = q->broken;

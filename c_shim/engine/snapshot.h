@@ -2,7 +2,7 @@
 #ifndef VS_SNAPSHOT_H
 #define VS_SNAPSHOT_H
 
-#include "engine.h"
+struct vs_engine;
 
 /* Answers VS_CMD_SNAPSHOT: fills what vs_engine_snapshot() and vs_engine_queue_stats() return. */
 void snapshot_take(struct vs_engine *e);

@@ -19,7 +19,7 @@
 #include <stdlib.h>
 
 #include "clock.h"
-#include "engine.h"
+#include "engine_state.h"
 #include "request_path.h"
 
 /* ---- drain ---------------------------------------------------------------- */
@@ -76,7 +76,7 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
         return;
     }
     e->gate = GATE_CLOSING;
-    guest_hold(e, GUEST_HOLD_SWITCH);
+    guest_hold(&e->guest, GUEST_HOLD_SWITCH);
     e->gate_token = token;
     e->gate_closed_ns = clock_world_ns(); /* the guest's pause is what it is, also while this process is stopped */
     e->gate_deadline_ns = clock_ns() + allowed_us * 1000;
@@ -85,7 +85,7 @@ void gate_close(struct vs_engine *e, uint64_t token, uint64_t allowed_us)
 static void gate_open(struct vs_engine *e)
 {
     e->gate = GATE_OPEN;
-    guest_release(e, GUEST_HOLD_SWITCH);
+    guest_release(&e->guest, GUEST_HOLD_SWITCH);
 }
 
 static void exchange_now(struct vs_engine *e, uint64_t token, const struct vs_exchange *x)
@@ -96,7 +96,7 @@ static void exchange_now(struct vs_engine *e, uint64_t token, const struct vs_ex
         if (x->mark)
             __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
         e->host.changes++; /* what the file says of one disk is said of the other from here on */
-        source_failover_over(e);
+        source_failover_over(&e->guest);
         gate_open(e);
     }
     mailbox_done(&e->mailbox, token, rc, pause_ns);
@@ -116,7 +116,7 @@ static void exchange_waited(struct vs_engine *e, int rc)
 static bool drained(const struct vs_engine *e)
 {
     /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
-    return (e->load.in_flight == 0 || e->failover.pending) && log_drained(&e->mirror.log) &&
+    return (e->guest.load.in_flight == 0 || e->guest.failover.pending) && log_drained(&e->mirror.log) &&
            e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 && e->mirror.destination.disk->stats.in_flight == 0;
 }
 

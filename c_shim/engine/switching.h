@@ -23,11 +23,6 @@ void gate_pump(struct vs_engine *e);
 /* Opens it; also while it closes: whoever asked for it has changed his mind. */
 void gate_cancel(struct vs_engine *e);
 
-/* An exchange that waits for the gate to close. */
-struct waiting_exchange {
-    uint64_t token; /* 0: none does */
-    struct vs_exchange what;
-};
 /* The exchange, as soon as the gate is closed. Opens the gate, unless it fails; the answer's value is the pause in ns. */
 void switch_exchange(struct vs_engine *e, uint64_t token, const struct vs_exchange *what);
 

@@ -9,11 +9,11 @@
 #include <errno.h>
 
 #include "attachment.h"
-#include "engine.h"
+#include "guest.h"
 
-static bool waits_for_destination(const struct vs_engine *e, const struct queue *q)
+static bool waits_for_destination(const struct guest *g, const struct queue *q)
 {
-    return guest_flush_since_ns(&e->mirror.flush, q) != UINT64_MAX || read_fallback_waits(e, q) || e->failover.pending;
+    return guest_flush_since_ns(&g->mirror->flush, q) != UINT64_MAX || read_fallback_waits(g, q) || g->failover.pending;
 }
 
 static uint64_t ring_deadline_ns(const struct queue *q)
@@ -22,14 +22,14 @@ static uint64_t ring_deadline_ns(const struct queue *q)
 }
 
 /* Only while somebody waits for the destination does giving it up make a ring quiet. */
-static uint64_t destination_deadline_ns(const struct vs_engine *e)
+static uint64_t destination_deadline_ns(const struct guest *g)
 {
     uint64_t deadline = UINT64_MAX;
-    if (!e->frontends.active || e->frontends.quieting == 0)
+    if (!g->frontends.active || g->frontends.quieting == 0)
         return deadline;
     for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->frontends.active->queue[i];
-        if (ring_deadline_ns(q) < deadline && waits_for_destination(e, q))
+        const struct queue *q = &g->frontends.active->queue[i];
+        if (ring_deadline_ns(q) < deadline && waits_for_destination(g, q))
             deadline = ring_deadline_ns(q);
     }
     return deadline;
@@ -43,31 +43,31 @@ static uint64_t pause_deadline_ns(const struct queue *q)
 }
 
 /* A pause must not freeze a whole VM, whose frontend waits for a ring, its end, or memory. */
-static void release_paused(struct vs_engine *e)
+static void release_paused(struct guest *g)
 {
     struct vs_event event = {.kind = VS_EV_PAUSE_RELEASED};
-    for (unsigned i = 0; e->mirror.state.pause.on && e->frontends.active && i < VS_MAX_QUEUES; i++)
-        if (pause_deadline_ns(&e->frontends.active->queue[i]) <= engine_now(e))
-            event.value += guest_flush_release(&e->mirror.flush, &e->frontends.active->queue[i]);
+    for (unsigned i = 0; g->mirror->state.pause.on && g->frontends.active && i < VS_MAX_QUEUES; i++)
+        if (pause_deadline_ns(&g->frontends.active->queue[i]) <= g->host->now_ns)
+            event.value += guest_flush_release(&g->mirror->flush, &g->frontends.active->queue[i]);
     if (event.value == 0)
         return;
-    e->mirror.state.pause.released += event.value;
-    mailbox_post(&e->mailbox, &event);
+    g->mirror->state.pause.released += event.value;
+    mailbox_post(g->mailbox, &event);
 }
 
-void attachments_check_deadlines(struct vs_engine *e)
+void attachments_check_deadlines(struct guest *g)
 {
-    if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->mirror.destination))
-        mirror_degrade(&e->mirror, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
-    release_paused(e);
+    if (destination_deadline_ns(g) <= g->host->now_ns && destination_attached(&g->mirror->destination))
+        mirror_degrade(g->mirror, VS_REASON_STOP_TIMEOUT, -ETIMEDOUT);
+    release_paused(g);
 }
 
-uint64_t attachments_deadline_ns(const struct vs_engine *e)
+uint64_t attachments_deadline_ns(const struct guest *g)
 {
-    uint64_t deadline = destination_deadline_ns(e);
-    for (unsigned i = 0; e->mirror.state.pause.on && e->frontends.active && i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->frontends.active->queue[i];
-        if (pause_deadline_ns(q) < deadline && guest_flush_paused(&e->mirror.flush, q))
+    uint64_t deadline = destination_deadline_ns(g);
+    for (unsigned i = 0; g->mirror->state.pause.on && g->frontends.active && i < VS_MAX_QUEUES; i++) {
+        const struct queue *q = &g->frontends.active->queue[i];
+        if (pause_deadline_ns(q) < deadline && guest_flush_paused(&g->mirror->flush, q))
             deadline = pause_deadline_ns(q);
     }
     return deadline;

@@ -7,11 +7,11 @@
 
 #include <stdint.h>
 
-struct vs_engine;
+struct guest;
 
 /* If a ring has waited too long to become quiet, the destination is given up, and a pause holds the ring's requests no
  * more; nor those of a frontend that has waited too long for its end or its memory. */
-void attachments_check_deadlines(struct vs_engine *e);
-uint64_t attachments_deadline_ns(const struct vs_engine *e);
+void attachments_check_deadlines(struct guest *g);
+uint64_t attachments_deadline_ns(const struct guest *g);
 
 #endif

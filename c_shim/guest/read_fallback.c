@@ -19,69 +19,69 @@
 #include <errno.h>
 
 #include "attachment.h"
-#include "engine.h"
+#include "guest.h"
 #include "request_path.h"
 
 static void destination_read(struct destination_io *io, bool current);
 
-int read_fallback_init(struct vs_engine *e)
+int read_fallback_init(struct guest *g)
 {
-    struct read_fallback *f = &e->read_fallback;
+    struct read_fallback *f = &g->read_fallback;
     list_init(&f->waiting);
     for (unsigned i = 0; i < FALLBACK_DEPTH; i++)
-        f->reads[i].engine = e;
+        f->reads[i].guest = g;
     return ring_alloc_init(&f->buffers, BOUNCE_BYTES, LOG_UNIT_BYTES, FALLBACK_DEPTH);
 }
 
-void read_fallback_free(struct vs_engine *e)
+void read_fallback_free(struct guest *g)
 {
-    ring_alloc_free(&e->read_fallback.buffers);
+    ring_alloc_free(&g->read_fallback.buffers);
 }
 
-static bool trusted(const struct vs_engine *e, const struct request *r)
+static bool trusted(const struct guest *g, const struct request *r)
 {
-    return e->mirror.state.now == VS_STEADY && !e->mirror.state.differs &&
-           !bad_ranges_overlap(&e->mirror.bad, r->blk.offset, r->blk.length);
+    return g->mirror->state.now == VS_STEADY && !g->mirror->state.differs &&
+           !bad_ranges_overlap(&g->mirror->bad, r->blk.offset, r->blk.length);
 }
 
 bool read_fallback_take(struct request *r, int error)
 {
-    struct vs_engine *e = r->engine;
-    if (!e->config.read_fallback || !request_path_error_of_disk(error) || !trusted(e, r))
+    struct guest *g = r->guest;
+    if (!g->config->read_fallback || !request_path_error_of_disk(error) || !trusted(g, r))
         return false;
-    r->generation = e->mirror.counts.source_generation;
-    r->waits_since_ns = engine_now(e);
-    list_append(&e->read_fallback.waiting, &r->link);
+    r->generation = g->mirror->counts.source_generation;
+    r->waits_since_ns = g->host->now_ns;
+    list_append(&g->read_fallback.waiting, &r->link);
     return true;
 }
 
-static void tell(struct vs_engine *e, const struct request *r)
+static void tell(struct guest *g, const struct request *r)
 {
     struct vs_event event = {
         .kind = VS_EV_READ_FALLBACK, .offset = r->blk.offset, .length = r->blk.length, .disk_role = VS_DESTINATION};
-    if (e->read_fallback.told_epoch == e->mirror.destination.epoch)
+    if (g->read_fallback.told_epoch == g->mirror->destination.epoch)
         return;
-    e->read_fallback.told_epoch = e->mirror.destination.epoch;
-    mailbox_post(&e->mailbox, &event);
+    g->read_fallback.told_epoch = g->mirror->destination.epoch;
+    mailbox_post(g->mailbox, &event);
 }
 
 static void destination_read(struct destination_io *io, bool current)
 {
     struct fallback_read *p = container_of(io, struct fallback_read, io);
-    struct vs_engine *e = p->engine;
+    struct guest *g = p->guest;
     struct request *r = p->request;
     (void)current; /* a request that did not wait for its answer is answered */
-    if (r && io->io.result == 0 && trusted(e, r)) {
-        e->read_fallback.answered++;
-        tell(e, r);
+    if (r && io->io.result == 0 && trusted(g, r)) {
+        g->read_fallback.answered++;
+        tell(g, r);
         request_path_answer_read(r, p->buffer);
     } else if (r) {
         request_path_answer_read(r, NULL);
     }
-    ring_give(&e->read_fallback.buffers, p->slot);
+    ring_give(&g->read_fallback.buffers, p->slot);
     p->request = NULL;
     p->in_use = false;
-    e->read_fallback.in_use--;
+    g->read_fallback.in_use--;
 }
 
 static struct fallback_read *free_read(struct read_fallback *f)
@@ -93,9 +93,9 @@ static struct fallback_read *free_read(struct read_fallback *f)
 }
 
 /* False: there is no room now. */
-static bool read_destination(struct vs_engine *e, struct request *r)
+static bool read_destination(struct guest *g, struct request *r)
 {
-    struct read_fallback *f = &e->read_fallback;
+    struct read_fallback *f = &g->read_fallback;
     struct fallback_read *p = free_read(f);
     if (!p || (p->slot = ring_take(&f->buffers, r->blk.length, &p->buffer)) < 0)
         return false;
@@ -110,7 +110,7 @@ static bool read_destination(struct vs_engine *e, struct request *r)
     p->io.io.iov = &p->iov;
     p->io.io.iov_count = 1;
     p->io.done = destination_read;
-    destination_submit(&e->mirror.destination, &p->io);
+    destination_submit(&g->mirror->destination, &p->io);
     return true;
 }
 
@@ -131,30 +131,30 @@ static void leave_destination(struct read_fallback *f)
     }
 }
 
-static uint64_t patience_ns(const struct vs_engine *e)
+static uint64_t patience_ns(const struct guest *g)
 {
-    return e->config.destination_timeout_us * 1000;
+    return g->config->destination_timeout_us * 1000;
 }
 
-void read_fallback_pump(struct vs_engine *e)
+void read_fallback_pump(struct guest *g)
 {
-    struct read_fallback *f = &e->read_fallback;
-    if (e->mirror.state.now != VS_STEADY)
+    struct read_fallback *f = &g->read_fallback;
+    if (g->mirror->state.now != VS_STEADY)
         leave_destination(f);
     list_each_safe(node, &f->waiting)
     {
         struct request *r = container_of(node, struct request, link);
-        if (!trusted(e, r) || engine_now(e) >= r->waits_since_ns + patience_ns(e))
+        if (!trusted(g, r) || g->host->now_ns >= r->waits_since_ns + patience_ns(g))
             answer_with_error(r);
-        else if (e->mirror.counts.writes_mirrored >= r->generation && !read_destination(e, r))
+        else if (g->mirror->counts.writes_mirrored >= r->generation && !read_destination(g, r))
             return;
     }
 }
 
-bool read_fallback_due(const struct vs_engine *e)
+bool read_fallback_due(const struct guest *g)
 {
-    const struct read_fallback *f = &e->read_fallback;
-    if (e->mirror.state.now == VS_STEADY)
+    const struct read_fallback *f = &g->read_fallback;
+    if (g->mirror->state.now == VS_STEADY)
         return false;
     for (unsigned i = 0; f->in_use && i < FALLBACK_DEPTH; i++)
         if (f->reads[i].request)
@@ -162,17 +162,17 @@ bool read_fallback_due(const struct vs_engine *e)
     return !list_empty(&f->waiting);
 }
 
-uint64_t read_fallback_deadline_ns(const struct vs_engine *e)
+uint64_t read_fallback_deadline_ns(const struct guest *g)
 {
-    const struct read_fallback *f = &e->read_fallback;
+    const struct read_fallback *f = &g->read_fallback;
     if (list_empty(&f->waiting))
         return UINT64_MAX;
-    return container_of(f->waiting.next, struct request, link)->waits_since_ns + patience_ns(e);
+    return container_of(f->waiting.next, struct request, link)->waits_since_ns + patience_ns(g);
 }
 
-bool read_fallback_waits(const struct vs_engine *e, const struct queue *q)
+bool read_fallback_waits(const struct guest *g, const struct queue *q)
 {
-    const struct read_fallback *f = &e->read_fallback;
+    const struct read_fallback *f = &g->read_fallback;
     list_each(node, &f->waiting)
     {
         if (container_of(node, struct request, link)->queue == q)

@@ -14,13 +14,13 @@
 #include "list.h"
 #include "ring_alloc.h"
 
-struct vs_engine;
+struct guest;
 struct request;
 struct queue;
 
 /* A read of the destination. It may outlive its request, which does not wait for a destination that hangs. */
 struct fallback_read {
-    struct vs_engine *engine;
+    struct guest *guest;
     struct request *request; /* NULL: free, or its request is answered */
     bool in_use;
     int64_t slot;
@@ -38,15 +38,15 @@ struct read_fallback {
     uint64_t told_epoch; /* of the mirror: that it happens was told */
 };
 
-int read_fallback_init(struct vs_engine *e);
-void read_fallback_free(struct vs_engine *e);
+int read_fallback_init(struct guest *g);
+void read_fallback_free(struct guest *g);
 /* A read that the source has failed; true: it is answered from here on. */
 bool read_fallback_take(struct request *r, int error);
-void read_fallback_pump(struct vs_engine *e);
+void read_fallback_pump(struct guest *g);
 /* The mirror is not steady any more, and somebody has not been told. */
-bool read_fallback_due(const struct vs_engine *e);
-uint64_t read_fallback_deadline_ns(const struct vs_engine *e);
+bool read_fallback_due(const struct guest *g);
+uint64_t read_fallback_deadline_ns(const struct guest *g);
 /* Whether a request of this queue waits for the destination. */
-bool read_fallback_waits(const struct vs_engine *e, const struct queue *q);
+bool read_fallback_waits(const struct guest *g, const struct queue *q);
 
 #endif

@@ -52,41 +52,41 @@ static void slot_granted(struct range_slot *slot);
 static void entered(struct activity_wait *w);
 static void durable(struct flush_waiter *w, int result);
 
-int request_path_init(struct vs_engine *e)
+int request_path_init(struct guest *g)
 {
-    list_init(&e->free_requests);
-    e->listener = (struct mirror_listener){room_freed, capture_ended, mark_in_flight, source_flush_failed};
-    if (ring_alloc_init(&e->bounce, BOUNCE_BYTES, LOG_UNIT_BYTES, REQUESTS_MAX) < 0)
+    list_init(&g->free_requests);
+    g->listener = (struct mirror_listener){room_freed, capture_ended, mark_in_flight, source_flush_failed};
+    if (ring_alloc_init(&g->bounce, BOUNCE_BYTES, LOG_UNIT_BYTES, REQUESTS_MAX) < 0)
         return -ENOMEM;
-    e->requests = mmap(NULL, REQUESTS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (e->requests == MAP_FAILED)
-        e->requests = NULL;
-    return e->requests ? 0 : -ENOMEM;
+    g->requests = mmap(NULL, REQUESTS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (g->requests == MAP_FAILED)
+        g->requests = NULL;
+    return g->requests ? 0 : -ENOMEM;
 }
 
 /* One that was used before, else the next one of memory that was never touched: it costs as much as is in use. */
-static struct request *free_request(struct vs_engine *e)
+static struct request *free_request(struct guest *g)
 {
     struct request *r;
-    if (!list_empty(&e->free_requests))
-        return container_of(e->free_requests.next, struct request, link);
-    if (e->requests_made == REQUEST_SLOTS)
+    if (!list_empty(&g->free_requests))
+        return container_of(g->free_requests.next, struct request, link);
+    if (g->requests_made == REQUEST_SLOTS)
         return NULL;
-    r = &e->requests[e->requests_made++];
-    r->engine = e;
-    list_push(&e->free_requests, &r->link);
+    r = &g->requests[g->requests_made++];
+    r->guest = g;
+    list_push(&g->free_requests, &r->link);
     return r;
 }
 
-void request_path_free(struct vs_engine *e)
+void request_path_free(struct guest *g)
 {
     /* What still waits for durability is not answered: the guest has no promise, and will ask again. */
-    for (unsigned i = 0; i < e->requests_made; i++)
-        if (e->requests[i].table)
-            mem_table_unpin(&e->requests[i].queue->attachment->memory, e->requests[i].table);
-    if (e->requests)
-        munmap(e->requests, REQUESTS_BYTES);
-    ring_alloc_free(&e->bounce);
+    for (unsigned i = 0; i < g->requests_made; i++)
+        if (g->requests[i].table)
+            mem_table_unpin(&g->requests[i].queue->attachment->memory, g->requests[i].table);
+    if (g->requests)
+        munmap(g->requests, REQUESTS_BYTES);
+    ring_alloc_free(&g->bounce);
 }
 
 static bool changes_content(uint32_t op)
@@ -98,30 +98,30 @@ static bool changes_content(uint32_t op)
 
 static void room_freed(struct mirror_listener *l)
 {
-    container_of(l, struct vs_engine, listener)->room = true;
+    container_of(l, struct guest, listener)->room = true;
 }
 
 /* Who waits for room in the log does not need it any more. */
 static void capture_ended(struct mirror_listener *l)
 {
-    struct vs_engine *e = container_of(l, struct vs_engine, listener);
-    queues_retry(&e->frontends);
-    e->mirror.tap.retry_ns = 0;
-    tap_wait_is_over(&e->mirror.tap);
+    struct guest *g = container_of(l, struct guest, listener);
+    queues_retry(&g->frontends);
+    g->mirror->tap.retry_ns = 0;
+    tap_wait_is_over(&g->mirror->tap);
 }
 
 /* A checkpoint begins: what is at the source is not covered by it. */
 static void mark_in_flight(struct mirror_listener *l)
 {
-    struct vs_engine *e = container_of(l, struct vs_engine, listener);
-    for (unsigned i = 0; i < e->requests_made; i++)
-        if (e->requests[i].table && changes_content(e->requests[i].blk.op))
-            difference_mark(&e->mirror.difference, e->requests[i].blk.offset, e->requests[i].blk.length);
+    struct guest *g = container_of(l, struct guest, listener);
+    for (unsigned i = 0; i < g->requests_made; i++)
+        if (g->requests[i].table && changes_content(g->requests[i].blk.op))
+            difference_mark(&g->mirror->difference, g->requests[i].blk.offset, g->requests[i].blk.length);
 }
 
 static bool source_flush_failed(struct mirror_listener *l, const struct disk_io *io, uint64_t number)
 {
-    return source_failover_park_flush(container_of(l, struct vs_engine, listener), io, number);
+    return source_failover_park_flush(container_of(l, struct guest, listener), io, number);
 }
 
 /* ---- the end of a request -------------------------------------------------- */
@@ -150,15 +150,15 @@ static void log_written(struct request *r, uint8_t status)
 static void give_bounce(struct request *r)
 {
     if (r->bounce)
-        ring_give(&r->engine->bounce, r->bounce_slot);
+        ring_give(&r->guest->bounce, r->bounce_slot);
     r->bounce = NULL;
 }
 
 static void finish(struct request *r, uint8_t status)
 {
     struct queue *q = r->queue;
-    struct vs_engine *e = r->engine;
-    op_stats_add(&e->frontends.queue_stats[q->index].op[r->blk.op], r->blk.length, engine_now(e) - r->taken_ns,
+    struct guest *g = r->guest;
+    op_stats_add(&g->frontends.queue_stats[q->index].op[r->blk.op], r->blk.length, g->host->now_ns - r->taken_ns,
                  status != VIRTIO_BLK_S_OK);
     give_bounce(r);
     *(volatile uint8_t *)r->blk.status = status;
@@ -167,9 +167,9 @@ static void finish(struct request *r, uint8_t status)
     virtqueue_push(&q->vq, r->head, status == VIRTIO_BLK_S_OK ? r->blk.writable_bytes : 1);
     mem_table_unpin(&q->attachment->memory, r->table);
     r->table = NULL;
-    list_push(&e->free_requests, &r->link); /* the one last used is warm in the cache */
-    e->load.in_flight--;
-    e->room = true;
+    list_push(&g->free_requests, &r->link); /* the one last used is warm in the cache */
+    g->load.in_flight--;
+    g->room = true;
     queue_finished_one(q);
 }
 
@@ -177,26 +177,26 @@ static void finish(struct request *r, uint8_t status)
 
 static void leave_source(struct request *r)
 {
-    range_release(&r->engine->mirror.source.slots, &r->slot);
+    range_release(&r->guest->mirror->source.slots, &r->slot);
     if (r->in_extents)
-        activity_leave(&r->engine->activity, r->blk.offset, r->blk.length);
+        activity_leave(r->guest->activity, r->blk.offset, r->blk.length);
 }
 
 static void write_failed(struct request *r)
 {
     leave_source(r);
-    tap_failed(&r->engine->mirror.tap, &r->write); /* rule 5 */
+    tap_failed(&r->guest->mirror->tap, &r->write); /* rule 5 */
     finish(r, VIRTIO_BLK_S_IOERR);
 }
 
 static void write_completed(struct request *r)
 {
-    struct vs_engine *e = r->engine;
+    struct guest *g = r->guest;
     leave_source(r);
-    r->generation = tap_completed(&e->mirror.tap, &r->write);
+    r->generation = tap_completed(&g->mirror->tap, &r->write);
     if (r->write_through) {
         give_bounce(r); /* it may wait for long, and others need the room */
-        guest_flush_asked_for(&e->mirror.flush, &r->flush, r->generation);
+        guest_flush_asked_for(&g->mirror->flush, &r->flush, r->generation);
     } else {
         finish(r, VIRTIO_BLK_S_OK);
     }
@@ -230,7 +230,7 @@ static void source_done(struct disk_io *io)
     struct request *r = container_of(io, struct request, io);
     bool writes = changes_content(r->blk.op);
     if (io->result < 0) {
-        report_io_error(&r->engine->mailbox, VS_SOURCE, io);
+        report_io_error(r->guest->mailbox, VS_SOURCE, io);
         if ((writes || !read_fallback_take(r, io->result)) && !source_failover_park(r, io))
             request_path_source_failed(r);
         return;
@@ -253,7 +253,7 @@ static uint8_t *own_buffer(const struct request *r)
 
 static void to_source(struct request *r)
 {
-    struct vs_engine *e = r->engine;
+    struct guest *g = r->guest;
     struct disk_io *io = &r->io;
     uint8_t *buffer = own_buffer(r);
     if (source_failover_holds(r))
@@ -263,7 +263,7 @@ static void to_source(struct request *r)
     io->may_unmap = r->blk.may_unmap;
     io->done = source_done;
     /* Alone at the disk it has only a wake-up to lose by being handed over. */
-    io->thread = e->mirror.source.disk->stats.in_flight ? io_thread_of_queue(&e->host.threads, r->queue->index) : 0;
+    io->thread = g->mirror->source.disk->stats.in_flight ? io_thread_of_queue(&g->host->threads, r->queue->index) : 0;
     io->kind = r->blk.op == VS_OP_READ ? VS_DISK_READ : r->blk.op == VS_OP_WRITE ? VS_DISK_WRITE : VS_DISK_ZERO;
     if (buffer) {
         r->buffer_iov = (struct iovec){buffer, (size_t)r->blk.length};
@@ -273,17 +273,17 @@ static void to_source(struct request *r)
         io->iov = r->blk.iov;
         io->iov_count = r->blk.iov_count;
     }
-    disk_submit(e->mirror.source.disk, io);
+    disk_submit(g->mirror->source.disk, io);
 }
 
 /* It has its turn: its extents, then the source. Not the other way round: a write that waited for its extents could
  * be overtaken by a later one that overlaps it (rule 2). */
 static void enter(struct request *r)
 {
-    struct vs_engine *e = r->engine;
+    struct guest *g = r->guest;
     r->activity.entered = entered;
-    r->in_extents = tap_tracks(&e->mirror.tap) && e->activity.bitmap;
-    if (!r->in_extents || activity_enter(&e->activity, &r->activity, r->blk.offset, r->blk.length))
+    r->in_extents = tap_tracks(&g->mirror->tap) && g->activity->bitmap;
+    if (!r->in_extents || activity_enter(g->activity, &r->activity, r->blk.offset, r->blk.length))
         to_source(r);
 }
 
@@ -318,14 +318,14 @@ static bool reserve_log(struct request *r)
     enum log_kind kind = r->blk.op == VS_OP_WRITE ? LOG_WRITE : LOG_ZERO;
     r->write.offset = r->blk.offset;
     r->write.length = r->blk.length;
-    return tap_reserve(&r->engine->mirror.tap, &r->write, kind, r->blk.may_unmap);
+    return tap_reserve(&r->guest->mirror->tap, &r->write, kind, r->blk.may_unmap);
 }
 
 /* A buffer of our own, where the guest's does not suit direct I/O. */
 static bool reserve_bounce(struct request *r)
 {
-    struct vs_engine *e = r->engine;
-    r->bounce_slot = ring_take(&e->bounce, r->blk.length, &r->bounce);
+    struct guest *g = r->guest;
+    r->bounce_slot = ring_take(&g->bounce, r->blk.length, &r->bounce);
     if (r->bounce_slot < 0)
         r->bounce = NULL;
     return r->bounce != NULL;
@@ -334,7 +334,7 @@ static bool reserve_bounce(struct request *r)
 bool request_path_suits_source(struct request *r)
 {
     if (own_buffer(r) || r->blk.op == VS_OP_DISCARD || r->blk.op == VS_OP_WRITE_ZEROES ||
-        disk_iov_aligned(r->engine->mirror.source.disk, r->blk.iov, r->blk.iov_count))
+        disk_iov_aligned(r->guest->mirror->source.disk, r->blk.iov, r->blk.iov_count))
         return true;
     if (!reserve_bounce(r))
         return false;
@@ -351,11 +351,11 @@ void request_path_to_source(struct request *r)
 /* Everything that a request needs before it is taken; false: it stays in the ring. */
 static bool reserve(struct request *r)
 {
-    struct vs_engine *e = r->engine;
+    struct guest *g = r->guest;
     if (changes_content(r->blk.op) && !reserve_log(r))
         return false;
     if ((r->blk.op == VS_OP_READ || (r->blk.op == VS_OP_WRITE && !r->write.entry)) &&
-        !disk_iov_aligned(e->mirror.source.disk, r->blk.iov, r->blk.iov_count))
+        !disk_iov_aligned(g->mirror->source.disk, r->blk.iov, r->blk.iov_count))
         return reserve_bounce(r);
     return true;
 }
@@ -363,9 +363,9 @@ static bool reserve(struct request *r)
 /* Its turn among the writes that overlap it. */
 static void take_slot(struct request *r)
 {
-    struct vs_engine *e = r->engine;
+    struct guest *g = r->guest;
     r->slot.grant = slot_granted;
-    if (range_take(&e->mirror.source.slots, &r->slot, r->blk.offset, r->blk.length))
+    if (range_take(&g->mirror->source.slots, &r->slot, r->blk.offset, r->blk.length))
         enter(r);
 }
 
@@ -378,7 +378,7 @@ static bool is_write_through(const struct queue *q)
 
 static void start_write(struct request *r)
 {
-    struct tap *tap = &r->engine->mirror.tap;
+    struct tap *tap = &r->guest->mirror->tap;
     if (own_buffer(r))
         gather_data(r, own_buffer(r));
     if (guest_memory_lost(&r->queue->attachment->memory)) {
@@ -394,7 +394,7 @@ static void start_write(struct request *r)
 
 static void answer_id(struct request *r)
 {
-    const char *serial = r->engine->config.serial;
+    const char *serial = r->guest->config->serial;
     size_t left = VS_SERIAL_BYTES;
     for (int i = 0; i < r->blk.iov_count && left; i++) {
         size_t part = r->blk.iov[i].iov_len < left ? r->blk.iov[i].iov_len : left;
@@ -407,10 +407,10 @@ static void answer_id(struct request *r)
 
 static void start(struct request *r, int verdict)
 {
-    struct vs_engine *e = r->engine;
+    struct guest *g = r->guest;
     struct queue *q = r->queue;
     if (verdict != BLK_OK) {
-        e->frontends.queue_stats[q->index].malformed++;
+        g->frontends.queue_stats[q->index].malformed++;
         r->blk.length = 0;
         finish(r, verdict == BLK_UNSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
         return;
@@ -425,7 +425,7 @@ static void start(struct request *r, int verdict)
         start_write(r);
         break;
     case VS_OP_FLUSH:
-        guest_flush_asked(&e->mirror.flush, &r->flush);
+        guest_flush_asked(&g->mirror->flush, &r->flush);
         break;
     default:
         answer_id(r);
@@ -433,19 +433,19 @@ static void start(struct request *r, int verdict)
 }
 
 /* Takes the head of the ring, if what it needs is there. 1: taken, 0: stalled, or minus an enum vs_breach. */
-static int take_up(struct vs_engine *e, struct queue *q, uint16_t head)
+static int take_up(struct guest *g, struct queue *q, uint16_t head)
 {
     struct request *r;
     int verdict;
-    if (e->load.in_flight - guest_flush_guests(&e->mirror.flush) >= REQUESTS_MAX || !(r = free_request(e)))
+    if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX || !(r = free_request(g)))
         return 0;
-    verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &e->limits);
+    verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &g->limits);
     if (verdict < 0)
         return verdict;
     r->write.entry = NULL;
     r->bounce = NULL;
     if (verdict == BLK_OK && !reserve(r)) {
-        tap_give_back(&e->mirror.tap, &r->write);
+        tap_give_back(&g->mirror->tap, &r->write);
         return 0;
     }
     virtqueue_take(&q->vq, head);
@@ -453,20 +453,20 @@ static int take_up(struct vs_engine *e, struct queue *q, uint16_t head)
     r->queue = q;
     r->head = head;
     r->table = mem_table_pin(&q->attachment->memory);
-    r->taken_ns = engine_now(e);
+    r->taken_ns = g->host->now_ns;
     r->flush.done = durable;
     r->flush.destination_only = false;
     r->flush.owner = q;
     q->in_flight++;
     q->attachment->in_flight++;
-    e->load.in_flight++;
-    e->taken_in_pass++;
-    e->load.last_taken_ns = r->taken_ns;
+    g->load.in_flight++;
+    g->taken_in_pass++;
+    g->load.last_taken_ns = r->taken_ns;
     start(r, verdict);
     return 1;
 }
 
-enum service request_path_service(struct vs_engine *e, struct queue *q)
+enum service request_path_service(struct guest *g, struct queue *q)
 {
     uint16_t head;
     int rc;
@@ -474,37 +474,37 @@ enum service request_path_service(struct vs_engine *e, struct queue *q)
     for (unsigned n = 0; n < PASS_BUDGET; n++) {
         rc = virtqueue_peek(&q->vq, &head);
         if (rc == 0) {
-            if (poller_keeps(&e->poller, q) || !virtqueue_ask_for_kick(&q->vq))
+            if (poller_keeps(&g->poller, q) || !virtqueue_ask_for_kick(&q->vq))
                 return SERVICE_EMPTY;
             continue; /* one came in between */
         }
         if (rc > 0)
-            rc = take_up(e, q, head);
+            rc = take_up(g, q, head);
         if (rc == 0)
             return SERVICE_STALLED;
         if (rc < 0) {
             queue_break(q, (uint32_t)-rc);
             return SERVICE_EMPTY;
         }
-        if (n + 1 == EARLY_SUBMIT && e->mirror.source.disk->stats.in_flight == uring_queued(&e->uring))
-            uring_submit(&e->uring);
-        if ((n + 1) % EARLY_NOTIFY == 0 && !list_empty(&e->host.done) && !tap_captures(&e->mirror.tap)) {
+        if (n + 1 == EARLY_SUBMIT && g->mirror->source.disk->stats.in_flight == uring_queued(g->host->uring))
+            uring_submit(g->host->uring);
+        if ((n + 1) % EARLY_NOTIFY == 0 && !list_empty(&g->host->done) && !tap_captures(&g->mirror->tap)) {
             /* I/O that completes at once: let the guest's core refill the ring while we go on.
              * Not while mirroring, where this thread is the narrow place already. */
-            disk_run_done(&e->host);
-            queues_notify(&e->frontends);
+            disk_run_done(g->host);
+            queues_notify(&g->frontends);
         }
     }
     return SERVICE_MORE;
 }
 
-void guest_hold(struct vs_engine *e, enum guest_hold reason)
+void guest_hold(struct guest *g, enum guest_hold reason)
 {
-    e->load.holds |= reason;
+    g->load.holds |= reason;
 }
 
-void guest_release(struct vs_engine *e, enum guest_hold reason)
+void guest_release(struct guest *g, enum guest_hold reason)
 {
-    e->load.holds &= ~(unsigned)reason;
-    queues_retry(&e->frontends);
+    g->load.holds &= ~(unsigned)reason;
+    queues_retry(&g->frontends);
 }

@@ -2,21 +2,21 @@
 #ifndef VS_REQUEST_PATH_H
 #define VS_REQUEST_PATH_H
 
-#include "engine.h"
+#include "guest.h"
 
 enum service { SERVICE_EMPTY, SERVICE_MORE, SERVICE_STALLED };
 
-int request_path_init(struct vs_engine *e);
-void request_path_free(struct vs_engine *e);
+int request_path_init(struct guest *g);
+void request_path_free(struct guest *g);
 
 /* Takes up what waits in a running ring, up to PASS_BUDGET. Empty: the guest
  * was asked to kick. Stalled: the head waits for room (or time) and stays in
  * the ring, to be looked at again when something has completed. */
-enum service request_path_service(struct vs_engine *e, struct queue *q);
+enum service request_path_service(struct guest *g, struct queue *q);
 
 /* No request is taken up until the reason is gone; then those that have waited have their turn. */
-void guest_hold(struct vs_engine *e, enum guest_hold reason);
-void guest_release(struct vs_engine *e, enum guest_hold reason);
+void guest_hold(struct guest *g, enum guest_hold reason);
+void guest_release(struct guest *g, enum guest_hold reason);
 
 /* For read_fallback.c and source_failover.c: the ends and the repetition of what the source has failed. */
 

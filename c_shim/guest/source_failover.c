@@ -27,23 +27,23 @@
 #include <errno.h>
 
 #include "attachment.h"
-#include "engine.h"
+#include "guest.h"
 #include "request_path.h"
 
-void source_failover_init(struct vs_engine *e)
+void source_failover_init(struct guest *g)
 {
-    list_init(&e->failover.parked);
+    list_init(&g->failover.parked);
 }
 
 /* A switch has to be possible: of what is in doubt the destination knows no better, and one that differs has wrong data
  * where the source has none. */
-static bool may_begin(const struct vs_engine *e)
+static bool may_begin(const struct guest *g)
 {
-    return e->config.switch_on_source_error && e->mirror.state.now == VS_STEADY && !bad_ranges_any(&e->mirror.bad) &&
-           !e->mirror.state.differs && bad_ranges_healed(&e->mirror.bad, &e->mirror.counts);
+    return g->config->switch_on_source_error && g->mirror->state.now == VS_STEADY && !bad_ranges_any(&g->mirror->bad) &&
+           !g->mirror->state.differs && bad_ranges_healed(&g->mirror->bad, &g->mirror->counts);
 }
 
-static bool begin(struct vs_engine *e, const struct disk_io *io)
+static bool begin(struct guest *g, const struct disk_io *io)
 {
     struct vs_event event = {.kind = VS_EV_SOURCE_FAILED,
                              .result = io->result,
@@ -51,86 +51,86 @@ static bool begin(struct vs_engine *e, const struct disk_io *io)
                              .op = io->kind,
                              .offset = io->kind == VS_DISK_FLUSH ? 0 : io->offset,
                              .length = io->kind == VS_DISK_FLUSH ? 0 : io->length};
-    if (!may_begin(e) || !request_path_error_of_disk(io->result))
+    if (!may_begin(g) || !request_path_error_of_disk(io->result))
         return false;
-    if (e->failover.pending)
+    if (g->failover.pending)
         return true;
-    e->failover.pending = true;
-    guest_hold(e, GUEST_HOLD_SOURCE_FAILED);
-    e->failover.flush_error = 0;
-    mailbox_post(&e->mailbox, &event);
+    g->failover.pending = true;
+    guest_hold(g, GUEST_HOLD_SOURCE_FAILED);
+    g->failover.flush_error = 0;
+    mailbox_post(g->mailbox, &event);
     return true;
 }
 
 static void park(struct request *r, int error)
 {
     r->parked_error = error;
-    list_append(&r->engine->failover.parked, &r->link);
+    list_append(&r->guest->failover.parked, &r->link);
 }
 
 bool source_failover_park(struct request *r, const struct disk_io *io)
 {
-    if (!begin(r->engine, io))
+    if (!begin(r->guest, io))
         return false;
     park(r, io->result);
     return true;
 }
 
-bool source_failover_park_flush(struct vs_engine *e, const struct disk_io *io, uint64_t number)
+bool source_failover_park_flush(struct guest *g, const struct disk_io *io, uint64_t number)
 {
-    if (!begin(e, io))
+    if (!begin(g, io))
         return false;
-    e->failover.flush_error = io->result;
-    e->failover.flush_number = number;
+    g->failover.flush_error = io->result;
+    g->failover.flush_number = number;
     return true;
 }
 
 bool source_failover_holds(struct request *r)
 {
-    if (!r->engine->failover.pending)
+    if (!r->guest->failover.pending)
         return false;
     park(r, 0);
     return true;
 }
 
-static void end(struct vs_engine *e)
+static void end(struct guest *g)
 {
-    e->failover.pending = false;
-    durability_recheck(&e->mirror.state);
-    guest_release(e, GUEST_HOLD_SOURCE_FAILED);
+    g->failover.pending = false;
+    durability_recheck(&g->mirror->state);
+    guest_release(g, GUEST_HOLD_SOURCE_FAILED);
 }
 
-void source_failover_over(struct vs_engine *e)
+void source_failover_over(struct guest *g)
 {
-    if (!e->failover.pending)
+    if (!g->failover.pending)
         return;
-    e->failover.count++;
-    list_each(node, &e->failover.parked)
+    g->failover.count++;
+    list_each(node, &g->failover.parked)
     {
         container_of(node, struct request, link)->parked_error = 0;
     }
-    end(e);
+    end(g);
 }
 
-void source_failover_give_up(struct vs_engine *e)
+void source_failover_give_up(struct guest *g)
 {
-    if (!e->failover.pending)
+    if (!g->failover.pending)
         return;
-    end(e);
-    if (e->failover.flush_error)
-        guest_flush_source_failed(&e->mirror.flush, e->failover.flush_number, e->failover.flush_error);
+    end(g);
+    if (g->failover.flush_error)
+        guest_flush_source_failed(&g->mirror->flush, g->failover.flush_number, g->failover.flush_error);
 }
 
-bool source_failover_due(const struct vs_engine *e)
+bool source_failover_due(const struct guest *g, bool gate_closed)
 {
-    return e->failover.pending && e->mirror.state.now != VS_STEADY && e->gate != GATE_CLOSED;
+    return g->failover.pending && g->mirror->state.now != VS_STEADY && !gate_closed;
 }
 
-void source_failover_pump(struct vs_engine *e)
+void source_failover_pump(struct guest *g, bool gate_closed)
 {
-    struct source_failover *f = &e->failover;
-    if (source_failover_due(e))
-        source_failover_give_up(e);
+    struct source_failover *f = &g->failover;
+    if (source_failover_due(g, gate_closed))
+        source_failover_give_up(g);
     if (f->pending)
         return;
     /* One that needs a buffer on the new disk may have to wait for it. */

@@ -12,7 +12,7 @@
 #include "disk.h"
 #include "list.h"
 
-struct vs_engine;
+struct guest;
 struct request;
 
 struct source_failover {
@@ -23,18 +23,18 @@ struct source_failover {
     uint64_t count;        /* exchanges that have ended one */
 };
 
-void source_failover_init(struct vs_engine *e);
+void source_failover_init(struct guest *g);
 /* The source has failed a request (or its flush); true: it is kept back, and answered later. */
 bool source_failover_park(struct request *r, const struct disk_io *io);
-bool source_failover_park_flush(struct vs_engine *e, const struct disk_io *io, uint64_t number);
+bool source_failover_park_flush(struct guest *g, const struct disk_io *io, uint64_t number);
 /* Nothing goes to the source while one is pending; true: the request is kept back. */
 bool source_failover_holds(struct request *r);
 /* The disks are exchanged. */
-void source_failover_over(struct vs_engine *e);
+void source_failover_over(struct guest *g);
 /* There was no exchange: what has failed is answered so, the rest goes to the source. */
-void source_failover_give_up(struct vs_engine *e);
+void source_failover_give_up(struct guest *g);
 /* The mirror was lost meanwhile. */
-bool source_failover_due(const struct vs_engine *e);
-void source_failover_pump(struct vs_engine *e);
+bool source_failover_due(const struct guest *g, bool gate_closed);
+void source_failover_pump(struct guest *g, bool gate_closed);
 
 #endif

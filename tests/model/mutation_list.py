@@ -237,8 +237,8 @@ MUTATIONS = [
         "no-turns-on-the-source",
         "rule 2: writes that overlap while in flight are serialised on the source",
         "request_path.c",
-        "if (range_take(&e->mirror.source.slots, &r->slot, r->blk.offset, r->blk.length))",
-        "if (range_take(&e->mirror.source.slots, &r->slot, r->blk.offset, 512))",
+        "if (range_take(&g->mirror->source.slots, &r->slot, r->blk.offset, r->blk.length))",
+        "if (range_take(&g->mirror->source.slots, &r->slot, r->blk.offset, 512))",
         "order.py::test_overlapping_writes_of_two_queues_take_turns",
     ),
     _m(
@@ -377,15 +377,15 @@ MUTATIONS = [
         "fallback-does-not-wait",
         "reads from the destination: sample G, wait for M >= it",
         "read_fallback.c",
-        "else if (e->mirror.counts.writes_mirrored >= r->generation && !read_destination(e, r))",
-        "else if (!read_destination(e, r))",
+        "else if (g->mirror->counts.writes_mirrored >= r->generation && !read_destination(g, r))",
+        "else if (!read_destination(g, r))",
         "read_fallback.py::test_it_waits_until_the_destination_has_what_the_guest_has_written",
     ),
     _m(
         "fallback-in-doubt",
         "reads from the destination: never a range in doubt",
         "read_fallback.c",
-        "!bad_ranges_overlap(&e->mirror.bad, r->blk.offset, r->blk.length);",
+        "!bad_ranges_overlap(&g->mirror->bad, r->blk.offset, r->blk.length);",
         "true;",
         "read_fallback.py::test_a_range_in_doubt_is_the_guests_error",
     ),
@@ -412,9 +412,11 @@ MUTATIONS = [
         "failover-before-replication",
         "a source that fails: what was captured is replicated first",
         "switching.c",
-        "    return (e->load.in_flight == 0 || e->failover.pending) && log_drained(&e->mirror.log) &&\n"
+        "    return (e->guest.load.in_flight == 0 || e->guest.failover.pending) && "
+        "log_drained(&e->mirror.log) &&\n"
         "           e->mirror.replicator.in_use == 0 &&",
-        "    return e->failover.pending || (e->load.in_flight == 0) && log_drained(&e->mirror.log) &&\n"
+        "    return e->guest.failover.pending || (e->guest.load.in_flight == 0) && "
+        "log_drained(&e->mirror.log) &&\n"
         "           e->mirror.replicator.in_use == 0 &&",
         "failover.py::test_what_was_captured_is_replicated_first",
     ),
@@ -440,8 +442,8 @@ MUTATIONS = [
         "no-stop-timeout",
         "rule 7: GET_VRING_BASE no longer than stop_timeout",
         "frontend_patience.c",
-        "if (destination_deadline_ns(e) <= engine_now(e) && destination_attached(&e->mirror.destination))",
-        "if (destination_deadline_ns(e) == 1 && destination_attached(&e->mirror.destination))",
+        "if (destination_deadline_ns(g) <= g->host->now_ns && destination_attached(&g->mirror->destination))",
+        "if (destination_deadline_ns(g) == 1 && destination_attached(&g->mirror->destination))",
         "faults.py::test_stopping_a_ring_waits_for_the_destination_no_longer_than_the_stop_timeout",
     ),
     _m(
@@ -516,17 +518,18 @@ MUTATIONS = [
         "gate-does-not-drain",
         "switch: replication drains until M = G",
         "switching.c",
-        "return (e->load.in_flight == 0 || e->failover.pending) && log_drained(&e->mirror.log) &&\n"
+        "return (e->guest.load.in_flight == 0 || e->guest.failover.pending) && "
+        "log_drained(&e->mirror.log) &&\n"
         "           e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 && "
         "e->mirror.destination.disk->stats.in_flight == 0;",
-        "return e->load.in_flight == 0;",
+        "return e->guest.load.in_flight == 0;",
         "switch.py::test_the_gate_lets_those_in_flight_finish",
     ),
     _m(
         "gate-stands-open",
         "switch: take up no new requests",
         "engine.c",
-        "    struct list *node;\n    if (!guest_is_taken_up(&e->load))\n        return;",
+        "    struct list *node;\n    if (!guest_is_taken_up(&e->guest.load))\n        return;",
         "    struct list *node;",
         "switch.py::test_requests_that_arrive_at_the_gate_go_to_the_new_disk",
     ),
@@ -1005,8 +1008,8 @@ MUTATIONS = [
         "held-flushes-count-as-at-work",
         "paused: other writes and reads go on, however many flushes are held",
         "request_path.c",
-        "if (e->load.in_flight - guest_flush_guests(&e->mirror.flush) >= REQUESTS_MAX",
-        "if (e->load.in_flight >= REQUESTS_MAX",
+        "if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX",
+        "if (g->load.in_flight >= REQUESTS_MAX",
         "pause.py::test_however_many_are_held_all_else_goes_on",
     ),
     _m(
@@ -1156,8 +1159,8 @@ MUTATIONS = [
         "pause-outlasts-a-stop",
         "a pause holds no ring that is stopped for longer than stop_timeout",
         "frontend_patience.c",
-        "if (pause_deadline_ns(&e->frontends.active->queue[i]) <= engine_now(e))",
-        "if (pause_deadline_ns(&e->frontends.active->queue[i]) == 1)",
+        "if (pause_deadline_ns(&g->frontends.active->queue[i]) <= g->host->now_ns)",
+        "if (pause_deadline_ns(&g->frontends.active->queue[i]) == 1)",
         "pause.py::test_stopping_a_ring_ends_the_pause_for_that_ring_alone",
     ),
     _m(
@@ -1189,7 +1192,7 @@ MUTATIONS = [
         "a-failover-to-what-differs",
         "nothing is left to a destination that a verification has found different",
         "source_failover.c",
-        "!e->mirror.state.differs && bad_ranges_healed(",
+        "!g->mirror->state.differs && bad_ranges_healed(",
         "bad_ranges_healed(",
         "failover.py::test_not_to_a_destination_that_is_known_to_differ",
     ),
@@ -1197,8 +1200,8 @@ MUTATIONS = [
         "a-read-of-what-differs",
         "nothing is read from a destination that a verification has found different",
         "read_fallback.c",
-        "e->mirror.state.now == VS_STEADY && !e->mirror.state.differs &&",
-        "e->mirror.state.now == VS_STEADY &&",
+        "g->mirror->state.now == VS_STEADY && !g->mirror->state.differs &&",
+        "g->mirror->state.now == VS_STEADY &&",
         "read_fallback.py::test_nothing_of_a_destination_that_is_known_to_differ",
     ),
     _m(

@@ -27,9 +27,9 @@ HOUSE = [C_SHIM.name, "base", "order", "disk", "virtio", "bitmap", "mirror", "gu
 """Lowest first."""
 
 # What is left to be untangled: these numbers only fall.
-FILES_IN_CIRCLES = 8
-ARROWS_UP = 4
-MEMBERS_KNOWN = 21
+FILES_IN_CIRCLES = 4
+ARROWS_UP = 0
+MEMBERS_KNOWN = 19
 LINES = 510
 
 
@@ -43,7 +43,7 @@ NAMED = {path.name: set(re.findall(r"(?:->|\.)(\w+)", path.read_text())) for pat
 
 
 def test_a_floor_uses_lower_floors_alone() -> None:
-    assert list(FLOORS)[:5] == ["base", "order", "disk", "virtio", "bitmap"]
+    assert list(FLOORS) == HOUSE[1:-1]
     lower: set[str] = set()
     for name, uses in FLOORS.items():
         assert uses <= lower, f"{name} uses {uses - lower}"
