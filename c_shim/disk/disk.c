@@ -121,13 +121,13 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     if (io->kind == VS_DISK_READ || io->kind == VS_DISK_WRITE)
         assert(iov_bytes(io->iov, io->iov_count) == io->length);
     assert(io->thread < disk->host->threads.count);
-    io->disk = disk;
+    io->work.disk = disk;
     io->result = 0;
-    io->transferred = 0;
-    io->iov_taken = 0;
-    io->step = 0;
-    io->submitted_ns = io->progress_ns = disk->host->now_ns;
-    list_append(&disk->in_flight_list, &io->link);
+    io->work.transferred = 0;
+    io->work.iov_taken = 0;
+    io->work.step = 0;
+    io->work.submitted_ns = io->work.progress_ns = disk->host->now_ns;
+    list_append(&disk->in_flight_list, &io->work.link);
     disk->stats.in_flight++;
     count_change(disk->host, io);
     if (io->kind == VS_DISK_FLUSH && disk->flush_failed)
@@ -142,25 +142,25 @@ void disk_complete(struct disk_io *io, int result)
 {
     assert(result <= 0);
     io->result = result;
-    list_remove(&io->link);
-    list_append(&io->disk->host->done, &io->link);
+    list_remove(&io->work.link);
+    list_append(&io->work.disk->host->done, &io->work.link);
 }
 
 void disk_progress(struct disk_io *io)
 {
-    io->progress_ns = io->disk->host->now_ns;
-    list_remove(&io->link);
-    list_append(&io->disk->in_flight_list, &io->link);
+    io->work.progress_ns = io->work.disk->host->now_ns;
+    list_remove(&io->work.link);
+    list_append(&io->work.disk->in_flight_list, &io->work.link);
 }
 
 void disk_complete_remote(struct disk_io *io, int result)
 {
-    struct disk_host *host = io->disk->host;
+    struct disk_host *host = io->work.disk->host;
     uint64_t one = 1;
     assert(result <= 0);
     pthread_mutex_lock(&host->lock);
     io->result = result;
-    list_append(&host->remote, &io->remote_link);
+    list_append(&host->remote, &io->work.remote_link);
     /* Under the lock: once the engine has seen io, it may end and take host with it. */
     if (write(host->wake_fd, &one, sizeof one) < 0)
         assert(errno == EAGAIN || errno == EINTR); /* the counter is full: it wakes anyway */
@@ -169,13 +169,13 @@ void disk_complete_remote(struct disk_io *io, int result)
 
 static void finish(struct disk_io *io)
 {
-    struct vs_disk *disk = io->disk;
+    struct vs_disk *disk = io->work.disk;
     assert(disk->stats.in_flight > 0);
     disk->stats.in_flight--;
     count_change(disk->host, io);
     if (io->kind < VS_DISK_OPS)
         op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
-                     disk->host->now_ns - io->submitted_ns, io->result < 0);
+                     disk_io_age_ns(io, disk->host->now_ns), io->result < 0);
     if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->can & DISK_FORGETS_FAILED_FLUSH)
         disk->flush_failed = true;
     disk_io_restore(io);
@@ -188,12 +188,12 @@ unsigned disk_run_done(struct disk_host *host)
     struct list *node;
     pthread_mutex_lock(&host->lock);
     while ((node = list_pop(&host->remote))) {
-        struct disk_io *io = container_of(node, struct disk_io, remote_link);
+        struct disk_io *io = container_of(node, struct disk_io, work.remote_link);
         disk_complete(io, io->result);
     }
     pthread_mutex_unlock(&host->lock);
     while ((node = list_pop(&host->done))) {
-        finish(container_of(node, struct disk_io, link));
+        finish(container_of(node, struct disk_io, work.link));
         count++;
     }
     return count;
@@ -228,21 +228,21 @@ uint64_t disk_oldest_ns(const struct vs_disk *disk)
     /* In that order, so the head of the list is the oldest. */
     if (list_empty(&disk->in_flight_list))
         return UINT64_MAX;
-    return container_of(disk->in_flight_list.next, struct disk_io, link)->progress_ns;
+    return container_of(disk->in_flight_list.next, struct disk_io, work.link)->work.progress_ns;
 }
 
 void disk_io_restore(struct disk_io *io)
 {
-    if (!io->iov_taken)
+    if (!io->work.iov_taken)
         return;
-    io->iov->iov_base = (char *)io->iov->iov_base - io->iov_taken;
-    io->iov->iov_len += io->iov_taken;
-    io->iov_taken = 0;
+    io->iov->iov_base = (char *)io->iov->iov_base - io->work.iov_taken;
+    io->iov->iov_len += io->work.iov_taken;
+    io->work.iov_taken = 0;
 }
 
 void disk_io_advance(struct disk_io *io, uint64_t bytes)
 {
-    bytes += io->iov_taken;
+    bytes += io->work.iov_taken;
     disk_io_restore(io);
     while (io->iov_count > 0 && bytes >= io->iov->iov_len) {
         bytes -= io->iov->iov_len;
@@ -252,7 +252,7 @@ void disk_io_advance(struct disk_io *io, uint64_t bytes)
     if (io->iov_count > 0) {
         io->iov->iov_base = (char *)io->iov->iov_base + bytes;
         io->iov->iov_len -= bytes;
-        io->iov_taken = bytes;
+        io->work.iov_taken = bytes;
     }
 }
 

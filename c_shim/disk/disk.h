@@ -23,6 +23,20 @@
 #include "shim.h"
 #include "uring.h"
 
+/* How far an operation is. For disk.c and the kinds of disks alone. */
+struct disk_work {
+    struct vs_disk *disk;
+    struct io_job job;
+    struct list link;        /* in flight, then done: disk.c's */
+    struct list remote_link; /* at the disk's worker, then completed by another thread: guarded by disk_host.lock */
+    uint64_t submitted_ns;
+    uint64_t progress_ns; /* the last time that a part of it completed */
+    uint64_t transferred;
+    size_t iov_taken; /* off the first of the iov that are left */
+    int step;
+    uint64_t step_bytes; /* at most so much is zeroed in this step */
+};
+
 struct disk_io {
     /* Set by the caller. */
     uint32_t kind; /* enum vs_disk_op, or enum vs_disk_errand */
@@ -40,17 +54,7 @@ struct disk_io {
      * Both lie in the range that was asked about. */
     uint64_t data_at, data_end;
     uint64_t size_bytes; /* of VS_DISK_SIZE */
-    /* The disk's own. */
-    struct vs_disk *disk;
-    struct io_job job;
-    struct list link;        /* in flight, then done: the engine's */
-    struct list remote_link; /* at the disk's worker, then completed by another thread: guarded by disk_host.lock */
-    uint64_t submitted_ns;
-    uint64_t progress_ns; /* the last time that a part of it completed */
-    uint64_t transferred;
-    size_t iov_taken; /* off the first of the iov that are left */
-    int step;
-    uint64_t step_bytes; /* at most so much is zeroed in this step */
+    struct disk_work work;
 };
 
 /* What an engine lends to its disks. */
@@ -89,7 +93,7 @@ struct vs_disk {
     uint32_t can;                /* of enum disk_can */
     bool flush_failed;           /* and would be forgotten, so it stays an error */
     struct disk_host *host;
-    struct list in_flight_list; /* every io between submit and done, by progress_ns */
+    struct list in_flight_list; /* every io between submit and done, by work.progress_ns */
     struct disk_io closing;
     void *closing_for;           /* of disk_close_later() */
     struct vs_disk_stats stats;
@@ -134,6 +138,12 @@ void disk_io_advance(struct disk_io *io, uint64_t bytes);
 /* Gives back what was taken off the segment in which it stands. */
 void disk_io_restore(struct disk_io *io);
 uint64_t iov_bytes(const struct iovec *iov, int count);
+
+/* Since it was submitted. */
+static inline uint64_t disk_io_age_ns(const struct disk_io *io, uint64_t now_ns)
+{
+    return now_ns - io->work.submitted_ns;
+}
 
 void op_stats_add(struct vs_op_stats *s, uint64_t bytes, uint64_t latency_ns, bool failed);
 

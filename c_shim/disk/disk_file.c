@@ -59,8 +59,8 @@ static struct iovec zero_iov[ZERO_IOV] = {[0 ... ZERO_IOV - 1] = {zeroes, ZERO_B
 /* Of a zeroing, what its next step is to cover. */
 static uint64_t zero_bytes(const struct disk_io *io)
 {
-    uint64_t left = io->length - io->transferred;
-    return left < io->step_bytes ? left : io->step_bytes;
+    uint64_t left = io->length - io->work.transferred;
+    return left < io->work.step_bytes ? left : io->work.step_bytes;
 }
 
 static int zero_mode(int step)
@@ -71,8 +71,8 @@ static int zero_mode(int step)
 /* One plain call: what is short of the operation's end is done by the next one. */
 static int perform(const struct file_disk *f, const struct disk_io *io)
 {
-    off_t at = (off_t)(io->offset + io->transferred);
-    uint64_t left = io->length - io->transferred;
+    off_t at = (off_t)(io->offset + io->work.transferred);
+    uint64_t left = io->length - io->work.transferred;
     ssize_t n;
     switch (io->kind) {
     case VS_DISK_READ:
@@ -87,8 +87,8 @@ static int perform(const struct file_disk *f, const struct disk_io *io)
         n = fdatasync(f->fd);
         break;
     default:
-        if (io->step != ZERO_WRITE)
-            n = fallocate(f->fd, zero_mode(io->step), at, (off_t)zero_bytes(io));
+        if (io->work.step != ZERO_WRITE)
+            n = fallocate(f->fd, zero_mode(io->work.step), at, (off_t)zero_bytes(io));
         else if (left >= sizeof zeroes * ZERO_IOV)
             n = pwritev(f->fd, zero_iov, ZERO_IOV, at);
         else
@@ -100,9 +100,9 @@ static int perform(const struct file_disk *f, const struct disk_io *io)
 /* The same for a ring. The iovec array must outlive the submission: it does, being the caller's until done(). */
 static void prepare(const struct file_disk *f, struct disk_io *io, struct uring *uring)
 {
-    struct io_uring_sqe *sqe = uring_sqe(uring, &io->job.op);
-    uint64_t at = io->offset + io->transferred;
-    uint64_t left = io->length - io->transferred;
+    struct io_uring_sqe *sqe = uring_sqe(uring, &io->work.job.op);
+    uint64_t at = io->offset + io->work.transferred;
+    uint64_t left = io->length - io->work.transferred;
     switch (io->kind) {
     case VS_DISK_READ:
         if (io->iov_count == 1)
@@ -120,14 +120,14 @@ static void prepare(const struct file_disk *f, struct disk_io *io, struct uring 
         io_uring_prep_fsync(sqe, f->fd, IORING_FSYNC_DATASYNC);
         break;
     default:
-        if (io->step != ZERO_WRITE)
-            io_uring_prep_fallocate(sqe, f->fd, zero_mode(io->step), (off_t)at, (off_t)zero_bytes(io));
+        if (io->work.step != ZERO_WRITE)
+            io_uring_prep_fallocate(sqe, f->fd, zero_mode(io->work.step), (off_t)at, (off_t)zero_bytes(io));
         else if (left >= sizeof zeroes * ZERO_IOV)
             io_uring_prep_writev(sqe, f->fd, zero_iov, ZERO_IOV, at);
         else
             io_uring_prep_write(sqe, f->fd, zeroes, left < ZERO_BYTES ? (unsigned)left : ZERO_BYTES, at);
     }
-    io_uring_sqe_set_data(sqe, &io->job.op); /* older liburing's prep helpers clear it */
+    io_uring_sqe_set_data(sqe, &io->work.job.op); /* older liburing's prep helpers clear it */
     if (f->may_block)
         io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
 }
@@ -135,8 +135,8 @@ static void prepare(const struct file_disk *f, struct disk_io *io, struct uring 
 /* On an I/O thread, which only reads what it is lent. */
 static bool start_job(struct io_job *job, struct uring *uring, int *result)
 {
-    struct disk_io *io = container_of(job, struct disk_io, job);
-    struct file_disk *f = container_of(io->disk, struct file_disk, disk);
+    struct disk_io *io = container_of(job, struct disk_io, work.job);
+    struct file_disk *f = container_of(io->work.disk, struct file_disk, disk);
     if (f->inline_io)
         *result = perform(f, io);
     else
@@ -148,7 +148,7 @@ static bool start_job(struct io_job *job, struct uring *uring, int *result)
 static void issue(struct file_disk *f, struct disk_io *io)
 {
     if (io->thread > 0)
-        io_threads_lend(&f->disk.host->threads, io->thread, &io->job);
+        io_threads_lend(&f->disk.host->threads, io->thread, &io->work.job);
     else if (f->inline_io)
         stepped(io, perform(f, io));
     else
@@ -158,37 +158,37 @@ static void issue(struct file_disk *f, struct disk_io *io)
 /* A step down the ladder; false: there is none left. */
 static bool zero_fall_back(struct file_disk *f, struct disk_io *io, int error)
 {
-    if (io->step == ZERO_WRITE)
+    if (io->work.step == ZERO_WRITE)
         return false;
     if (error != EOPNOTSUPP && error != ENOSYS && error != EINVAL && error != ENODEV && error != EPERM)
         return false;
     if (error == EOPNOTSUPP || error == ENOSYS) {
-        if (io->step == ZERO_PUNCH)
+        if (io->work.step == ZERO_PUNCH)
             f->no_punch = true;
         else
             f->no_zero_range = true;
     }
-    io->step = io->step == ZERO_PUNCH && !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
+    io->work.step = io->work.step == ZERO_PUNCH && !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
     return true;
 }
 
 /* A step that was no write. */
 static void zeroed(struct file_disk *f, struct disk_io *io)
 {
-    io->transferred += zero_bytes(io);
-    if (io->transferred == io->length) {
+    io->work.transferred += zero_bytes(io);
+    if (io->work.transferred == io->length) {
         disk_complete(io, 0);
         return;
     }
-    if (f->disk.host->now_ns - io->progress_ns < ZERO_QUICK_NS)
-        io->step_bytes *= 2;
+    if (f->disk.host->now_ns - io->work.progress_ns < ZERO_QUICK_NS)
+        io->work.step_bytes *= 2;
     disk_progress(io);
     issue(f, io);
 }
 
 static void stepped(struct disk_io *io, int result)
 {
-    struct file_disk *f = container_of(io->disk, struct file_disk, disk);
+    struct file_disk *f = container_of(io->work.disk, struct file_disk, disk);
     if (result == -EINTR || result == -EAGAIN) {
         issue(f, io);
         return;
@@ -204,7 +204,7 @@ static void stepped(struct disk_io *io, int result)
         disk_complete(io, 0);
         return;
     }
-    if (io->kind == VS_DISK_ZERO && io->step != ZERO_WRITE) {
+    if (io->kind == VS_DISK_ZERO && io->work.step != ZERO_WRITE) {
         zeroed(f, io);
         return;
     }
@@ -212,8 +212,8 @@ static void stepped(struct disk_io *io, int result)
         disk_complete(io, io->kind == VS_DISK_READ ? -EIO : -ENOSPC);
         return;
     }
-    io->transferred += (uint64_t)result;
-    if (io->transferred == io->length) {
+    io->work.transferred += (uint64_t)result;
+    if (io->work.transferred == io->length) {
         disk_complete(io, 0);
         return;
     }
@@ -226,12 +226,12 @@ static void stepped(struct disk_io *io, int result)
 static void file_complete(struct uring_op *op, int result, unsigned flags)
 {
     (void)flags;
-    stepped(container_of(op, struct disk_io, job.op), result);
+    stepped(container_of(op, struct disk_io, work.job.op), result);
 }
 
 static void job_over(struct io_job *job)
 {
-    stepped(container_of(job, struct disk_io, job), job->result);
+    stepped(container_of(job, struct disk_io, work.job), job->result);
 }
 
 /* Unknown counts as data. */
@@ -266,7 +266,7 @@ static int find_size(const struct file_disk *f, struct disk_io *io)
 /* On the worker. */
 static int errand(struct disk_io *io)
 {
-    struct file_disk *f = container_of(io->disk, struct file_disk, disk);
+    struct file_disk *f = container_of(io->work.disk, struct file_disk, disk);
     if (io->kind == VS_DISK_SIZE)
         return find_size(f, io);
     if (io->kind == VS_DISK_EXTENTS)
@@ -296,14 +296,14 @@ static void file_submit(struct vs_disk *disk, struct disk_io *io)
         return;
     }
     if (io->thread == 0) {
-        io->job.op.complete = file_complete;
+        io->work.job.op.complete = file_complete;
     } else {
-        io->job.start = start_job;
-        io->job.over = job_over;
+        io->work.job.start = start_job;
+        io->work.job.over = job_over;
     }
-    io->step_bytes = f->is_block_device ? ZERO_STEP_BYTES : UINT64_MAX;
+    io->work.step_bytes = f->is_block_device ? ZERO_STEP_BYTES : UINT64_MAX;
     if (io->kind == VS_DISK_ZERO)
-        io->step = io->may_unmap && !f->no_punch ? ZERO_PUNCH : !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
+        io->work.step = io->may_unmap && !f->no_punch ? ZERO_PUNCH : !f->no_zero_range ? ZERO_RANGE : ZERO_WRITE;
     issue(f, io);
 }
 

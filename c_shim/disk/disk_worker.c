@@ -17,7 +17,7 @@ static struct disk_io *take(struct disk_worker *w)
     pthread_mutex_lock(&w->lock);
     node = list_pop(&w->todo);
     pthread_mutex_unlock(&w->lock);
-    return node ? container_of(node, struct disk_io, remote_link) : NULL;
+    return node ? container_of(node, struct disk_io, work.remote_link) : NULL;
 }
 
 static void *run(void *arg)
@@ -51,7 +51,7 @@ int disk_worker_start(struct disk_worker *w, int (*errand)(struct disk_io *io))
 void disk_worker_give(struct disk_worker *w, struct disk_io *io)
 {
     pthread_mutex_lock(&w->lock);
-    list_append(&w->todo, &io->remote_link);
+    list_append(&w->todo, &io->work.remote_link);
     pthread_mutex_unlock(&w->lock);
     sem_post(&w->wake);
 }

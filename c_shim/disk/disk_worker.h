@@ -17,7 +17,7 @@ struct disk_io;
 struct disk_worker {
     pthread_t thread;
     pthread_mutex_t lock; /* guards todo; held for no system call */
-    struct list todo;     /* of disk_io, by remote_link; empty when "wake" is posted: the end */
+    struct list todo;     /* of disk_io, by work.remote_link; empty when "wake" is posted: the end */
     sem_t wake;
     int (*errand)(struct disk_io *io); /* on the thread; its result is the io's */
 };

@@ -20,29 +20,29 @@ static void destination_lost(struct destination *d, uint32_t reason, int error)
 
 static void init_low_rooms(struct mirror *m, const struct vs_engine_config *config)
 {
-    struct mailbox *mailbox = m->host.mailbox;
+    struct mailbox *mailbox = m->given.mailbox;
     range_slots_init(&m->source.slots);
     m->source.capacity_bytes = config->capacity_bytes;
     m->source.block_bytes = config->block_bytes;
     destination_init(&m->destination, mailbox, destination_lost);
     m->state = (struct mirror_state){
-        .counts = &m->counts, .bad = &m->bad, .listener = m->host.listener, .mailbox = mailbox, .capture.epoch = 1};
+        .counts = &m->counts, .bad = &m->bad, .listener = m->given.listener, .mailbox = mailbox, .capture.epoch = 1};
     bad_ranges_load(&m->bad, config);
     m->tap = (struct tap){.log = &m->log,
                           .counts = &m->counts,
                           .state = &m->state,
                           .bad = &m->bad,
                           .difference = &m->difference,
-                          .host = m->host.disks,
+                          .host = m->given.disks,
                           .pull_ahead_bytes = config->pull_ahead ? config->congestion_fill_bytes : 0};
     throttle_init(&m->tap.throttle, config->log_bytes, config->max_lag_us * 1000);
     guest_flush_init(&m->flush, &(struct guest_flush_rooms){.destination = &m->destination,
                                                             .source = &m->source,
                                                             .counts = &m->counts,
                                                             .state = &m->state,
-                                                            .listener = m->host.listener,
-                                                            .load = m->host.load,
-                                                            .host = m->host.disks,
+                                                            .listener = m->given.listener,
+                                                            .load = m->given.load,
+                                                            .host = m->given.disks,
                                                             .mailbox = mailbox});
 }
 
@@ -56,10 +56,10 @@ static int init_difference(struct mirror *m, const struct vs_engine_config *conf
                                                       .state = &m->state,
                                                       .uncopied = &m->uncopied,
                                                       .bad = &m->bad,
-                                                      .listener = m->host.listener,
-                                                      .load = m->host.load,
-                                                      .host = m->host.disks,
-                                                      .mailbox = m->host.mailbox},
+                                                      .listener = m->given.listener,
+                                                      .load = m->given.load,
+                                                      .host = m->given.disks,
+                                                      .mailbox = m->given.mailbox},
                            config);
 }
 
@@ -71,8 +71,8 @@ static int init_replicator(struct mirror *m)
                                                                       .state = &m->state,
                                                                       .throttle = &m->tap.throttle,
                                                                       .uncopied = &m->uncopied,
-                                                                      .listener = m->host.listener,
-                                                                      .host = m->host.disks});
+                                                                      .listener = m->given.listener,
+                                                                      .host = m->given.disks});
 }
 
 static int init_copier(struct mirror *m, const struct vs_engine_config *config)
@@ -87,9 +87,9 @@ static int init_copier(struct mirror *m, const struct vs_engine_config *config)
                                               .bad = &m->bad,
                                               .log = &m->log,
                                               .flush = &m->flush,
-                                              .load = m->host.load,
-                                              .host = m->host.disks,
-                                              .mailbox = m->host.mailbox,
+                                              .load = m->given.load,
+                                              .host = m->given.disks,
+                                              .mailbox = m->given.mailbox,
                                               .give_way_bytes = config->pull_ahead ? give_way + !give_way : 0},
                        config->copy_depth);
 }
@@ -102,9 +102,9 @@ static int init_verifier(struct mirror *m)
                                                                 .state = &m->state,
                                                                 .bad = &m->bad,
                                                                 .difference = &m->difference,
-                                                                .load = m->host.load,
-                                                                .host = m->host.disks,
-                                                                .mailbox = m->host.mailbox});
+                                                                .load = m->given.load,
+                                                                .host = m->given.disks,
+                                                                .mailbox = m->given.mailbox});
 }
 
 static void init_high_rooms(struct mirror *m, const struct vs_engine_config *config)
@@ -119,9 +119,9 @@ static void init_high_rooms(struct mirror *m, const struct vs_engine_config *con
                                                .replicator = &m->replicator,
                                                .verifier = &m->verifier,
                                                .uncopied = &m->uncopied,
-                                               .load = m->host.load,
-                                               .host = m->host.disks,
-                                               .mailbox = m->host.mailbox},
+                                               .load = m->given.load,
+                                               .host = m->given.disks,
+                                               .mailbox = m->given.mailbox},
                     config);
     grow_init(&m->grow, &(struct grow_rooms){.destination = &m->destination,
                                              .source = &m->source,
@@ -129,18 +129,18 @@ static void init_high_rooms(struct mirror *m, const struct vs_engine_config *con
                                              .uncopied = &m->uncopied,
                                              .copier = &m->copier,
                                              .difference = &m->difference,
-                                             .activity = m->host.activity,
-                                             .request_limit_bytes = m->host.request_limit_bytes,
-                                             .load = m->host.load,
-                                             .host = m->host.disks,
-                                             .mailbox = m->host.mailbox});
+                                             .activity = m->given.activity,
+                                             .request_limit_bytes = m->given.request_limit_bytes,
+                                             .load = m->given.load,
+                                             .host = m->given.disks,
+                                             .mailbox = m->given.mailbox});
 }
 
 int mirror_init(struct mirror *m, const struct mirror_host *host, const struct vs_engine_config *config)
 {
     uint32_t region = config->dirty_region_bytes < COPY_BYTES ? config->dirty_region_bytes : COPY_BYTES;
     int rc;
-    m->host = *host;
+    m->given = *host;
     m->timeout_ns = config->destination_timeout_us * 1000;
     m->pauses = config->pause_on_destination_error;
     m->steady.io.io.kind = VS_DISK_FLUSH;
@@ -165,7 +165,7 @@ void mirror_free(struct mirror *m)
 
 void mirror_set_source(struct mirror *m, vs_disk *source)
 {
-    disk_adopt(source, m->host.disks);
+    disk_adopt(source, m->given.disks);
     m->source.disk = source;
 }
 
@@ -176,7 +176,7 @@ void mirror_leave_bitmap(struct mirror *m)
 
 static uint64_t now_ns(const struct mirror *m)
 {
-    return m->host.disks->now_ns;
+    return m->given.disks->now_ns;
 }
 
 /* ---- a destination comes -------------------------------------------------------- */
@@ -184,14 +184,14 @@ static uint64_t now_ns(const struct mirror *m)
 int mirror_start(struct mirror *m, vs_disk *disk, uint32_t flags)
 {
     bool resync = flags & VS_START_RESYNC;
-    if (destination_attached(&m->destination) || m->destination.former || m->host.load->holds & GUEST_HOLD_SWITCH ||
+    if (destination_attached(&m->destination) || m->destination.former || m->given.load->holds & GUEST_HOLD_SWITCH ||
         m->state.record != RECORD_WRITTEN)
         return -EBUSY;
     if (disk->bytes < m->source.capacity_bytes)
         return -ENOSPC;
     if (disk->block_bytes > m->source.block_bytes || (resync && !m->difference.tracked))
         return -EINVAL;
-    destination_attach(&m->destination, disk, m->host.disks);
+    destination_attach(&m->destination, disk, m->given.disks);
     tap_begin(&m->tap);
     difference_attach(&m->difference, resync);
     pull_ahead_reset(&m->ahead);
@@ -343,8 +343,9 @@ static int exchange_refused(const struct mirror *m, uint32_t flags, bool gated)
 
 static void left_source_closed(struct disk_io *closing)
 {
-    struct mirror *m = closing->disk->closing_for;
-    disk_free(closing->disk);
+    vs_disk *disk = container_of(closing, struct vs_disk, closing);
+    struct mirror *m = disk->closing_for;
+    disk_free(disk);
     m->left_sources--;
 }
 
@@ -355,7 +356,7 @@ int mirror_exchange(struct mirror *m, uint32_t flags, bool gated)
     int rc = exchange_refused(m, flags, gated);
     if (rc < 0)
         return rc;
-    assert((m->host.load->in_flight == 0 || m->host.load->holds & GUEST_HOLD_SOURCE_FAILED) && log_drained(&m->log));
+    assert((m->given.load->in_flight == 0 || m->given.load->holds & GUEST_HOLD_SOURCE_FAILED) && log_drained(&m->log));
     counts_exchange(&m->counts, keep);
     m->source.disk = destination_exchange(&m->destination, keep ? old : NULL);
     if (keep) {

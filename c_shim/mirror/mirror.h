@@ -45,7 +45,7 @@ struct mirror_host {
 };
 
 struct mirror {
-    struct mirror_host host;
+    struct mirror_host given;
     uint64_t timeout_ns;   /* of the destination */
     bool pauses;           /* on_destination_error=pause */
     struct source source;

@@ -48,7 +48,7 @@ void copy_ask_destination(struct region_copy *c, void (*done)(struct destination
 void copy_took(struct region_copy *c, enum copy_disk disk)
 {
     uint64_t now = c->copier->rooms.host->now_ns;
-    copy_pace_completed(&c->copier->pace, disk, c->pace_round, now - c->io.io.submitted_ns, now);
+    copy_pace_completed(&c->copier->pace, disk, c->pace_round, disk_io_age_ns(&c->io.io, now), now);
 }
 
 void copy_end(struct region_copy *c)

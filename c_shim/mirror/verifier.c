@@ -330,6 +330,7 @@ static void scout(struct verifier *v, struct vs_disk *disk, uint64_t end)
     v->scout_epoch = v->rooms.destination->epoch;
     v->scout.offset = v->cursor;
     v->scout.length = end - v->cursor;
+    v->scout_disk = disk;
     disk_submit(disk, &v->scout);
 }
 
@@ -341,7 +342,7 @@ static void scouted(struct disk_io *io)
         return;
     if (io->data_at == io->offset)
         know(v, io->data_end, false);
-    else if (io->disk == v->rooms.source->disk)
+    else if (v->scout_disk == v->rooms.source->disk)
         scout(v, v->rooms.destination->disk, io->data_at);
     else
         know(v, io->data_at, true);

@@ -74,6 +74,7 @@ struct verifier {
     bool more;
     /* What the disks have said of what lies at the cursor; the question may outlive a verification. */
     struct disk_io scout;
+    const struct vs_disk *scout_disk; /* that it asks */
     bool scouting, known_holes;
     uint64_t scout_epoch, known_end;
     unsigned in_use;

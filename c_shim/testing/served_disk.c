@@ -37,7 +37,7 @@ struct served_disk {
     pthread_t thread;
     pthread_mutex_t lock; /* guards todo and ending */
     pthread_cond_t came;
-    struct list todo; /* of disk_io, by remote_link */
+    struct list todo; /* of disk_io, by work.remote_link */
     bool ending;
 };
 
@@ -98,7 +98,7 @@ static struct disk_io *take(struct served_disk *s)
     while (!(node = list_pop(&s->todo)) && !s->ending)
         pthread_cond_wait(&s->came, &s->lock);
     pthread_mutex_unlock(&s->lock);
-    return node ? container_of(node, struct disk_io, remote_link) : NULL;
+    return node ? container_of(node, struct disk_io, work.remote_link) : NULL;
 }
 
 static void *run(void *arg)
@@ -128,7 +128,7 @@ static void served_submit(struct vs_disk *disk, struct disk_io *io)
         pthread_detach(s->thread);
     }
     pthread_mutex_lock(&s->lock);
-    list_append(&s->todo, &io->remote_link);
+    list_append(&s->todo, &io->work.remote_link);
     pthread_cond_signal(&s->came);
     pthread_mutex_unlock(&s->lock);
 }

@@ -148,7 +148,7 @@ static bool touches_spoilt(const struct test_disk *t, const struct disk_io *io)
 /* Where the bytes of this part go to, if they are recorded. */
 static uint8_t *record(struct test_disk *t, const struct disk_io *io, uint64_t bytes)
 {
-    uint64_t offset = io->offset + io->transferred;
+    uint64_t offset = io->offset + io->work.transferred;
     if (!t->record || !bytes)
         return NULL;
     if (io->kind == VS_DISK_ZERO)
@@ -160,7 +160,7 @@ static uint8_t *record(struct test_disk *t, const struct disk_io *io, uint64_t b
 static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
 {
     uint64_t block_bytes = t->disk.block_bytes;
-    uint64_t number = (io->offset + io->transferred) / block_bytes;
+    uint64_t number = (io->offset + io->work.transferred) / block_bytes;
     uint8_t one[4096], *recorded = record(t, io, bytes);
     for (uint64_t left = bytes; left; left -= block_bytes, number++) {
         if (io->kind == VS_DISK_ZERO) {
@@ -185,7 +185,7 @@ static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
         if (recorded)
             recorded = (uint8_t *)memcpy(recorded, one, block_bytes) + block_bytes;
     }
-    io->transferred += bytes;
+    io->work.transferred += bytes;
 }
 
 /* Takes one fault of this kind: 0, or it happens and *error says which (0: short). */
@@ -237,18 +237,18 @@ int test_disk_take_effect(struct test_disk *t, struct disk_io *io)
     if (io->kind == VS_DISK_FLUSH) {
         if (take_fault(t, io->kind, &error) && error) {
             if (t->disk.can & DISK_FORGETS_FAILED_FLUSH)
-                lose(t, io->transferred);
+                lose(t, io->work.transferred);
             return -error;
         }
-        make_durable(t, io->transferred);
+        make_durable(t, io->work.transferred);
         if (t->record)
-            test_record_flushed(t->record, t->record_number, io->transferred);
+            test_record_flushed(t->record, t->record_number, io->work.transferred);
         return 0;
     }
     if (io->kind == VS_DISK_READ && touches_spoilt(t, io))
         return -EIO;
-    while (io->transferred < io->length) {
-        uint64_t blocks = (io->length - io->transferred) / t->disk.block_bytes;
+    while (io->work.transferred < io->length) {
+        uint64_t blocks = (io->length - io->work.transferred) / t->disk.block_bytes;
         bool fault = take_fault(t, io->kind, &error);
         if (fault && error) {
             transfer(t, io, blocks / 2 * t->disk.block_bytes);
@@ -271,7 +271,7 @@ static void test_submit(struct vs_disk *disk, struct disk_io *io)
     pthread_mutex_lock(&t->lock);
     bool hold = h->on;
     if (io->kind == VS_DISK_FLUSH)
-        io->transferred = t->stamp;
+        io->work.transferred = t->stamp;
     if (hold) {
         if (h->count == h->capacity) {
             h->capacity = h->capacity ? 2 * h->capacity : 16;

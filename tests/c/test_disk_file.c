@@ -292,7 +292,7 @@ static unsigned closings;
 static void on_closed(struct disk_io *closing)
 {
     closings++;
-    disk_free(closing->disk);
+    disk_free(container_of(closing, struct vs_disk, closing));
 }
 
 /* As the data thread does it: by the worker, which is gone with the disk. */
@@ -400,11 +400,11 @@ static void zeroing_of_block_devices(void)
         vs_disk *disk = vs_disk_file(fd, &probe, 0);
         disk_adopt(disk, &host);
         start(disk, &c, VS_DISK_ZERO, 0, bytes, NULL);
-        for (uint64_t seen = 0; !c.done; steps += c.io.transferred != seen && !c.done) {
-            seen = c.io.transferred;
+        for (uint64_t seen = 0; !c.done; steps += c.io.work.transferred != seen && !c.done) {
+            seen = c.io.work.transferred;
             host.now_ns += takes_ns;
             turn();
-            CHECK(c.done || disk_oldest_ns(disk) == host.now_ns || c.io.transferred == seen);
+            CHECK(c.done || disk_oldest_ns(disk) == host.now_ns || c.io.work.transferred == seen);
         }
         CHECK_EQUAL(c.io.result, 0);
         CHECK_EQUAL(steps, takes_ns ? 64 : 7); /* 1, 2, 4 … MiB */
