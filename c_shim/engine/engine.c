@@ -21,7 +21,10 @@
 #include "clock.h"
 #include "engine_command.h"
 #include "frontend_patience.h"
+#include "read_fallback.h"
+#include "request.h"
 #include "request_path.h"
+#include "source_failover.h"
 #include "switching.h"
 
 /* How long the end waits for a destination (or source) that does not answer. */
@@ -177,6 +180,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     disk_run_done(&e->host); /* what completed at once */
     read_fallback_pump(&e->guest);
     source_failover_pump(&e->guest, e->gate == GATE_CLOSED);
+    request_path_pump(&e->guest);
     guest_flush_pump(&e->mirror.flush);
     activity_pump(&e->activity);
     queues_notify(&e->guest.frontends);
@@ -290,7 +294,7 @@ static void *run(void *arg)
 static void free_engine(struct vs_engine *e)
 {
     drains_free(e);
-    request_path_free(&e->guest); /* before the memory that its requests pin */
+    requests_free(&e->guest); /* before the memory that its requests pin */
     frontends_free(&e->guest.frontends);
     read_fallback_free(&e->guest);
     mirror_free(&e->mirror);
@@ -326,8 +330,9 @@ static int init_engine(struct vs_engine *e, const char **step)
     frontends_init(&e->guest.frontends, &e->mailbox, &e->host, &e->config);
     poller_init(&e->guest.poller, &e->host, e->config.poll_us);
     source_failover_init(&e->guest);
+    request_path_init(&e->guest);
     *step = "allocation of the engine's buffers";
-    if ((rc = request_path_init(&e->guest)) < 0 || (rc = init_mirror(e)) < 0 || (rc = read_fallback_init(&e->guest)) < 0 ||
+    if ((rc = requests_init(&e->guest)) < 0 || (rc = init_mirror(e)) < 0 || (rc = read_fallback_init(&e->guest)) < 0 ||
         (rc = activity_init(&e->activity, e->config.bitmap, &e->uring, &e->mailbox)) < 0)
         return rc;
     return heartbeat_init(&e->heartbeat, &e->uring, e->config.bitmap);

@@ -11,6 +11,7 @@
 #include "attachment_command.h"
 #include "engine_state.h"
 #include "snapshot.h"
+#include "source_failover.h"
 #include "switching.h"
 
 static void void_bitmap(struct vs_engine *e)

@@ -20,7 +20,7 @@
 
 #include "clock.h"
 #include "engine_state.h"
-#include "request_path.h"
+#include "source_failover.h"
 
 /* ---- drain ---------------------------------------------------------------- */
 

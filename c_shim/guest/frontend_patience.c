@@ -10,6 +10,7 @@
 
 #include "attachment.h"
 #include "guest.h"
+#include "read_fallback.h"
 
 static bool waits_for_destination(const struct guest *g, const struct queue *q)
 {

@@ -12,34 +12,44 @@
 #include "activity_log.h"
 #include "attachment.h"
 #include "blk_request.h"
+#include "destination.h"
+#include "limits.h"
+#include "list.h"
 #include "mirror.h"
 #include "poller.h"
-#include "read_fallback.h"
 #include "ring_alloc.h"
-#include "source_failover.h"
 
-/* A request's states are told in request_path.c. */
-struct request {
-    struct list link; /* free; or kept back after an error of the source (read_fallback.c, source_failover.c) */
+struct guest;
+struct request; /* request.h */
+
+/* A read of the destination. It may outlive its request, which does not wait for a destination that hangs. */
+struct fallback_read {
     struct guest *guest;
-    struct queue *queue;
-    struct mem_table *table; /* pinned; NULL: not in flight */
-    uint16_t head;
-    bool write_through;     /* latched at pop */
-    uint64_t taken_ns;
-    uint64_t generation;    /* once the source has completed it; of a read: what the destination must hold */
-    uint64_t waits_since_ns; /* for the destination */
-    int parked_error;       /* why it is parked; 0: others are */
-    struct mirrored_write write;
-    uint8_t *bounce;
-    int64_t bounce_slot;
-    struct iovec buffer_iov; /* one segment: the log's or the bounce buffer */
-    struct range_slot slot;
-    struct disk_io io;
-    struct flush_waiter flush;
-    struct activity_wait activity;
-    bool in_extents; /* it has entered the activity log */
-    struct blk_request blk; /* last: the iovec array is large and mostly cold */
+    struct request *request; /* NULL: free, or its request is answered */
+    bool in_use;
+    int64_t slot;
+    uint8_t *buffer;
+    struct iovec iov;
+    struct destination_io io;
+};
+
+/* See read_fallback.c. */
+struct read_fallback {
+    struct list waiting; /* requests, until the destination holds what they may see */
+    struct ring_alloc buffers;
+    struct fallback_read reads[FALLBACK_DEPTH];
+    unsigned in_use;
+    uint64_t answered;   /* reads, so far */
+    uint64_t told_epoch; /* of the mirror: that it happens was told */
+};
+
+/* See source_failover.c. */
+struct source_failover {
+    bool pending;          /* from the first failure until the exchange, or until it is given up */
+    struct list parked;    /* requests, in the order in which they came */
+    int flush_error;       /* a source flush has failed; 0: none has */
+    uint64_t flush_number; /* guest_flush.source_number of it */
+    uint64_t count;        /* exchanges that have ended one */
 };
 
 struct guest {
@@ -64,5 +74,17 @@ struct guest {
     unsigned requests_made;
     struct list free_requests;
 };
+
+/* No request is taken up until the reason is gone; then those that have waited have their turn. */
+static inline void guest_hold(struct guest *g, enum guest_hold reason)
+{
+    g->load.holds |= reason;
+}
+
+static inline void guest_release(struct guest *g, enum guest_hold reason)
+{
+    g->load.holds &= ~(unsigned)reason;
+    queues_retry(&g->frontends);
+}
 
 #endif

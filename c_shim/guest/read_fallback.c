@@ -20,7 +20,7 @@
 
 #include "attachment.h"
 #include "guest.h"
-#include "request_path.h"
+#include "request.h"
 
 static void destination_read(struct destination_io *io, bool current);
 
@@ -47,7 +47,7 @@ static bool trusted(const struct guest *g, const struct request *r)
 bool read_fallback_take(struct request *r, int error)
 {
     struct guest *g = r->guest;
-    if (!g->config->read_fallback || !request_path_error_of_disk(error) || !trusted(g, r))
+    if (!g->config->read_fallback || !error_is_of_disk(error) || !trusted(g, r))
         return false;
     r->generation = g->mirror->counts.source_generation;
     r->waits_since_ns = g->host->now_ns;
@@ -74,9 +74,9 @@ static void destination_read(struct destination_io *io, bool current)
     if (r && io->io.result == 0 && trusted(g, r)) {
         g->read_fallback.answered++;
         tell(g, r);
-        request_path_answer_read(r, p->buffer);
+        request_answer_read(r, p->buffer);
     } else if (r) {
-        request_path_answer_read(r, NULL);
+        request_answer_read(r, NULL);
     }
     ring_give(&g->read_fallback.buffers, p->slot);
     p->request = NULL;
@@ -117,7 +117,7 @@ static bool read_destination(struct guest *g, struct request *r)
 static void answer_with_error(struct request *r)
 {
     list_remove(&r->link);
-    request_path_answer_read(r, NULL);
+    request_answer_read(r, NULL);
 }
 
 /* Those at a destination that was given up. */
@@ -127,7 +127,7 @@ static void leave_destination(struct read_fallback *f)
         struct request *r = f->reads[i].request;
         f->reads[i].request = NULL;
         if (r)
-            request_path_answer_read(r, NULL);
+            request_answer_read(r, NULL);
     }
 }
 

@@ -29,19 +29,19 @@
  *   - The memory table that the request was translated with is pinned until it
  *     is finished.
  *
- * Not here: the ring's format (virtqueue.c), the checks of a request
- * (blk_request.c), what replicates it (replicator.c).
+ * Not here: the pool and the answer (request.c), the ring's format
+ * (virtqueue.c), the checks of a request (blk_request.c), what replicates it
+ * (replicator.c).
  */
 #include "request_path.h"
 
-#include <errno.h>
 #include <linux/virtio_blk.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "attachment.h"
-
-#define REQUESTS_BYTES (REQUEST_SLOTS * sizeof(struct request))
+#include "read_fallback.h"
+#include "request.h"
+#include "source_failover.h"
 
 static void room_freed(struct mirror_listener *l);
 static void capture_ended(struct mirror_listener *l);
@@ -52,41 +52,9 @@ static void slot_granted(struct range_slot *slot);
 static void entered(struct activity_wait *w);
 static void durable(struct flush_waiter *w, int result);
 
-int request_path_init(struct guest *g)
+void request_path_init(struct guest *g)
 {
-    list_init(&g->free_requests);
     g->listener = (struct mirror_listener){room_freed, capture_ended, mark_in_flight, source_flush_failed};
-    if (ring_alloc_init(&g->bounce, BOUNCE_BYTES, LOG_UNIT_BYTES, REQUESTS_MAX) < 0)
-        return -ENOMEM;
-    g->requests = mmap(NULL, REQUESTS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (g->requests == MAP_FAILED)
-        g->requests = NULL;
-    return g->requests ? 0 : -ENOMEM;
-}
-
-/* One that was used before, else the next one of memory that was never touched: it costs as much as is in use. */
-static struct request *free_request(struct guest *g)
-{
-    struct request *r;
-    if (!list_empty(&g->free_requests))
-        return container_of(g->free_requests.next, struct request, link);
-    if (g->requests_made == REQUEST_SLOTS)
-        return NULL;
-    r = &g->requests[g->requests_made++];
-    r->guest = g;
-    list_push(&g->free_requests, &r->link);
-    return r;
-}
-
-void request_path_free(struct guest *g)
-{
-    /* What still waits for durability is not answered: the guest has no promise, and will ask again. */
-    for (unsigned i = 0; i < g->requests_made; i++)
-        if (g->requests[i].table)
-            mem_table_unpin(&g->requests[i].queue->attachment->memory, g->requests[i].table);
-    if (g->requests)
-        munmap(g->requests, REQUESTS_BYTES);
-    ring_alloc_free(&g->bounce);
 }
 
 static bool changes_content(uint32_t op)
@@ -124,55 +92,6 @@ static bool source_flush_failed(struct mirror_listener *l, const struct disk_io 
     return source_failover_park_flush(container_of(l, struct guest, listener), io, number);
 }
 
-/* ---- the end of a request -------------------------------------------------- */
-
-/* Bytes of its data segments, from the first on, that may be others now. */
-static uint64_t data_written(const struct request *r, uint8_t status)
-{
-    if (r->blk.op == VS_OP_READ) /* one that failed may have been read in part, straight into the guest's memory */
-        return status == VIRTIO_BLK_S_OK || !r->bounce ? r->blk.length : 0;
-    return r->blk.op == VS_OP_OTHER && status == VIRTIO_BLK_S_OK ? VS_SERIAL_BYTES : 0;
-}
-
-/* Where the frontend wants to know what was written, also by requests that were taken up before it did. */
-static void log_written(struct request *r, uint8_t status)
-{
-    struct dirty_log *log = &r->queue->attachment->dirty_log;
-    uint64_t left = data_written(r, status);
-    for (int i = 0; i < r->blk.iov_count && left > 0; i++) {
-        uint64_t part = r->blk.iov[i].iov_len < left ? r->blk.iov[i].iov_len : left;
-        dirty_log_mark_host(log, r->table, r->blk.iov[i].iov_base, part);
-        left -= part;
-    }
-    dirty_log_mark_host(log, r->table, r->blk.status, 1);
-}
-
-static void give_bounce(struct request *r)
-{
-    if (r->bounce)
-        ring_give(&r->guest->bounce, r->bounce_slot);
-    r->bounce = NULL;
-}
-
-static void finish(struct request *r, uint8_t status)
-{
-    struct queue *q = r->queue;
-    struct guest *g = r->guest;
-    op_stats_add(&g->frontends.queue_stats[q->index].op[r->blk.op], r->blk.length, g->host->now_ns - r->taken_ns,
-                 status != VIRTIO_BLK_S_OK);
-    give_bounce(r);
-    *(volatile uint8_t *)r->blk.status = status;
-    if (q->attachment->features & FEATURE_LOG_ALL)
-        log_written(r, status);
-    virtqueue_push(&q->vq, r->head, status == VIRTIO_BLK_S_OK ? r->blk.writable_bytes : 1);
-    mem_table_unpin(&q->attachment->memory, r->table);
-    r->table = NULL;
-    list_push(&g->free_requests, &r->link); /* the one last used is warm in the cache */
-    g->load.in_flight--;
-    g->room = true;
-    queue_finished_one(q);
-}
-
 /* ---- the source -------------------------------------------------------- */
 
 static void leave_source(struct request *r)
@@ -186,7 +105,7 @@ static void write_failed(struct request *r)
 {
     leave_source(r);
     tap_failed(&r->guest->mirror->tap, &r->write); /* rule 5 */
-    finish(r, VIRTIO_BLK_S_IOERR);
+    request_finish(r, VIRTIO_BLK_S_IOERR);
 }
 
 static void write_completed(struct request *r)
@@ -195,34 +114,20 @@ static void write_completed(struct request *r)
     leave_source(r);
     r->generation = tap_completed(&g->mirror->tap, &r->write);
     if (r->write_through) {
-        give_bounce(r); /* it may wait for long, and others need the room */
+        request_give_bounce(r); /* it may wait for long, and others need the room */
         guest_flush_asked_for(&g->mirror->flush, &r->flush, r->generation);
     } else {
-        finish(r, VIRTIO_BLK_S_OK);
+        request_finish(r, VIRTIO_BLK_S_OK);
     }
 }
 
-void request_path_answer_read(struct request *r, const uint8_t *from)
-{
-    uint8_t status = from ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
-    for (int i = 0; from && i < r->blk.iov_count; i++) {
-        memcpy(r->blk.iov[i].iov_base, from, r->blk.iov[i].iov_len);
-        from += r->blk.iov[i].iov_len;
-    }
-    finish(r, status);
-}
-
-bool request_path_error_of_disk(int error)
-{
-    return error != -EFAULT && error != -EINVAL && error != -ENOMEM && error != -EBADF;
-}
-
-void request_path_source_failed(struct request *r)
+/* The guest is told (rule 5). */
+static void source_failed(struct request *r)
 {
     if (changes_content(r->blk.op))
         write_failed(r);
     else
-        finish(r, VIRTIO_BLK_S_IOERR);
+        request_finish(r, VIRTIO_BLK_S_IOERR);
 }
 
 static void source_done(struct disk_io *io)
@@ -232,15 +137,15 @@ static void source_done(struct disk_io *io)
     if (io->result < 0) {
         report_io_error(r->guest->mailbox, VS_SOURCE, io);
         if ((writes || !read_fallback_take(r, io->result)) && !source_failover_park(r, io))
-            request_path_source_failed(r);
+            source_failed(r);
         return;
     }
     if (writes) {
         write_completed(r);
     } else if (r->bounce) {
-        request_path_answer_read(r, r->bounce);
+        request_answer_read(r, r->bounce);
     } else {
-        finish(r, VIRTIO_BLK_S_OK);
+        request_finish(r, VIRTIO_BLK_S_OK);
     }
 }
 
@@ -299,7 +204,7 @@ static void slot_granted(struct range_slot *slot)
 
 static void durable(struct flush_waiter *w, int result)
 {
-    finish(container_of(w, struct request, flush), result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+    request_finish(container_of(w, struct request, flush), result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
 }
 
 /* ---- taking up --------------------------------------------------------- */
@@ -321,31 +226,17 @@ static bool reserve_log(struct request *r)
     return tap_reserve(&r->guest->mirror->tap, &r->write, kind, r->blk.may_unmap);
 }
 
-/* A buffer of our own, where the guest's does not suit direct I/O. */
-static bool reserve_bounce(struct request *r)
-{
-    struct guest *g = r->guest;
-    r->bounce_slot = ring_take(&g->bounce, r->blk.length, &r->bounce);
-    if (r->bounce_slot < 0)
-        r->bounce = NULL;
-    return r->bounce != NULL;
-}
-
-bool request_path_suits_source(struct request *r)
+/* Whether it can go to the source that there is now; a buffer for it is taken if need be. */
+static bool suits_source(struct request *r)
 {
     if (own_buffer(r) || r->blk.op == VS_OP_DISCARD || r->blk.op == VS_OP_WRITE_ZEROES ||
         disk_iov_aligned(r->guest->mirror->source.disk, r->blk.iov, r->blk.iov_count))
         return true;
-    if (!reserve_bounce(r))
+    if (!request_take_bounce(r))
         return false;
     if (r->blk.op == VS_OP_WRITE)
         gather_data(r, r->bounce);
     return true;
-}
-
-void request_path_to_source(struct request *r)
-{
-    to_source(r);
 }
 
 /* Everything that a request needs before it is taken; false: it stays in the ring. */
@@ -356,7 +247,7 @@ static bool reserve(struct request *r)
         return false;
     if ((r->blk.op == VS_OP_READ || (r->blk.op == VS_OP_WRITE && !r->write.entry)) &&
         !disk_iov_aligned(g->mirror->source.disk, r->blk.iov, r->blk.iov_count))
-        return reserve_bounce(r);
+        return request_take_bounce(r);
     return true;
 }
 
@@ -384,7 +275,7 @@ static void start_write(struct request *r)
     if (guest_memory_lost(&r->queue->attachment->memory)) {
         /* What was gathered may be the zeroes of the SIGBUS handler, not the guest's data. */
         tap_give_back(tap, &r->write);
-        finish(r, VIRTIO_BLK_S_IOERR);
+        request_finish(r, VIRTIO_BLK_S_IOERR);
         return;
     }
     r->write_through = is_write_through(r->queue);
@@ -402,7 +293,7 @@ static void answer_id(struct request *r)
         serial += part;
         left -= part;
     }
-    finish(r, VIRTIO_BLK_S_OK);
+    request_finish(r, VIRTIO_BLK_S_OK);
 }
 
 static void start(struct request *r, int verdict)
@@ -412,7 +303,7 @@ static void start(struct request *r, int verdict)
     if (verdict != BLK_OK) {
         g->frontends.queue_stats[q->index].malformed++;
         r->blk.length = 0;
-        finish(r, verdict == BLK_UNSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
+        request_finish(r, verdict == BLK_UNSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
         return;
     }
     switch (r->blk.op) {
@@ -437,7 +328,7 @@ static int take_up(struct guest *g, struct queue *q, uint16_t head)
 {
     struct request *r;
     int verdict;
-    if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX || !(r = free_request(g)))
+    if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX || !(r = request_spare(g)))
         return 0;
     verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &g->limits);
     if (verdict < 0)
@@ -498,13 +389,20 @@ enum service request_path_service(struct guest *g, struct queue *q)
     return SERVICE_MORE;
 }
 
-void guest_hold(struct guest *g, enum guest_hold reason)
+void request_path_pump(struct guest *g)
 {
-    g->load.holds |= reason;
-}
-
-void guest_release(struct guest *g, enum guest_hold reason)
-{
-    g->load.holds &= ~(unsigned)reason;
-    queues_retry(&g->frontends);
+    if (g->failover.pending)
+        return;
+    /* One that needs a buffer on the new disk may have to wait for it. */
+    list_each_safe(node, &g->failover.parked)
+    {
+        struct request *r = container_of(node, struct request, link);
+        if (!r->parked_error && !suits_source(r))
+            continue;
+        list_remove(node);
+        if (r->parked_error)
+            source_failed(r);
+        else
+            to_source(r);
+    }
 }

@@ -28,7 +28,7 @@
 
 #include "attachment.h"
 #include "guest.h"
-#include "request_path.h"
+#include "request.h"
 
 void source_failover_init(struct guest *g)
 {
@@ -43,7 +43,7 @@ static bool may_begin(const struct guest *g)
            !g->mirror->state.differs && bad_ranges_healed(&g->mirror->bad, &g->mirror->counts);
 }
 
-static bool begin(struct guest *g, const struct disk_io *io)
+static bool begin_failover(struct guest *g, const struct disk_io *io)
 {
     struct vs_event event = {.kind = VS_EV_SOURCE_FAILED,
                              .result = io->result,
@@ -51,7 +51,7 @@ static bool begin(struct guest *g, const struct disk_io *io)
                              .op = io->kind,
                              .offset = io->kind == VS_DISK_FLUSH ? 0 : io->offset,
                              .length = io->kind == VS_DISK_FLUSH ? 0 : io->length};
-    if (!may_begin(g) || !request_path_error_of_disk(io->result))
+    if (!may_begin(g) || !error_is_of_disk(io->result))
         return false;
     if (g->failover.pending)
         return true;
@@ -70,7 +70,7 @@ static void park(struct request *r, int error)
 
 bool source_failover_park(struct request *r, const struct disk_io *io)
 {
-    if (!begin(r->guest, io))
+    if (!begin_failover(r->guest, io))
         return false;
     park(r, io->result);
     return true;
@@ -78,7 +78,7 @@ bool source_failover_park(struct request *r, const struct disk_io *io)
 
 bool source_failover_park_flush(struct guest *g, const struct disk_io *io, uint64_t number)
 {
-    if (!begin(g, io))
+    if (!begin_failover(g, io))
         return false;
     g->failover.flush_error = io->result;
     g->failover.flush_number = number;
@@ -128,21 +128,6 @@ bool source_failover_due(const struct guest *g, bool gate_closed)
 
 void source_failover_pump(struct guest *g, bool gate_closed)
 {
-    struct source_failover *f = &g->failover;
     if (source_failover_due(g, gate_closed))
         source_failover_give_up(g);
-    if (f->pending)
-        return;
-    /* One that needs a buffer on the new disk may have to wait for it. */
-    list_each_safe(node, &f->parked)
-    {
-        struct request *r = container_of(node, struct request, link);
-        if (!r->parked_error && !request_path_suits_source(r))
-            continue;
-        list_remove(node);
-        if (r->parked_error)
-            request_path_source_failed(r);
-        else
-            request_path_to_source(r);
-    }
 }

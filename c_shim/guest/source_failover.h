@@ -9,19 +9,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "disk.h"
-#include "list.h"
-
+struct disk_io;
 struct guest;
 struct request;
-
-struct source_failover {
-    bool pending;          /* from the first failure until the exchange, or until it is given up */
-    struct list parked;    /* requests, in the order in which they came */
-    int flush_error;       /* a source flush has failed; 0: none has */
-    uint64_t flush_number; /* guest_flush.source_number of it */
-    uint64_t count;        /* exchanges that have ended one */
-};
 
 void source_failover_init(struct guest *g);
 /* The source has failed a request (or its flush); true: it is kept back, and answered later. */

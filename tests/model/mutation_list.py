@@ -394,7 +394,7 @@ MUTATIONS = [
         "a source that fails: what is parked is answered once, by the new disk",
         "request_path.c",
         "&& !source_failover_park(r, io))",
-        "&& (range_set_add(&r->engine->mirror.bad.doubt, r->blk.offset, r->blk.length), "
+        "&& (range_set_add(&r->guest->mirror->bad.doubt, r->blk.offset, r->blk.length), "
         "!source_failover_park(r, io)))",
         "failover.py::test_a_failed_write_is_done_on_the_other_disk",
     ),
@@ -803,7 +803,7 @@ MUTATIONS = [
     _m(
         "reads-not-logged",
         "live migration: what was taken up before logging began is marked when it is answered",
-        "request_path.c",
+        "request.c",
         "    if (q->attachment->features & FEATURE_LOG_ALL)\n",
         "    if (r->blk.op != VS_OP_READ && q->attachment->features & FEATURE_LOG_ALL)\n",
         "rings/test_dirty_log.py::test_requests_that_were_taken_up_before_are_marked_when_they_are_answered",
@@ -1016,7 +1016,7 @@ MUTATIONS = [
         "held-writes-keep-their-buffers",
         "paused: other writes and reads go on, however many write-through writes are held",
         "request_path.c",
-        "        give_bounce(r); /* it may wait",
+        "        request_give_bounce(r); /* it may wait",
         "        (void)0; /* it may wait",
         "pause.py::test_however_many_are_held_all_else_goes_on",
     ),

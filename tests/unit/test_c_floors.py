@@ -27,10 +27,10 @@ HOUSE = [C_SHIM.name, "base", "order", "disk", "virtio", "bitmap", "mirror", "gu
 """Lowest first."""
 
 # What is left to be untangled: these numbers only fall.
-FILES_IN_CIRCLES = 4
+FILES_IN_CIRCLES = 0
 ARROWS_UP = 0
-MEMBERS_KNOWN = 19
-LINES = 510
+MEMBERS_KNOWN = 14
+LINES = 500
 
 
 def includes(path: Path) -> Iterator[str]:
