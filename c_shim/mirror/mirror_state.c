@@ -51,6 +51,8 @@ static void end_capture(struct mirror_state *s)
     c->uncaptured += c->captured;
     c->captured = 0;
     s->joining = false;
+    bad_ranges_leave_steady(s->bad, s->counts);
+    counts_leave_steady(s->counts);
     s->listener->capture_ended(s->listener);
 }
 
@@ -68,10 +70,6 @@ void mirror_move(struct mirror_state *s, enum vs_mirror_event event, uint32_t re
         s->capture.on = true;
     else
         end_capture(s);
-    if (!move->counts) {
-        bad_ranges_leave_steady(s->bad, s->counts);
-        counts_leave_steady(s->counts);
-    }
     assert(s->counts->mirrored_known == move->counts);
     if (move->record)
         s->record = RECORD_PENDING;
