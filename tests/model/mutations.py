@@ -172,7 +172,7 @@ def _reason(status: int, said: str) -> str:
 
 
 def run(mutations: Sequence[Mutation], workers: int) -> list[str]:
-    """Tries all of them; what went wrong, a line each. Empty: every one was caught."""
+    """Tries all; what went wrong, a line each. Empty: all were caught. MutationError: none was tried."""
     # Those of a file share a build of all other files.
     by_file = sorted(mutations, key=lambda mutation: mutation.file)
     groups = [list(group) for _, group in itertools.groupby(by_file, key=lambda mutation: mutation.file)]
@@ -184,7 +184,7 @@ def run(mutations: Sequence[Mutation], workers: int) -> list[str]:
         said = sound.fails_unchanged(mutations)
         workshops.put(sound)
         if said is not None:
-            return [f"the tests fail without any mutation:\n{said}"]
+            raise MutationError(f"none was tried, because the tests fail without any mutation:\n{said}")
 
         def one(mutation: Mutation, workshop: Workshop) -> str | None:
             try:
@@ -216,7 +216,11 @@ def main() -> int:
     parser.add_argument("name", nargs="*", help="only these")
     arguments = parser.parse_args()
     chosen = [m for m in MUTATIONS if not arguments.name or m.name in arguments.name]
-    failures = run(chosen, arguments.j)
+    try:
+        failures = run(chosen, arguments.j)
+    except MutationError as error:
+        print(error)
+        return 1
     for failure in failures:
         print(failure)
     print(f"{len(chosen) - len(failures)} of {len(chosen)} mutations were caught")

@@ -166,7 +166,6 @@ class RemoteRecord(RuleBasedStateMachine):
         self.world.end_the_stores_faults(self.run.store)
         if self.run.mirror.state is MirrorState.STEADY:
             await self._try(partial(self.run.mirror.cancel, force=True), SupersededError)
-            assert self.run.mirror.state is MirrorState.STEADY
 
     async def _try(self, do: Callable[[], Awaitable[Any]], *errors: type[VhostsyncError]) -> None:
         with anyio.fail_after(PATIENCE_S):
@@ -282,9 +281,11 @@ async def steady(world: RemoteWorld) -> AsyncIterator[Run]:
     """A mirror from a.img to b.img, and the record says so."""
     async with run_of(world, world.folder / "a.img", resume=False) as (run, _):
         await run.mirror.start(MirrorTarget(str(world.folder / "b.img"), cache="writeback"))
-        await until(lambda: world.record().peer_worth is Worth.UP_TO_DATE)
-        yield run
-        world.killed = True
+        try:
+            await until(lambda: world.record().peer_worth is Worth.UP_TO_DATE)
+            yield run
+        finally:
+            world.killed = True
 
 
 def play(

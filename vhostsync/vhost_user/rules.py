@@ -17,7 +17,6 @@ The rings of one connection, and what may happen in each of their states:
                       change of logging alone (SET_FEATURES) are fine, as is every change of the memory
 
 SET_OWNER where the rings are stopped and memory is there begins another session on the same connection.
-
 CALL, ERR and the dirty log come before SET_FEATURES, memory before and after ENABLE, SET_PROTOCOL_FEATURES
 without a GET before it, SET_FEATURES before the protocol features. KICK needs the ring's size and addresses.
 
@@ -103,7 +102,6 @@ class State:
 
     @property
     def packed(self) -> bool:
-        """Whether the rings are packed ones."""
         return bool((self.features or 0) & Feature.RING_PACKED)
 
     def with_ring(self, queue: int, ring: Ring) -> "State":
@@ -118,11 +116,11 @@ Call = Callable[[Attachment], Awaitable[int | None]]
 class Step:
     """What one message leads to.
 
-    `calls` are made in order; then `state` holds, and `answer` makes the payload of the
-    request's own reply from the last call's result (None: the request has none, an acknowledgement is due if
-    asked for); `share` makes a descriptor to send along with it. `channel` is a descriptor to send the
-    backend's own requests on from then on. `refusal` says why a message in good order is not obeyed: no call
-    is made and the acknowledgement, if asked for, is negative; the connection goes on.
+    `calls` are made in order; then `state` holds, and `answer` makes the payload of the request's own reply
+    from the last call's result (None: the request has none, an acknowledgement is due if asked for); `share`
+    makes a descriptor to send along. `channel` is a descriptor to send the backend's own requests on from
+    then on. `refusal` says why a message in good order is not obeyed: no call is made, the acknowledgement,
+    if asked for, is negative, and the connection goes on.
     """
 
     state: State
