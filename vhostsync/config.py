@@ -152,6 +152,11 @@ class ServeConfig:
         "--write-cache", DISK, ON_OFF, "off: each write is made durable before it is answered", True,
         engine="writeback",
     )
+    packed_rings: bool = option(
+        "--packed-rings", DISK, ON_OFF, "off: do not offer packed virtqueues", True,
+        detail="For a frontend that takes them and then begins them wrongly: user-mode Linux takes all that "
+        "is offered and tells the base of a packed ring without its wrap counter.",
+    )
     poll_us: int | None = option(
         "--poll-us", DISK, POLLING_US,
         "how many microseconds to look for work before sleeping: 0 none, auto where it pays",

@@ -21,7 +21,7 @@ class Metric:
     name: str
     kind: MetricKind
     help: str
-    of: Callable[[Any], float] = float
+    of: Callable[[Any], float] = lambda shown: shown  # not float: a count keeps all its digits
     of_null: float | None = None
 
     def value(self, shown: Any) -> float | None:

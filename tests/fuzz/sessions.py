@@ -200,7 +200,8 @@ class Frontend:
         """What a good frontend says until its rings run."""
         R = Request  # noqa: N806
         # Without EVENT_IDX every answer is notified, whatever lies in the ring.
-        features = U64(device().features & ~Feature.LOG_ALL & ~(0 if self.choices else Feature.EVENT_IDX))
+        left_out = Feature.LOG_ALL | Feature.RING_PACKED  # its rings are split ones
+        features = U64(device().features & ~left_out & ~(0 if self.choices else Feature.EVENT_IDX))
         words: list[tuple[Request, Payload, list[int]]] = [
             (R.SET_OWNER, Empty(), []),
             (R.GET_FEATURES, Empty(), []),

@@ -303,7 +303,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --num-queues 8 --serial vm1 --block-size 4096 --write-cache off --destination-cache writeback
         --log-size 128M --name web1 --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
-        --poll-us 25 --threads 2
+        --poll-us 25 --threads 2 --packed-rings off
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause
         --dirty-region-size 128K
@@ -319,7 +319,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert settings.read_only and settings.disk_format == "raw"
     assert (settings.cache, settings.destination_cache) == ("writeback", "writeback")
     assert (settings.num_queues, settings.serial, settings.block_bytes) == (8, "vm1", 4096)
-    assert not settings.write_cache and not settings.resume_mirror
+    assert not settings.write_cache and not settings.resume_mirror and not settings.packed_rings
     assert (settings.log_bytes, settings.max_lag_ms) == (128 << 20, 100)
     assert (settings.destination_timeout_s, settings.stop_timeout_s) == (5, 0.5)
     assert (settings.copy_depth, settings.dirty_region_bytes) == (4, 128 << 10)

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def loop_device(path: Path, *options: str) -> Iterator[Path]:
         yield device
     finally:
         subprocess.run(["losetup", "--detach", str(device)], check=True)
+        # Whoever looks through the block devices just now (other tests do) keeps it for a moment.
+        ends_s = time.monotonic() + 20
+        while Path(f"/sys/block/{device.name}/loop").exists() and time.monotonic() < ends_s:
+            time.sleep(0.01)
 
 
 # ---- opening --------------------------------------------------------------------

@@ -308,6 +308,7 @@ def device_shape(config: ServeConfig, disk: Disk, record: StateRecord | None = N
         num_queues=config.num_queues,
         read_only=config.read_only,
         writeback=config.write_cache,
+        packed_rings=config.packed_rings,
     )
 
 

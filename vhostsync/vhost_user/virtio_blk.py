@@ -87,6 +87,7 @@ class DeviceShape:
     num_queues: int = 1
     read_only: bool = False
     writeback: bool = True
+    packed_rings: bool = True  # offered
 
     def __post_init__(self) -> None:
         if self.block_bytes < SECTOR_BYTES or not _is_power_of_two(self.block_bytes):
@@ -131,9 +132,10 @@ def physical_block_exponent(block_bytes: int, physical_block_bytes: int) -> int:
 
 def feature_bits(shape: DeviceShape) -> Feature:
     """What the device offers. A read-only one has nothing to discard."""
+    offered = _ALWAYS if shape.packed_rings else _ALWAYS & ~Feature.RING_PACKED
     if shape.read_only:
-        return _ALWAYS | Feature.RO
-    return _ALWAYS | Feature.DISCARD | Feature.WRITE_ZEROES
+        return offered | Feature.RO
+    return offered | Feature.DISCARD | Feature.WRITE_ZEROES
 
 
 def config_space(shape: DeviceShape, *, writeback: bool) -> bytes:
