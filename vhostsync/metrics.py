@@ -27,6 +27,7 @@ import structlog
 
 from vhostsync.engine.snapshot import EngineFigures, QueueFigures
 from vhostsync.host import unix_socket
+from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import MirrorStatus
 
 from .config import TcpAddress
@@ -37,7 +38,6 @@ from .statistic import MetricKind, statistics_of
 
 log = structlog.get_logger(__name__)
 
-STATES: Final = ("passthrough", "syncing", "steady", "ahead", "degraded")
 WORTHS: Final = ("up-to-date", "outdated", "inconsistent")
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -149,8 +149,8 @@ def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[
 
 def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
     state = page.family("mirror_state", "gauge", "1 for the state that the mirror is in.")
-    for name in STATES:
-        state(int(mirror.get("state") == name), {"state": name})
+    for each in MirrorState:
+        state(int(mirror.get("state") == each), {"state": each})
     worth = page.family("mirror_worth", "gauge", "1 for what the destination is worth; all 0 without one.")
     for name in WORTHS:
         worth(int(mirror.get("worth") == name), {"worth": name})
