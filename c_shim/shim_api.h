@@ -136,8 +136,9 @@ int vs_engine_create(const struct vs_engine_config *config, vs_disk *source,
                      vs_engine **out, const char **step);
 
 /* Stops the thread and frees everything. May block until the disks have
- * completed what was submitted to them: call it off the event loop. */
-void vs_engine_destroy(vs_engine *engine);
+ * completed what was submitted to them: call it off the event loop.
+ * Returns to which disks (1 << vs_disk_role) changes were sent that may still be carried out. */
+uint32_t vs_engine_destroy(vs_engine *engine);
 
 int vs_engine_event_fd(vs_engine *engine);
 
@@ -325,7 +326,7 @@ enum vs_event_kind {
     VS_EV_QUEUE_BROKEN,    /* attachment, queue, reason: enum vs_breach */
     VS_EV_ATTACHMENT_LOST, /* attachment; value: enum vs_loss */
     VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
-    VS_EV_FENCE_CLEAR,     /* the last late request of a former destination is over */
+    VS_EV_FENCE_CLEAR,     /* a former destination was closed; value: 1 if a change of it was sent and never answered */
     VS_EV_BITMAP_FAILED,   /* result: why; writes that need it are held until VS_CMD_BITMAP_VOID */
     VS_EV_VERIFIED,        /* a verification is over; result: 0, -ECANCELED, -ENOTCONN (not steady any more) */
     VS_EV_AHEAD_DRAINED,   /* ahead: the destination holds durably what the log had; value: ns until it may catch up */

@@ -43,6 +43,7 @@ void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes,
     disk->memory_align_bytes = memory_align_bytes;
     disk->can = can;
     disk->flush_failed = false;
+    disk->unanswered = false;
     disk->host = NULL;
     disk->stats = (struct vs_disk_stats){0};
     list_init(&disk->in_flight_list);
@@ -78,6 +79,12 @@ void disk_free(struct vs_disk *disk)
 void vs_disk_close(vs_disk *disk)
 {
     disk_close(disk);
+}
+
+/* A flush that is carried out late does no harm. */
+static bool may_land_late(const struct disk_io *io)
+{
+    return io->unanswered && (io->kind == VS_DISK_WRITE || io->kind == VS_DISK_ZERO);
 }
 
 /* A flush, too: on a network file system the server writes then, and gives the times. */
@@ -123,6 +130,7 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     assert(io->thread < disk->host->threads.count);
     io->work.disk = disk;
     io->result = 0;
+    io->unanswered = false;
     io->work.transferred = 0;
     io->work.iov_taken = 0;
     io->work.step = 0;
@@ -136,6 +144,14 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
         answer_for(disk, io);
     else
         disk->ops->submit(disk, io);
+}
+
+bool disk_cut_off(struct vs_disk *disk)
+{
+    if (!(disk->can & DISK_CAN_BE_CUT_OFF))
+        return false;
+    disk->ops->cut_off(disk);
+    return true;
 }
 
 void disk_complete(struct disk_io *io, int result)
@@ -178,6 +194,7 @@ static void finish(struct disk_io *io)
                      disk_io_age_ns(io, disk->host->now_ns), io->result < 0);
     if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->can & DISK_FORGETS_FAILED_FLUSH)
         disk->flush_failed = true;
+    disk->unanswered |= may_land_late(io);
     disk_io_restore(io);
     io->done(io); /* the last thing: the disk may be gone after that */
 }

@@ -50,6 +50,8 @@ struct disk_io {
     void (*done)(struct disk_io *io);
     /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
     int result;
+    /* Set by the disk with a failure: it was sent, the connection is lost, and it may be carried out yet (rule 8). */
+    bool unanswered;
     /* Of VS_DISK_EXTENTS, which never fails: up to data_at there is a hole, from there to data_end there may be data.
      * Both lie in the range that was asked about. */
     uint64_t data_at, data_end;
@@ -76,11 +78,15 @@ enum disk_can {
     DISK_TELLS_SIZE = 1u << 1,    /* VS_DISK_SIZE; else it stays as large as it was when it was opened */
     DISK_CLOSES_LATER = 1u << 2,  /* VS_DISK_CLOSE, for closing may block; else ops->close() does all of it */
     DISK_FORGETS_FAILED_FLUSH = 1u << 3, /* a flush after one that has failed may succeed without the data */
+    DISK_CAN_BE_CUT_OFF = 1u << 4, /* ops->cut_off() */
 };
 
 struct disk_ops {
     /* Ends in disk_complete() or disk_complete_remote(), now or later. Of the errands, only those that it can do. */
     void (*submit)(struct vs_disk *disk, struct disk_io *io);
+    /* Ends its connection, for it does not answer: all that is in flight fails soon, and so does all that comes later.
+     * On the data thread; does not block; may be asked twice. */
+    void (*cut_off)(struct vs_disk *disk);
     /* Nothing is in flight any more. Closes it, unless that is done, and frees it. */
     void (*close)(struct vs_disk *disk);
 };
@@ -92,6 +98,7 @@ struct vs_disk {
     uint32_t memory_align_bytes; /* buffers are */
     uint32_t can;                /* of enum disk_can */
     bool flush_failed;           /* and would be forgotten, so it stays an error */
+    bool unanswered;             /* so was a change of it (disk_io) */
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by work.progress_ns */
     struct disk_io closing;
@@ -114,6 +121,8 @@ void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing
 void disk_free(struct vs_disk *disk);
 
 void disk_submit(struct vs_disk *disk, struct disk_io *io);
+/* What is in flight comes back, for it has not answered for too long. False: it cannot be cut off. */
+bool disk_cut_off(struct vs_disk *disk);
 /* By the disk, on the engine's thread: queues io for done(). */
 void disk_complete(struct disk_io *io, int result);
 /* By the disk: a part of io is done, and the rest under way. A large zeroing on a disk that has to write it takes

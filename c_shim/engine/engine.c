@@ -216,10 +216,12 @@ static bool idle_for_good(const struct vs_engine *e)
 }
 
 /* The end: nothing new is taken up; what the disks have must come back, or the
- * memory that they may still write to is left to them (false). */
+ * memory that they may still write to is left to them (false). Those that do not
+ * answer are cut off, where they can be, and get as long again. */
 static bool wind_up(struct vs_engine *e)
 {
     uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
+    bool cut_off = false;
     mirror_stop(&e->mirror, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
     guest_hold(&e->guest, GUEST_HOLD_SWITCH);
@@ -227,8 +229,13 @@ static bool wind_up(struct vs_engine *e)
     kick_watches_stop_emptying(&e->guest.frontends.watches);
     while (!idle_for_good(e)) {
         uint64_t wait = list_empty(&e->host.done) ? min_ns(deadline - engine_now(e), PATIENT_SLEEP_NS) : 0;
-        if (engine_now(e) >= deadline)
-            return false;
+        if (engine_now(e) >= deadline) {
+            if (cut_off || !mirror_cut_off(&e->mirror))
+                return false;
+            cut_off = true;
+            deadline = engine_now(e) + QUIT_PATIENCE_NS;
+            continue;
+        }
         io_threads_wake(&e->host.threads);
         sleep_ns(e, wait);
         reap(e, wait);
@@ -417,18 +424,21 @@ int vs_engine_rings_restricted(const vs_engine *e)
     return e->uring.unrestricted ? e->uring.unrestricted : io_threads_unrestricted(&e->host.threads);
 }
 
-void vs_engine_destroy(vs_engine *e)
+uint32_t vs_engine_destroy(vs_engine *e)
 {
+    uint32_t unanswered;
     mailbox_stop(&e->mailbox);
     while (sem_wait(&e->ended) < 0)
         ;
     if (!e->quit)
-        return; /* a disk still owns buffers: they stay mapped until the process ends */
+        return 1u << VS_SOURCE | 1u << VS_DESTINATION; /* a disk still owns buffers: they stay mapped until the process ends */
     pthread_join(e->thread, NULL);
+    unanswered = mirror_unanswered(&e->mirror);
     disk_close(e->mirror.source.disk);
     if (e->mirror.destination.disk)
         disk_close(e->mirror.destination.disk);
     if (e->mirror.destination.former)
         disk_close(e->mirror.destination.former);
     free_engine(e);
+    return unanswered;
 }

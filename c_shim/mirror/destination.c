@@ -72,6 +72,7 @@ void destination_give_up(struct destination *d)
 {
     d->epoch++;
     d->former = d->disk;
+    d->cut_off = false;
     d->disk = NULL;
     range_slots_init(&d->slots);
 }
@@ -79,10 +80,21 @@ void destination_give_up(struct destination *d)
 static void former_closed(struct disk_io *closing)
 {
     struct destination *d = container_of(closing, struct destination, closing);
-    struct vs_event event = {.kind = VS_EV_FENCE_CLEAR};
+    struct vs_event event = {.kind = VS_EV_FENCE_CLEAR, .value = d->former->unanswered};
     disk_free(d->former);
     d->former = NULL;
     mailbox_post(d->mailbox, &event);
+}
+
+uint64_t destination_oldest_of_former_ns(const struct destination *d)
+{
+    bool waits = d->former && !d->cut_off && d->former->can & DISK_CAN_BE_CUT_OFF;
+    return waits ? disk_oldest_ns(d->former) : UINT64_MAX;
+}
+
+void destination_cut_off_former(struct destination *d)
+{
+    d->cut_off = disk_cut_off(d->former);
 }
 
 void destination_close_former(struct destination *d)

@@ -31,6 +31,7 @@ struct destination_io {
 struct destination {
     vs_disk *disk;   /* NULL: there is none */
     vs_disk *former; /* given up with operations in flight: fenced until they are over, and it is closed */
+    bool cut_off;    /* so was the former one */
     uint64_t epoch;
     struct range_slots slots; /* turns of what overlaps: replicas, region copies, repairs */
     struct disk_io closing;   /* of the former one */
@@ -46,6 +47,9 @@ void destination_submit(struct destination *d, struct destination_io *io);
 void destination_attach(struct destination *d, vs_disk *disk, struct disk_host *host);
 /* It becomes the former one. Its turns are forgotten as a whole: nobody gives back one of a former epoch. */
 void destination_give_up(struct destination *d);
+/* When the former one, if it can be cut off and was not, last answered; UINT64_MAX: nothing is in flight there. */
+uint64_t destination_oldest_of_former_ns(const struct destination *d);
+void destination_cut_off_former(struct destination *d);
 /* Nothing is in flight to the former one, and nothing will be: it is closed. Closing may wait for the disk, and the fence
  * holds until it is over: VS_EV_FENCE_CLEAR. */
 void destination_close_former(struct destination *d);

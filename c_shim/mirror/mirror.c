@@ -241,6 +241,23 @@ void mirror_stop(struct mirror *m, uint32_t reason)
         mirror_move(&m->state, VS_MIRROR_STOPPED, reason, 0);
 }
 
+bool mirror_cut_off(struct mirror *m)
+{
+    vs_disk *disks[] = {m->source.disk, m->destination.disk, m->destination.former};
+    bool any = false;
+    for (size_t i = 0; i < sizeof disks / sizeof disks[0]; i++)
+        if (disks[i] && disks[i]->stats.in_flight && disk_cut_off(disks[i]))
+            any = true;
+    return any;
+}
+
+uint32_t mirror_unanswered(const struct mirror *m)
+{
+    const vs_disk *disk = m->destination.disk, *former = m->destination.former;
+    bool destination = (disk && disk->unanswered) || (former && former->unanswered);
+    return (uint32_t)m->source.disk->unanswered << VS_SOURCE | (uint32_t)destination << VS_DESTINATION;
+}
+
 bool mirror_is_idle(const struct mirror *m)
 {
     const vs_disk *disks[] = {m->source.disk, m->destination.disk, m->destination.former};
@@ -294,17 +311,7 @@ static bool may_begin_steady(const struct mirror *m)
            uncopied_is_empty(&m->uncopied) && (m->state.joining || pull_ahead_may_be_steady(&m->ahead));
 }
 
-void mirror_pump(struct mirror *m)
-{
-    close_former(m);
-    bad_ranges_pump(&m->bad, &m->counts);
-    if (mirror_deadline_ns(m) <= now_ns(m))
-        mirror_degrade(m, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
-    if (may_begin_steady(m))
-        begin_steady(m);
-}
-
-uint64_t mirror_deadline_ns(const struct mirror *m)
+static uint64_t lost_ns(const struct mirror *m)
 {
     uint64_t oldest, asked;
     if (!destination_attached(&m->destination))
@@ -317,6 +324,32 @@ uint64_t mirror_deadline_ns(const struct mirror *m)
     if (asked < oldest)
         oldest = asked;
     return oldest == UINT64_MAX ? oldest : oldest + m->timeout_ns;
+}
+
+/* A former one that does not answer either. Where it can be cut off, its requests come back, and the fence is left to
+ * whoever attaches it again (VS_EV_FENCE_CLEAR). */
+static uint64_t former_cut_off_ns(const struct mirror *m)
+{
+    uint64_t oldest = destination_oldest_of_former_ns(&m->destination);
+    return oldest == UINT64_MAX ? oldest : oldest + m->timeout_ns;
+}
+
+void mirror_pump(struct mirror *m)
+{
+    if (former_cut_off_ns(m) <= now_ns(m))
+        destination_cut_off_former(&m->destination);
+    close_former(m);
+    bad_ranges_pump(&m->bad, &m->counts);
+    if (lost_ns(m) <= now_ns(m))
+        mirror_degrade(m, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
+    if (may_begin_steady(m))
+        begin_steady(m);
+}
+
+uint64_t mirror_deadline_ns(const struct mirror *m)
+{
+    uint64_t lost = lost_ns(m), cut_off = former_cut_off_ns(m);
+    return lost < cut_off ? lost : cut_off;
 }
 
 /* ---- the exchange ------------------------------------------------------ */

@@ -85,6 +85,10 @@ void mirror_pump(struct mirror *m);
 int mirror_exchange(struct mirror *m, uint32_t flags, bool gated);
 /* When mirror_pump() has to look again without any completion; UINT64_MAX: never. */
 uint64_t mirror_deadline_ns(const struct mirror *m);
+/* The end, and its disks do not answer: those with something in flight that can be cut off are. False: there are none. */
+bool mirror_cut_off(struct mirror *m);
+/* To which roles (1 << VS_SOURCE, 1 << VS_DESTINATION) changes were sent and never answered. */
+uint32_t mirror_unanswered(const struct mirror *m);
 /* Nothing is in flight to any of its disks. */
 bool mirror_is_idle(const struct mirror *m);
 /* The bitmap's file does not follow what differs any more. */

@@ -6,7 +6,8 @@
  * request is on the socket: struct question, the data of a write; then struct
  * answer, the data of a read (tests/daemon/disk_server.py is the other end).
  *
- * Lost is lost: once the connection has failed, all requests fail.
+ * Lost is lost: once the connection has failed, all requests fail. The one that was sent and not answered may be
+ * carried out all the same.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -32,7 +33,7 @@ struct answer {
 struct served_disk {
     struct vs_disk disk; /* first: the two share an address */
     int fd;
-    bool lost;
+    bool lost; /* the thread's */
     bool closed; /* or being closed by the thread, which ends with that */
     pthread_t thread;
     pthread_mutex_t lock; /* guards todo and ending */
@@ -112,8 +113,9 @@ static void *run(void *arg)
         if (last)
             close(s->fd);
         else if (s->lost || !ask(s, io, &result)) {
+            io->unanswered = !s->lost;
             s->lost = true;
-            result = -EIO;
+            result = -ENOTCONN;
         }
         disk_core->complete_remote(io, result); /* then *s may be gone, if it was the last */
     }
@@ -133,6 +135,13 @@ static void served_submit(struct vs_disk *disk, struct disk_io *io)
     pthread_mutex_unlock(&s->lock);
 }
 
+static void served_cut_off(struct vs_disk *disk)
+{
+    struct served_disk *s = (struct served_disk *)disk;
+    if (!s->closed)
+        shutdown(s->fd, SHUT_RDWR); /* whoever waits for an answer is told */
+}
+
 static void served_close(struct vs_disk *disk)
 {
     struct served_disk *s = (struct served_disk *)disk;
@@ -149,9 +158,9 @@ static void served_close(struct vs_disk *disk)
 
 vs_disk *vs_served_disk(int fd, uint64_t bytes, uint32_t block_bytes)
 {
-    static const struct disk_ops ops = {.submit = served_submit, .close = served_close};
+    static const struct disk_ops ops = {.submit = served_submit, .cut_off = served_cut_off, .close = served_close};
     struct served_disk *s = checked(calloc(1, sizeof *s));
-    disk_core->init(&s->disk, &ops, bytes, block_bytes, 1, DISK_TELLS_SIZE | DISK_CLOSES_LATER);
+    disk_core->init(&s->disk, &ops, bytes, block_bytes, 1, DISK_TELLS_SIZE | DISK_CLOSES_LATER | DISK_CAN_BE_CUT_OFF);
     s->fd = fd;
     list_init(&s->todo);
     pthread_mutex_init(&s->lock, NULL);

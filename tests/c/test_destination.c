@@ -30,7 +30,15 @@ static void disk_closed(struct vs_disk *disk)
     closed++;
 }
 
-static const struct disk_ops waiting_ops = {disk_waits, disk_closed};
+static int cuts;
+
+static void disk_is_cut_off(struct vs_disk *disk)
+{
+    CHECK(disk == &disks[0]);
+    cuts++;
+}
+
+static const struct disk_ops waiting_ops = {.submit = disk_waits, .cut_off = disk_is_cut_off, .close = disk_closed};
 
 /* What was called, in this order. */
 static unsigned calls, lost_call, done_call;
@@ -59,7 +67,7 @@ static struct iovec iov = {buffer, sizeof buffer};
 static void begin_destination(void)
 {
     calls = lost_call = done_call = lost_reason = 0;
-    closed = 0;
+    closed = cuts = 0;
     destination_init(&d, &mailbox, lost);
     for (unsigned i = 0; i < 2; i++)
         disk_init(&disks[i], &waiting_ops, BYTES, 512, 1, 0);
@@ -160,6 +168,57 @@ static void the_fence(void)
     CHECK(destination_attached(&d));
 }
 
+/* The value of the first event of this kind. */
+static uint64_t told(uint32_t kind)
+{
+    struct vs_event event;
+    while (mailbox_next_event(&mailbox, &event))
+        if (event.kind == kind)
+            return event.value;
+    return UINT64_MAX;
+}
+
+/* One that can be cut off is, once, and says whether a change may still be carried out; a read and a flush do no harm. */
+static void cut_off(uint32_t kind, uint64_t unanswered)
+{
+    begin_destination();
+    disks[0].can = DISK_CAN_BE_CUT_OFF;
+    host.now_ns = 5;
+    start(kind);
+    CHECK_EQUAL(destination_oldest_of_former_ns(&d), UINT64_MAX);
+    destination_give_up(&d);
+    CHECK_EQUAL(destination_oldest_of_former_ns(&d), 5);
+    destination_cut_off_former(&d);
+    CHECK_EQUAL(cuts, 1);
+    CHECK_EQUAL(destination_oldest_of_former_ns(&d), UINT64_MAX);
+    io.io.unanswered = true;
+    complete(-ENOTCONN);
+    destination_close_former(&d);
+    disk_run_done(&host);
+    CHECK_EQUAL(told(VS_EV_FENCE_CLEAR), unanswered);
+}
+
+static void what_is_cut_off(void)
+{
+    cut_off(VS_DISK_WRITE, 1);
+    cut_off(VS_DISK_ZERO, 1);
+    cut_off(VS_DISK_READ, 0);
+    cut_off(VS_DISK_FLUSH, 0);
+}
+
+static void what_cannot_be_cut_off(void)
+{
+    begin_destination();
+    start(VS_DISK_WRITE);
+    destination_give_up(&d);
+    CHECK_EQUAL(destination_oldest_of_former_ns(&d), UINT64_MAX);
+    CHECK(!disk_cut_off(d.former) && cuts == 0);
+    complete(-EIO);
+    destination_close_former(&d);
+    disk_run_done(&host);
+    CHECK_EQUAL(told(VS_EV_FENCE_CLEAR), 0);
+}
+
 static void an_exchange(void)
 {
     uint64_t epoch;
@@ -183,6 +242,8 @@ int main(void)
     test("a read that fails", a_read_that_fails);
     test("what completes late", what_is_late);
     test("the fence around a former one", the_fence);
+    test("one that is cut off", what_is_cut_off);
+    test("one that cannot be cut off", what_cannot_be_cut_off);
     test("an exchange", an_exchange);
     disk_host_free(&host);
     mailbox_free(&mailbox);

@@ -47,6 +47,10 @@ class ServedDisk:
     def bytes(self) -> int:
         return self.identity.bytes
 
+    @property
+    def why_no_source(self) -> str | None:
+        return "its server cannot make each write durable" if "sink" in self.name else None
+
     def as_it_is(self) -> DiskIdentity:
         return self.identity
 
@@ -74,6 +78,8 @@ class Served:
 
     prefix = "mem:"
     identities = frozenset({"mem"})
+    over_network = True
+    fences_itself = True
 
     def __init__(self, server: Path) -> None:
         self._server = server

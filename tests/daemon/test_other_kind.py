@@ -153,3 +153,14 @@ def test_it_grows(tmp_path: Path, server: DiskServer) -> None:
         server.disks["mem:a"].content.extend(bytes(MIB))
         assert served.qmp.execute("resize") == {"capacity": SIZE + MIB}
         served.stop()
+
+
+def test_one_that_can_only_be_a_destination_is_no_source(tmp_path: Path, server: DiskServer) -> None:
+    why = "no guest can be served from mem:sink: its server cannot make each write durable"
+    with serve(tmp_path, "mem:a", server) as served:
+        served.start_mirror("mem:sink", create=True)
+        assert why in refusal(served, "switch") and served.state == "steady"
+        served.stop()
+    words = ("serve", "--blk-file", "mem:sink", "--socket-path", tmp_path / "x")
+    code, said = refused_start(*words, before=program(server))
+    assert code == 1 and why in said

@@ -434,8 +434,8 @@ MUTATIONS = [
         "no-destination-timeout",
         "rule 7: nothing waits for it longer than destination_timeout",
         "mirror.c",
-        "if (mirror_deadline_ns(m) <= now_ns(m))",
-        "if (mirror_deadline_ns(m) == 1)",
+        "if (lost_ns(m) <= now_ns(m))",
+        "if (lost_ns(m) == 1)",
         "faults.py::test_a_destination_that_hangs_is_given_up_and_fenced",
     ),
     _m(

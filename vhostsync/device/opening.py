@@ -97,12 +97,16 @@ def open_device(
 
 def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
     try:
-        return open_disk(
+        disk = open_disk(
             config.blk_file,
             read_only=config.read_only,
             cache=config.cache,
             lock_timeout_s=SOURCE_LOCK_S,
         )
+        if disk.why_no_source is not None and not config.read_only:
+            disk.close()
+            raise DiskError(f"no guest can be served from {disk.name}: {disk.why_no_source}")
+        return disk
     except DiskError as error:
         # The worst day: a record may know where the guest's data is.
         known = [config.state_file] if config.state_file is not None else []

@@ -25,10 +25,11 @@ class Place:
 
     name: str
     identity: DiskIdentity
+    why_no_source: str | None = None  # no guest can be served from it
 
     @classmethod
     def of(cls, disk: Disk) -> "Place":
-        return cls(disk.name, disk.identity)
+        return cls(disk.name, disk.identity, disk.why_no_source)
 
     @classmethod
     def of_identity(cls, identity: DiskIdentity) -> "Place":

@@ -44,10 +44,19 @@ class Switch:
             if state is MirrorState.AHEAD:
                 how = "the destination was too slow and catches up by itself; wait until it is steady"
             raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
+        self._check_serves()
         if self._keeper.different_since is not None and not plan.accept_different:
             raise SwitchError(self._different(f"known since {self._keeper.different_since}"))
         bad = BadRanges.of(await self._engine.snapshot())
         bad.check_switch(accept=plan.accept_unreadable, keep_mirror=plan.keep_mirror)
+
+    def _check_serves(self) -> None:
+        destination = self._roles.destination
+        if destination is not None and destination.why_no_source is not None:
+            raise SwitchError(
+                f"no guest can be served from {destination.name}: {destination.why_no_source}; it can be a "
+                f"mirror's destination only"
+            )
 
     async def run(self, plan: SwitchPlan, deadline_s: float) -> SwitchResult:
         """SwitchError: the guest is still on the source."""
@@ -93,6 +102,7 @@ class Switch:
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
         another switch has done so meanwhile. VhostsyncError."""
+        self._check_serves()
         async with self.steps(SwitchPlan(deadline_s * 1000)) as steps:
             if not (await self._engine.snapshot()).failover_pending:
                 return None

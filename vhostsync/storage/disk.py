@@ -38,6 +38,11 @@ class Disk(Protocol):
     @property
     def discard_granularity_bytes(self) -> int: ...
 
+    @property
+    def why_no_source(self) -> str | None:
+        """Why no guest can be served from it, as a phrase ("its server has no …"); None: one can."""
+        ...
+
     def as_it_is(self) -> DiskIdentity:
         """How it looks now, with what tells a later change by somebody else, where that shows."""
         ...
@@ -87,14 +92,26 @@ class Kind(Protocol):
         """The kinds of its identities (DiskIdentity.kind)."""
         ...
 
+    @property
+    def over_network(self) -> bool:
+        """The connection to its disks may be lost, and come back: then they are attached again unasked."""
+        ...
+
+    @property
+    def fences_itself(self) -> bool:
+        """Once `open` has returned, nothing is carried out any more that a former connection or owner had
+        under way there (the fence: docs/durability.md, rule 8). Else the operator says how that is made
+        certain (mirror/fence.py)."""
+        ...
+
     def absolute(self, name: str) -> str:
         """The name as it is written everywhere, wherever the process stands. ConfigError: one clear sentence
         that says what is wrong with it."""
         ...
 
     def open(self, name: str, *, read_only: bool, cache: CacheMode, lock_timeout_s: float) -> Disk:
-        """Open and lock it. Waits up to `lock_timeout_s` seconds for whoever has it, and for what a former
-        owner may still have under way there (the fence: docs/durability.md, rule 8). DiskError says what is
+        """Open and lock it. Waits up to `lock_timeout_s` seconds for whoever has it, and, where the kind
+        `fences_itself`, for what a former owner may still have under way there. DiskError says what is
         wrong and what to do."""
         ...
 

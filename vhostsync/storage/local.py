@@ -101,6 +101,10 @@ class LocalDisk:
     def discard_granularity_bytes(self) -> int:
         return self.probe.discard_granularity_bytes
 
+    @property
+    def why_no_source(self) -> str | None:
+        return None
+
     def as_it_is(self) -> DiskIdentity:
         return identifying.identify(self.fd.fileno(), self.path, with_ctime=True)
 
@@ -130,6 +134,8 @@ class Local:
 
     prefix = ""
     identities = frozenset({"file", "block"})
+    over_network = False
+    fences_itself = True
 
     def absolute(self, name: str) -> str:
         return absolute_path(name, "the disk")
