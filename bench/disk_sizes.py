@@ -25,6 +25,8 @@ def own_mib(pid: int) -> float:
 
 
 def measure_size(folder: Path, size: int) -> Sample:
+    """`folder` is made for this size alone: a record that is left there would know another source."""
+    folder.mkdir()
     source, destination = folder / "source.img", folder / "destination.img"
     for path in (source, destination):
         with path.open("wb") as file:
@@ -73,6 +75,6 @@ def measure_sizes(plan: Plan) -> list[Round]:
     folder = plan.directory_of["memory"] / f"vhostsync-bench-sizes-{os.getpid()}"
     folder.mkdir()
     try:
-        return [{"ours mirrored": measure_size(folder, size)} for size in sizes]
+        return [{"ours mirrored": measure_size(folder / str(size), size)} for size in sizes]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

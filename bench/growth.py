@@ -175,7 +175,7 @@ def _disks(plan: Plan) -> list[Table]:
     rows: list[tuple[str | float | None, ...]] = []
     with _folder(plan.directory_of["memory"]) as folder:
         for size in SIZES:
-            figures = measure_size(folder, size).figures
+            figures = measure_size(folder / str(size), size).figures
             names = (
                 "start_s", "attach_s", "status_ms", "resync_s", "resync_cpu_s", "resync_mib", "rss_mib"
             )
