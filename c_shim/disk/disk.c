@@ -183,6 +183,17 @@ void disk_complete_remote(struct disk_io *io, int result)
     pthread_mutex_unlock(&host->lock);
 }
 
+/* Where a hole is wrongly believed the destination lacks data. So an answer that cannot be is none: of a kind that has
+ * failed to find out, too, for io was used before. */
+static void check_extents(struct disk_io *io)
+{
+    uint64_t end = io->offset + io->length;
+    bool hole_first = io->data_at == end || (io->data_at >= io->offset && io->data_at < io->data_end);
+    if (io->result < 0 || !hole_first || io->data_end > end)
+        disk_all_data(io);
+    io->result = 0;
+}
+
 static void finish(struct disk_io *io)
 {
     struct vs_disk *disk = io->work.disk;
@@ -195,6 +206,8 @@ static void finish(struct disk_io *io)
     if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->can & DISK_FORGETS_FAILED_FLUSH)
         disk->flush_failed = true;
     disk->unanswered |= may_land_late(io);
+    if (io->kind == VS_DISK_EXTENTS)
+        check_extents(io);
     disk_io_restore(io);
     io->done(io); /* the last thing: the disk may be gone after that */
 }

@@ -112,7 +112,7 @@ static void update_rings(struct attachment *a)
         int rc = 0;
         if (run && q->base_set) {
             rc = virtqueue_start(&q->vq, q->base);
-            q->base_set = false;
+            q->base_set = rc < 0; /* it has not begun, so it goes on from nowhere */
         }
         if (rc < 0)
             queue_break(q, (uint32_t)-rc);

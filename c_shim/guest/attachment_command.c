@@ -76,6 +76,15 @@ static void become_quiet(struct queue *q, uint64_t *which, uint64_t token)
     q->quiet_deadline_ns = f->host->now_ns + f->stop_timeout_ns;
 }
 
+/* It begins there, also without SET_VRING_BASE, and its place is looked at as if it had come with one. */
+static void begin_where_it_is(struct queue *q)
+{
+    if (q->base_set)
+        return;
+    q->base = virtqueue_base(&q->vq); /* what GET_VRING_BASE shows until then */
+    q->base_set = true;
+}
+
 static int vring_num(struct queue *q, uint64_t num)
 {
     if (num == 0 || num > VS_MAX_QUEUE_SIZE || (!virtqueue_is_packed(&q->vq) && (num & (num - 1))))
@@ -85,6 +94,7 @@ static int vring_num(struct queue *q, uint64_t num)
     if (q->running || q->in_flight)
         return -EBUSY;
     q->vq.num = (uint32_t)num;
+    begin_where_it_is(q); /* which may lie outside of the ring now */
     attachment_map_rings(q->attachment, q->attachment->memory.current);
     return 0;
 }
@@ -202,10 +212,8 @@ static int set_inflight(struct attachment *a, int fd, const struct vs_area *area
     for (unsigned i = 0; !busy && i < VS_MAX_QUEUES; i++) {
         struct queue *q = &a->queue[i];
         q->vq.record = inflight_record(&a->inflight, i);
-        if (!q->vq.record || q->base_set)
-            continue;
-        q->base = virtqueue_base(&q->vq); /* what GET_VRING_BASE shows until then */
-        q->base_set = true; /* begin where the record says, also without a base */
+        if (q->vq.record)
+            begin_where_it_is(q); /* or rather where the record says */
     }
     if (rc == 0) {
         inflight_write_cache(&a->inflight, &write_cache);
@@ -228,6 +236,8 @@ static int choose_layout(struct attachment *a, bool packed)
     inflight_unmap(&a->inflight);
     for (unsigned i = 0; rc == 0 && i < VS_MAX_QUEUES; i++)
         rc = virtqueue_choose_layout(&a->queue[i].vq, packed);
+    for (unsigned i = 0; rc < 0 && i < VS_MAX_QUEUES; i++)
+        (void)virtqueue_choose_layout(&a->queue[i].vq, false); /* all alike: that takes no memory */
     return rc;
 }
 

@@ -22,5 +22,6 @@ int virtqueue_choose_layout(struct virtqueue *vq, bool packed)
     vq->packed = fresh;
     vq->layout = packed ? &ring_packed : &ring_split;
     vq->record = NULL;
+    vq->again_next = vq->again_count = 0;
     return 0;
 }

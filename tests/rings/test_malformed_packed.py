@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,9 +16,12 @@ from tests.frontend import DEFAULT_FEATURES, HEADER, Feature, Op
 from tests.guest_ring import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, PACKED_DESCRIPTOR, WRAP, PackedRing
 from tests.model.rig import Rig, pattern, rig
 from vhostsync._shim import lib
+from vhostsync.vhost_user.rules import INFLIGHT_PACKED_RING_BYTES, QUEUE_ENTRIES_MAX
 
 NOWHERE = 1 << 50
 SIZE = 8
+PACKED_HEADER_BYTES = 32
+"""Of the record of requests in flight, before its descriptors."""
 
 
 @contextmanager
@@ -138,3 +143,53 @@ def test_rubbish_in_the_event_suppression_is_ignored() -> None:
             r.guest.memory.write(ring.avail, flags.to_bytes(2, "little") * 2)
             r.guest.memory.write(ring.used, flags.to_bytes(2, "little") * 2)
             r.write_now(0, flags)
+
+
+def start_again(r: Rig) -> None:
+    """As a frontend that has not set the base since: GET_VRING_BASE, SET_VRING_KICK."""
+    r.transport.stop_ring(0)
+    kick = os.dup(r.guest.queues[0].kick)
+    r.driver.call(lib.VS_CMD_VRING_KICK, queue=0, fd=kick)
+
+
+def await_broken(r: Rig, reason: int) -> None:
+    r.guest.wait_broken(0)
+    assert r.driver.take_event(EventKind.QUEUE_BROKEN).reason == reason
+
+
+def test_a_place_outside_the_ring_is_not_gone_on_from() -> None:
+    with guest() as r:
+        r.guest.stop()
+        r.guest.queues[0].base = WRAP - 1
+        r.guest.start_queue(0)
+        await_broken(r, lib.VS_BREACH_AVAILABLE_INDEX)
+        start_again(r)
+        await_broken(r, lib.VS_BREACH_AVAILABLE_INDEX)
+
+
+def test_a_ring_that_was_made_smaller_is_not_looked_at_beyond_its_end() -> None:
+    with guest() as r:
+        for number in range(SIZE // 2):
+            r.write_now(number, number)
+        place = r.transport.stop_ring(0) & (WRAP - 1)
+        assert place > 1
+        r.driver.call(lib.VS_CMD_VRING_NUM, queue=0, value=1)
+        start_again(r)
+        await_broken(r, lib.VS_BREACH_AVAILABLE_INDEX)
+
+
+def test_a_record_of_rubbish_is_not_gone_on_with() -> None:
+    """Where a chain runs out of the record, what was read of it so far must not lead anywhere later."""
+    with guest() as r:
+        r.guest.stop()
+        record = os.memfd_create("inflight")
+        os.truncate(record, INFLIGHT_PACKED_RING_BYTES)
+        header = struct.pack("<QHHHHHHBB", 0, 1, *[QUEUE_ENTRIES_MAX] * 3, 0, 0, 1, 1)  # nothing is free
+        chain = struct.pack("<BxHHHQ", 1, 0xFFFF, 0, 2, 0)
+        os.pwrite(record, header, 0)
+        os.pwrite(record, chain, PACKED_HEADER_BYTES)
+        r.driver.call(lib.VS_CMD_SET_INFLIGHT, fd=record, area=(INFLIGHT_PACKED_RING_BYTES, 0, 1))
+        r.guest.start_queue(0)
+        await_broken(r, lib.VS_BREACH_CHAIN)
+        start_again(r)
+        await_broken(r, lib.VS_BREACH_CHAIN)
