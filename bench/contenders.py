@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.generator import run_loadgen
 from bench.qmp import Qmp
+from bench.rival_program import rival_program
 from bench.sample import BenchError, Sample, Work
 
 START_S = 15
@@ -144,11 +146,13 @@ class Backend(Contender):
 
 
 class Rival(Backend):
-    """qemu-storage-daemon; with a destination and a copy mode: its blockdev-mirror, ready."""
+    """qemu-storage-daemon; with a destination and a copy mode: its blockdev-mirror, ready. A destination that
+    is no file is an NBD server, as options of its node; `objects` are what that needs before."""
 
     def __init__(
-        self, name: str, directory: Path, source: Path, *, direct: bool, destination: Path | None = None,
-        copy_mode: str = "write-blocking", queues: int = 4,
+        self, name: str, directory: Path, source: Path, *, direct: bool,
+        destination: Path | Mapping[str, Any] | None = None, copy_mode: str = "write-blocking",
+        queues: int = 4, objects: Sequence[str] = (),
     ) -> None:
         super().__init__(name, directory)
         self._destination = destination
@@ -160,7 +164,8 @@ class Rival(Backend):
             f"addr.type=unix,addr.path={self.socket}"
         )
         self._start([
-            "qemu-storage-daemon",
+            *rival_program(),
+            *(word for each in objects for word in ("--object", each)),
             "--chardev", f"socket,id=monitor,path={self._monitor_path},server=on,wait=off",
             "--monitor", "chardev=monitor",
             "--blockdev", json.dumps(self._node("source", source)),
@@ -170,10 +175,14 @@ class Rival(Backend):
         if destination is not None:
             self.start_mirror(destination)
 
-    def start_mirror(self, destination: Path) -> None:
+    def start_mirror(self, destination: Path | Mapping[str, Any]) -> None:
         """Returns when it is ready."""
         assert self.qmp is not None
-        self.qmp.execute("blockdev-add", **self._node("destination", destination))
+        if isinstance(destination, Path):
+            node = self._node("destination", destination)
+        else:
+            node = {"driver": "nbd", "node-name": "destination", **destination}
+        self.qmp.execute("blockdev-add", **node)
         self._mirror("source", "destination", "full")
 
     def _node(self, name: str, file: Path) -> dict[str, Any]:
@@ -226,8 +235,8 @@ class Ours(Backend):
     """vhostsync; with a destination: its mirror, steady."""
 
     def __init__(
-        self, name: str, directory: Path, source: Path, *, direct: bool, destination: Path | None = None,
-        queues: int = 4, options: tuple[str, ...] = (),
+        self, name: str, directory: Path, source: Path, *, direct: bool,
+        destination: Path | str | None = None, queues: int = 4, options: tuple[str, ...] = (),
     ) -> None:
         super().__init__(name, directory)
         self._destination = destination
@@ -243,11 +252,11 @@ class Ours(Backend):
         if destination is not None:
             self.start_mirror(destination)
 
-    def begin_mirror(self, destination: Path, *, full: bool = True) -> None:
+    def begin_mirror(self, destination: Path | str, *, full: bool = True) -> None:
         assert self.qmp is not None
         self.qmp.execute("mirror-start", destination=str(destination), cache=self._cache, full=full)
 
-    def start_mirror(self, destination: Path, *, full: bool = True) -> None:
+    def start_mirror(self, destination: Path | str, *, full: bool = True) -> None:
         """Copies everything, or what differs; returns when it is steady."""
         self.begin_mirror(destination, full=full)
         self.wait_mirror(lambda mirror: bool(mirror["state"] == "steady"), COPY_S)

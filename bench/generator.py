@@ -14,21 +14,34 @@ from typing import Any
 from bench.sample import BenchError, Work
 
 
-@functools.cache
 def find_loadgen() -> Path:
     """The load generator: $VHOSTSYNC_LOADGEN, or where the build of this tree put it."""
-    places = [Path(os.environ["VHOSTSYNC_LOADGEN"])] if "VHOSTSYNC_LOADGEN" in os.environ else []
+    given = (Path(os.environ["VHOSTSYNC_LOADGEN"]),) if "VHOSTSYNC_LOADGEN" in os.environ else ()
+    found = _built("loadgen", given)
+    if found is None:
+        raise BenchError("loadgen is not built; use ./run bench, or meson compile and VHOSTSYNC_LOADGEN=…")
+    return found
+
+
+def find_nbd_loop() -> Path:
+    """What writes to an NBD export and does nothing else."""
+    found = _built("nbd_loop")
+    if found is None:
+        raise BenchError("nbd_loop is not built; install libnbd-dev, and build again")
+    return found
+
+
+@functools.cache
+def _built(name: str, first: tuple[Path, ...] = ()) -> Path | None:
+    places = list(first)
     with contextlib.suppress(ImportError):
         # An editable install uses the extension from its build's directory; the load generator is beside it.
         extension = importlib.util.find_spec("vhostsync._shim")
         if extension is not None and extension.origin is not None:
-            places.append(Path(extension.origin).parent.parent / "bench" / "loadgen")
+            places.append(Path(extension.origin).parent.parent / "bench" / name)
     top = Path(__file__).resolve().parent.parent
-    places += sorted(top.glob("build*/bench/loadgen")) + sorted(top.glob("build/*/bench/loadgen"))
-    for place in places:
-        if place.exists():
-            return place
-    raise BenchError("loadgen is not built; use ./run bench, or meson compile and VHOSTSYNC_LOADGEN=…")
+    places += sorted(top.glob(f"build*/bench/{name}")) + sorted(top.glob(f"build/*/bench/{name}"))
+    return next((place for place in places if place.exists()), None)
 
 
 def _command(sock: Path, work: Work, seconds: float, ramp: float, *options: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plan import COLUMNS, GIB, Plan
+from bench.rival_program import rival_version
 from bench.rows import Outcome
 from bench.targets import Target
 
@@ -123,7 +124,7 @@ def describe_machine() -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "processor": f"{model}, {os.cpu_count()} cores",
         "kernel": platform.release(),
-        "rival": first_line("qemu-storage-daemon", "--version"),
+        "rival": rival_version(),
         "fio": first_line("fio", "--version"),
         "vhostsync": first_line("git", "-C", str(top), "describe", "--always", "--dirty") or "unknown",
         "scheduling": "real time" if real_time else f"nice {os.nice(0)}",

@@ -9,6 +9,15 @@ from bench.bulk_copy import measure_copy, measure_holes
 from bench.contenders import Contender
 from bench.disk_sizes import measure_sizes
 from bench.idle import measure_idle
+from bench.network import (
+    FAR_MS,
+    measure_copy_to_nbd,
+    measure_data_thread,
+    measure_far,
+    measure_far_flushed,
+    measure_mirrored,
+    measure_mirrored_tls,
+)
 from bench.plan import Plan
 from bench.sample import Round, Sample, Work
 from bench.switching import measure_idle_switch, measure_no_switch, measure_switch
@@ -187,6 +196,39 @@ _FOOTPRINT = (
         "rss_mib", "MiB", alone=measure_sizes,
     ),
 )
+_OURS_OF_RAW = ratio("ours mirrored", "raw")
+_NETWORK = (
+    Row(
+        "N1", "mirrored writes, memory, depth 32, to NBD by a Unix socket (raw: libnbd alone)", "memory", (),
+        (Target("of raw", _OURS_OF_RAW, 0.9), Target("of rival", ratio("ours mirrored", "rival"), 1.5)),
+        alone=measure_mirrored,
+    ),
+    Row(
+        "N2", "the same over TCP with TLS-PSK", "memory", (),
+        (Target("of raw", _OURS_OF_RAW, 0.9), Target("of rival", ratio("ours mirrored", "rival"), 1.5)),
+        alone=measure_mirrored_tls,
+    ),
+    Row(
+        "N3", f"mirrored, disk, depth 1, to NBD {FAR_MS} ms away: mean latency", "disk", (),
+        (Target("of pass-through", ratio("ours mirrored", "ours", name="mean_us"), 1.1, at_most=True),),
+        "mean_us", "µs", alone=measure_far,
+    ),
+    Row(
+        "N4", "the same, memory, a flush after every write (raw: one round trip and the flush)", "memory", (),
+        (Target("of raw", _OURS_OF_RAW, 1 / 1.3), Target("of rival", ratio("ours mirrored", "rival"), None)),
+        alone=measure_far_flushed,
+    ),
+    Row(
+        "N7", "bulk copy, memory, to NBD (raw: nbdcopy)", "memory", (),
+        (Target("of raw", ratio("ours", "raw", name="mb_per_s"), 0.9),),
+        "mb_per_s", "MB/s", alone=measure_copy_to_nbd,
+    ),
+    Row(
+        "N8", "CPU of the data thread a mirrored write, memory, to NBD over TLS", "memory", (),
+        (Target("of a local destination's", value("ours mirrored", "of_near"), 1.5, at_most=True),),
+        "data_us", "µs", alone=measure_data_thread,
+    ),
+)
 _BY_NUMBER = {row.number: row for row in _SIDE_BY_SIDE}
 _CPU = tuple(
     _cpu(_BY_NUMBER[number], contender, bound)
@@ -195,7 +237,7 @@ _CPU = tuple(
         ("4", "ours mirrored", 8), ("5", "ours mirrored", 6),
     )
 )
-ROWS = (*_SIDE_BY_SIDE, *_SWITCHES, *_COPIES, *_CPU, *_FOOTPRINT)
+ROWS = (*_SIDE_BY_SIDE, *_SWITCHES, *_COPIES, *_CPU, *_FOOTPRINT, *_NETWORK)
 
 
 def chosen(names: list[str]) -> tuple[Row, ...]:
