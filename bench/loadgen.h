@@ -40,17 +40,18 @@ struct options {
     bool stay; /* connected, idle, until the time is over */
 };
 
+struct flushed_unit {
+    uint64_t unit;
+    uint32_t generation;
+};
+
 struct slot {
     uint64_t start_ns;
     uint64_t unit;
     uint32_t generation; /* of a write */
     uint32_t least;      /* of a read: the generation it must find */
     enum operation operation;
-    /* Of a flush in a verifying run: what had been completed before it. */
-    struct flushed_unit {
-        uint64_t unit;
-        uint32_t generation;
-    } *flushes;
+    struct flushed_unit *flushes; /* of a flush in a verifying run: what had been completed before it */
     uint32_t flush_count;
 };
 

@@ -56,22 +56,30 @@ static void parse_work(struct options *options, const char *text)
         options->read_percent = 50;
 }
 
+/* clang-format off */
+enum {
+    SOCKET = 1, CHECK, JOURNAL, FLUSHED_ONLY, RW, READ_PERCENT, BS, DEPTH, QUEUES, SECONDS, RAMP, OPERATIONS_MAX,
+    SPAN, FLUSH_EVERY, FLUSH_DRAIN, POLL, NO_INDIRECT, NO_EVENT_IDX, PACKED, VERIFY, INTERVAL, SEED, STAY
+};
+
+static const struct option option_names[] = {
+    {"socket", 1, 0, SOCKET}, {"check", 1, 0, CHECK}, {"journal", 1, 0, JOURNAL},
+    {"flushed-only", 0, 0, FLUSHED_ONLY}, {"rw", 1, 0, RW}, {"read-percent", 1, 0, READ_PERCENT}, {"bs", 1, 0, BS},
+    {"depth", 1, 0, DEPTH}, {"queues", 1, 0, QUEUES}, {"seconds", 1, 0, SECONDS}, {"ramp", 1, 0, RAMP},
+    {"operations", 1, 0, OPERATIONS_MAX}, {"span", 1, 0, SPAN}, {"flush-every", 1, 0, FLUSH_EVERY},
+    {"flush-drain", 0, 0, FLUSH_DRAIN}, {"poll", 0, 0, POLL}, {"no-indirect", 0, 0, NO_INDIRECT},
+    {"no-event-idx", 0, 0, NO_EVENT_IDX}, {"packed", 0, 0, PACKED}, {"verify", 0, 0, VERIFY},
+    {"interval-ms", 1, 0, INTERVAL}, {"seed", 1, 0, SEED}, {"stay", 0, 0, STAY}, {0}
+};
+/* clang-format on */
+
 void parse_options(struct options *options, int argc, char **argv)
 {
-    enum { SOCKET = 1, CHECK, JOURNAL, FLUSHED_ONLY, RW, READ_PERCENT, BS, DEPTH, QUEUES, SECONDS, RAMP, OPERATIONS_MAX,
-           SPAN, FLUSH_EVERY, FLUSH_DRAIN, POLL, NO_INDIRECT, NO_EVENT_IDX, PACKED, VERIFY, INTERVAL, SEED, STAY };
-    static const struct option names[] = {
-        {"socket", 1, 0, SOCKET}, {"check", 1, 0, CHECK}, {"journal", 1, 0, JOURNAL}, {"flushed-only", 0, 0, FLUSHED_ONLY},
-        {"rw", 1, 0, RW}, {"read-percent", 1, 0, READ_PERCENT}, {"bs", 1, 0, BS}, {"depth", 1, 0, DEPTH},
-        {"queues", 1, 0, QUEUES}, {"seconds", 1, 0, SECONDS}, {"ramp", 1, 0, RAMP}, {"operations", 1, 0, OPERATIONS_MAX},
-        {"span", 1, 0, SPAN}, {"flush-every", 1, 0, FLUSH_EVERY}, {"flush-drain", 0, 0, FLUSH_DRAIN},
-        {"poll", 0, 0, POLL}, {"no-indirect", 0, 0, NO_INDIRECT}, {"no-event-idx", 0, 0, NO_EVENT_IDX},
-        {"packed", 0, 0, PACKED},
-        {"verify", 0, 0, VERIFY}, {"interval-ms", 1, 0, INTERVAL}, {"seed", 1, 0, SEED}, {"stay", 0, 0, STAY}, {0}};
     const char *work_name = "randread";
     *options = (struct options){.block_bytes = 4096, .depth = 32, .queues = 1, .read_percent = 100, .random = true,
                                 .seconds = 8, .seed = 1, .indirect = true, .event_idx = true};
-    for (int option; (option = getopt_long(argc, argv, "", names, NULL)) != -1;) {
+    for (int option; (option = getopt_long(argc, argv, "", option_names, NULL)) != -1;) {
+        /* clang-format off */
         switch (option) {
         case SOCKET: options->socket_path = optarg; break;
         case CHECK: options->check_path = optarg; break;
@@ -98,6 +106,7 @@ void parse_options(struct options *options, int argc, char **argv)
         case STAY: options->stay = true; break;
         default: usage();
         }
+        /* clang-format on */
     }
     if (optind != argc)
         usage();

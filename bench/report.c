@@ -31,7 +31,8 @@ static void report_operation(const struct run *run, enum operation operation, do
     printf("%s\n  \"%s\": {\"count\": %llu, \"errors\": %llu, \"per_s\": %.1f, \"bytes_per_s\": %.0f,\n", first ? "" : ",",
            operation_name[operation], ULL(all.count), ULL(errors), (double)all.count / seconds,
            operation == OP_FLUSH ? 0 : (double)all.count * (double)run->options.block_bytes / seconds);
-    printf("   \"latency_ns\": {\"mean\": %.0f, \"p50\": %llu, \"p90\": %llu, \"p99\": %llu, \"p99.9\": %llu, \"max\": %llu},\n",
+    printf("   \"latency_ns\": {\"mean\": %.0f, \"p50\": %llu, \"p90\": %llu, \"p99\": %llu, "
+           "\"p99.9\": %llu, \"max\": %llu},\n",
            all.count ? (double)all.total_ns / (double)all.count : 0, ULL(histogram_percentile(&all, 0.5)),
            ULL(histogram_percentile(&all, 0.9)), ULL(histogram_percentile(&all, 0.99)),
            ULL(histogram_percentile(&all, 0.999)), ULL(all.max_ns));
@@ -99,15 +100,19 @@ void report(const struct run *run)
     double seconds = last_ns > run->start_ns ? (double)(last_ns - run->start_ns) / 1e9 : 1e-9;
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    printf("{\"block_bytes\": %llu, \"depth\": %u, \"queues\": %u, \"read_percent\": %u, \"random\": %s, \"flush_every\": %u,\n",
+    printf("{\"block_bytes\": %llu, \"depth\": %u, \"queues\": %u, \"read_percent\": %u, \"random\": %s, "
+           "\"flush_every\": %u,\n",
            ULL(options->block_bytes), options->depth, options->queues, options->read_percent,
            options->random ? "true" : "false", options->flush_every);
-    printf(" \"capacity_bytes\": %llu, \"ring_size\": %u, \"indirect\": %s, \"event_idx\": %s, \"poll\": %s, \"lost\": %s,\n",
+    printf(" \"capacity_bytes\": %llu, \"ring_size\": %u, \"indirect\": %s, \"event_idx\": %s, "
+           "\"poll\": %s, \"lost\": %s,\n",
            ULL(run->frontend.capacity_bytes), run->frontend.ring_size, options->indirect ? "true" : "false",
            options->event_idx ? "true" : "false", options->poll ? "true" : "false", run->lost ? "true" : "false");
-    printf(" \"seconds\": %.3f, \"submitted\": %llu, \"kicks\": %llu, \"sleeps\": %llu, \"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n", seconds, ULL(submitted),
+    printf(" \"seconds\": %.3f, \"submitted\": %llu, \"kicks\": %llu, \"sleeps\": %llu, "
+           "\"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n", seconds, ULL(submitted),
            ULL(kicks), ULL(sleeps), seconds_of(usage.ru_utime), seconds_of(usage.ru_stime));
-    printf(" \"longest_gap_ns\": %llu, \"longest_gap_at_ns\": %llu, \"started_monotonic_ns\": %llu,\n \"operations\": {", ULL(gap_ns),
+    printf(" \"longest_gap_ns\": %llu, \"longest_gap_at_ns\": %llu, \"started_monotonic_ns\": %llu,\n"
+           " \"operations\": {", ULL(gap_ns),
            ULL(gap_at_ns), ULL(run->start_ns));
     bool first = true;
     for (int i = 0; i < OPERATIONS; i++) {

@@ -107,9 +107,9 @@ void ring_put(struct ring *ring, uint32_t number, const struct segment *segments
 }
 
 /* The device's wish lies within what was published since "old". */
-static bool passed(uint16_t wish, uint16_t new, uint16_t old)
+static bool passed(uint16_t wish, uint16_t now, uint16_t old)
 {
-    return (uint16_t)(new - wish - 1) < (uint16_t)(new - old);
+    return (uint16_t)(now - wish - 1) < (uint16_t)(now - old);
 }
 
 static bool packed_wants_kick(const struct ring *ring, uint16_t old)
@@ -118,14 +118,14 @@ static bool packed_wants_kick(const struct ring *ring, uint16_t old)
         uint32_t whole;
         struct suppression wish;
     } u = {.whole = __atomic_load_n((uint32_t *)ring->device, __ATOMIC_RELAXED)};
-    uint16_t new = ring->published & (WRAP - 1), wish = u.wish.place & (WRAP - 1), before = old & (WRAP - 1);
+    uint16_t now = ring->published & (WRAP - 1), wish = u.wish.place & (WRAP - 1), before = old & (WRAP - 1);
     if (!ring->event_idx || u.wish.flags != EVENTS_DESCRIPTOR)
         return u.wish.flags != EVENTS_DISABLE;
     if ((u.wish.place ^ ring->published) & WRAP)
         wish = (uint16_t)(wish - ring->size);
     if ((old ^ ring->published) & WRAP)
         before = (uint16_t)(before - ring->size);
-    return passed(wish, new, before);
+    return passed(wish, now, before);
 }
 
 bool ring_publish(struct ring *ring)

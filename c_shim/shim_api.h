@@ -59,8 +59,8 @@ int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out);
 /* A disk on an open file or block device. Owns fd on success. NULL: no memory. */
 vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct);
 
-/* What a kind of disk from outside needs of the core: a library of its own, loaded at run time, which makes a vs_disk for
- * the engine (disk/disk_services.h). */
+/* What a kind of disk from outside needs of the core: a library of its own, loaded at run time, which makes a vs_disk
+ * for the engine (disk/disk_services.h). */
 struct vs_disk_services;
 const struct vs_disk_services *vs_disk_services(void);
 
@@ -172,27 +172,30 @@ enum vs_command_kind {
     /* The mirror. */
     VS_CMD_MIRROR_START,      /* start (-EINVAL: resync, and no peer is tracked); then steady. fenced: -EBUSY */
     VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
-    VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not steady */
+    VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not
+                               * steady */
     VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
     VS_CMD_BITMAP_VOID,       /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
     VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
-    VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else gate reopened, and
-                               * -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
-    VS_CMD_UNGATE,
+    VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else gate reopened,
+                               * and -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
+    VS_CMD_UNGATE,            /* opens it again, or ends the attempt to close it */
     VS_CMD_EXCHANGE,          /* exchange. Waits for the gate to close (-ECANCELED: it does not), opens it; event value:
                                * pause in ns. After an error the gate stays closed until VS_CMD_UNGATE */
     VS_CMD_VERIFY,            /* verify: compare both disks */
     VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
     VS_CMD_GROW,              /* grow. Done when the guest may be told */
-    VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY: not
-                               * drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says when) */
+    VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY:
+                               * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says
+                               * when) */
     VS_CMD_FAILOVER_GIVE_UP,  /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
-    VS_CMD_PEER_DIFFERS,      /* value 1: a verification has found the destination different, so it stands in for the source
-                               * in nothing (vs_engine_config.read_fallback, switch_on_source_error, VS_CMD_EXCHANGE), as
-                               * from when one that runs finds so; 0: not any more */
-    VS_CMD_DISK_SIZE,         /* value: role; the event's value: how large the open disk is by now. -ENOTCONN: there is none;
-                               * -EBUSY: it was asked and has not answered yet */
-    VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after its end */
+    VS_CMD_PEER_DIFFERS,      /* value 1: a verification has found the destination different, so it stands in for the
+                               * source in nothing (vs_engine_config.read_fallback, switch_on_source_error,
+                               * VS_CMD_EXCHANGE), as from when one that runs finds so; 0: not any more */
+    VS_CMD_DISK_SIZE,         /* value: role; the event's value: how large the open disk is by now. -ENOTCONN: there is
+                               * none; -EBUSY: it was asked and has not answered yet */
+    VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after
+                               * its end */
 };
 
 enum vs_start_flags {
@@ -240,7 +243,8 @@ struct vs_mirror_start {
 
 struct vs_exchange {
     uint32_t flags;      /* enum vs_exchange_flags */
-    uint64_t *mark;      /* where mark_value is stored with the exchange: it tells the next process that it took place; or NULL */
+    /* Where mark_value is stored with the exchange: it tells the next process that it took place; or NULL. */
+    uint64_t *mark;
     uint64_t mark_value;
 };
 

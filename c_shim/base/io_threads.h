@@ -17,7 +17,8 @@ struct io_thread;
 
 /* Lent to a thread from io_threads_lend() until over() is called. */
 struct io_job {
-    /* On the I/O thread: prepares an operation of "op" in this ring (false), or does the job at once, with *result (true). */
+    /* On the I/O thread: prepares an operation of "op" in this ring (false), or does the job at once, with *result
+     * (true). */
     bool (*start)(struct io_job *job, struct uring *uring, int *result);
     void (*over)(struct io_job *job); /* on the data thread */
     int result;

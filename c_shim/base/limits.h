@@ -79,7 +79,7 @@ static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be 
 static_assert(URING_WORKERS > REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4, "a destination that hangs leaves workers to the source");
 static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
 static_assert(URING_CQ_ENTRIES >= DISK_IO_MAX + VS_MAX_QUEUES * VS_MAX_ATTACHMENTS,
-              "what is in flight, and each queue's poll, has a place for a completion (the kernel keeps what a poll posts beyond)");
+              "what is in flight, and each queue's poll, has a place for a completion (the kernel keeps the rest)");
 static_assert(IO_CHANNEL_JOBS > DISK_IO_MAX && (IO_CHANNEL_JOBS & (IO_CHANNEL_JOBS - 1)) == 0,
               "a channel has a place for every operation of the disks, and its indices may wrap");
 static_assert(IO_THREAD_CQ_ENTRIES > DISK_IO_MAX, "all jobs of an I/O thread fit its completion queue");

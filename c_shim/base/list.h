@@ -12,7 +12,9 @@ struct list {
     struct list *next, *prev;
 };
 
+/* clang-format off */
 #define container_of(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
+/* clang-format on */
 #define list_each(node, head) for (struct list *node = (head)->next; node != (head); node = node->next)
 /* The node at hand may be removed, and no other. */
 #define list_each_safe(node, head)                                                                 \

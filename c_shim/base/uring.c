@@ -21,12 +21,14 @@ static void allow_workers(struct uring *u)
 
 /* All that the engine asks of a ring. A request of another kind, or with another flag, is answered EACCES by the
  * kernel: seccomp sees none of them, so whoever got hold of this process could open, connect and rename here. */
+/* clang-format off */
 static const uint8_t operations[] = {
     IORING_OP_READ,   IORING_OP_READV,     IORING_OP_WRITE,    IORING_OP_WRITEV,
     IORING_OP_FSYNC,  IORING_OP_FALLOCATE, /* disk_file.c, activity_log.c */
     IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, /* kick_watch.c, engine.c, io_threads.c */
     IORING_OP_CLOSE, /* bell.c */
 };
+/* clang-format on */
 static const uint8_t operation_flags = IOSQE_ASYNC;
 
 enum { OPERATIONS = sizeof operations };

@@ -23,7 +23,8 @@ struct heartbeat {
     struct uring *uring;
     struct uring_op op;
     bool in_flight;
-    bool attached; /* there was a destination at the last look: one that has gone since is ours up to now, and no longer */
+    /* There was a destination at the last look: one that has gone since is ours up to now, and no longer. */
+    bool attached;
     uint64_t changes_seen; /* of disk_host.changes */
     struct heartbeat_until until; /* as it is in the file, or on its way there */
 };

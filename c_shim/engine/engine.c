@@ -187,7 +187,8 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     replicator_pump(&e->mirror.replicator);
     copier_pump(&e->mirror.copier);
     if (list_empty(&e->guest.frontends.stalled) || !guest_is_taken_up(&e->guest.load))
-        tap_wait_is_over(&e->mirror.tap); /* who waited for room does not any more: stopped, gone, or held by a switch */
+        /* Who waited for room does not any more: stopped, gone, or held by a switch. */
+        tap_wait_is_over(&e->mirror.tap);
     mirror_pump(&e->mirror);
     difference_pump(&e->mirror.difference);
     verifier_pump(&e->mirror.verifier);
@@ -196,7 +197,8 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     attachments_check_deadlines(&e->guest);
     attachments_check_memory(&e->guest.frontends);
     gate_pump(e);
-    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.destination.disk || e->mirror.destination.former); /* after all that may change a disk */
+    /* After all that may change a disk. */
+    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.destination.disk || e->mirror.destination.former);
     io_threads_wake(&e->host.threads);
 }
 

@@ -29,7 +29,8 @@ struct queue {
     struct attachment *attachment;
     uint32_t index;
     struct virtqueue vq;
-    struct mem_table *leaving; /* pinned: its rings' memory was taken away while requests were in flight (attachment_map_rings) */
+    /* Pinned: its rings' memory was taken away while requests were in flight (attachment_map_rings). */
+    struct mem_table *leaving;
     bool started, enabled, running;
     bool base_set; /* base is to be taken at the next start */
     uint32_t base;
@@ -49,10 +50,12 @@ struct attachment {
     struct frontends *frontends;
     bool open, closing, lost;
     uint64_t detach_token;
-    uint64_t patience_ends_ns; /* 0, or it waits for its end or for memory to be unmapped: a pause holds nothing longer */
+    /* 0, or it waits for its end or for memory to be unmapped: a pause holds nothing longer. */
+    uint64_t patience_ends_ns;
     uint64_t features;
     bool write_cache; /* this guest's; a reconnecting frontend does not tell it again, so it begins as the device's */
-    bool write_cache_chosen; /* by this guest, since it came or its device was reset; else it follows the one that runs */
+    /* By this guest, since it came or its device was reset; else it follows the one that runs. */
+    bool write_cache_chosen;
     struct guest_memory memory;
     struct inflight_area inflight;
     struct dirty_log dirty_log;
@@ -70,7 +73,8 @@ struct frontends {
     uint64_t stop_timeout_ns;
     struct attachment attachment[VS_MAX_ATTACHMENTS];
     struct attachment *active; /* the one whose rings run */
-    struct list ready, stalled, notify; /* rings: to be looked at; waiting for room or time; with something to be shown */
+    /* Rings: to be looked at; waiting for room or time; with something to be shown. */
+    struct list ready, stalled, notify;
     unsigned quieting; /* queues with a stop or disable command under way */
     bool write_cache;  /* config space WCE, as the guest on the active attachment has set it */
     bool write_cache_default;
@@ -97,7 +101,8 @@ void queue_break(struct queue *q, uint32_t breach);
 /* Shows the guest what was pushed since the last pass, one notification a ring. */
 void queues_notify(struct frontends *f);
 
-/* For attachment_command.c, which changes what an attachment and its rings have; attachment.c decides which rings run. */
+/* For attachment_command.c, which changes what an attachment and its rings have; attachment.c decides which rings
+ * run. */
 
 void queue_set_running(struct queue *q, bool running);
 /* If nothing of it is in flight, what waited for that is answered. */

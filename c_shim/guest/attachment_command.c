@@ -176,8 +176,8 @@ static void take_write_cache(struct attachment *a, bool write_cache)
     inflight_keep_write_cache(&a->inflight, write_cache);
 }
 
-/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. But what that
- * guest sets while the receiving side of its migration is connected is the mode that it arrives with there. */
+/* Another attachment that only looks (libblkio probes first) must not change the mode of the guest that runs. But what
+ * that guest sets while the receiving side of its migration is connected is the mode that it arrives with there. */
 static void set_write_cache(struct attachment *a, bool write_cache)
 {
     struct frontends *f = a->frontends;

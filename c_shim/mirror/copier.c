@@ -219,8 +219,8 @@ static uint64_t whole_regions(const struct copier *k, uint64_t offset, uint64_t 
     return end > offset ? end - offset : 0;
 }
 
-/* Where the run begins with a hole of the source: if the destination has one too there is nothing to do, and it is passed
- * over in large steps; else zeroes are put there, in parts like any other. */
+/* Where the run begins with a hole of the source: if the destination has one too there is nothing to do, and it is
+ * passed over in large steps; else zeroes are put there, in parts like any other. */
 static bool start_hole(struct region_copy *c, uint64_t offset, uint64_t run)
 {
     struct copier *k = c->copier;

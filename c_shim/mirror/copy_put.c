@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A region that was read is put onto the destination piece by piece, each all zeroes or none: zeroes only where there is
- * no hole already. Passed over is what must not be put (copier.c): what could not be read, and what the destination
+ * A region that was read is put onto the destination piece by piece, each all zeroes or none: zeroes only where there
+ * is no hole already. Passed over is what must not be put (copier.c): what could not be read, and what the destination
  * holds better.
  */
 #include "copy_put.h"

@@ -50,8 +50,8 @@ void destination_give_up(struct destination *d);
 /* When the former one, if it can be cut off and was not, last answered; UINT64_MAX: nothing is in flight there. */
 uint64_t destination_oldest_of_former_ns(const struct destination *d);
 void destination_cut_off_former(struct destination *d);
-/* Nothing is in flight to the former one, and nothing will be: it is closed. Closing may wait for the disk, and the fence
- * holds until it is over: VS_EV_FENCE_CLEAR. */
+/* Nothing is in flight to the former one, and nothing will be: it is closed. Closing may wait for the disk, and the
+ * fence holds until it is over: VS_EV_FENCE_CLEAR. */
 void destination_close_former(struct destination *d);
 /* A switch: returns the disk, and has another one in its place. NULL: none, and its mirror is over. */
 vs_disk *destination_exchange(struct destination *d, vs_disk *other);

@@ -55,8 +55,8 @@ struct grow {
 void grow_init(struct grow *g, const struct grow_rooms *rooms);
 /* Answers the token with the size that the disk of this role has by now. */
 void grow_measure(struct grow *g, uint64_t token, uint64_t role);
-/* Answers the token when the guest may use the new capacity. Refused: -EBUSY (copying, switching, growing, or one that was
- * stopped is not over), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
+/* Answers the token when the guest may use the new capacity. Refused: -EBUSY (copying, switching, growing, or one that
+ * was stopped is not over), -EINVAL (not larger, no whole blocks), -ENOSPC (a disk is smaller). */
 void grow_begin(struct grow *g, uint64_t token, const struct vs_grow *wanted);
 /* The disk stays as large as it is, and the token is answered with "error". Nothing, where none is under way. */
 void grow_stop(struct grow *g, int error);

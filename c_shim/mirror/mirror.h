@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The mirror: its rooms, and what concerns several of them: a destination comes, becomes steady, goes, or changes places
- * with the source. Its states and moves are in mirror_state.h.
+ * The mirror: its rooms, and what concerns several of them: a destination comes, becomes steady, goes, or changes
+ * places with the source. Its states and moves are in mirror_state.h.
  */
 #ifndef VS_MIRROR_H
 #define VS_MIRROR_H
@@ -71,9 +71,9 @@ struct mirror {
 int mirror_init(struct mirror *m, const struct mirror_host *host, const struct vs_engine_config *config);
 void mirror_free(struct mirror *m);
 void mirror_set_source(struct mirror *m, vs_disk *source);
-/* flags: enum vs_start_flags. 0, -EBUSY (there is one, a former one is not over, or its end is not recorded, or a switch
- * holds the guest), -ENOSPC (smaller than the guest's disk) or -EINVAL (its block is larger than the guest's; no peer is
- * tracked). Owns the disk on success. */
+/* flags: enum vs_start_flags. 0, -EBUSY (there is one, a former one is not over, or its end is not recorded, or a
+ * switch holds the guest), -ENOSPC (smaller than the guest's disk) or -EINVAL (its block is larger than the guest's; no
+ * peer is tracked). Owns the disk on success. */
 int mirror_start(struct mirror *m, vs_disk *disk, uint32_t flags);
 void mirror_stop(struct mirror *m, uint32_t reason);
 /* The destination is lost; the guest is not to notice. */
@@ -85,7 +85,8 @@ void mirror_pump(struct mirror *m);
 int mirror_exchange(struct mirror *m, uint32_t flags, bool gated);
 /* When mirror_pump() has to look again without any completion; UINT64_MAX: never. */
 uint64_t mirror_deadline_ns(const struct mirror *m);
-/* The end, and its disks do not answer: those with something in flight that can be cut off are. False: there are none. */
+/* The end, and its disks do not answer: those with something in flight that can be cut off are. False: there are
+ * none. */
 bool mirror_cut_off(struct mirror *m);
 /* To which roles (1 << VS_SOURCE, 1 << VS_DESTINATION) changes were sent and never answered. */
 uint32_t mirror_unanswered(const struct mirror *m);

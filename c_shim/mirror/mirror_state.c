@@ -11,6 +11,7 @@
 
 /* from, event, to; and then: are writes captured, are the counts known, must the record say first that the destination
  * is outdated */
+/* clang-format off */
 static const struct vs_mirror_move moves[] = {
     {VS_PASSTHROUGH, VS_MIRROR_STARTED, VS_SYNCING, 1, 0, 0},
     {VS_DEGRADED, VS_MIRROR_STARTED, VS_SYNCING, 1, 0, 0},
@@ -28,6 +29,7 @@ static const struct vs_mirror_move moves[] = {
     {VS_STEADY, VS_MIRROR_SWITCHED, VS_PASSTHROUGH, 0, 0, 0},
     {VS_STEADY, VS_MIRROR_SWITCHED_KEPT, VS_STEADY, 1, 1, 0},
 };
+/* clang-format on */
 
 const struct vs_mirror_move *vs_mirror_move_at(uint32_t place)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the request path tells the mirror of each write, discard and zeroing: a place in the log is reserved before it is
- * taken from the ring; it is taken, and then completed or failed by the source. See tap.c.
+ * What the request path tells the mirror of each write, discard and zeroing: a place in the log is reserved before it
+ * is taken from the ring; it is taken, and then completed or failed by the source. See tap.c.
  */
 #ifndef VS_TAP_H
 #define VS_TAP_H

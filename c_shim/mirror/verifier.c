@@ -244,7 +244,8 @@ static void read_back(struct destination_io *io, bool current)
 static void compare_exactly(struct compare *c)
 {
     struct verifier *v = c->verifier;
-    if (bad_ranges_overlap(v->rooms.bad, c->offset, c->length)) { /* the write that it has waited for has failed (rule 5) */
+    /* The write that it has waited for has failed (rule 5). */
+    if (bad_ranges_overlap(v->rooms.bad, c->offset, c->length)) {
         v->bytes_skipped += c->length;
         finish_compare(c);
         return;

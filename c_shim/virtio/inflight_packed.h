@@ -115,7 +115,8 @@ void inflight_packed_cleared(struct inflight_packed *r, uint16_t entry);
 void inflight_packed_shown(struct inflight_packed *r, const struct inflight_packed_state *s, uint16_t used);
 
 /* At a ring's start: what to take up again, in order, at most "num" chains; returns how many, or -1 for a record of
- * rubbish. ring: its descriptors. *used: where the next used element goes; a record that was not used yet begins there. */
+ * rubbish. ring: its descriptors. *used: where the next used element goes; a record that was not used yet begins
+ * there. */
 int inflight_packed_recover(struct inflight_packed *r, struct inflight_packed_state *s, uint32_t num,
                             const struct vring_packed_desc *ring, uint16_t *used, struct inflight_packed_chain *found);
 /* A descriptor of a chain that was found. */

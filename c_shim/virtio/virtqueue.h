@@ -129,8 +129,8 @@ static inline void virtqueue_unmap(struct virtqueue *vq)
     vq->layout->unmap(vq);
 }
 
-/* The ring starts: where to go on, as SET_VRING_BASE has it. With a record of requests in flight that is worked out from
- * there (frontends' bases differ then). 0 or minus an enum vs_breach. */
+/* The ring starts: where to go on, as SET_VRING_BASE has it. With a record of requests in flight that is worked out
+ * from there (frontends' bases differ then). 0 or minus an enum vs_breach. */
 static inline int virtqueue_start(struct virtqueue *vq, uint32_t base)
 {
     return vq->layout->start(vq, base);

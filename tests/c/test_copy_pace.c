@@ -210,7 +210,8 @@ static void disks_change(void)
     CHECK_EQUAL(copy_pace_parts(&w.pace), 1);
     begin_copy(far, far);
     run_for(S);
-    w.disk[COPY_SOURCE].away_ns = 50 * MS; /* no queue of ours, but who knows: down to one part, which is measured anew */
+    /* No queue of ours, but who knows: down to one part, which is measured anew. */
+    w.disk[COPY_SOURCE].away_ns = 50 * MS;
     for (unsigned i = 0; copy_pace_parts(&w.pace) > 1; i++) {
         run_for(50 * MS);
         CHECK(i < 100);

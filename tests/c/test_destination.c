@@ -178,7 +178,8 @@ static uint64_t told(uint32_t kind)
     return UINT64_MAX;
 }
 
-/* One that can be cut off is, once, and says whether a change may still be carried out; a read and a flush do no harm. */
+/* One that can be cut off is, once, and says whether a change may still be carried out; a read and a flush do no
+ * harm. */
 static void cut_off(uint32_t kind, uint64_t unanswered)
 {
     begin_destination();

@@ -55,7 +55,8 @@ static void files(void)
     CHECK_EQUAL(dirty_log_map(&log, file_of(100), UINT64_MAX, 2), -EINVAL);
     CHECK_EQUAL(dirty_log_map(&log, file_of(100), 2, UINT64_MAX), -EINVAL);
     CHECK_EQUAL(dirty_log_map(&log, -1, 100, 0), -EBADF);
-    CHECK_EQUAL(dirty_log_map(&log, file_of(1ull << 40), DIRTY_LOG_BYTES_MAX + 1, 0), -EINVAL); /* sparse, and so cheap */
+    /* Sparse, and so cheap. */
+    CHECK_EQUAL(dirty_log_map(&log, file_of(1ull << 40), DIRTY_LOG_BYTES_MAX + 1, 0), -EINVAL);
     CHECK(log.bits == first); /* the former one stays */
     dirty_log_unmap(&log);
 }

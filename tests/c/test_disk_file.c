@@ -412,8 +412,8 @@ static void zeroing_of_block_devices(void)
     }
 }
 
-/* Which disks are behind it: all files, since direct I/O to a file goes through the page cache where it has to (zeroing a
- * part of a block, checksums), and block devices that are not opened for direct I/O. */
+/* Which disks are behind it: all files, since direct I/O to a file goes through the page cache where it has to (zeroing
+ * a part of a block, checksums), and block devices that are not opened for direct I/O. */
 static void failed_flushes_of_files(void)
 {
     for (int is_block_device = 0; is_block_device < 2; is_block_device++)

@@ -45,11 +45,11 @@ static void check_read(struct driver *d, unsigned slot, const struct sent *s)
     }
 }
 
-static bool overlaps(const struct sent *all, const bool *busy, const struct sent *new)
+static bool overlaps(const struct sent *all, const bool *busy, const struct sent *next)
 {
     for (unsigned i = 0; i < LANE_DEPTH; i++)
-        if (busy[i] && !all[i].shared && all[i].sector < new->sector + new->sectors &&
-            new->sector < all[i].sector + all[i].sectors)
+        if (busy[i] && !all[i].shared && all[i].sector < next->sector + next->sectors &&
+            next->sector < all[i].sector + all[i].sectors)
             return true;
     return false;
 }
@@ -437,7 +437,8 @@ static void begun_and_ended(void)
     held_check(&before);
 }
 
-/* A descriptor is lacking, each one that the start takes: nothing of it is left, and the source is still the caller's. */
+/* A descriptor is lacking, each one that the start takes: nothing of it is left, and the source is still the
+ * caller's. */
 static void begun_in_part(void)
 {
     struct vs_engine_config config = rig_config();

@@ -293,7 +293,8 @@ static void indirect_chains(void)
     struct vring_packed_desc *table = (struct vring_packed_desc *)(void *)(w->guest.base + 0x40000);
     const struct vring_packed_desc head = {.addr = GUEST_ADDR + 0x40000, .len = 16 * VS_MAX_QUEUE_SIZE,
                                            .flags = INDIRECT | WRITE}; /* the write flag is ignored there */
-    for (unsigned i = 0; i < VS_MAX_QUEUE_SIZE; i++) /* so are all flags but that in the table */
+    /* So are all flags but that in the table. */
+    for (unsigned i = 0; i < VS_MAX_QUEUE_SIZE; i++)
         table[i] = (struct vring_packed_desc){.addr = DATA + i, .len = i + 1, .id = 0xffff,
                                               .flags = i == VS_MAX_QUEUE_SIZE - 1 ? WRITE | NEXT : INDIRECT};
     packed_put(&w->ring, &head, 1, 3);
@@ -371,8 +372,8 @@ static void notify_without_event_idx(void)
     end(w);
 }
 
-/* Against the definition: the guest is told when the descriptor that it names is among those that were used, wherever the
- * ring ends. */
+/* Against the definition: the guest is told when the descriptor that it names is among those that were used, wherever
+ * the ring ends. */
 static void notify_with_event_idx(void)
 {
     const unsigned num = 12;

@@ -63,7 +63,8 @@ static inline void driver_desc(struct driver *d, struct vring_desc *to, const st
               (unsigned)mostly(d->choices, flags), (unsigned)mostly(d->choices, last ? 0 : next));
 }
 
-/* A list of packed descriptors, in the ring or in a table. What the driver does not do by itself: count[] may be a lie. */
+/* A list of packed descriptors, in the ring or in a table. What the driver does not do by itself: count[] may be a
+ * lie. */
 static inline void driver_put_packed(struct driver *d, const struct driver_segment *s, unsigned count)
 {
     struct packed_driver *ring = d->packed;

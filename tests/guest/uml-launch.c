@@ -26,6 +26,7 @@
 
 int main(int argc, char **argv)
 {
+    /* clang-format off */
     struct sock_filter filter[] = {
         LOAD(arch),    ELSE_SKIP(AUDIT_ARCH_X86_64, 7),
         LOAD(nr),      ELSE_SKIP(SYS_ptrace, 5),
@@ -34,6 +35,7 @@ int main(int argc, char **argv)
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EIO),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     };
+    /* clang-format on */
     struct sock_fprog program = {.len = sizeof filter / sizeof filter[0], .filter = filter};
     if (argc < 2) {
         fputs("usage: uml-launch PROGRAM ARG...\n", stderr);

@@ -300,6 +300,7 @@ int main(int argc, char **argv)
     };
     for (int name; (name = getopt_long(argc, argv, "", names, NULL)) != -1;) {
         uint64_t value = optarg ? strtoull(optarg, NULL, 0) : 0;
+        /* clang-format off */
         switch (name) {
         case 'b': opt.blocks = value; break;
         case 't': opt.threads = value; break;
@@ -311,6 +312,7 @@ int main(int argc, char **argv)
         case 'i': opt.issued = value; break;
         default: return usage();
         }
+        /* clang-format on */
     }
     if (argc - optind != 2 || opt.threads == 0 || opt.threads > MAX_THREADS || opt.blocks < opt.threads)
         return usage();

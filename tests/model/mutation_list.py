@@ -870,8 +870,8 @@ MUTATIONS = [
         "repair-from-doubt",
         "rule 5: what is in doubt is never copied over a good destination",
         "verifier.c",
-        "if (bad_ranges_overlap(v->rooms.bad, c->offset, c->length)) { /* the write",
-        "if (false) { /* the write",
+        "(rule 5). */\n    if (bad_ranges_overlap(v->rooms.bad, c->offset, c->length)) {",
+        "(rule 5). */\n    if (false) {",
         "verify.py::test_what_falls_in_doubt_meanwhile_is_not_copied_over_a_good_destination",
     ),
     _m(
