@@ -261,8 +261,8 @@ void frontend_start(struct frontend *frontend, uint32_t queues, uint32_t ring_si
     frontend->memory_fd = memfd_create("loadgen", MFD_CLOEXEC);
     if (frontend->memory_fd < 0 || ftruncate(frontend->memory_fd, (off_t)frontend->memory_bytes) < 0)
         die("memfd: %s", strerror(errno));
-    frontend->memory = mmap(NULL, frontend->memory_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
-                            frontend->memory_fd, 0);
+    frontend->memory =
+        mmap(NULL, frontend->memory_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, frontend->memory_fd, 0);
     if (frontend->memory == MAP_FAILED)
         die("mmap: %s", strerror(errno));
     struct memory_table table = {

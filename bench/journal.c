@@ -16,8 +16,8 @@
 #define JOURNAL_MAGIC 0x31304c4e524a5356ull
 #define SECTOR_MAGIC 0x4b434f4c42534856ull
 
-const char *const verdict_name[SECTOR_VERDICTS] = {"good", "no data", "data of another sector", "old data",
-                                                   "data never written", "torn or damaged data"};
+const char *const verdict_name[SECTOR_VERDICTS] = {
+    "good", "no data", "data of another sector", "old data", "data never written", "torn or damaged data"};
 
 struct sector {
     uint64_t magic;

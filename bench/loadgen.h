@@ -102,7 +102,7 @@ struct run {
     struct frontend frontend;
     struct journal journal;
     struct worker *workers;
-    uint64_t start_ns;   /* of the measurement: the ramp is over */
+    uint64_t start_ns; /* of the measurement: the ramp is over */
     uint64_t end_ns;
     bool lost; /* the backend hung up */
 };

@@ -124,7 +124,8 @@ int main(int count, char **words)
     run_until(begun_ns + (uint64_t)(seconds * 1e9), depth);
     double took_s = (double)(now_ns() - begun_ns) / 1e9;
     if (failed) {
-        fprintf(stderr, "nbd_loop: a request failed: %s\n", nbd_get_error() ? nbd_get_error() : "an error of the server");
+        fprintf(stderr, "nbd_loop: a request failed: %s\n",
+                nbd_get_error() ? nbd_get_error() : "an error of the server");
         return 1;
     }
     printf("{\"per_s\": %.1f, \"mean_us\": %.1f}\n", (double)counted / took_s,

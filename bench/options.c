@@ -76,8 +76,15 @@ static const struct option option_names[] = {
 void parse_options(struct options *options, int argc, char **argv)
 {
     const char *work_name = "randread";
-    *options = (struct options){.block_bytes = 4096, .depth = 32, .queues = 1, .read_percent = 100, .random = true,
-                                .seconds = 8, .seed = 1, .indirect = true, .event_idx = true};
+    *options = (struct options){.block_bytes = 4096,
+                                .depth = 32,
+                                .queues = 1,
+                                .read_percent = 100,
+                                .random = true,
+                                .seconds = 8,
+                                .seed = 1,
+                                .indirect = true,
+                                .event_idx = true};
     for (int option; (option = getopt_long(argc, argv, "", option_names, NULL)) != -1;) {
         /* clang-format off */
         switch (option) {

@@ -28,8 +28,8 @@ static void report_operation(const struct run *run, enum operation operation, do
     }
     if (!all.count && !errors)
         return;
-    printf("%s\n  \"%s\": {\"count\": %llu, \"errors\": %llu, \"per_s\": %.1f, \"bytes_per_s\": %.0f,\n", first ? "" : ",",
-           operation_name[operation], ULL(all.count), ULL(errors), (double)all.count / seconds,
+    printf("%s\n  \"%s\": {\"count\": %llu, \"errors\": %llu, \"per_s\": %.1f, \"bytes_per_s\": %.0f,\n",
+           first ? "" : ",", operation_name[operation], ULL(all.count), ULL(errors), (double)all.count / seconds,
            operation == OP_FLUSH ? 0 : (double)all.count * (double)run->options.block_bytes / seconds);
     printf("   \"latency_ns\": {\"mean\": %.0f, \"p50\": %llu, \"p90\": %llu, \"p99\": %llu, "
            "\"p99.9\": %llu, \"max\": %llu},\n",
@@ -56,7 +56,8 @@ static void report_verification(const struct run *run)
         all.bad += one->bad;
         all.sectors += one->sectors;
     }
-    printf(",\n \"verify\": {\"sectors_checked\": %llu, \"sectors_bad\": %llu, \"first\": [", ULL(all.sectors), ULL(all.bad));
+    printf(",\n \"verify\": {\"sectors_checked\": %llu, \"sectors_bad\": %llu, \"first\": [", ULL(all.sectors),
+           ULL(all.bad));
     for (uint64_t i = 0; i < all.bad && i < FOUND_MAX && all.found[i].verdict; i++) {
         const struct finding *found = &all.found[i];
         printf("%s{\"sector\": %llu, \"what\": \"%s\", \"generation\": %u, \"least\": %u, \"most\": %u}", i ? ", " : "",
@@ -109,11 +110,11 @@ void report(const struct run *run)
            ULL(run->frontend.capacity_bytes), run->frontend.ring_size, options->indirect ? "true" : "false",
            options->event_idx ? "true" : "false", options->poll ? "true" : "false", run->lost ? "true" : "false");
     printf(" \"seconds\": %.3f, \"submitted\": %llu, \"kicks\": %llu, \"sleeps\": %llu, "
-           "\"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n", seconds, ULL(submitted),
-           ULL(kicks), ULL(sleeps), seconds_of(usage.ru_utime), seconds_of(usage.ru_stime));
+           "\"cpu_user_s\": %.3f, \"cpu_system_s\": %.3f,\n",
+           seconds, ULL(submitted), ULL(kicks), ULL(sleeps), seconds_of(usage.ru_utime), seconds_of(usage.ru_stime));
     printf(" \"longest_gap_ns\": %llu, \"longest_gap_at_ns\": %llu, \"started_monotonic_ns\": %llu,\n"
-           " \"operations\": {", ULL(gap_ns),
-           ULL(gap_at_ns), ULL(run->start_ns));
+           " \"operations\": {",
+           ULL(gap_ns), ULL(gap_at_ns), ULL(run->start_ns));
     bool first = true;
     for (int i = 0; i < OPERATIONS; i++) {
         report_operation(run, i, seconds, first);

@@ -21,7 +21,7 @@ enum vs_limit {
     VS_SEGMENT_BYTES_MAX = 65536,
     VS_REQUEST_BYTES_MAX = 8388608,
     VS_SERIAL_BYTES = 20,
-    VS_LATENCY_BUCKETS = 32, /* bucket i: latencies in [2^i, 2^(i+1)) ns */
+    VS_LATENCY_BUCKETS = 32,      /* bucket i: latencies in [2^i, 2^(i+1)) ns */
     VS_ZERO_SECTORS_MAX = 524288, /* one discard or write-zeroes: 256 MiB */
     VS_COMMANDS_MAX = 512,
     VS_DIRTY_REGION_BYTES_MAX = 67108864,
@@ -44,12 +44,12 @@ typedef struct vs_disk vs_disk;
 struct vs_disk_probe {
     uint64_t bytes;
     uint32_t is_block_device;
-    uint32_t logical_block_bytes;  /* offsets and lengths of direct I/O */
+    uint32_t logical_block_bytes; /* offsets and lengths of direct I/O */
     uint32_t physical_block_bytes;
-    uint32_t memory_align_bytes;   /* buffers of direct I/O; 1 if buffered */
-    uint32_t inline_io;            /* memory-backed: plain calls never wait */
+    uint32_t memory_align_bytes; /* buffers of direct I/O; 1 if buffered */
+    uint32_t inline_io;          /* memory-backed: plain calls never wait */
     uint32_t discard_granularity_bytes;
-    uint32_t may_block;            /* io_uring would wait for it on the thread that submits: its workers do all of it */
+    uint32_t may_block; /* io_uring would wait for it on the thread that submits: its workers do all of it */
 };
 
 /* Looks at an open descriptor. May block: call it off the event loop.
@@ -73,15 +73,15 @@ typedef struct vs_bitmap vs_bitmap;
 
 struct vs_bitmap_shape {
     uint64_t capacity_bytes;
-    uint64_t extent_bytes;  /* power of two, at least a region */
+    uint64_t extent_bytes; /* power of two, at least a region */
     uint32_t region_bytes;
-    uint32_t extents;       /* active at once */
+    uint32_t extents; /* active at once */
 };
 
 enum vs_bitmap_open {
-    VS_BITMAP_FRESH = 0,            /* everything differs; what the file held is overwritten */
-    VS_BITMAP_SAME_BOOT = 1,        /* the page cache has outlived the last process */
-    VS_BITMAP_AFTER_HOST_CRASH = 2  /* it has not: what the activity log names differs too */
+    VS_BITMAP_FRESH = 0,           /* everything differs; what the file held is overwritten */
+    VS_BITMAP_SAME_BOOT = 1,       /* the page cache has outlived the last process */
+    VS_BITMAP_AFTER_HOST_CRASH = 2 /* it has not: what the activity log names differs too */
 };
 
 /* How large the file has to be; 0: the shape is out of range. */
@@ -101,13 +101,13 @@ struct vs_range {
 };
 
 struct vs_engine_config {
-    uint64_t capacity_bytes;     /* what the guest sees */
+    uint64_t capacity_bytes; /* what the guest sees */
     uint64_t log_bytes;
     uint64_t destination_timeout_us;
     uint64_t stop_timeout_us;
     uint64_t max_lag_us;
-    uint64_t checkpoint_us;      /* what both disks hold is found out, by flushing them, so often */
-    uint32_t block_bytes;        /* the guest's logical block: 512 or 4096 */
+    uint64_t checkpoint_us; /* what both disks hold is found out, by flushing them, so often */
+    uint32_t block_bytes;   /* the guest's logical block: 512 or 4096 */
     uint32_t queues_max;
     uint32_t read_only;
     uint32_t dirty_region_bytes; /* power of two */
@@ -118,22 +118,21 @@ struct vs_engine_config {
     uint32_t peer_tracked;       /* the bitmap tells what differs from a peer that is known */
     vs_bitmap *bitmap;           /* NULL: none. Owned on success */
     char serial[20];
-    uint32_t pull_ahead;            /* 1: on congestion the guest runs ahead of the destination; 0: its writes wait */
-    uint64_t congestion_fill_bytes; /* so much of the log in use is congestion */
-    uint64_t ahead_backoff_us;      /* how soon it may catch up, the second time; then doubled */
-    uint32_t read_fallback;      /* reads that the source fails are answered from a steady destination */
+    uint32_t pull_ahead;             /* 1: on congestion the guest runs ahead of the destination; 0: its writes wait */
+    uint64_t congestion_fill_bytes;  /* so much of the log in use is congestion */
+    uint64_t ahead_backoff_us;       /* how soon it may catch up, the second time; then doubled */
+    uint32_t read_fallback;          /* reads that the source fails are answered from a steady destination */
     uint32_t switch_on_source_error; /* what a steady source fails is kept back: VS_EV_SOURCE_FAILED */
     uint32_t pause_on_destination_error; /* flushes wait when a steady destination is lost: VS_EV_PAUSED */
-    uint32_t doubt_count;        /* ranges of the source that an earlier run has left in doubt */
-    struct vs_range doubt[64];   /* VS_RANGES_MAX */
-    uint32_t spared_count;       /* of these: what the peer held better then */
+    uint32_t doubt_count;                /* ranges of the source that an earlier run has left in doubt */
+    struct vs_range doubt[64];           /* VS_RANGES_MAX */
+    uint32_t spared_count;               /* of these: what the peer held better then */
     struct vs_range spared[64];
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
  * errno; *step then names the system call that failed. */
-int vs_engine_create(const struct vs_engine_config *config, vs_disk *source,
-                     vs_engine **out, const char **step);
+int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step);
 
 /* Stops the thread and frees everything. May block until the disks have
  * completed what was submitted to them: call it off the event loop.
@@ -146,7 +145,7 @@ int vs_engine_event_fd(vs_engine *engine);
 int vs_engine_rings_restricted(const vs_engine *engine);
 
 enum vs_command_kind {
-    VS_CMD_SNAPSHOT = 1,      /* refresh what vs_engine_snapshot returns */
+    VS_CMD_SNAPSHOT = 1, /* refresh what vs_engine_snapshot returns */
     /* A frontend's attachment. "attachment" is 0 .. VS_MAX_ATTACHMENTS-1 and chosen by the caller. */
     VS_CMD_ATTACH,
     VS_CMD_DETACH,            /* done when its last request is over and its memory unmapped */
@@ -170,32 +169,32 @@ enum vs_command_kind {
     VS_CMD_GET_WRITE_CACHE,   /* the event's value: 0 or 1, as its config space shows it */
     VS_CMD_SET_WRITE_CACHE,   /* value 0 or 1 (config space WCE) */
     /* The mirror. */
-    VS_CMD_MIRROR_START,      /* start (-EINVAL: resync, and no peer is tracked); then steady. fenced: -EBUSY */
-    VS_CMD_MIRROR_SPEED,      /* value: bytes per second of the bulk copy, 0: no limit */
-    VS_CMD_MIRROR_DRAIN,      /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not
-                               * steady */
-    VS_CMD_MIRROR_STOP,       /* value: reason (vs_reason); leaves the destination as it is */
-    VS_CMD_BITMAP_VOID,       /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
-    VS_CMD_RECORD_WRITTEN,    /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
-    VS_CMD_GATE,              /* value: microseconds allowed; done when all is drained and M = G, else gate reopened,
-                               * and -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
-    VS_CMD_UNGATE,            /* opens it again, or ends the attempt to close it */
-    VS_CMD_EXCHANGE,          /* exchange. Waits for the gate to close (-ECANCELED: it does not), opens it; event value:
-                               * pause in ns. After an error the gate stays closed until VS_CMD_UNGATE */
-    VS_CMD_VERIFY,            /* verify: compare both disks */
-    VS_CMD_VERIFY_STOP,       /* -ENOENT: there is none */
-    VS_CMD_GROW,              /* grow. Done when the guest may be told */
-    VS_CMD_CATCH_UP,          /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY:
-                               * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says
-                               * when) */
-    VS_CMD_FAILOVER_GIVE_UP,  /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
-    VS_CMD_PEER_DIFFERS,      /* value 1: a verification has found the destination different, so it stands in for the
-                               * source in nothing (vs_engine_config.read_fallback, switch_on_source_error,
-                               * VS_CMD_EXCHANGE), as from when one that runs finds so; 0: not any more */
-    VS_CMD_DISK_SIZE,         /* value: role; the event's value: how large the open disk is by now. -ENOTCONN: there is
-                               * none; -EBUSY: it was asked and has not answered yet */
-    VS_CMD_GROW_STOP          /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after
-                               * its end */
+    VS_CMD_MIRROR_START,     /* start (-EINVAL: resync, and no peer is tracked); then steady. fenced: -EBUSY */
+    VS_CMD_MIRROR_SPEED,     /* value: bytes per second of the bulk copy, 0: no limit */
+    VS_CMD_MIRROR_DRAIN,     /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not
+                              * steady */
+    VS_CMD_MIRROR_STOP,      /* value: reason (vs_reason); leaves the destination as it is */
+    VS_CMD_BITMAP_VOID,      /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
+    VS_CMD_RECORD_WRITTEN,   /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
+    VS_CMD_GATE,             /* value: microseconds allowed; done when all is drained and M = G, else gate reopened,
+                              * and -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
+    VS_CMD_UNGATE,           /* opens it again, or ends the attempt to close it */
+    VS_CMD_EXCHANGE,         /* exchange. Waits for the gate to close (-ECANCELED: it does not), opens it; event value:
+                              * pause in ns. After an error the gate stays closed until VS_CMD_UNGATE */
+    VS_CMD_VERIFY,           /* verify: compare both disks */
+    VS_CMD_VERIFY_STOP,      /* -ENOENT: there is none */
+    VS_CMD_GROW,             /* grow. Done when the guest may be told */
+    VS_CMD_CATCH_UP,         /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY:
+                              * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says
+                              * when) */
+    VS_CMD_FAILOVER_GIVE_UP, /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
+    VS_CMD_PEER_DIFFERS,     /* value 1: a verification has found the destination different, so it stands in for the
+                              * source in nothing (vs_engine_config.read_fallback, switch_on_source_error,
+                              * VS_CMD_EXCHANGE), as from when one that runs finds so; 0: not any more */
+    VS_CMD_DISK_SIZE,        /* value: role; the event's value: how large the open disk is by now. -ENOTCONN: there is
+                              * none; -EBUSY: it was asked and has not answered yet */
+    VS_CMD_GROW_STOP         /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after
+                              * its end */
 };
 
 enum vs_start_flags {
@@ -204,8 +203,8 @@ enum vs_start_flags {
 };
 
 enum vs_exchange_flags {
-    VS_EXCHANGE_KEEP = 1,  /* keeps the mirror: the roles swap */
-    VS_EXCHANGE_ACCEPT = 2, /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
+    VS_EXCHANGE_KEEP = 1,     /* keeps the mirror: the roles swap */
+    VS_EXCHANGE_ACCEPT = 2,   /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
     VS_EXCHANGE_DIFFERENT = 4 /* although a verification has found the destination different; else -EBADE */
 };
 
@@ -233,7 +232,7 @@ struct vs_ring_addresses {
     uint64_t desc; /* frontend user addresses */
     uint64_t used;
     uint64_t avail;
-    uint64_t log;  /* guest address under which writes to "used" go into the dirty log; ~0: they do not */
+    uint64_t log; /* guest address under which writes to "used" go into the dirty log; ~0: they do not */
 };
 
 struct vs_mirror_start {
@@ -242,14 +241,14 @@ struct vs_mirror_start {
 };
 
 struct vs_exchange {
-    uint32_t flags;      /* enum vs_exchange_flags */
+    uint32_t flags; /* enum vs_exchange_flags */
     /* Where mark_value is stored with the exchange: it tells the next process that it took place; or NULL. */
     uint64_t *mark;
     uint64_t mark_value;
 };
 
 struct vs_verify {
-    uint32_t repair; /* 1: what differs is mended on the destination */
+    uint32_t repair;            /* 1: what differs is mended on the destination */
     uint64_t speed_bytes_per_s; /* 0: no limit */
 };
 
@@ -281,18 +280,12 @@ struct vs_command {
  * descriptors in the command (also when it then fails), unless 0 is returned. */
 uint64_t vs_engine_submit(vs_engine *engine, const struct vs_command *command);
 
-enum vs_mirror_state {
-    VS_PASSTHROUGH = 0,
-    VS_SYNCING = 1,
-    VS_STEADY = 2,
-    VS_AHEAD = 3,
-    VS_DEGRADED = 4
-};
+enum vs_mirror_state { VS_PASSTHROUGH = 0, VS_SYNCING = 1, VS_STEADY = 2, VS_AHEAD = 3, VS_DEGRADED = 4 };
 
 /* What moves it. */
 enum vs_mirror_event {
     VS_MIRROR_STARTED = 0,
-    VS_MIRROR_COPIED,       /* everything, and flushed */
+    VS_MIRROR_COPIED, /* everything, and flushed */
     VS_MIRROR_CONGESTED,
     VS_MIRROR_CATCHES_UP,
     VS_MIRROR_LOST,
@@ -319,7 +312,7 @@ enum vs_reason {
     VS_REASON_DESTINATION_TIMEOUT,
     VS_REASON_STOP_TIMEOUT,
     VS_REASON_SWITCH,
-    VS_REASON_CONGESTION,     /* the destination is too slow, and the guest is not to wait */
+    VS_REASON_CONGESTION, /* the destination is too slow, and the guest is not to wait */
     VS_REASON_CATCH_UP
 };
 
@@ -342,12 +335,12 @@ enum vs_event_kind {
 
 enum vs_breach {
     VS_BREACH_NONE = 0,
-    VS_BREACH_RING_ADDRESS,     /* a ring lies outside the memory table or is misaligned */
-    VS_BREACH_AVAILABLE_INDEX,  /* moved by more than the queue's size */
-    VS_BREACH_HEAD,             /* a head that is no descriptor */
-    VS_BREACH_CHAIN,            /* loops, leaves the table, or nests indirect tables */
-    VS_BREACH_INDIRECT,         /* an indirect table of a bad length or address */
-    VS_BREACH_NO_STATUS         /* no byte to write the status to */
+    VS_BREACH_RING_ADDRESS,    /* a ring lies outside the memory table or is misaligned */
+    VS_BREACH_AVAILABLE_INDEX, /* moved by more than the queue's size */
+    VS_BREACH_HEAD,            /* a head that is no descriptor */
+    VS_BREACH_CHAIN,           /* loops, leaves the table, or nests indirect tables */
+    VS_BREACH_INDIRECT,        /* an indirect table of a bad length or address */
+    VS_BREACH_NO_STATUS        /* no byte to write the status to */
 };
 
 enum vs_loss {
@@ -388,8 +381,13 @@ struct vs_op_stats {
 };
 
 enum vs_request_op {
-    VS_OP_READ = 0, VS_OP_WRITE = 1, VS_OP_FLUSH = 2, VS_OP_DISCARD = 3,
-    VS_OP_WRITE_ZEROES = 4, VS_OP_OTHER = 5, VS_REQUEST_OPS = 6
+    VS_OP_READ = 0,
+    VS_OP_WRITE = 1,
+    VS_OP_FLUSH = 2,
+    VS_OP_DISCARD = 3,
+    VS_OP_WRITE_ZEROES = 4,
+    VS_OP_OTHER = 5,
+    VS_REQUEST_OPS = 6
 };
 
 struct vs_queue_stats {
@@ -430,11 +428,11 @@ struct vs_snapshot {
     uint64_t lag_ns;
     uint64_t log_bytes_used;
     uint64_t copy_bytes_total;
-    uint64_t copy_bytes_done;    /* of copy_bytes_total; never falls within one copy */
-    uint64_t copy_bytes_sparse;  /* of copy_bytes_done: holes and zeroes that were not written out */
-    uint64_t differing_bytes;    /* where source and peer may differ, while one is tracked */
-    uint64_t bitmap_syncs;       /* flushes of the bitmap's file so far */
-    uint64_t verify_bytes_done;  /* of the last verification: looked at, among them */
+    uint64_t copy_bytes_done;   /* of copy_bytes_total; never falls within one copy */
+    uint64_t copy_bytes_sparse; /* of copy_bytes_done: holes and zeroes that were not written out */
+    uint64_t differing_bytes;   /* where source and peer may differ, while one is tracked */
+    uint64_t bitmap_syncs;      /* flushes of the bitmap's file so far */
+    uint64_t verify_bytes_done; /* of the last verification: looked at, among them */
     uint64_t verify_bytes_skipped;
     uint64_t verify_bytes_differing;
     uint64_t verify_bytes_repaired;
@@ -443,30 +441,30 @@ struct vs_snapshot {
     struct vs_range verify_ranges[64];
     uint32_t tracked;
     uint32_t bitmap_in_use;
-    uint64_t throttled_ns;       /* how long writes waited for room in the log */
-    uint64_t polled_ns;          /* how long the engine's thread looked for work before it slept */
+    uint64_t throttled_ns; /* how long writes waited for room in the log */
+    uint64_t polled_ns;    /* how long the engine's thread looked for work before it slept */
     uint64_t polls;
-    uint64_t poll_hits;          /* of these: something came */
-    uint64_t wakeups;            /* of the engine's thread */
-    uint64_t lent;               /* disk operations (parts of them) that other threads have done */
-    uint64_t syscalls;           /* io_uring_enter and notifications */
-    uint64_t requests_waiting;   /* flushes and write-through writes that wait */
+    uint64_t poll_hits;        /* of these: something came */
+    uint64_t wakeups;          /* of the engine's thread */
+    uint64_t lent;             /* disk operations (parts of them) that other threads have done */
+    uint64_t syscalls;         /* io_uring_enter and notifications */
+    uint64_t requests_waiting; /* flushes and write-through writes that wait */
     uint64_t events_lost;
     uint32_t doubt_count;
     struct vs_range doubt[64];
-    uint32_t spared_count;        /* of these: what the destination holds better, and no copy brings there */
+    uint32_t spared_count; /* of these: what the destination holds better, and no copy brings there */
     struct vs_range spared[64];
     struct vs_disk_stats disk[2]; /* by enum vs_disk_role */
     uint32_t unreadable_count;
     struct vs_range unreadable[64]; /* the copy could not read the source there: the destination lacks it */
-    uint32_t ahead_drained;       /* VS_EV_AHEAD_DRAINED was posted, and the state is still ahead */
+    uint32_t ahead_drained;         /* VS_EV_AHEAD_DRAINED was posted, and the state is still ahead */
     uint64_t reads_from_destination;
     uint64_t source_failovers;
     uint32_t failover_pending;
-    uint32_t paused;              /* a steady destination was lost, and flushes wait for another */
-    uint32_t pause_held;          /* of requests_waiting: those held by the pause */
-    uint64_t pause_ns;            /* how long it has lasted */
-    uint64_t pause_released;      /* requests that a frontend could not wait for, since the start */
+    uint32_t paused;         /* a steady destination was lost, and flushes wait for another */
+    uint32_t pause_held;     /* of requests_waiting: those held by the pause */
+    uint64_t pause_ns;       /* how long it has lasted */
+    uint64_t pause_released; /* requests that a frontend could not wait for, since the start */
 };
 
 /* Both copy what the last VS_CMD_SNAPSHOT prepared. */

@@ -49,7 +49,8 @@ uint64_t clock_gap_ns(struct clock_gaps *g, uint64_t passed_ns, uint64_t slept_n
 
 /* When the next part may begin, if one of so many bytes begins now (or at not_before_ns, where that is later).
  * speed_bytes_per_s 0: there is no limit. */
-static inline uint64_t clock_pace_ns(uint64_t not_before_ns, uint64_t now_ns, uint64_t bytes, uint64_t speed_bytes_per_s)
+static inline uint64_t clock_pace_ns(uint64_t not_before_ns, uint64_t now_ns, uint64_t bytes,
+                                     uint64_t speed_bytes_per_s)
 {
     uint64_t from_ns = not_before_ns > now_ns ? not_before_ns : now_ns;
     if (speed_bytes_per_s == 0)

@@ -57,7 +57,7 @@ struct io_thread {
     _Alignas(64) atomic_bool asleep;
     atomic_bool stop;
     atomic_ullong syscalls; /* its own writing */
-    unsigned lent; /* since the last wake-up: the data thread's */
+    unsigned lent;          /* since the last wake-up: the data thread's */
     struct io_threads *all;
     pthread_t thread;
     int wake_fd;

@@ -34,11 +34,11 @@ struct io_channel {
 };
 
 struct io_threads {
-    unsigned count;             /* with the data thread: 1 is that one alone */
-    struct io_thread *thread;   /* 1 .. count-1 */
-    int wake_fd;                /* wakes the data thread */
-    uint64_t lent, wakes;       /* jobs, and wake-ups of I/O threads, so far */
-    atomic_bool asleep;         /* the data thread is, or is about to be */
+    unsigned count;           /* with the data thread: 1 is that one alone */
+    struct io_thread *thread; /* 1 .. count-1 */
+    int wake_fd;              /* wakes the data thread */
+    uint64_t lent, wakes;     /* jobs, and wake-ups of I/O threads, so far */
+    atomic_bool asleep;       /* the data thread is, or is about to be */
 };
 
 /* First thing on every thread of the data plane, the data thread too. */

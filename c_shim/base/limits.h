@@ -76,7 +76,8 @@ static_assert(VS_SEGMENT_MAX + 2 <= REQUEST_IOV_MAX, "every legal request fits i
 static_assert((unsigned long)VS_SEGMENT_MAX * VS_SEGMENT_BYTES_MAX <= VS_REQUEST_BYTES_MAX,
               "every legal request is within the bound on its bytes");
 static_assert(BOUNCE_BYTES >= VS_REQUEST_BYTES_MAX, "the largest request can be bounced");
-static_assert(URING_WORKERS > REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4, "a destination that hangs leaves workers to the source");
+static_assert(URING_WORKERS > REPLICA_DEPTH + FALLBACK_DEPTH + COPY_DEPTH_MAX + 2 * VERIFY_DEPTH + 4,
+              "a destination that hangs leaves workers to the source");
 static_assert(EVENTS_MAX >= 2 * VS_COMMANDS_MAX, "every command's completion has a place among the events");
 static_assert(URING_CQ_ENTRIES >= DISK_IO_MAX + VS_MAX_QUEUES * VS_MAX_ATTACHMENTS,
               "what is in flight, and each queue's poll, has a place for a completion (the kernel keeps the rest)");

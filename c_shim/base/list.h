@@ -17,8 +17,8 @@ struct list {
 /* clang-format on */
 #define list_each(node, head) for (struct list *node = (head)->next; node != (head); node = node->next)
 /* The node at hand may be removed, and no other. */
-#define list_each_safe(node, head)                                                                 \
-    for (struct list *node = (head)->next, *node##_next = node->next; node != (head);              \
+#define list_each_safe(node, head)                                                    \
+    for (struct list *node = (head)->next, *node##_next = node->next; node != (head); \
          node = node##_next, node##_next = node->next)
 
 static inline void list_init(struct list *l)

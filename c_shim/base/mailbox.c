@@ -91,7 +91,8 @@ bool mailbox_stopped(struct mailbox *m)
 void mailbox_post(struct mailbox *m, const struct vs_event *event)
 {
     /* State changes are few and commands bounded, so only I/O errors can be dropped. */
-    bool may_drop = event->kind == VS_EV_IO_ERROR || event->kind == VS_EV_QUEUE_BROKEN || event->kind == VS_EV_READ_FALLBACK;
+    bool may_drop =
+        event->kind == VS_EV_IO_ERROR || event->kind == VS_EV_QUEUE_BROKEN || event->kind == VS_EV_READ_FALLBACK;
     pthread_mutex_lock(&m->lock);
     if (m->event_count == EVENTS_MAX || (may_drop && m->event_count >= EVENTS_MAX / 4)) {
         m->events_lost++;

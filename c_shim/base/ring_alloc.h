@@ -17,10 +17,10 @@ struct ring_slot {
 
 struct ring_alloc {
     uint8_t *base;
-    uint64_t bytes;          /* of the ring; a multiple of the unit */
+    uint64_t bytes; /* of the ring; a multiple of the unit */
     uint32_t unit_bytes;
     uint32_t slot_count;
-    struct ring_slot *slots; /* slot number modulo slot_count */
+    struct ring_slot *slots;       /* slot number modulo slot_count */
     uint64_t head_slot, tail_slot; /* free-running */
     uint64_t head, tail;           /* free-running positions */
 };

@@ -163,8 +163,7 @@ unsigned uring_reap(struct uring *u)
 {
     struct io_uring_cqe *cqe;
     unsigned head, seen = 0;
-    io_uring_for_each_cqe(&u->ring, head, cqe)
-    {
+    io_uring_for_each_cqe(&u->ring, head, cqe) {
         struct uring_op *op = io_uring_cqe_get_data(cqe);
         seen++;
         if (!op)

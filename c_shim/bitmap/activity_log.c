@@ -150,8 +150,7 @@ void activity_leave(struct activity *a, uint64_t offset, uint64_t length)
 /* The least recently used that nobody writes to; NULL: there is none. */
 static struct active_extent *evictable(struct activity *a)
 {
-    list_each(node, &a->active)
-    {
+    list_each(node, &a->active) {
         struct active_extent *s = container_of(node, struct active_extent, link);
         if (s->state == EXTENT_ACTIVE && s->writes == 0)
             return s;
@@ -216,8 +215,8 @@ static void step(struct activity *a, enum activity_step to)
     a->in_flight++;
     if (to == ACTIVITY_WRITE) {
         uint64_t offset = bitmap_log_offset(a->bitmap, a->bitmap->log_sequence) + a->written;
-        io_uring_prep_write(sqe, a->bitmap->fd, a->buffer + a->written,
-                            (unsigned)(a->bitmap->log_bytes - a->written), offset);
+        io_uring_prep_write(sqe, a->bitmap->fd, a->buffer + a->written, (unsigned)(a->bitmap->log_bytes - a->written),
+                            offset);
     } else {
         a->syncs++;
         tell_sync(a->bitmap, true);
@@ -242,8 +241,7 @@ static void begin(struct activity *a)
 {
     bool evicted = false, claimed = false;
     struct list *stopped_at = &a->waiting;
-    list_each(node, &a->waiting)
-    {
+    list_each(node, &a->waiting) {
         if (claim(a, container_of(node, struct activity_wait, link), &evicted, &claimed))
             continue;
         stopped_at = node->next;
@@ -298,8 +296,7 @@ static void stepped(struct uring_op *op, int result, unsigned flags)
 
 static void let_in(struct activity *a, bool all)
 {
-    list_each_safe(node, &a->waiting)
-    {
+    list_each_safe(node, &a->waiting) {
         struct activity_wait *w = container_of(node, struct activity_wait, link);
         if (!all && !try_enter(a, w->offset, w->length))
             return; /* in their order: a wide one is not starved */

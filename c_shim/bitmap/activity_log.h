@@ -20,9 +20,9 @@ enum activity_step { ACTIVITY_IDLE, ACTIVITY_SYNC_BITS, ACTIVITY_WRITE, ACTIVITY
 enum extent_state { EXTENT_FREE, EXTENT_COMING, EXTENT_ACTIVE, EXTENT_LEAVING };
 
 struct active_extent {
-    struct list link;      /* in "active", the least recently used first; or in "idle" (free) */
+    struct list link; /* in "active", the least recently used first; or in "idle" (free) */
     uint64_t extent;
-    uint32_t writes;       /* on their way in it */
+    uint32_t writes; /* on their way in it */
     enum extent_state state;
 };
 
@@ -36,19 +36,19 @@ struct activity_wait {
 
 struct activity {
     struct uring *uring;
-    struct mailbox *mailbox;    /* told of a failure */
-    struct vs_bitmap *bitmap;   /* NULL: there is none (any more) */
+    struct mailbox *mailbox;  /* told of a failure */
+    struct vs_bitmap *bitmap; /* NULL: there is none (any more) */
     struct active_extent *slots;
-    uint32_t *slot_of;          /* by extent; 0: none, else slot number + 1 */
+    uint32_t *slot_of; /* by extent; 0: none, else slot number + 1 */
     struct list active, idle;
-    struct list waiting;        /* struct activity_wait, in the order in which they came */
+    struct list waiting; /* struct activity_wait, in the order in which they came */
     enum activity_step step;
-    bool failed;                /* told; waits until the control plane has made the bitmap void */
+    bool failed; /* told; waits until the control plane has made the bitmap void */
     struct uring_op op;
     unsigned in_flight;
-    uint8_t *buffer;            /* the copy of the log under way */
-    uint64_t written;           /* of it */
-    uint64_t syncs;             /* metadata flushes so far */
+    uint8_t *buffer;  /* the copy of the log under way */
+    uint64_t written; /* of it */
+    uint64_t syncs;   /* metadata flushes so far */
 };
 
 /* b: NULL, or a bitmap's file that is open. */

@@ -89,8 +89,8 @@ static bool shape_ok(const struct vs_bitmap_shape *s)
            (s->region_bytes & (s->region_bytes - 1)) == 0 &&
            s->capacity_bytes / s->region_bytes < VS_BITMAP_REGIONS_MAX && s->extents >= VS_EXTENTS_MIN &&
            s->extents <= VS_EXTENTS_MAX && s->extent_bytes >= s->region_bytes &&
-           s->extent_bytes <= VS_EXTENT_BYTES_MAX && s->extents - 2 >= 2 * (DISCARD_BYTES_MAX / s->extent_bytes + 1) && (s->extent_bytes & (s->extent_bytes - 1)) == 0 &&
-           s->capacity_bytes / s->extent_bytes < UINT32_MAX;
+           s->extent_bytes <= VS_EXTENT_BYTES_MAX && s->extents - 2 >= 2 * (DISCARD_BYTES_MAX / s->extent_bytes + 1) &&
+           (s->extent_bytes & (s->extent_bytes - 1)) == 0 && s->capacity_bytes / s->extent_bytes < UINT32_MAX;
 }
 
 static void lay_out(struct vs_bitmap *b)

@@ -26,8 +26,8 @@ struct vs_bitmap {
     int fd;
     struct vs_bitmap_shape shape;
     uint64_t words, blocks;
-    uint64_t log_bytes;    /* of one copy of the activity log */
-    uint8_t *map;          /* of the bit blocks */
+    uint64_t log_bytes; /* of one copy of the activity log */
+    uint8_t *map;       /* of the bit blocks */
     uint64_t map_bytes;
     int sigbus_slot;
     uint64_t log_sequence; /* of the newest copy */

@@ -25,7 +25,7 @@ struct heartbeat {
     bool in_flight;
     /* There was a destination at the last look: one that has gone since is ours up to now, and no longer. */
     bool attached;
-    uint64_t changes_seen; /* of disk_host.changes */
+    uint64_t changes_seen;        /* of disk_host.changes */
     struct heartbeat_until until; /* as it is in the file, or on its way there */
 };
 

@@ -39,9 +39,9 @@ struct disk_work {
 
 struct disk_io {
     /* Set by the caller. */
-    uint32_t kind; /* enum vs_disk_op, or enum vs_disk_errand */
+    uint32_t kind;    /* enum vs_disk_op, or enum vs_disk_errand */
     bool to_data_end; /* VS_DISK_EXTENTS: how far the data goes is wanted, too */
-    bool may_unmap; /* VS_DISK_ZERO: the range may become a hole */
+    bool may_unmap;   /* VS_DISK_ZERO: the range may become a hole */
     uint64_t offset;
     uint64_t length;
     struct iovec *iov; /* read and write: adds up to length; as it was again at done() */
@@ -63,7 +63,7 @@ struct disk_io {
 struct disk_host {
     struct uring *uring;
     struct io_threads threads;
-    uint64_t now_ns; /* CLOCK_MONOTONIC, read once per pass of the engine's loop */
+    uint64_t now_ns;  /* CLOCK_MONOTONIC, read once per pass of the engine's loop */
     uint64_t changes; /* counts what may give a disk's file a new time, when it begins and when it is over */
     struct list done;
     /* Completions from other threads (test disks): lock guards remote. */
@@ -74,11 +74,11 @@ struct disk_host {
 
 /* Errands are asynchronous, and each may be left out. */
 enum disk_can {
-    DISK_TELLS_EXTENTS = 1u << 0, /* VS_DISK_EXTENTS; else all of the disk counts as data */
-    DISK_TELLS_SIZE = 1u << 1,    /* VS_DISK_SIZE; else it stays as large as it was when it was opened */
-    DISK_CLOSES_LATER = 1u << 2,  /* VS_DISK_CLOSE, for closing may block; else ops->close() does all of it */
+    DISK_TELLS_EXTENTS = 1u << 0,        /* VS_DISK_EXTENTS; else all of the disk counts as data */
+    DISK_TELLS_SIZE = 1u << 1,           /* VS_DISK_SIZE; else it stays as large as it was when it was opened */
+    DISK_CLOSES_LATER = 1u << 2,         /* VS_DISK_CLOSE, for closing may block; else ops->close() does all of it */
     DISK_FORGETS_FAILED_FLUSH = 1u << 3, /* a flush after one that has failed may succeed without the data */
-    DISK_CAN_BE_CUT_OFF = 1u << 4, /* ops->cut_off() */
+    DISK_CAN_BE_CUT_OFF = 1u << 4,       /* ops->cut_off() */
 };
 
 struct disk_ops {
@@ -102,7 +102,7 @@ struct vs_disk {
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by work.progress_ns */
     struct disk_io closing;
-    void *closing_for;           /* of disk_close_later() */
+    void *closing_for; /* of disk_close_later() */
     struct vs_disk_stats stats;
 };
 

@@ -130,7 +130,8 @@ static struct outlook outlook(const struct vs_engine *e)
 {
     return (struct outlook){
         .takes_up = guest_is_taken_up(&e->guest.load),
-        .disk = e->mirror.source.disk->stats.in_flight > 0 || (e->mirror.destination.disk && e->mirror.destination.disk->stats.in_flight > 0),
+        .disk = e->mirror.source.disk->stats.in_flight > 0 ||
+                (e->mirror.destination.disk && e->mirror.destination.disk->stats.in_flight > 0),
         .flush = e->mirror.flush.waiting > 0,
         .flushed_ns = e->mirror.flush.answered_ns,
     };
@@ -140,9 +141,11 @@ static struct outlook outlook(const struct vs_engine *e)
 static uint64_t wait_ns(const struct vs_engine *e)
 {
     uint64_t deadline = UINT64_MAX, patience = patience_ends_ns(e), now;
-    bool queues = guest_is_taken_up(&e->guest.load) && (!list_empty(&e->guest.frontends.ready) || (e->guest.room && !list_empty(&e->guest.frontends.stalled)));
-    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->mirror.difference.more || e->mirror.verifier.more || e->quit ||
-        read_fallback_due(&e->guest) || source_failover_due(&e->guest, e->gate == GATE_CLOSED) || e->mirror.state.durability_changed)
+    bool queues = guest_is_taken_up(&e->guest.load) && (!list_empty(&e->guest.frontends.ready) ||
+                                                        (e->guest.room && !list_empty(&e->guest.frontends.stalled)));
+    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->mirror.difference.more ||
+        e->mirror.verifier.more || e->quit || read_fallback_due(&e->guest) ||
+        source_failover_due(&e->guest, e->gate == GATE_CLOSED) || e->mirror.state.durability_changed)
         return 0;
     if (e->mirror.tap.retry_ns && guest_is_taken_up(&e->guest.load) && !list_empty(&e->guest.frontends.stalled))
         deadline = e->mirror.tap.retry_ns;
@@ -198,7 +201,8 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     attachments_check_memory(&e->guest.frontends);
     gate_pump(e);
     /* After all that may change a disk. */
-    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes, e->mirror.destination.disk || e->mirror.destination.former);
+    heartbeat_pump(&e->heartbeat, &e->activity, e->host.changes,
+                   e->mirror.destination.disk || e->mirror.destination.former);
     io_threads_wake(&e->host.threads);
 }
 
@@ -359,18 +363,20 @@ static bool ranges_ok(const struct vs_range *range, uint32_t count, uint64_t cap
 
 static bool doubt_ok(const struct vs_engine_config *c)
 {
-    return ranges_ok(c->doubt, c->doubt_count, c->capacity_bytes) && ranges_ok(c->spared, c->spared_count, c->capacity_bytes);
+    return ranges_ok(c->doubt, c->doubt_count, c->capacity_bytes) &&
+           ranges_ok(c->spared, c->spared_count, c->capacity_bytes);
 }
 
 static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
 {
     uint32_t region = c->dirty_region_bytes;
     return (c->block_bytes == 512 || c->block_bytes == 4096) && c->capacity_bytes > 0 &&
-           c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes && c->threads >= 1 && c->threads <= VS_THREADS_MAX &&
-           source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 && region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX &&
-           (region & (region - 1)) == 0 &&
+           c->capacity_bytes % c->block_bytes == 0 && c->capacity_bytes <= source->bytes && c->threads >= 1 &&
+           c->threads <= VS_THREADS_MAX && source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 &&
+           region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX && (region & (region - 1)) == 0 &&
            (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region)) && doubt_ok(c) &&
-           (!c->pull_ahead || (c->congestion_fill_bytes > 0 && c->congestion_fill_bytes <= c->log_bytes && c->ahead_backoff_us > 0));
+           (!c->pull_ahead ||
+            (c->congestion_fill_bytes > 0 && c->congestion_fill_bytes <= c->log_bytes && c->ahead_backoff_us > 0));
 }
 
 int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step)
@@ -433,7 +439,8 @@ uint32_t vs_engine_destroy(vs_engine *e)
     while (sem_wait(&e->ended) < 0)
         ;
     if (!e->quit)
-        return 1u << VS_SOURCE | 1u << VS_DESTINATION; /* a disk still owns buffers: they stay mapped until the process ends */
+        return 1u << VS_SOURCE |
+               1u << VS_DESTINATION; /* a disk still owns buffers: they stay mapped until the process ends */
     pthread_join(e->thread, NULL);
     unanswered = mirror_unanswered(&e->mirror);
     disk_close(e->mirror.source.disk);

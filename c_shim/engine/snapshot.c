@@ -15,9 +15,13 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->mirror_state = e->mirror.state.now;
     s->gated = e->gate != GATE_OPEN;
     s->record_pending = e->mirror.state.record != RECORD_WRITTEN;
-    s->fenced = e->mirror.destination.former ? e->mirror.destination.former->stats.in_flight + !e->mirror.destination.former->stats.in_flight : 0;
+    s->fenced = e->mirror.destination.former
+                    ? e->mirror.destination.former->stats.in_flight + !e->mirror.destination.former->stats.in_flight
+                    : 0;
     s->write_cache = e->guest.frontends.write_cache;
-    s->active_attachment = e->guest.frontends.active ? (uint32_t)(e->guest.frontends.active - e->guest.frontends.attachment) : VS_MAX_ATTACHMENTS;
+    s->active_attachment = e->guest.frontends.active
+                               ? (uint32_t)(e->guest.frontends.active - e->guest.frontends.attachment)
+                               : VS_MAX_ATTACHMENTS;
     s->counts = e->mirror.counts;
     s->lag_bytes = lag.bytes;
     s->lag_writes = lag.writes;
@@ -38,7 +42,8 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
     s->verify_range_count = e->mirror.verifier.differing.count;
     memcpy(s->verify_ranges, e->mirror.verifier.differing.range, sizeof s->verify_ranges);
     s->differing_bytes = e->mirror.difference.tracked ? dirty_map_bytes(&e->mirror.difference.differs) : 0;
-    s->throttled_ns = e->mirror.tap.waited_ns + (e->mirror.tap.waits_since_ns ? engine_now(e) - e->mirror.tap.waits_since_ns : 0);
+    s->throttled_ns =
+        e->mirror.tap.waited_ns + (e->mirror.tap.waits_since_ns ? engine_now(e) - e->mirror.tap.waits_since_ns : 0);
     s->polled_ns = e->guest.poller.polled_ns;
     s->polls = e->guest.poller.polls;
     s->poll_hits = e->guest.poller.hits;

@@ -59,8 +59,7 @@ void drains_free(struct vs_engine *e)
 {
     if (!e->mirror.flush.waiters.next)
         return;
-    list_each_safe(node, &e->mirror.flush.waiters)
-    {
+    list_each_safe(node, &e->mirror.flush.waiters) {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         if (w->done == drain_done)
             free(container_of(w, struct drain, waiter));
@@ -117,7 +116,8 @@ static bool drained(const struct vs_engine *e)
 {
     /* What is parked, or waits for something that is, has nothing in flight (source_failover.c). */
     return (e->guest.load.in_flight == 0 || e->guest.failover.pending) && log_drained(&e->mirror.log) &&
-           e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 && e->mirror.destination.disk->stats.in_flight == 0;
+           e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 &&
+           e->mirror.destination.disk->stats.in_flight == 0;
 }
 
 void gate_pump(struct vs_engine *e)

@@ -68,8 +68,8 @@ struct guest {
     struct read_fallback read_fallback;
     struct source_failover failover;
     struct ring_alloc bounce;
-    bool room;              /* something was given back that a stalled queue may wait for */
-    unsigned taken_in_pass; /* requests */
+    bool room;                /* something was given back that a stalled queue may wait for */
+    unsigned taken_in_pass;   /* requests */
     struct request *requests; /* REQUEST_SLOTS, of which so many were ever used */
     unsigned requests_made;
     struct list free_requests;

@@ -16,7 +16,7 @@
 
 struct kick_watch {
     struct uring_op op, empty_op;
-    struct list link;    /* kick_watches.all */
+    struct list link;           /* kick_watches.all */
     struct kick_target *target; /* NULL: nobody cares any more */
     struct bells *bells;
     int fd;
@@ -168,8 +168,7 @@ void kick_watch_stop(struct kick_target *target)
 
 void kick_watches_stop_emptying(struct kick_watches *all)
 {
-    list_each(node, &all->all)
-    {
+    list_each(node, &all->all) {
         struct kick_watch *w = container_of(node, struct kick_watch, link);
         if (w->emptying)
             cancel(w, &w->empty_op);

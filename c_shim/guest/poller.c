@@ -105,8 +105,7 @@ bool poller_keeps(struct poller *p, struct queue *q)
 static bool look_at_rings(struct poller *p)
 {
     bool found = false;
-    list_each_safe(node, &p->rings)
-    {
+    list_each_safe(node, &p->rings) {
         struct queue *q = container_of(node, struct queue, ready_link);
         if (!virtqueue_has_more(&q->vq))
             continue;

@@ -30,14 +30,14 @@ struct outlook {
 
 struct poller {
     struct disk_host *host; /* its ring and its threads are looked at, too */
-    uint64_t fixed_ns;   /* where it is not adaptive: so long each time; 0: never */
-    bool adaptive;       /* only where it has paid lately */
-    bool willing;        /* rings that are found empty are looked at again, and not asked for a kick */
-    struct list rings;   /* these, by queue.ready_link */
+    uint64_t fixed_ns;      /* where it is not adaptive: so long each time; 0: never */
+    bool adaptive;          /* only where it has paid lately */
+    bool willing;           /* rings that are found empty are looked at again, and not asked for a kick */
+    struct list rings;      /* these, by queue.ready_link */
     struct expectation guest, disk;
     uint64_t not_before_ns; /* the core was wanted by somebody else: not again until then */
     uint64_t back_off_ns;
-    uint64_t polled_ns;  /* spent looking, in all */
+    uint64_t polled_ns; /* spent looking, in all */
     uint64_t polls, hits;
 };
 

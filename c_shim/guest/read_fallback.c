@@ -141,8 +141,7 @@ void read_fallback_pump(struct guest *g)
     struct read_fallback *f = &g->read_fallback;
     if (g->mirror->state.now != VS_STEADY)
         leave_destination(f);
-    list_each_safe(node, &f->waiting)
-    {
+    list_each_safe(node, &f->waiting) {
         struct request *r = container_of(node, struct request, link);
         if (!trusted(g, r) || g->host->now_ns >= r->waits_since_ns + patience_ns(g))
             answer_with_error(r);
@@ -173,8 +172,7 @@ uint64_t read_fallback_deadline_ns(const struct guest *g)
 bool read_fallback_waits(const struct guest *g, const struct queue *q)
 {
     const struct read_fallback *f = &g->read_fallback;
-    list_each(node, &f->waiting)
-    {
+    list_each(node, &f->waiting) {
         if (container_of(node, struct request, link)->queue == q)
             return true;
     }

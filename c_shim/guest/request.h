@@ -25,11 +25,11 @@ struct request {
     struct queue *queue;
     struct mem_table *table; /* pinned; NULL: not in flight */
     uint16_t head;
-    bool write_through;     /* latched at pop */
+    bool write_through; /* latched at pop */
     uint64_t taken_ns;
-    uint64_t generation;    /* once the source has completed it; of a read: what the destination must hold */
+    uint64_t generation;     /* once the source has completed it; of a read: what the destination must hold */
     uint64_t waits_since_ns; /* for the destination */
-    int parked_error;       /* why it is parked; 0: others are */
+    int parked_error;        /* why it is parked; 0: others are */
     struct mirrored_write write;
     uint8_t *bounce;
     int64_t bounce_slot;
@@ -38,7 +38,7 @@ struct request {
     struct disk_io io;
     struct flush_waiter flush;
     struct activity_wait activity;
-    bool in_extents; /* it has entered the activity log */
+    bool in_extents;        /* it has entered the activity log */
     struct blk_request blk; /* last: the iovec array is large and mostly cold */
 };
 

@@ -394,8 +394,7 @@ void request_path_pump(struct guest *g)
     if (g->failover.pending)
         return;
     /* One that needs a buffer on the new disk may have to wait for it. */
-    list_each_safe(node, &g->failover.parked)
-    {
+    list_each_safe(node, &g->failover.parked) {
         struct request *r = container_of(node, struct request, link);
         if (!r->parked_error && !suits_source(r))
             continue;

@@ -105,8 +105,7 @@ void source_failover_over(struct guest *g)
     if (!g->failover.pending)
         return;
     g->failover.count++;
-    list_each(node, &g->failover.parked)
-    {
+    list_each(node, &g->failover.parked) {
         container_of(node, struct request, link)->parked_error = 0;
     }
     end(g);

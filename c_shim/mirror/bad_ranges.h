@@ -12,9 +12,9 @@
 #include "range_set.h"
 
 struct bad_ranges {
-    struct range_set doubt;      /* a write of the source failed there */
-    struct range_set spared;     /* of these: what the destination holds better, so that no copy brings it there */
-    struct range_set soon;       /* spared once the destination holds durably all up to generation "soon_at" */
+    struct range_set doubt;  /* a write of the source failed there */
+    struct range_set spared; /* of these: what the destination holds better, so that no copy brings it there */
+    struct range_set soon;   /* spared once the destination holds durably all up to generation "soon_at" */
     uint64_t soon_at;
     struct range_set unreadable; /* the copy could not read the source there, so the destination lacks it */
     uint64_t healed_at;          /* generation of the last write that has taken something off "unreadable" */

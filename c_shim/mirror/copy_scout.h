@@ -14,8 +14,8 @@
 struct copy_scout {
     const struct destination *destination;
     bool asking, hole;
-    uint64_t from, end;  /* the range of which it is known */
-    uint64_t epoch;      /* of the mirror for which it was asked */
+    uint64_t from, end; /* the range of which it is known */
+    uint64_t epoch;     /* of the mirror for which it was asked */
     struct disk_io io;
 };
 

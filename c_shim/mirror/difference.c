@@ -172,8 +172,7 @@ static void rotate(struct difference *d)
     d->settling = d->recent;
     d->recent = empty;
     d->rooms.listener->mark_in_flight(d->rooms.listener);
-    list_each(node, &d->markers)
-    {
+    list_each(node, &d->markers) {
         struct marker *m = container_of(node, struct marker, link);
         m->mark_in_flight(m);
     }
@@ -235,7 +234,8 @@ static bool region_is_kept(const struct difference *d, uint64_t region)
     uint64_t offset = region << m->region_shift, length = 1ull << m->region_shift;
     if (offset + length > m->capacity_bytes)
         length = m->capacity_bytes - offset;
-    return dirty_map_any_dirty(&d->rooms.uncopied->regions, offset, length) || bad_ranges_overlap(d->rooms.bad, offset, length);
+    return dirty_map_any_dirty(&d->rooms.uncopied->regions, offset, length) ||
+           bad_ranges_overlap(d->rooms.bad, offset, length);
 }
 
 static void settle(struct difference *d)
@@ -268,13 +268,14 @@ static bool begins(const struct difference *d)
 /* The one that begins with ahead covers all that was on its way then, a repair too. */
 static bool held_up(const struct difference *d)
 {
-    return d->rooms.state->now == VS_AHEAD && (d->flushes || d->rooms.uncopied->in_flight || d->rooms.destination->disk->stats.in_flight);
+    return d->rooms.state->now == VS_AHEAD &&
+           (d->flushes || d->rooms.uncopied->in_flight || d->rooms.destination->disk->stats.in_flight);
 }
 
 static bool counts_cover(const struct difference *d)
 {
-    return d->rooms.state->now == VS_STEADY && !d->rooms.uncopied->growing && d->rooms.counts->writes_flushed >= d->generation &&
-           counts_source_holds(d->rooms.counts, d->generation);
+    return d->rooms.state->now == VS_STEADY && !d->rooms.uncopied->growing &&
+           d->rooms.counts->writes_flushed >= d->generation && counts_source_holds(d->rooms.counts, d->generation);
 }
 
 void difference_pump(struct difference *d)
@@ -297,6 +298,7 @@ void difference_pump(struct difference *d)
 
 uint64_t difference_deadline_ns(const struct difference *d)
 {
-    bool waits = begins(d) || (d->step == CHECKPOINT_MIRRORING && guest_is_taken_up(d->rooms.load) && d->next_ns > d->rooms.host->now_ns);
+    bool waits = begins(d) || (d->step == CHECKPOINT_MIRRORING && guest_is_taken_up(d->rooms.load) &&
+                               d->next_ns > d->rooms.host->now_ns);
     return d->tracked && runs(d) && waits ? d->next_ns : UINT64_MAX;
 }

@@ -54,17 +54,17 @@ struct difference {
     struct difference_rooms rooms;
     struct list markers;
     uint64_t interval_ns;
-    bool tracked;  /* a peer is known: every write marks its region */
+    bool tracked; /* a peer is known: every write marks its region */
     struct dirty_map differs;
     struct dirty_map recent;   /* changed since the checkpoint began (or since the last one) */
     struct dirty_map settling; /* changed before it began */
     enum checkpoint_step step;
-    bool more;                 /* settling has to go on: call again without waiting */
-    uint64_t generation;       /* the checkpoint covers the writes up to it */
-    uint64_t word;             /* how far it has settled */
-    uint64_t next_ns;          /* of the next step that time brings */
-    uint64_t epoch;            /* of the mirror, when the flushes began */
-    unsigned flushes;          /* of its own, in flight */
+    bool more;           /* settling has to go on: call again without waiting */
+    uint64_t generation; /* the checkpoint covers the writes up to it */
+    uint64_t word;       /* how far it has settled */
+    uint64_t next_ns;    /* of the next step that time brings */
+    uint64_t epoch;      /* of the mirror, when the flushes began */
+    unsigned flushes;    /* of its own, in flight */
     bool flush_failed;
     uint64_t source_generation, destination_prefix; /* G and M when they began */
     struct disk_io source_io;

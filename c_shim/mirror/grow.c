@@ -45,7 +45,8 @@ static int refusal(const struct grow *g, const struct vs_grow *wanted)
     if (g->running || g->undoing || g->rooms.load->holds ||
         (state != VS_PASSTHROUGH && state != VS_DEGRADED && state != VS_STEADY))
         return -EBUSY;
-    if (wanted->capacity_bytes <= g->rooms.source->capacity_bytes || wanted->capacity_bytes % g->rooms.source->block_bytes)
+    if (wanted->capacity_bytes <= g->rooms.source->capacity_bytes ||
+        wanted->capacity_bytes % g->rooms.source->block_bytes)
         return -EINVAL;
     if (wanted->source_bytes < wanted->capacity_bytes ||
         (destination_attached(g->rooms.destination) && wanted->destination_bytes < wanted->capacity_bytes))
@@ -59,10 +60,11 @@ static int grow_maps(struct grow *g, uint64_t capacity_bytes)
     struct difference *d = g->rooms.difference;
     struct vs_bitmap *bitmap = g->rooms.activity->bitmap;
     int rc;
-    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes && ((rc = activity_grow(g->rooms.activity, capacity_bytes)) < 0 ||
-                               (rc = bitmap_grow(bitmap, capacity_bytes)) < 0))
+    if (bitmap && capacity_bytes > bitmap->shape.capacity_bytes &&
+        ((rc = activity_grow(g->rooms.activity, capacity_bytes)) < 0 || (rc = bitmap_grow(bitmap, capacity_bytes)) < 0))
         return rc;
-    if ((rc = dirty_map_grow(&g->rooms.uncopied->regions, capacity_bytes)) < 0 || (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
+    if ((rc = dirty_map_grow(&g->rooms.uncopied->regions, capacity_bytes)) < 0 ||
+        (rc = dirty_map_grow(&d->recent, capacity_bytes)) < 0 ||
         (rc = dirty_map_grow(&d->settling, capacity_bytes)) < 0)
         return rc;
     return dirty_map_grow(&d->differs, capacity_bytes);

@@ -43,9 +43,9 @@ struct grow_rooms {
 struct grow {
     struct grow_rooms rooms;
     struct copy_of_growth copy;
-    bool running;        /* the new range is being copied to the destination */
+    bool running; /* the new range is being copied to the destination */
     bool flushing;
-    bool undoing;        /* it was stopped, and the maps are still those of the larger disk */
+    bool undoing; /* it was stopped, and the maps are still those of the larger disk */
     uint64_t token;
     uint64_t capacity_bytes;
     struct destination_io flush;

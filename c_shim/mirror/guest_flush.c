@@ -24,7 +24,6 @@
 #include "mirror_state.h"
 #include "source.h"
 
-
 static void source_flushed(struct disk_io *io);
 static void destination_flushed(struct destination_io *io, bool current);
 
@@ -80,8 +79,7 @@ static void flush_source(struct guest_flush *f)
     f->source_in_flight = true;
     f->source_number++;
     f->source_generation = f->rooms.counts->source_generation;
-    list_each(node, &f->waiters)
-    {
+    list_each(node, &f->waiters) {
         container_of(node, struct flush_waiter, link)->source_flush = f->source_number;
     }
     disk_submit(f->rooms.source->disk, &f->source_io);
@@ -104,8 +102,7 @@ static void source_flushed(struct disk_io *io)
 void guest_flush_source_failed(struct guest_flush *f, uint64_t number, int error)
 {
     /* Theirs is an I/O error, whatever the destination holds; who came later has a flush to come. */
-    list_each_safe(node, &f->waiters)
-    {
+    list_each_safe(node, &f->waiters) {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         if (w->source_flush == number && !w->destination_only && !counts_source_holds(f->rooms.counts, w->generation))
             let_go(f, w, error);
@@ -166,8 +163,7 @@ unsigned guest_flush_paused(const struct guest_flush *f, const void *owner)
         return 0;
     if (!owner)
         return f->guest_waiting - f->guest_released;
-    list_each(node, &f->waiters)
-    {
+    list_each(node, &f->waiters) {
         const struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         held += w->owner == owner && held_by_pause(f, w);
     }
@@ -177,8 +173,7 @@ unsigned guest_flush_paused(const struct guest_flush *f, const void *owner)
 unsigned guest_flush_release(struct guest_flush *f, const void *owner)
 {
     unsigned released = 0;
-    list_each(node, &f->waiters)
-    {
+    list_each(node, &f->waiters) {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         if (w->owner != owner || !held_by_pause(f, w))
             continue;
@@ -194,8 +189,7 @@ unsigned guest_flush_release(struct guest_flush *f, const void *owner)
 
 static void decide(struct guest_flush *f, bool *want_source, bool *want_destination)
 {
-    list_each_safe(node, &f->waiters)
-    {
+    list_each_safe(node, &f->waiters) {
         struct flush_waiter *w = container_of(node, struct flush_waiter, link);
         int destination = destination_holds(f, w);
         bool source = w->destination_only || counts_source_holds(f->rooms.counts, w->generation);

@@ -21,11 +21,11 @@ struct source;
 struct flush_waiter {
     struct list link;
     uint64_t since_ns;
-    uint64_t generation;    /* flush_request: all up to it is to be durable */
-    uint64_t source_flush;  /* number of the source flush that it shares; 0: none yet */
-    const void *owner;      /* the queue of a request; NULL: the control plane's */
-    bool destination_only;  /* a source that cannot be flushed must be possible to leave */
-    bool released;          /* no pause holds it: its frontend could not wait any longer */
+    uint64_t generation;   /* flush_request: all up to it is to be durable */
+    uint64_t source_flush; /* number of the source flush that it shares; 0: none yet */
+    const void *owner;     /* the queue of a request; NULL: the control plane's */
+    bool destination_only; /* a source that cannot be flushed must be possible to leave */
+    bool released;         /* no pause holds it: its frontend could not wait any longer */
     /* Called once, with 0 or a negative errno. */
     void (*done)(struct flush_waiter *w, int result);
 };
@@ -53,7 +53,7 @@ struct guest_flush {
     uint64_t source_number;      /* of the source flush that began last */
     uint64_t source_generation;  /* G when it began */
     uint64_t destination_prefix; /* M when it began */
-    uint64_t answered_ns; /* when somebody was let go last */
+    uint64_t answered_ns;        /* when somebody was let go last */
 };
 
 void guest_flush_init(struct guest_flush *f, const struct guest_flush_rooms *rooms);

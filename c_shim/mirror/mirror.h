@@ -30,7 +30,7 @@
 struct steady_flush {
     struct destination_io io;
     bool in_flight;
-    uint64_t prefix;        /* what was on the destination when it began */
+    uint64_t prefix; /* what was on the destination when it began */
     uint64_t capture_epoch;
 };
 
@@ -46,8 +46,8 @@ struct mirror_host {
 
 struct mirror {
     struct mirror_host given;
-    uint64_t timeout_ns;   /* of the destination */
-    bool pauses;           /* on_destination_error=pause */
+    uint64_t timeout_ns; /* of the destination */
+    bool pauses;         /* on_destination_error=pause */
     struct source source;
     struct destination destination;
     struct mirror_state state;

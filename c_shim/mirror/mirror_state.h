@@ -42,8 +42,8 @@ struct pause {
 struct mirror_state {
     enum vs_mirror_state now;
     struct capture capture;
-    bool consistent; /* the destination holds a moment of the source: since steady, until it is copied to again */
-    bool differs;    /* found by a verification (from then on); nothing but the control plane knows when that ends */
+    bool consistent;    /* the destination holds a moment of the source: since steady, until it is copied to again */
+    bool differs;       /* found by a verification (from then on); nothing but the control plane knows when that ends */
     enum record record; /* pending: flushes are held until the state record says "outdated" */
     struct pause pause;
     /* Syncing, and all is copied: flushes asked for from now on wait for steady. Up to flush request "joining_request"

@@ -43,7 +43,6 @@
 #include "uncopied.h"
 #include "verifier.h"
 
-
 /* In units of the first back-off: the longest one, and what is a good while of steady. */
 #define BACKOFF_MAX 60u
 #define STEADY_WHILE 10u
@@ -118,8 +117,8 @@ static void get_ahead(struct pull_ahead *a)
 /* All that was on its way is on the destination, and was flushed. */
 static bool is_drained(const struct pull_ahead *a)
 {
-    return log_drained(a->rooms.log) && a->rooms.replicator->in_use == 0 && a->rooms.uncopied->in_flight == 0 && a->rooms.verifier->in_use == 0 &&
-           difference_at_rest(a->rooms.difference);
+    return log_drained(a->rooms.log) && a->rooms.replicator->in_use == 0 && a->rooms.uncopied->in_flight == 0 &&
+           a->rooms.verifier->in_use == 0 && difference_at_rest(a->rooms.difference);
 }
 
 static void tell_drained(struct pull_ahead *a)

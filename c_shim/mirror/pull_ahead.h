@@ -41,14 +41,14 @@ struct pull_ahead_rooms {
 
 struct pull_ahead {
     struct pull_ahead_rooms rooms;
-    bool enabled;             /* else writes wait */
+    bool enabled; /* else writes wait */
     uint64_t max_lag_ns, first_backoff_ns;
-    bool drained;             /* all that was on its way is on the destination, durably */
-    bool lag_counts;          /* in steady: the lag was within bounds since */
-    unsigned times;           /* that it was pulled ahead without a good while of steady in between */
-    uint64_t since_ns;        /* when it was pulled ahead */
-    uint64_t generation;      /* G then: the destination gets no later write */
-    uint64_t not_before_ns;   /* it may not catch up before */
+    bool drained;           /* all that was on its way is on the destination, durably */
+    bool lag_counts;        /* in steady: the lag was within bounds since */
+    unsigned times;         /* that it was pulled ahead without a good while of steady in between */
+    uint64_t since_ns;      /* when it was pulled ahead */
+    uint64_t generation;    /* G then: the destination gets no later write */
+    uint64_t not_before_ns; /* it may not catch up before */
     uint64_t steady_since_ns;
 };
 

@@ -32,16 +32,16 @@ struct region_copy {
     struct copier *copier;
     uint64_t epoch;
     enum copy_step step;
-    bool hole;         /* nothing was read: zeroes */
+    bool hole; /* nothing was read: zeroes */
     uint64_t offset, length;
-    uint64_t put;      /* bytes dealt with on the destination */
-    uint64_t sparse;   /* of these: holes and zeroes */
-    uint64_t piece;    /* bytes of the write or zero in flight; of the read, while it is rescued */
-    uint64_t rescued;  /* bytes looked through after its read had failed (copy_rescue.c) */
-    int rescue_error;  /* why something of it was given up */
-    uint64_t pace_round; /* when its request was submitted; 0: at full speed */
+    uint64_t put;         /* bytes dealt with on the destination */
+    uint64_t sparse;      /* of these: holes and zeroes */
+    uint64_t piece;       /* bytes of the write or zero in flight; of the read, while it is rescued */
+    uint64_t rescued;     /* bytes looked through after its read had failed (copy_rescue.c) */
+    int rescue_error;     /* why something of it was given up */
+    uint64_t pace_round;  /* when its request was submitted; 0: at full speed */
     struct range_set bad; /* on the disk: what could not be read of it */
-    uint8_t *buffer;   /* COPY_BYTES */
+    uint8_t *buffer;      /* COPY_BYTES */
     struct iovec iov;
     struct range_slot slot;
     struct destination_io io; /* of either disk: one after the other */
@@ -73,8 +73,8 @@ struct copier {
     struct marker marker;
     struct region_copy copies[COPY_DEPTH_MAX];
     uint8_t *buffers;
-    unsigned depth;     /* at most so many at once */
-    bool granted;       /* a copy that was read has got its turn on the destination */
+    unsigned depth;        /* at most so many at once */
+    bool granted;          /* a copy that was read has got its turn on the destination */
     struct copy_pace pace; /* while the guest works */
     /* What the disks have said last. It may be outdated: data is read as it is then, and a hole is looked at again when
      * it has its place. */

@@ -13,7 +13,6 @@
 #include "throttle.h"
 #include "uncopied.h"
 
-
 int replicator_init(struct replicator *r, const struct replicator_rooms *rooms)
 {
     *r = (struct replicator){.rooms = *rooms};
@@ -102,7 +101,8 @@ static bool left_to_the_copy(const struct replicator *r, const struct log_entry 
 {
     enum vs_mirror_state state = r->rooms.state->now;
     bool worth_nothing = state == VS_SYNCING || (state == VS_AHEAD && !r->rooms.state->consistent);
-    return worth_nothing && r->rooms.uncopied->regions.dirty && dirty_map_all_dirty(&r->rooms.uncopied->regions, entry->offset, entry->length);
+    return worth_nothing && r->rooms.uncopied->regions.dirty &&
+           dirty_map_all_dirty(&r->rooms.uncopied->regions, entry->offset, entry->length);
 }
 
 void replicator_pump(struct replicator *r)
@@ -145,8 +145,7 @@ void replicator_pump(struct replicator *r)
 
 void replicator_drop(struct replicator *r)
 {
-    list_each_safe(node, &r->used)
-    {
+    list_each_safe(node, &r->used) {
         struct replica *p = container_of(node, struct replica, link);
         if (!p->submitted)
             release(p); /* the range slots are reset as a whole by the mirror */

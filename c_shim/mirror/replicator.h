@@ -26,8 +26,8 @@ struct replica {
     struct list link; /* free, or in use */
     struct replicator *replicator;
     bool submitted;
-    uint64_t first;   /* place in the order */
-    unsigned count;   /* entries */
+    uint64_t first; /* place in the order */
+    unsigned count; /* entries */
     struct range_slot slot;
     struct destination_io io;
     struct iovec iov[REPLICA_IOV_MAX];

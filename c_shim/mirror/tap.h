@@ -34,11 +34,11 @@ struct tap {
     struct difference *difference;
     const struct disk_host *host;
     struct throttle throttle;
-    uint64_t pull_ahead_bytes;  /* so much of the log in use makes the guest get ahead; 0: its writes wait instead */
-    uint64_t retry_ns;          /* a write that waits for time may be tried again then; 0: none does */
-    uint64_t waits_since_ns;    /* a write waits for room in the log; 0: none does */
-    uint64_t waited_ns;         /* by those that did */
-    uint64_t ahead_bytes;       /* written since the guest got ahead (pull_ahead.c) */
+    uint64_t pull_ahead_bytes; /* so much of the log in use makes the guest get ahead; 0: its writes wait instead */
+    uint64_t retry_ns;         /* a write that waits for time may be tried again then; 0: none does */
+    uint64_t waits_since_ns;   /* a write waits for room in the log; 0: none does */
+    uint64_t waited_ns;        /* by those that did */
+    uint64_t ahead_bytes;      /* written since the guest got ahead (pull_ahead.c) */
 };
 
 /* A destination is attached. */

@@ -397,7 +397,8 @@ static unsigned depth_now(const struct verifier *v)
 static void begin_more(struct verifier *v)
 {
     for (unsigned i = 0; i < VERIFY_DEPTH; i++) {
-        if (v->scouting || v->cursor == v->rooms.source->capacity_bytes || v->in_use >= depth_now(v) || v->not_before_ns > v->rooms.host->now_ns)
+        if (v->scouting || v->cursor == v->rooms.source->capacity_bytes || v->in_use >= depth_now(v) ||
+            v->not_before_ns > v->rooms.host->now_ns)
             return;
         if (v->compares[i].step != COMPARE_FREE)
             continue;
@@ -444,6 +445,7 @@ static void mark_in_flight(struct marker *m)
 
 uint64_t verifier_deadline_ns(const struct verifier *v)
 {
-    bool waits = v->running && v->result == 0 && v->not_before_ns > v->rooms.host->now_ns && v->cursor < v->rooms.source->capacity_bytes;
+    bool waits = v->running && v->result == 0 && v->not_before_ns > v->rooms.host->now_ns &&
+                 v->cursor < v->rooms.source->capacity_bytes;
     return waits ? v->not_before_ns : UINT64_MAX;
 }

@@ -34,11 +34,11 @@ struct verifier;
 struct compare {
     struct verifier *verifier;
     enum compare_step step;
-    uint64_t epoch;             /* of the mirror */
+    uint64_t epoch; /* of the mirror */
     uint64_t offset, length;
-    uint64_t generation;        /* the destination must have all up to it */
-    unsigned reads;             /* in flight */
-    uint64_t found;             /* bytes that differ */
+    uint64_t generation; /* the destination must have all up to it */
+    unsigned reads;      /* in flight */
+    uint64_t found;      /* bytes that differ */
     bool source_failed, destination_failed;
     bool holds_source, holds_destination;
     uint8_t *source_data, *destination_data;
@@ -65,10 +65,10 @@ struct verifier {
     struct verifier_rooms rooms;
     struct marker marker;
     bool running, repair;
-    int result;                 /* why it ends early */
+    int result; /* why it ends early */
     uint64_t cursor;
     uint64_t bytes_done, bytes_skipped, bytes_differing, bytes_repaired;
-    struct range_set differing;     /* where; ranges as exact as a block */
+    struct range_set differing; /* where; ranges as exact as a block */
     uint64_t speed_bytes_per_s; /* 0: no limit */
     uint64_t not_before_ns;
     bool more;

@@ -15,8 +15,8 @@ enum { COPY_ROUND = 8 };
 struct copy_latency {
     uint64_t ns[COPY_ROUND]; /* in this round, in their order of size */
     unsigned seen;
-    bool far;                /* with one part in flight none was faster than COPY_FAR_NS */
-    uint64_t alone_ns;       /* what one typically took then */
+    bool far;          /* with one part in flight none was faster than COPY_FAR_NS */
+    uint64_t alone_ns; /* what one typically took then */
 };
 
 struct copy_pace {
@@ -32,7 +32,8 @@ struct copy_pace {
 /* A copy of these regions begins, at most so many parts at once. */
 void copy_pace_init(struct copy_pace *p, unsigned depth, uint64_t region_bytes, uint64_t now_ns);
 /* A read of the source (a write of the destination), submitted in "round", has succeeded. */
-void copy_pace_completed(struct copy_pace *p, enum copy_disk disk, uint64_t round, uint64_t latency_ns, uint64_t now_ns);
+void copy_pace_completed(struct copy_pace *p, enum copy_disk disk, uint64_t round, uint64_t latency_ns,
+                         uint64_t now_ns);
 /* What holds now: bytes of a part, how many of them at once, and how many of these may be at the source. */
 uint64_t copy_pace_part_bytes(const struct copy_pace *p);
 unsigned copy_pace_parts(const struct copy_pace *p);

@@ -19,9 +19,9 @@ struct dirty_map {
     uint64_t capacity_bytes;
     unsigned region_shift; /* region bytes = 1 << region_shift */
     uint64_t regions;
-    uint64_t dirty;        /* how many bits are set */
+    uint64_t dirty; /* how many bits are set */
     uint64_t *words;
-    uint32_t *in_page;     /* of these, by page */
+    uint32_t *in_page; /* of these, by page */
     /* Told of each word that has changed, at once: a copy of the map elsewhere. NULL: nobody. */
     void (*stored)(void *keeper, uint64_t word, uint64_t value);
     void *keeper;

@@ -50,8 +50,7 @@ static void filter_add(struct range_slots *s, const struct range_slot *slot, int
 /* Whether an overlapping slot asked before this one. */
 static bool blocked(const struct range_slots *s, const struct range_slot *slot)
 {
-    list_each(node, &s->all)
-    {
+    list_each(node, &s->all) {
         const struct range_slot *other = container_of(node, struct range_slot, link);
         if (other == slot)
             return false;
@@ -82,8 +81,7 @@ void range_release(struct range_slots *s, struct range_slot *slot)
         s->waiting--;
     if (s->waiting == 0)
         return;
-    list_each(node, &s->all)
-    {
+    list_each(node, &s->all) {
         struct range_slot *w = container_of(node, struct range_slot, link);
         if (w->granted || !overlap(w, slot) || blocked(s, w))
             continue;

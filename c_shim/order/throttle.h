@@ -13,9 +13,9 @@
 struct throttle {
     uint64_t log_bytes;
     uint64_t max_lag_ns;
-    double drain_bytes_per_ns;  /* smoothed */
-    double credit_bytes;        /* may be negative: what was let in on credit */
-    uint64_t window_start_ns;   /* of the measurement of the drain */
+    double drain_bytes_per_ns; /* smoothed */
+    double credit_bytes;       /* may be negative: what was let in on credit */
+    uint64_t window_start_ns;  /* of the measurement of the drain */
     uint64_t window_bytes;
     uint64_t credit_at_ns;
 };

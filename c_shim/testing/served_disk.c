@@ -33,7 +33,7 @@ struct answer {
 struct served_disk {
     struct vs_disk disk; /* first: the two share an address */
     int fd;
-    bool lost; /* the thread's */
+    bool lost;   /* the thread's */
     bool closed; /* or being closed by the thread, which ends with that */
     pthread_t thread;
     pthread_mutex_t lock; /* guards todo and ending */

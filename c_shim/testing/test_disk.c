@@ -78,8 +78,7 @@ void test_disk_fill(struct test_disk *t, uint8_t *to, uint64_t number, const str
 /* All that took effect up to "stamp" becomes durable. */
 static void make_durable(struct test_disk *t, uint64_t stamp)
 {
-    list_each_safe(node, &t->dirty)
-    {
+    list_each_safe(node, &t->dirty) {
         struct block *b = container_of(node, struct block, dirty_link);
         struct version **at = &b->latest;
         while (*at && ((*at)->stamp > stamp || (*at)->lost))
@@ -98,8 +97,7 @@ static void make_durable(struct test_disk *t, uint64_t stamp)
 /* As the page cache does after a failed write-back: what was to be flushed counts as clean. */
 static void lose(struct test_disk *t, uint64_t stamp)
 {
-    list_each(node, &t->dirty)
-    {
+    list_each(node, &t->dirty) {
         for (struct version *v = container_of(node, struct block, dirty_link)->latest; v; v = v->older)
             v->lost |= v->stamp <= stamp;
     }

@@ -16,7 +16,7 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
     uint64_t count = bytes / logical_block_bytes;
     struct test_disk *t = checked(calloc(1, sizeof *t));
     disk_core->init(&t->disk, &test_disk_ops, bytes, logical_block_bytes, logical_block_bytes,
-              DISK_TELLS_EXTENTS | DISK_TELLS_SIZE | DISK_CLOSES_LATER);
+                    DISK_TELLS_EXTENTS | DISK_TELLS_SIZE | DISK_CLOSES_LATER);
     pthread_mutex_init(&t->lock, NULL);
     t->references = 1;
     t->durable = checked(calloc(1, bytes));

@@ -54,8 +54,8 @@ static void add_readable(struct blk_request *r, struct gathered *g, const struct
 }
 
 /* Walks the chain to its end. 0 or minus an enum vs_breach. */
-static int gather(struct blk_request *r, struct gathered *g, const struct virtqueue *vq,
-                  const struct mem_table *table, uint16_t head)
+static int gather(struct blk_request *r, struct gathered *g, const struct virtqueue *vq, const struct mem_table *table,
+                  uint16_t head)
 {
     struct chain c;
     struct chain_segment s;
@@ -131,8 +131,8 @@ static int check_zero(struct blk_request *r, const struct blk_limits *limits, ui
     return BLK_OK;
 }
 
-int blk_request_parse(struct blk_request *r, const struct virtqueue *vq, const struct mem_table *table,
-                      uint16_t head, const struct blk_limits *limits)
+int blk_request_parse(struct blk_request *r, const struct virtqueue *vq, const struct mem_table *table, uint16_t head,
+                      const struct blk_limits *limits)
 {
     struct gathered g = {.header_bytes = 0};
     uint64_t in_bytes;

@@ -108,8 +108,7 @@ static int region_map(const struct vs_region *r, struct mem_region **out)
     struct statfs fs;
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start, bytes;
     struct mem_region *region;
-    if (!range_ok(r->guest_addr, r->bytes) || !range_ok(r->user_addr, r->bytes) ||
-        !range_ok(r->mmap_offset, r->bytes))
+    if (!range_ok(r->guest_addr, r->bytes) || !range_ok(r->user_addr, r->bytes) || !range_ok(r->mmap_offset, r->bytes))
         return -EINVAL;
     if (fstat(r->fd, &st) < 0 || fstatfs(r->fd, &fs) < 0)
         return -errno;

@@ -19,10 +19,10 @@ struct mem_region {
     uint64_t guest_addr;
     uint64_t bytes;
     uint64_t user_addr;
-    uint8_t *host;      /* where guest_addr is mapped here */
-    void *map;          /* what mmap gave: a page boundary at or before host */
+    uint8_t *host; /* where guest_addr is mapped here */
+    void *map;     /* what mmap gave: a page boundary at or before host */
     uint64_t map_bytes;
-    unsigned tables;    /* how many tables hold it */
+    unsigned tables; /* how many tables hold it */
     int sigbus_slot;
     uint64_t gone_token; /* a REMOVE_MEM_REGION command that waits for the unmapping; 0: none */
 };

@@ -79,7 +79,8 @@ void *inflight_record(const struct inflight_area *area, uint32_t queue)
 
 static uint8_t *write_cache_of(const struct inflight_area *area)
 {
-    size_t at = area->packed ? offsetof(struct inflight_packed, write_cache) : offsetof(struct inflight_ring, write_cache);
+    size_t at =
+        area->packed ? offsetof(struct inflight_packed, write_cache) : offsetof(struct inflight_ring, write_cache);
     return area->map ? area->base + at : NULL;
 }
 
@@ -143,8 +144,7 @@ static int by_counter(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-uint32_t inflight_recover(struct inflight_ring *r, uint32_t num, uint16_t used_idx, uint16_t *heads,
-                          uint64_t *counter)
+uint32_t inflight_recover(struct inflight_ring *r, uint32_t num, uint16_t used_idx, uint16_t *heads, uint64_t *counter)
 {
     struct waiting found[VS_MAX_QUEUE_SIZE];
     uint32_t count = 0;

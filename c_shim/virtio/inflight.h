@@ -88,7 +88,6 @@ void inflight_answered(struct inflight_ring *r, uint16_t head);
 void inflight_batch_done(struct inflight_ring *r, uint16_t count, uint16_t used_idx);
 /* At a ring's start: the heads to take up again, in order, at most "num" of them; returns how many, and the
  * counter to go on with. used_idx is the ring's. Initialises a region that was not used yet. */
-uint32_t inflight_recover(struct inflight_ring *r, uint32_t num, uint16_t used_idx, uint16_t *heads,
-                          uint64_t *counter);
+uint32_t inflight_recover(struct inflight_ring *r, uint32_t num, uint16_t used_idx, uint16_t *heads, uint64_t *counter);
 
 #endif

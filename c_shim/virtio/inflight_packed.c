@@ -167,7 +167,8 @@ static bool chain_is_whole(const struct inflight_packed *r, struct inflight_pack
 
 static int by_counter(const void *a, const void *b)
 {
-    uint64_t x = ((const struct inflight_packed_chain *)a)->counter, y = ((const struct inflight_packed_chain *)b)->counter;
+    uint64_t x = ((const struct inflight_packed_chain *)a)->counter,
+             y = ((const struct inflight_packed_chain *)b)->counter;
     return x < y ? -1 : x > y;
 }
 

@@ -83,7 +83,8 @@ static_assert(sizeof(struct inflight_packed_desc) == 32, "the specification's De
 static_assert(offsetof(struct inflight_packed, heads) == 12 && offsetof(struct inflight_packed, used) == 16 &&
                   offsetof(struct inflight_packed, desc) == 32,
               "the specification's QueueRegionPacked");
-static_assert(VS_INFLIGHT_PACKED_RING_BYTES >= sizeof(struct inflight_packed) && VS_INFLIGHT_PACKED_RING_BYTES % 64 == 0,
+static_assert(VS_INFLIGHT_PACKED_RING_BYTES >= sizeof(struct inflight_packed) &&
+                  VS_INFLIGHT_PACKED_RING_BYTES % 64 == 0,
               "each ring's part begins on a cache line");
 
 /* A place in a packed ring: an index, and in bit 15 the wrap counter there. */
@@ -107,7 +108,8 @@ struct inflight_packed_chain {
 uint16_t inflight_packed_taken(struct inflight_packed *r, struct inflight_packed_state *s, uint32_t count,
                                const struct vring_packed_desc *descs, uint16_t *last);
 /* One of a batch, before it is shown. */
-void inflight_packed_answered(struct inflight_packed *r, struct inflight_packed_state *s, uint16_t entry, uint16_t last);
+void inflight_packed_answered(struct inflight_packed *r, struct inflight_packed_state *s, uint16_t entry,
+                              uint16_t last);
 /* All of a batch were told; used: where the ring's next used element will be then. */
 void inflight_packed_showing(struct inflight_packed *r, const struct inflight_packed_state *s, uint16_t used);
 /* The batch was shown. First for each of its chains, then once. */

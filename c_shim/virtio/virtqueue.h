@@ -33,7 +33,7 @@ struct virtqueue {
     uint32_t num;
     uint64_t desc_user, avail_user, used_user;
     bool indirect, event_idx;
-    bool mapped; /* all of the ring's addresses are in the table */
+    bool mapped;          /* all of the ring's addresses are in the table */
     bool signalled_known; /* false: the next notification is due whatever the guest has asked for */
     /* The record of what is in flight, laid out as the ring is; NULL: the frontend keeps none. */
     void *record;
@@ -47,10 +47,10 @@ struct virtqueue {
     struct vring_avail *avail;
     struct vring_used *used;
     /* Free-running indices. */
-    uint16_t next_avail;  /* the next head to take up */
-    uint16_t avail_seen;  /* the guest's index when last read */
-    uint16_t next_used;   /* the next used element to write */
-    uint16_t used_shown;  /* the index that the guest sees */
+    uint16_t next_avail;     /* the next head to take up */
+    uint16_t avail_seen;     /* the guest's index when last read */
+    uint16_t next_used;      /* the next used element to write */
+    uint16_t used_shown;     /* the index that the guest sees */
     uint16_t used_signalled; /* used_shown when the guest was last considered for a notification */
     uint64_t inflight_counter;
     /* What a former process took up and did not answer: taken up again first. */
@@ -155,7 +155,8 @@ static inline void virtqueue_take(struct virtqueue *vq, uint16_t chain)
 }
 
 /* A walk over the chain that virtqueue_peek showed. */
-static inline void chain_begin(struct chain *c, const struct virtqueue *vq, const struct mem_table *table, uint16_t chain)
+static inline void chain_begin(struct chain *c, const struct virtqueue *vq, const struct mem_table *table,
+                               uint16_t chain)
 {
     c->vq = vq;
     c->table = table;

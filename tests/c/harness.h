@@ -17,20 +17,20 @@
 static int tests_run;
 static const char *test_at_hand = "outside of any test";
 
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition))                                                                          \
-            test_failed(__FILE__, __LINE__, #condition);                                           \
+#define CHECK(condition)                                 \
+    do {                                                 \
+        if (!(condition))                                \
+            test_failed(__FILE__, __LINE__, #condition); \
     } while (0)
 
 /* Integers of any kind; both are shown. */
-#define CHECK_EQUAL(is, wanted)                                                                    \
-    do {                                                                                           \
-        long long is_ = (long long)(is), wanted_ = (long long)(wanted);                            \
-        if (is_ != wanted_) {                                                                      \
-            printf("# %s is %lld, not %lld\n", #is, is_, wanted_);                                 \
-            test_failed(__FILE__, __LINE__, #is " == " #wanted);                                   \
-        }                                                                                          \
+#define CHECK_EQUAL(is, wanted)                                         \
+    do {                                                                \
+        long long is_ = (long long)(is), wanted_ = (long long)(wanted); \
+        if (is_ != wanted_) {                                           \
+            printf("# %s is %lld, not %lld\n", #is, is_, wanted_);      \
+            test_failed(__FILE__, __LINE__, #is " == " #wanted);        \
+        }                                                               \
     } while (0)
 
 _Noreturn static inline void test_failed(const char *file, int line, const char *what)

@@ -74,7 +74,8 @@ static inline unsigned held_lines(const char *path, const char *number_after)
 
 static inline struct held held_now(void)
 {
-    return (struct held){.descriptors = held_entries("/proc/self/fd"), .tasks = held_tasks(),
+    return (struct held){.descriptors = held_entries("/proc/self/fd"),
+                         .tasks = held_tasks(),
                          .mappings = held_lines("/proc/self/maps", NULL),
                          .resident_kib = held_lines("/proc/self/status", "VmRSS:")};
 }

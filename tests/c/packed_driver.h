@@ -51,11 +51,13 @@ static inline uint16_t packed_available(uint16_t place)
 }
 
 /* A chain, whose flags are what it says of itself; all but the first head that was not shown yet lies open. */
-static inline void packed_put(struct packed_driver *r, const struct vring_packed_desc *chain, unsigned count, unsigned id)
+static inline void packed_put(struct packed_driver *r, const struct vring_packed_desc *chain, unsigned count,
+                              unsigned id)
 {
     for (unsigned i = 0; i < count; i++) {
         unsigned at = r->avail & (WRAP - 1);
-        uint16_t flags = (uint16_t)(chain[i].flags | packed_available(r->avail) | (i + 1 < count ? VRING_DESC_F_NEXT : 0));
+        uint16_t flags =
+            (uint16_t)(chain[i].flags | packed_available(r->avail) | (i + 1 < count ? VRING_DESC_F_NEXT : 0));
         r->desc[at].addr = chain[i].addr;
         r->desc[at].len = chain[i].len;
         r->desc[at].id = (uint16_t)(i + 1 < count ? 0xeeee : id);

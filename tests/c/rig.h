@@ -46,7 +46,7 @@ struct lane {
 struct rig {
     vs_engine *engine;
     vs_disk *source, *destination; /* references of our own: these can be looked at */
-    struct guest *guest; /* on the heap: rings point to it, and a rig may be copied */
+    struct guest *guest;           /* on the heap: rings point to it, and a rig may be copied */
     struct lane lane[LANES];
     unsigned lanes;
     uint32_t attachment;
@@ -112,8 +112,8 @@ static inline int rig_exchange(struct rig *r, uint32_t flags)
 
 static inline int rig_vring(struct rig *r, uint32_t kind, unsigned queue, uint64_t value, int fd)
 {
-    return rig_command(r, (struct vs_command){.kind = kind, .attachment = r->attachment, .queue = queue,
-                                              .value = value, .fd = fd});
+    return rig_command(
+        r, (struct vs_command){.kind = kind, .attachment = r->attachment, .queue = queue, .value = value, .fd = fd});
 }
 
 static inline struct vs_snapshot rig_snapshot(struct rig *r)
@@ -169,9 +169,14 @@ static inline struct rig rig_make(const struct vs_engine_config *config, vs_disk
 static inline void lane_setup(struct rig *r, unsigned i, uint16_t base)
 {
     struct lane *l = &r->lane[i];
-    struct vs_command addr = {.kind = VS_CMD_VRING_ADDR, .attachment = r->attachment, .queue = i, .fd = -1,
-                              .ring.desc = USER_ADDR + l->ring.desc_at, .ring.avail = USER_ADDR + l->ring.avail_at,
-                              .ring.used = USER_ADDR + l->ring.used_at, .ring.log = UINT64_MAX};
+    struct vs_command addr = {.kind = VS_CMD_VRING_ADDR,
+                              .attachment = r->attachment,
+                              .queue = i,
+                              .fd = -1,
+                              .ring.desc = USER_ADDR + l->ring.desc_at,
+                              .ring.avail = USER_ADDR + l->ring.avail_at,
+                              .ring.used = USER_ADDR + l->ring.used_at,
+                              .ring.log = UINT64_MAX};
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_NUM, i, l->ring.num, -1), 0);
     CHECK_EQUAL(rig_command(r, addr), 0);
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_BASE, i, base, -1), 0);
@@ -285,9 +290,9 @@ static inline void lane_put(struct lane *l, unsigned slot, uint32_t type, uint64
 static inline void lane_publish(struct lane *l, uint16_t old)
 {
     ring_publish(&l->ring);
-    if (l->event_idx ? vring_need_event(__atomic_load_n(ring_avail_event(&l->ring), __ATOMIC_RELAXED),
-                                        l->ring.published, old)
-                     : !(__atomic_load_n(&l->ring.used->flags, __ATOMIC_RELAXED) & VRING_USED_F_NO_NOTIFY))
+    if (l->event_idx
+            ? vring_need_event(__atomic_load_n(ring_avail_event(&l->ring), __ATOMIC_RELAXED), l->ring.published, old)
+            : !(__atomic_load_n(&l->ring.used->flags, __ATOMIC_RELAXED) & VRING_USED_F_NO_NOTIFY))
         lane_kick(l);
 }
 

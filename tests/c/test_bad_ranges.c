@@ -10,7 +10,8 @@ static void begin_ranges(void)
 {
     b = (struct bad_ranges){0};
     unknown = (struct vs_counts){.source_generation = 10};
-    steady = (struct vs_counts){.source_generation = 10, .writes_mirrored = 9, .writes_flushed = 9, .mirrored_known = 1};
+    steady =
+        (struct vs_counts){.source_generation = 10, .writes_mirrored = 9, .writes_flushed = 9, .mirrored_known = 1};
 }
 
 static bool spared(uint64_t offset)
@@ -75,8 +76,7 @@ static void unreadable_and_healed(void)
 
 static void another_source(void)
 {
-    struct vs_engine_config config = {
-        .doubt_count = 1, .doubt = {{100, 10}}, .spared_count = 1, .spared = {{100, 5}}};
+    struct vs_engine_config config = {.doubt_count = 1, .doubt = {{100, 10}}, .spared_count = 1, .spared = {{100, 5}}};
     begin_ranges();
     bad_ranges_load(&b, &config);
     CHECK(bad_ranges_overlap(&b, 105, 1) && spared(104) && !spared(105));

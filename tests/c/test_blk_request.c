@@ -33,7 +33,8 @@ static void world_make(void)
     CHECK_EQUAL(guest_memory_init(&memory, on_gone), 0);
     struct vs_region r[2] = {guest_region(&guest, 0, BORDER), guest_region(&guest, BORDER, TOP - BORDER)};
     CHECK_EQUAL(guest_memory_set(&memory, r, 2), 0);
-    vq = (struct virtqueue){.layout = &ring_split, .num = 256,
+    vq = (struct virtqueue){.layout = &ring_split,
+                            .num = 256,
                             .desc_user = USER_ADDR + ring.desc_at,
                             .avail_user = USER_ADDR + ring.avail_at,
                             .used_user = USER_ADDR + ring.used_at,
@@ -445,7 +446,8 @@ static void at_random(void)
     uint64_t state = 5, accepted = 0, errors = 0, broken = 0;
     for (int step = 0; step < 300000; step++) {
         unsigned count = 1 + (unsigned)(test_random(&state) % 6);
-        begin_request(types[test_random(&state) % 12], test_random(&state) % 8 ? test_random(&state) % 64 : test_random(&state));
+        begin_request(types[test_random(&state) % 12],
+                      test_random(&state) % 8 ? test_random(&state) % 64 : test_random(&state));
         for (unsigned i = 0; i < count; i++) {
             bool likely = test_random(&state) % 8 != 0;
             uint64_t at = test_random(&state) % 16 ? test_random(&state) % TOP : test_random(&state);

@@ -152,7 +152,8 @@ static double one_part_at_a_time(void)
 
 static void near_disks(void)
 {
-    begin_copy((struct simulated_disk){90 * US, 1500 * MB_PER_S, 0}, (struct simulated_disk){90 * US, 1500 * MB_PER_S, 0});
+    begin_copy((struct simulated_disk){90 * US, 1500 * MB_PER_S, 0},
+               (struct simulated_disk){90 * US, 1500 * MB_PER_S, 0});
     w.jitter = true;
     for (unsigned i = 0; i < 100; i++) {
         run_for(100 * MS);

@@ -24,8 +24,8 @@ static void count_check_small(void)
 
 static void count_check_edges(void)
 {
-    static const uint64_t edge[] = {0, 1, INT32_MAX, UINT32_MAX, UINT32_MAX + 1ull, INT64_MAX,
-                                    INT64_MAX + 1ull, UINT64_MAX - 1, UINT64_MAX};
+    static const uint64_t edge[] = {
+        0, 1, INT32_MAX, UINT32_MAX, UINT32_MAX + 1ull, INT64_MAX, INT64_MAX + 1ull, UINT64_MAX - 1, UINT64_MAX};
     enum { EDGES = sizeof edge / sizeof edge[0] };
     for (int r = 0; r < EDGES; r++)
         for (int m = 0; m < EDGES; m++)
@@ -35,8 +35,8 @@ static void count_check_edges(void)
 
 /* All that happened, kept as history: what the counts must say follows from it. */
 struct history {
-    uint64_t written;           /* G */
-    uint64_t source_at_flush;   /* G when the flush of the source that is under way began */
+    uint64_t written;         /* G */
+    uint64_t source_at_flush; /* G when the flush of the source that is under way began */
     uint64_t source_durable;
     uint64_t replicated, replicated_at_flush, replica_durable;
     uint64_t greatest_request;
@@ -44,8 +44,18 @@ struct history {
 };
 
 enum operation {
-    WRITE, REPLICATE, REQUEST, SOURCE_BEGIN, SOURCE_END, REPLICA_BEGIN, REPLICA_END, ENTER, LEAVE, EXCHANGE,
-    EXCHANGE_AWAY, OPERATIONS
+    WRITE,
+    REPLICATE,
+    REQUEST,
+    SOURCE_BEGIN,
+    SOURCE_END,
+    REPLICA_BEGIN,
+    REPLICA_END,
+    ENTER,
+    LEAVE,
+    EXCHANGE,
+    EXCHANGE_AWAY,
+    OPERATIONS
 };
 
 /* False: cannot happen in this state. */
@@ -112,7 +122,7 @@ static bool apply(struct history *h, struct vs_counts *c, enum operation op)
         if (!h->steady || h->replicated != h->written || h->source_flushing || h->replica_flushing)
             return false;
         if (op == EXCHANGE && !h->source_flushed_once)
-            return false; /* a source that was never flushed can be left, not kept as a mirror */
+            return false;              /* a source that was never flushed can be left, not kept as a mirror */
         h->source_flushed_once = true; /* the new source was, when the mirror became steady */
         swap = h->source_durable;
         h->source_durable = h->replica_durable;

@@ -32,7 +32,8 @@ static void marks(void)
 
 static void ends(void)
 {
-    const uint64_t beyond[][2] = {{32 * PAGE, 1}, {32 * PAGE - 1, 2}, {UINT64_MAX, 1}, {UINT64_MAX, 2}, {PAGE, UINT64_MAX}};
+    const uint64_t beyond[][2] = {
+        {32 * PAGE, 1}, {32 * PAGE - 1, 2}, {UINT64_MAX, 1}, {UINT64_MAX, 2}, {PAGE, UINT64_MAX}};
     for (unsigned i = 0; i < sizeof beyond / sizeof beyond[0]; i++) {
         struct dirty_log log = {.map = NULL};
         CHECK_EQUAL(dirty_log_map(&log, file_of(4096), 4, 0), 0);

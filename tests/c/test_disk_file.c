@@ -24,7 +24,7 @@ static struct uring uring;
 static struct disk_host host;
 static struct uring_op woken; /* by I/O threads */
 static unsigned thread;       /* does the work; 0: this one */
-static uint8_t *buffer; /* BYTES, aligned */
+static uint8_t *buffer;       /* BYTES, aligned */
 static uint8_t mirror[BYTES];
 
 struct call {
@@ -143,8 +143,13 @@ static void compare(vs_disk *disk)
 
 static void contents(const struct kind_of_file *k)
 {
-    static const uint64_t cuts[][2] = {{0, 4096},          {4096, 65536},      {1 << 20, 1 << 20}, {12288, 131072 + 4096},
-                                       {1 << 20, (3 << 20) - 4096}, {BYTES - 4096, 4096}, {0, BYTES}};
+    static const uint64_t cuts[][2] = {{0, 4096},
+                                       {4096, 65536},
+                                       {1 << 20, 1 << 20},
+                                       {12288, 131072 + 4096},
+                                       {1 << 20, (3 << 20) - 4096},
+                                       {BYTES - 4096, 4096},
+                                       {0, BYTES}};
     uint64_t state = 77;
     int fd;
     vs_disk *disk = open_disk(k, &fd);
@@ -179,8 +184,13 @@ static void contents(const struct kind_of_file *k)
             for (uint64_t b = 0; b < part; b += 512)
                 memset(buffer + at + b, (int)test_random(&state), 512);
             memcpy(mirror + at, buffer + at, part);
-            *c = (struct call){.io = {.kind = VS_DISK_WRITE, .offset = at, .length = part, .iov = c->iov,
-                                      .iov_count = 4, .thread = (thread + i) % host.threads.count, .done = on_done}};
+            *c = (struct call){.io = {.kind = VS_DISK_WRITE,
+                                      .offset = at,
+                                      .length = part,
+                                      .iov = c->iov,
+                                      .iov_count = 4,
+                                      .thread = (thread + i) % host.threads.count,
+                                      .done = on_done}};
             for (unsigned n = 0; n < 4; n++)
                 c->iov[n] = (struct iovec){buffer + at + n * part / 4, part / 4};
             disk_submit(disk, &c->io);

@@ -217,8 +217,8 @@ static void switched(bool keep)
         CHECK(rig_snapshot(&r).gated);
         CHECK_EQUAL(lane_poll(l), -1);
         CHECK(disks_equal(old, new, CUT_NONE)); /* M = G */
-        struct vs_event done = rig_wait(&r, rig_submit(&r, &(struct vs_command){
-                                            .kind = VS_CMD_EXCHANGE, .fd = -1, .exchange.flags = keep}));
+        struct vs_event done = rig_wait(
+            &r, rig_submit(&r, &(struct vs_command){.kind = VS_CMD_EXCHANGE, .fd = -1, .exchange.flags = keep}));
         CHECK_EQUAL(done.result, 0);
         CHECK(done.value > 0);
         CHECK_EQUAL(lane_wait(l), 0);

@@ -15,7 +15,7 @@
 #include "held.h"
 #include "rig.h"
 
-#define OWN_SECTORS 1024ull  /* a driver's own range */
+#define OWN_SECTORS 1024ull   /* a driver's own range */
 #define SHARED_SECTORS 512ull /* where all of them write */
 
 static atomic_bool stop_drivers, stop_watcher;
@@ -24,7 +24,7 @@ struct driver {
     pthread_t thread;
     struct lane *lane;
     unsigned number;
-    uint64_t requests; /* how many to send; 0: until told to stop */
+    uint64_t requests;        /* how many to send; 0: until told to stop */
     uint8_t own[OWN_SECTORS]; /* what was written there last; one value a sector */
     uint64_t flushes, errors;
 };
@@ -57,9 +57,9 @@ static bool overlaps(const struct sent *all, const bool *busy, const struct sent
 /* In its own range a driver has no two requests on the same sector at once, so it knows what it must read. */
 static bool choose_request(struct driver *d, const struct sent *all, const bool *busy, struct sent *s)
 {
-    static const uint32_t types[] = {VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN,
-                                     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD,
-                                     VIRTIO_BLK_T_FLUSH};
+    static const uint32_t types[] = {VIRTIO_BLK_T_OUT,     VIRTIO_BLK_T_OUT,  VIRTIO_BLK_T_OUT,
+                                     VIRTIO_BLK_T_IN,      VIRTIO_BLK_T_OUT,  VIRTIO_BLK_T_WRITE_ZEROES,
+                                     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH};
     uint64_t *seed = &d->lane->seed;
     s->type = types[test_random(seed) % 8];
     s->sectors = 1 + (uint32_t)(test_random(seed) % (test_random(seed) % 16 ? 8 : 128));
@@ -296,8 +296,8 @@ static void stop_and_go(void)
             CHECK_EQUAL(rig_vring(&r, VS_CMD_VRING_ENABLE, i, 0, -1), 0);
             CHECK_EQUAL(rig_vring(&r, VS_CMD_VRING_ENABLE, i, 1, -1), 0);
         } else {
-            struct vs_event done = rig_wait(&r, rig_submit(&r, &(struct vs_command){
-                                                .kind = VS_CMD_VRING_STOP, .queue = i, .fd = -1}));
+            struct vs_event done =
+                rig_wait(&r, rig_submit(&r, &(struct vs_command){.kind = VS_CMD_VRING_STOP, .queue = i, .fd = -1}));
             CHECK_EQUAL(done.result, 0);
             CHECK_EQUAL(rig_vring(&r, VS_CMD_VRING_BASE, i, done.value, -1), 0);
             CHECK_EQUAL(rig_vring(&r, VS_CMD_VRING_KICK, i, 0, dup(r.lane[i].kick_fd)), 0);

@@ -79,7 +79,7 @@ static void segments(void)
     CHECK(!guest_at(m.current, GUEST_ADDR + 4 * PAGE - 3, 10)); /* not one mapping */
     CHECK_EQUAL(guest_iov(m.current, GUEST_ADDR + 4 * PAGE - 3, 10, iov, 1), -1);
     CHECK_EQUAL(guest_iov(m.current, GUEST_ADDR, PAGE, iov, 0), -1);
-    CHECK_EQUAL(guest_iov(m.current, GUEST_ADDR + 6 * PAGE - 3, 10, iov, 4), 0); /* into the gap */
+    CHECK_EQUAL(guest_iov(m.current, GUEST_ADDR + 6 * PAGE - 3, 10, iov, 4), 0);  /* into the gap */
     CHECK_EQUAL(guest_iov(m.current, GUEST_ADDR + 10 * PAGE - 3, 10, iov, 4), 0); /* over the end */
     CHECK_EQUAL(guest_iov(m.current, GUEST_ADDR, UINT64_MAX, iov, 4), 0);
     CHECK_EQUAL(guest_iov(m.current, UINT64_MAX - 1, 100, iov, 4), 0);
@@ -100,11 +100,11 @@ static void refused(void)
     int before = open_descriptors() - 1;
     CHECK_EQUAL(set_one(&m, good), 0);
     struct mem_table *table = m.current;
-#define BAD(change, error)                                                                         \
-    do {                                                                                           \
-        r = guest_region(&g, 0, 4 * PAGE);                                                         \
-        change;                                                                                    \
-        CHECK_EQUAL(set_one(&m, r), -(error));                                                     \
+#define BAD(change, error)                     \
+    do {                                       \
+        r = guest_region(&g, 0, 4 * PAGE);     \
+        change;                                \
+        CHECK_EQUAL(set_one(&m, r), -(error)); \
     } while (0)
     BAD(r.bytes = 0, EINVAL);
     BAD(r.bytes = 4 * PAGE + 1, EINVAL);

@@ -56,8 +56,10 @@ static void fields(void)
     unused_record();
     CHECK_EQUAL(take(3, 6, &last), 0);
     CHECK_EQUAL(last, 2);
-    CHECK(record.desc[0].inflight == 1 && record.desc[0].num == 3 && record.desc[0].last == 2 && record.desc[0].counter == 0);
-    CHECK(record.desc[2].addr == DATA + 2 && record.desc[2].len == 2 && record.desc[2].id == 6 && record.desc[2].flags == 2);
+    CHECK(record.desc[0].inflight == 1 && record.desc[0].num == 3 && record.desc[0].last == 2 &&
+          record.desc[0].counter == 0);
+    CHECK(record.desc[2].addr == DATA + 2 && record.desc[2].len == 2 && record.desc[2].id == 6 &&
+          record.desc[2].flags == 2);
     CHECK_EQUAL(take(1, 4, &other_last), 3);
     CHECK_EQUAL(record.desc[3].counter, 1);
     CHECK(record.heads.free_head == 4 && record.heads.old_free_head == 4);
@@ -308,7 +310,7 @@ static void taken_up_again(void)
     take_next(&s->vq);
     take_next(&s->vq);
     virtqueue_push(&s->vq, 5, 1);
-    virtqueue_show_used(&s->vq); /* over the first descriptor of 2 */
+    virtqueue_show_used(&s->vq);  /* over the first descriptor of 2 */
     virtqueue_push(&s->vq, 2, 1); /* and this is never shown */
     CHECK_EQUAL(virtqueue_start(&s->vq, 0x4321), -VS_BREACH_AVAILABLE_INDEX);
     CHECK_EQUAL(virtqueue_start(&s->vq, WRAP | 6), 0); /* as long ago */
@@ -347,11 +349,11 @@ static void rubbish(void)
     take_next(&s->vq);
     memcpy(&record, &s->record, sizeof record);
     CHECK_EQUAL(virtqueue_start(&s->vq, WRAP), 0);
-#define SPOILT(change, breach)                                                                     \
-    do {                                                                                           \
-        memcpy(&s->record, &record, sizeof record);                                                \
-        change;                                                                                    \
-        CHECK_EQUAL(virtqueue_start(&s->vq, WRAP), breach);                                        \
+#define SPOILT(change, breach)                              \
+    do {                                                    \
+        memcpy(&s->record, &record, sizeof record);         \
+        change;                                             \
+        CHECK_EQUAL(virtqueue_start(&s->vq, WRAP), breach); \
     } while (0)
     SPOILT(s->record.used.used_idx = NUM, -VS_BREACH_CHAIN);
     SPOILT(s->record.used.old_used_idx = 0xffff, -VS_BREACH_CHAIN);
@@ -363,7 +365,7 @@ static void rubbish(void)
     SPOILT(s->record.desc[1].next = 3, -VS_BREACH_CHAIN); /* another chain's */
     SPOILT(s->record.desc[2].id = NUM, -VS_BREACH_CHAIN);
     SPOILT(s->record.desc[2].id = 5, -VS_BREACH_HEAD); /* twice */
-    SPOILT(s->record.desc[5].next = 0, 0); /* of a free one: linked anew */
+    SPOILT(s->record.desc[5].next = 0, 0);             /* of a free one: linked anew */
     end(s);
     for (unsigned seed = 0; seed < 2000; seed++) {
         uint16_t used = 0;

@@ -99,7 +99,8 @@ static void rewrite(struct racer *x)
         FLICKER(x, *(uint32_t *)(void *)header, pick(x, 16));
         break;
     case 3:
-        FLICKER(x, *(uint64_t *)(void *)(header + 8), pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed));
+        FLICKER(x, *(uint64_t *)(void *)(header + 8),
+                pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed));
         break;
     case 4:
         __atomic_store_n((uint64_t *)(void *)(lane_data(l, slot) + 8 * pick(x, 512)), pick(x, 0x7f), __ATOMIC_RELAXED);

@@ -23,8 +23,8 @@ struct packed_lane {
     struct packed_driver ring;
     bool indirect;
     int kick_fd, call_fd;
-    uint64_t at; /* slots: header, status and data */
-    unsigned busy;  /* slots, as bits */
+    uint64_t at;   /* slots: header, status and data */
+    unsigned busy; /* slots, as bits */
     uint64_t done;
 };
 
@@ -45,9 +45,14 @@ static void start_ring(struct stage *s, unsigned i)
 {
     struct packed_lane *l = &s->lane[i];
     struct rig *r = &s->rig;
-    struct vs_command addr = {.kind = VS_CMD_VRING_ADDR, .attachment = r->attachment, .queue = i, .fd = -1,
-                              .ring.desc = USER_ADDR + l->ring.desc_at, .ring.avail = USER_ADDR + l->ring.driver_at,
-                              .ring.used = USER_ADDR + l->ring.device_at, .ring.log = UINT64_MAX};
+    struct vs_command addr = {.kind = VS_CMD_VRING_ADDR,
+                              .attachment = r->attachment,
+                              .queue = i,
+                              .fd = -1,
+                              .ring.desc = USER_ADDR + l->ring.desc_at,
+                              .ring.avail = USER_ADDR + l->ring.driver_at,
+                              .ring.used = USER_ADDR + l->ring.device_at,
+                              .ring.log = UINT64_MAX};
     memset(l->ring.desc, 0, RING * sizeof *l->ring.desc);
     memset(l->ring.driver, 0, sizeof *l->ring.driver);
     l->ring.avail = l->ring.used = WRAP;
@@ -176,8 +181,8 @@ static void put_request(struct packed_lane *l, unsigned slot, uint32_t type, uin
     memory[16] = 0xff;
     list[n++] = (struct vring_packed_desc){.addr = at, .len = 16};
     if (bytes)
-        list[n++] = (struct vring_packed_desc){.addr = at + 4096, .len = bytes,
-                                               .flags = type == VIRTIO_BLK_T_IN ? VRING_DESC_F_WRITE : 0};
+        list[n++] = (struct vring_packed_desc){
+            .addr = at + 4096, .len = bytes, .flags = type == VIRTIO_BLK_T_IN ? VRING_DESC_F_WRITE : 0};
     list[n++] = (struct vring_packed_desc){.addr = at + 16, .len = 1, .flags = VRING_DESC_F_WRITE};
     if (l->indirect) {
         memcpy(memory + 64, list, sizeof list);
@@ -196,7 +201,8 @@ static void put_requests(struct packed_lane *l, uint64_t *seed)
     for (unsigned slot = 0; slot < DEPTH; slot++) {
         uint32_t type = types[test_random(seed) % 4], bytes = 512u * (1 + (uint32_t)(test_random(seed) % 8));
         if (!(l->busy & 1u << slot))
-            put_request(l, slot, type, test_random(seed) % (DISK_BYTES / 512 - 8), type == VIRTIO_BLK_T_FLUSH ? 0 : bytes);
+            put_request(l, slot, type, test_random(seed) % (DISK_BYTES / 512 - 8),
+                        type == VIRTIO_BLK_T_FLUSH ? 0 : bytes);
     }
     packed_publish(&l->ring);
     if (write(l->kick_fd, &one, sizeof one) < 0)

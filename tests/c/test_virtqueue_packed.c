@@ -95,7 +95,7 @@ static void places(void)
     struct world *w = begin_ring(100, true, true, WRAP); /* no power of two */
     uint64_t top = w->guest.bytes;
     CHECK(maps(w, 0, 4096, 8192));
-    CHECK(!maps(w, 8, 4096, 8192)); /* alignment: 2.8.10.1 */
+    CHECK(!maps(w, 8, 4096, 8192));      /* alignment: 2.8.10.1 */
     CHECK(virtqueue_answerable(&w->vq)); /* where it was */
     CHECK(!maps(w, 0, 4098, 8192));
     CHECK(!maps(w, 0, 4096, 8194));
@@ -249,7 +249,7 @@ static void bad_chains(void)
     put(w, 8, 5);
     packed_publish(&w->ring);
     CHECK_EQUAL(walk(w, s, 2000), 8); /* the whole ring */
-    w->ring.desc[7].flags |= NEXT; /* around, and around */
+    w->ring.desc[7].flags |= NEXT;    /* around, and around */
     CHECK_EQUAL(walk(w, s, 2000), -VS_BREACH_CHAIN);
     w->ring.desc[7].flags &= (uint16_t)~NEXT;
     w->ring.desc[7].id = 8;
@@ -291,11 +291,14 @@ static void indirect_chains(void)
     struct world *w = begin_ring(8, false, true, WRAP);
     struct chain_segment s[2000];
     struct vring_packed_desc *table = (struct vring_packed_desc *)(void *)(w->guest.base + 0x40000);
-    const struct vring_packed_desc head = {.addr = GUEST_ADDR + 0x40000, .len = 16 * VS_MAX_QUEUE_SIZE,
+    const struct vring_packed_desc head = {.addr = GUEST_ADDR + 0x40000,
+                                           .len = 16 * VS_MAX_QUEUE_SIZE,
                                            .flags = INDIRECT | WRITE}; /* the write flag is ignored there */
     /* So are all flags but that in the table. */
     for (unsigned i = 0; i < VS_MAX_QUEUE_SIZE; i++)
-        table[i] = (struct vring_packed_desc){.addr = DATA + i, .len = i + 1, .id = 0xffff,
+        table[i] = (struct vring_packed_desc){.addr = DATA + i,
+                                              .len = i + 1,
+                                              .id = 0xffff,
                                               .flags = i == VS_MAX_QUEUE_SIZE - 1 ? WRITE | NEXT : INDIRECT};
     packed_put(&w->ring, &head, 1, 3);
     packed_publish(&w->ring);

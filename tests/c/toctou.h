@@ -104,24 +104,24 @@ static uint64_t some_address(struct racer *x, uint32_t length)
 
 static uint32_t some_length(struct racer *x)
 {
-    static const uint32_t lengths[] = {0, 1, 16, 32, 48, 17, 16 * 1024, 16 * 65535, 512, 4096, 65536, 1u << 21,
-                                       0x7fffffff, 0x80000000, 0xfffffff0, UINT32_MAX};
+    static const uint32_t lengths[] = {0,   1,    16,    32,       48,         17,         16 * 1024,  16 * 65535,
+                                       512, 4096, 65536, 1u << 21, 0x7fffffff, 0x80000000, 0xfffffff0, UINT32_MAX};
     return lengths[pick(x, sizeof lengths / sizeof lengths[0])];
 }
 
 /* Another value for a moment, and what was there again: all else is in order then, and so whatever looks at this
  * twice, or does not look at it, goes far. */
-#define FLICKER(x, field, value)                                                                   \
-    do {                                                                                           \
-        __typeof__(field) was_ = __atomic_load_n(&(field), __ATOMIC_RELAXED);                       \
-        __typeof__(field) other_ = (__typeof__(field))(value);                                      \
-        for (uint64_t n_ = 1 + pick(x, 200); n_ > 0; n_--) {                                        \
-            __atomic_store_n(&(field), other_, __ATOMIC_RELAXED);                                   \
-            for (uint64_t k_ = pick(x, 2) ? 0 : pick(x, 50); k_ > 0; k_--)                          \
-                atomic_signal_fence(memory_order_seq_cst);                                         \
-            __atomic_store_n(&(field), was_, __ATOMIC_RELAXED);                                     \
-            (x)->stores += 2;                                                                      \
-        }                                                                                          \
+#define FLICKER(x, field, value)                                              \
+    do {                                                                      \
+        __typeof__(field) was_ = __atomic_load_n(&(field), __ATOMIC_RELAXED); \
+        __typeof__(field) other_ = (__typeof__(field))(value);                \
+        for (uint64_t n_ = 1 + pick(x, 200); n_ > 0; n_--) {                  \
+            __atomic_store_n(&(field), other_, __ATOMIC_RELAXED);             \
+            for (uint64_t k_ = pick(x, 2) ? 0 : pick(x, 50); k_ > 0; k_--)    \
+                atomic_signal_fence(memory_order_seq_cst);                    \
+            __atomic_store_n(&(field), was_, __ATOMIC_RELAXED);               \
+            (x)->stores += 2;                                                 \
+        }                                                                     \
     } while (0)
 
 static uint64_t now_ms(void)

@@ -41,8 +41,8 @@ static inline bool rarely(struct choices *c)
 /* What is right, or rarely: something off by one, an edge, or anything. */
 static inline uint64_t mostly(struct choices *c, uint64_t right)
 {
-    static const uint64_t edge[] = {0, 1, 0x7fff, 0x8000, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff,
-                                    1ull << 55, INT64_MAX, 1ull << 63, UINT64_MAX};
+    static const uint64_t edge[] = {0,          1,          0x7fff,     0x8000,    0xffff,     0x7fffffff,
+                                    0x80000000, 0xffffffff, 1ull << 55, INT64_MAX, 1ull << 63, UINT64_MAX};
     if (!rarely(c))
         return right;
     switch (choose(c, 6)) {

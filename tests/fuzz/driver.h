@@ -13,7 +13,7 @@ struct driver {
     struct guest *guest;
     uint64_t desc_at; /* the ring's descriptors, in the guest's memory */
     unsigned num;
-    struct ring *ring;             /* one of these two */
+    struct ring *ring; /* one of these two */
     struct packed_driver *packed;
     struct choices *choices;
     uint64_t header_at, header_room; /* headers, status bytes, segments of discard: in guest memory */
@@ -42,8 +42,8 @@ static inline uint64_t driver_room(uint64_t at, uint64_t room, uint64_t *used, u
 }
 
 /* Cuts a range into up to 3 pieces at a time (any layout is legal). */
-static inline unsigned driver_cut(struct driver *d, struct driver_segment *s, unsigned count, uint64_t addr, uint32_t len,
-                                  bool device_writes)
+static inline unsigned driver_cut(struct driver *d, struct driver_segment *s, unsigned count, uint64_t addr,
+                                  uint32_t len, bool device_writes)
 {
     unsigned pieces = choose(d->choices, 8) == 7 ? 3 : 1;
     while (pieces-- > 0 && count < DRIVER_SEGMENTS) {
@@ -71,9 +71,10 @@ static inline void driver_put_packed(struct driver *d, const struct driver_segme
     struct vring_packed_desc list[DRIVER_SEGMENTS], head;
     unsigned id = (unsigned)mostly(d->choices, d->next_desc % ring->num);
     for (unsigned i = 0; i < count; i++)
-        list[i] = (struct vring_packed_desc){.addr = mostly(d->choices, s[i].addr),
-                                             .len = (uint32_t)mostly(d->choices, s[i].len),
-                                             .flags = (uint16_t)mostly(d->choices, s[i].device_writes ? VRING_DESC_F_WRITE : 0)};
+        list[i] = (struct vring_packed_desc){
+            .addr = mostly(d->choices, s[i].addr),
+            .len = (uint32_t)mostly(d->choices, s[i].len),
+            .flags = (uint16_t)mostly(d->choices, s[i].device_writes ? VRING_DESC_F_WRITE : 0)};
     d->next_desc++;
     if (d->indirect && choose(d->choices, 4) != 3) {
         uint64_t at = driver_room(d->table_at, d->table_room, &d->table_used, 16ull * count);
@@ -116,9 +117,9 @@ static inline void driver_put_chain(struct driver *d, const struct driver_segmen
 
 static inline void driver_put_request(struct driver *d)
 {
-    static const uint32_t types[] = {VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT,
-                                     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID,
-                                     VIRTIO_BLK_T_IN};
+    static const uint32_t types[] = {
+        VIRTIO_BLK_T_OUT,          VIRTIO_BLK_T_IN,      VIRTIO_BLK_T_FLUSH,  VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN};
     struct choices *c = d->choices;
     struct driver_segment s[DRIVER_SEGMENTS];
     uint8_t *memory = d->guest->base;
@@ -131,8 +132,9 @@ static inline void driver_put_request(struct driver *d)
     memcpy(memory + at, &header, sizeof header);
     count = driver_cut(d, s, 0, GUEST_ADDR + at, sizeof header, false);
     if (type == VIRTIO_BLK_T_DISCARD || type == VIRTIO_BLK_T_WRITE_ZEROES) {
-        struct virtio_blk_discard_write_zeroes range = {
-            .sector = mostly(c, sector), .num_sectors = (uint32_t)mostly(c, bytes / 512), .flags = (uint32_t)mostly(c, 0)};
+        struct virtio_blk_discard_write_zeroes range = {.sector = mostly(c, sector),
+                                                        .num_sectors = (uint32_t)mostly(c, bytes / 512),
+                                                        .flags = (uint32_t)mostly(c, 0)};
         memcpy(memory + at + 16, &range, sizeof range);
         count = driver_cut(d, s, count, GUEST_ADDR + at + 16, sizeof range, false);
     } else if (type != VIRTIO_BLK_T_FLUSH) {

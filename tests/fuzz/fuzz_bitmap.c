@@ -11,10 +11,10 @@
 #include "../c/bitmap_image.h"
 #include "choices.h"
 
-#define ENSURE(condition)                                                                          \
-    do {                                                                                           \
-        if (!(condition))                                                                          \
-            __builtin_trap();                                                                      \
+#define ENSURE(condition)     \
+    do {                      \
+        if (!(condition))     \
+            __builtin_trap(); \
     } while (0)
 
 #define EXTENT_REGIONS (IMAGE_EXTENT / IMAGE_REGION)

@@ -23,12 +23,12 @@
 #define DISKS_MAX 6
 #define PATIENCE_MS 60000
 
-#define ENSURE(condition)                                                                          \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "required: %s, line %d\n", #condition, __LINE__);                      \
-            __builtin_trap();                                                                      \
-        }                                                                                          \
+#define ENSURE(condition)                                                     \
+    do {                                                                      \
+        if (!(condition)) {                                                   \
+            fprintf(stderr, "required: %s, line %d\n", #condition, __LINE__); \
+            __builtin_trap();                                                 \
+        }                                                                     \
     } while (0)
 
 static struct world {
@@ -36,7 +36,7 @@ static struct world {
     vs_engine *engine;
     vs_disk *disk[DISKS_MAX]; /* every one that there ever was; a reference of ours each */
     unsigned disks;
-    int source, destination;  /* which of them; destination is meaningful while mirrored */
+    int source, destination; /* which of them; destination is meaningful while mirrored */
     struct ring ring[LANES];
     struct driver driver[LANES];
     int kick[LANES], call[LANES];
@@ -215,7 +215,7 @@ static void attach(void)
 static void frontend(void)
 {
     static const uint32_t kinds[] = {VS_CMD_VRING_ENABLE, VS_CMD_VRING_STOP, VS_CMD_VRING_BASE, VS_CMD_VRING_KICK,
-                                     VS_CMD_VRING_CALL, VS_CMD_VRING_ERR, VS_CMD_VRING_NUM, VS_CMD_VRING_ADDR};
+                                     VS_CMD_VRING_CALL,   VS_CMD_VRING_ERR,  VS_CMD_VRING_NUM,  VS_CMD_VRING_ADDR};
     struct vs_command c = {.fd = -1, .memory.count = 1};
     unsigned lane = choose(&w.c, LANES);
     switch (choose(&w.c, 13)) {
@@ -297,8 +297,7 @@ static void exchange(bool keep)
 {
     static uint64_t mark;
     uint64_t value = mark + 1;
-    uint64_t token = submit(&(struct vs_command){
-        .kind = VS_CMD_EXCHANGE, .fd = -1, .exchange = {keep, &mark, value}});
+    uint64_t token = submit(&(struct vs_command){.kind = VS_CMD_EXCHANGE, .fd = -1, .exchange = {keep, &mark, value}});
     int rc = token ? wait_for(token) : -EAGAIN;
     ENSURE((__atomic_load_n(&mark, __ATOMIC_ACQUIRE) == value) == (rc == 0));
     if (rc == 0) {
@@ -477,11 +476,19 @@ static void begin_run(const uint8_t *data, size_t size)
         w.ring[i] = ring_make(&guest, 64);
         w.kick[i] = eventfd(0, EFD_NONBLOCK);
         w.call[i] = eventfd(0, EFD_NONBLOCK);
-        w.driver[i] = (struct driver){.guest = w.ring[i].guest, .desc_at = w.ring[i].desc_at, .num = w.ring[i].num,
-                                       .ring = &w.ring[i], .choices = &w.c, .header_at = 0x8000,
-                                      .header_room = 0x4000, .table_at = 0xc000, .table_room = 0x4000,
-                                      .data_at = BORDER - 0x8000, .data_room = 0x10000,
-                                      .capacity_bytes = CAPACITY, .indirect = i == 0};
+        w.driver[i] = (struct driver){.guest = w.ring[i].guest,
+                                      .desc_at = w.ring[i].desc_at,
+                                      .num = w.ring[i].num,
+                                      .ring = &w.ring[i],
+                                      .choices = &w.c,
+                                      .header_at = 0x8000,
+                                      .header_room = 0x4000,
+                                      .table_at = 0xc000,
+                                      .table_room = 0x4000,
+                                      .data_at = BORDER - 0x8000,
+                                      .data_room = 0x10000,
+                                      .capacity_bytes = CAPACITY,
+                                      .indirect = i == 0};
     }
     attach();
 }

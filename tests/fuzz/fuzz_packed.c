@@ -24,7 +24,8 @@ static void leave_record(struct choices *c, uint32_t num, uint16_t used)
     (void)inflight_packed_recover(&record, &state, num, d, &used, found);
     for (unsigned n = choose(c, 4); n > 0; n--) {
         for (unsigned i = 0; i < 4; i++)
-            d[i] = (struct vring_packed_desc){.addr = mostly(c, GUEST_ADDR + 0x8000), .len = (uint32_t)mostly(c, 16),
+            d[i] = (struct vring_packed_desc){.addr = mostly(c, GUEST_ADDR + 0x8000),
+                                              .len = (uint32_t)mostly(c, 16),
                                               .id = (uint16_t)mostly(c, n % num),
                                               .flags = (uint16_t)mostly(c, i == 3 ? VRING_DESC_F_WRITE : 0)};
         entry = inflight_packed_taken(&record, &state, 1 + choose(c, 4), d, &last);
@@ -68,8 +69,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint32_t num = choose(&c, 2) ? 1 + choose(&c, 300) : 1u << (8 - choose(&c, 9));
     uint16_t at = some_place(&c, num);
     ring = packed_make(&guest, num, at);
-    struct blk_limits limits = {.capacity_bytes = CAPACITY, .block_bytes = choose(&c, 4) == 3 ? 4096 : 512,
-                                .read_only = choose(&c, 8) == 7};
+    struct blk_limits limits = {
+        .capacity_bytes = CAPACITY, .block_bytes = choose(&c, 4) == 3 ? 4096 : 512, .read_only = choose(&c, 8) == 7};
     virtqueue_reset(&vq);
     ENSURE(virtqueue_choose_layout(&vq, true) == 0);
     vq.num = num;
@@ -78,9 +79,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     vq.used_user = mostly(&c, USER_ADDR + ring.device_at);
     vq.indirect = choose(&c, 4) != 3;
     vq.event_idx = choose(&c, 2) != 1;
-    struct driver driver = {.guest = &guest, .desc_at = ring.desc_at, .num = num, .packed = &ring, .choices = &c,
-                            .header_at = 0x8000, .header_room = 0x4000, .table_at = 0xc000, .table_room = 0x4000,
-                            .data_at = BORDER - 0x8000, .data_room = 0x10000, .capacity_bytes = CAPACITY,
+    struct driver driver = {.guest = &guest,
+                            .desc_at = ring.desc_at,
+                            .num = num,
+                            .packed = &ring,
+                            .choices = &c,
+                            .header_at = 0x8000,
+                            .header_room = 0x4000,
+                            .table_at = 0xc000,
+                            .table_room = 0x4000,
+                            .data_at = BORDER - 0x8000,
+                            .data_room = 0x10000,
+                            .capacity_bytes = CAPACITY,
                             .indirect = vq.indirect};
     leave_record(&c, num, at);
     vq.record = choose(&c, 2) ? &record : NULL;

@@ -50,17 +50,28 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     ENSURE(guest_memory_set(&memory, both, 2) == 0);
 
     struct ring ring = ring_make(&guest, 1u << (8 - choose(&c, 9)));
-    struct blk_limits limits = {.capacity_bytes = CAPACITY, .block_bytes = choose(&c, 4) == 3 ? 4096 : 512,
-                                .read_only = choose(&c, 8) == 7};
-    struct virtqueue vq = {.layout = &ring_split, .num = ring.num,
+    struct blk_limits limits = {
+        .capacity_bytes = CAPACITY, .block_bytes = choose(&c, 4) == 3 ? 4096 : 512, .read_only = choose(&c, 8) == 7};
+    struct virtqueue vq = {.layout = &ring_split,
+                           .num = ring.num,
                            .desc_user = mostly(&c, USER_ADDR + ring.desc_at),
                            .avail_user = mostly(&c, USER_ADDR + ring.avail_at),
                            .used_user = mostly(&c, USER_ADDR + ring.used_at),
                            .indirect = choose(&c, 4) != 3,
                            .event_idx = choose(&c, 2) != 1};
-    struct driver driver = {.guest = &guest, .desc_at = ring.desc_at, .num = ring.num, .ring = &ring, .choices = &c, .header_at = 0x8000, .header_room = 0x4000,
-                            .table_at = 0xc000, .table_room = 0x4000, .data_at = BORDER - 0x8000,
-                            .data_room = 0x10000, .capacity_bytes = CAPACITY, .indirect = vq.indirect};
+    struct driver driver = {.guest = &guest,
+                            .desc_at = ring.desc_at,
+                            .num = ring.num,
+                            .ring = &ring,
+                            .choices = &c,
+                            .header_at = 0x8000,
+                            .header_room = 0x4000,
+                            .table_at = 0xc000,
+                            .table_room = 0x4000,
+                            .data_at = BORDER - 0x8000,
+                            .data_room = 0x10000,
+                            .capacity_bytes = CAPACITY,
+                            .indirect = vq.indirect};
     base = (uint16_t)choose_raw(&c, 2);
     ring.published = ring.reaped = base;
     ring.avail->idx = ring.used->idx = base;

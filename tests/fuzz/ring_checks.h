@@ -12,10 +12,10 @@
 #define MEMORY_BYTES (1u << 20)
 #define BORDER (MEMORY_BYTES / 2 + 0x123) /* two regions that touch, not at a page */
 #define CAPACITY (1u << 18)
-#define ENSURE(condition)                                                                          \
-    do {                                                                                           \
-        if (!(condition))                                                                          \
-            __builtin_trap();                                                                      \
+#define ENSURE(condition)     \
+    do {                      \
+        if (!(condition))     \
+            __builtin_trap(); \
     } while (0)
 
 static struct guest guest;
@@ -54,7 +54,8 @@ static void touch(const struct mem_table *t, struct blk_request *q)
     }
 }
 
-static void check_request(const struct mem_table *t, struct blk_request *q, int verdict, const struct blk_limits *limits)
+static void check_request(const struct mem_table *t, struct blk_request *q, int verdict,
+                          const struct blk_limits *limits)
 {
     ENSURE(inside(t, q->status, 1));
     ENSURE(q->iov_count >= 0 && q->iov_count <= REQUEST_IOV_MAX);

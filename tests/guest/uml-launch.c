@@ -18,8 +18,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define GETREGSET 0x4204  // PTRACE_GETREGSET
-#define XSTATE 0x202      // NT_X86_XSTATE
+#define GETREGSET 0x4204 // PTRACE_GETREGSET
+#define XSTATE 0x202     // NT_X86_XSTATE
 
 #define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define ELSE_SKIP(value, skip) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, skip)

@@ -46,10 +46,10 @@ enum { BLOCK_BYTES = 4096, BLOCK_WORDS = BLOCK_BYTES / 8, MAX_THREADS = 64 };
 struct block {
     uint64_t magic;
     uint64_t seed;
-    uint64_t number;      // which block of the file this is
-    uint64_t generation;  // which write put it here
+    uint64_t number;     // which block of the file this is
+    uint64_t generation; // which write put it here
     uint64_t fill[BLOCK_WORDS - 5];
-    uint64_t checksum;  // of all words before it
+    uint64_t checksum; // of all words before it
 };
 _Static_assert(sizeof(struct block) == BLOCK_BYTES, "a block on disk is one 4 KiB page");
 
@@ -57,9 +57,9 @@ struct options {
     const char *path;
     uint64_t blocks;
     uint64_t threads;
-    uint64_t sync_every;  // generations between two syncs
-    uint64_t count;       // stop after this generation; 0: no such end
-    uint64_t seconds;     // stop after this time; 0: no such end
+    uint64_t sync_every; // generations between two syncs
+    uint64_t count;      // stop after this generation; 0: no such end
+    uint64_t seconds;    // stop after this time; 0: no such end
     uint64_t seed;
     uint64_t synced;
     uint64_t issued;
@@ -68,7 +68,7 @@ struct options {
 static struct options opt = {.threads = 4, .sync_every = 64, .seed = 1};
 static int target_fd = -1;
 static atomic_bool stopping;
-static _Atomic uint64_t next_generation[MAX_THREADS];  // each thread's first generation not yet completed
+static _Atomic uint64_t next_generation[MAX_THREADS]; // each thread's first generation not yet completed
 static _Atomic uint64_t slowest_us;
 
 static _Noreturn void die(const char *what)
@@ -243,7 +243,7 @@ static int write_blocks(void)
 static int verify_blocks(void)
 {
     target_fd = open_target(O_RDONLY);
-    uint64_t *least = calloc(opt.blocks, sizeof *least);  // for each block: the generation that it must have
+    uint64_t *least = calloc(opt.blocks, sizeof *least); // for each block: the generation that it must have
     if (least == NULL)
         die("memory");
     for (uint64_t generation = 1; generation <= opt.synced; generation++)
@@ -272,8 +272,8 @@ static int verify_blocks(void)
                 newest = block->generation;
         }
         if (fault != NULL && bad++ < 10)
-            fprintf(stderr, "vhs-load: block %" PRIu64 " %s (has generation %" PRIu64 ", needs %" PRIu64 ")\n",
-                    number, fault, ours ? block->generation : 0, least[number]);
+            fprintf(stderr, "vhs-load: block %" PRIu64 " %s (has generation %" PRIu64 ", needs %" PRIu64 ")\n", number,
+                    fault, ours ? block->generation : 0, least[number]);
     }
     printf("%s blocks=%" PRIu64 " holding=%" PRIu64 " bad=%" PRIu64 " newest=%" PRIu64 " synced=%" PRIu64 "\n",
            bad ? "FAILED" : "verified", opt.blocks, holding, bad, newest, opt.synced);
@@ -293,10 +293,15 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     static const struct option names[] = {
-        {"blocks", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'},
-        {"sync-every", required_argument, NULL, 'k'}, {"count", required_argument, NULL, 'c'},
-        {"seconds", required_argument, NULL, 's'}, {"seed", required_argument, NULL, 'x'},
-        {"synced", required_argument, NULL, 'p'}, {"issued", required_argument, NULL, 'i'}, {0},
+        {"blocks", required_argument, NULL, 'b'},
+        {"threads", required_argument, NULL, 't'},
+        {"sync-every", required_argument, NULL, 'k'},
+        {"count", required_argument, NULL, 'c'},
+        {"seconds", required_argument, NULL, 's'},
+        {"seed", required_argument, NULL, 'x'},
+        {"synced", required_argument, NULL, 'p'},
+        {"issued", required_argument, NULL, 'i'},
+        {0},
     };
     for (int name; (name = getopt_long(argc, argv, "", names, NULL)) != -1;) {
         uint64_t value = optarg ? strtoull(optarg, NULL, 0) : 0;

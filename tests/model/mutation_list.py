@@ -270,7 +270,7 @@ MUTATIONS = [
         "left-to-a-copy-that-has-begun",
         "rule 3: writes that complete after a copy's place was taken are captured and follow it",
         "replicator.c",
-        "return worth_nothing && r->rooms.uncopied->regions.dirty && dirty_map_all_dirty(",
+        "return worth_nothing && r->rooms.uncopied->regions.dirty &&\n           dirty_map_all_dirty(",
         "return worth_nothing || dirty_map_all_dirty(",
         "order.py::test_a_write_during_the_read_of_its_region",
     ),
@@ -492,7 +492,7 @@ MUTATIONS = [
         "discard-not-replicated",
         "rule 9: discard reads as zeroes afterwards on both disks",
         "replicator.c",
-        "return worth_nothing && r->rooms.uncopied->regions.dirty && dirty_map_all_dirty(",
+        "return worth_nothing && r->rooms.uncopied->regions.dirty &&\n           dirty_map_all_dirty(",
         "return entry->kind == LOG_ZERO || (worth_nothing && r->rooms.uncopied->regions.dirty) || "
         "dirty_map_all_dirty(",
         "order.py::test_zeroing_takes_turns_with_writes",
@@ -520,8 +520,8 @@ MUTATIONS = [
         "switching.c",
         "return (e->guest.load.in_flight == 0 || e->guest.failover.pending) && "
         "log_drained(&e->mirror.log) &&\n"
-        "           e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 && "
-        "e->mirror.destination.disk->stats.in_flight == 0;",
+        "           e->mirror.replicator.in_use == 0 && e->mirror.source.disk->stats.in_flight == 0 &&\n"
+        "           e->mirror.destination.disk->stats.in_flight == 0;",
         "return e->guest.load.in_flight == 0;",
         "switch.py::test_the_gate_lets_those_in_flight_finish",
     ),
@@ -911,8 +911,8 @@ MUTATIONS = [
         "grown-and-settled-by-the-counts",
         "rule 4: no count covers what was copied in steady",
         "difference.c",
-        "d->rooms.state->now == VS_STEADY && !d->rooms.uncopied->growing && d->",
-        "d->rooms.state->now == VS_STEADY && d->",
+        "d->rooms.state->now == VS_STEADY && !d->rooms.uncopied->growing &&\n",
+        "d->rooms.state->now == VS_STEADY &&\n",
         "grow.py::test_the_bits_stay_until_the_new_range_is_durable_there",
     ),
     _m(
