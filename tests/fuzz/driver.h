@@ -25,6 +25,36 @@ struct driver {
     uint64_t header_used, table_used;
 };
 
+/* Which ring it drives: driver_use_ring(), driver_use_packed(). */
+static inline struct driver driver_make(struct guest *guest, struct choices *choices, uint64_t data_at,
+                                        uint64_t capacity_bytes, bool indirect)
+{
+    return (struct driver){.guest = guest,
+                           .choices = choices,
+                           .header_at = 0x8000,
+                           .header_room = 0x4000,
+                           .table_at = 0xc000,
+                           .table_room = 0x4000,
+                           .data_at = data_at,
+                           .data_room = 0x10000,
+                           .capacity_bytes = capacity_bytes,
+                           .indirect = indirect};
+}
+
+static inline void driver_use_ring(struct driver *d, struct ring *ring)
+{
+    d->ring = ring;
+    d->desc_at = ring->desc_at;
+    d->num = ring->num;
+}
+
+static inline void driver_use_packed(struct driver *d, struct packed_driver *ring)
+{
+    d->packed = ring;
+    d->desc_at = ring->desc_at;
+    d->num = ring->num;
+}
+
 struct driver_segment {
     uint64_t addr; /* guest address */
     uint32_t len;

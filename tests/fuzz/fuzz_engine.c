@@ -476,19 +476,8 @@ static void begin_run(const uint8_t *data, size_t size)
         w.ring[i] = ring_make(&guest, 64);
         w.kick[i] = eventfd(0, EFD_NONBLOCK);
         w.call[i] = eventfd(0, EFD_NONBLOCK);
-        w.driver[i] = (struct driver){.guest = w.ring[i].guest,
-                                      .desc_at = w.ring[i].desc_at,
-                                      .num = w.ring[i].num,
-                                      .ring = &w.ring[i],
-                                      .choices = &w.c,
-                                      .header_at = 0x8000,
-                                      .header_room = 0x4000,
-                                      .table_at = 0xc000,
-                                      .table_room = 0x4000,
-                                      .data_at = BORDER - 0x8000,
-                                      .data_room = 0x10000,
-                                      .capacity_bytes = CAPACITY,
-                                      .indirect = i == 0};
+        w.driver[i] = driver_make(&guest, &w.c, BORDER - 0x8000, CAPACITY, i == 0);
+        driver_use_ring(&w.driver[i], &w.ring[i]);
     }
     attach();
 }

@@ -48,29 +48,16 @@ static uint16_t some_place(struct choices *c, uint32_t num)
     return (uint16_t)(choose_raw(c, 2) % num | (choose(c, 2) ? 0 : PACKED_WRAP));
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct packed_driver ring;
     static struct virtqueue vq;
     struct choices c = {data, size};
-    struct vs_region both[2];
-    struct mem_table *pinned[4] = {NULL};
-    if (!guest.base)
-        guest = guest_make(MEMORY_BYTES);
-    guest.taken = 0;
-    memset(guest.base, 0, 0x10000);
-    ENSURE(guest_memory_init(&memory, on_gone) == 0);
-    both[0] = guest_region(&guest, 0, BORDER);
-    both[1] = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
-    ENSURE(guest_memory_set(&memory, both, 2) == 0);
-
+    begin_memory();
     uint32_t num = choose(&c, 2) ? 1 + choose(&c, 300) : 1u << (8 - choose(&c, 9));
     uint16_t at = some_place(&c, num);
     ring = packed_make(&guest, num, at);
-    struct blk_limits limits = {
-        .capacity_bytes = CAPACITY, .block_bytes = choose(&c, 4) == 3 ? 4096 : 512, .read_only = choose(&c, 8) == 7};
+    struct blk_limits limits = some_limits(&c);
     virtqueue_reset(&vq);
     ENSURE(virtqueue_choose_layout(&vq, true) == 0);
     vq.num = num;
@@ -79,19 +66,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     vq.used_user = mostly(&c, USER_ADDR + ring.device_at);
     vq.indirect = choose(&c, 4) != 3;
     vq.event_idx = choose(&c, 2) != 1;
-    struct driver driver = {.guest = &guest,
-                            .desc_at = ring.desc_at,
-                            .num = num,
-                            .packed = &ring,
-                            .choices = &c,
-                            .header_at = 0x8000,
-                            .header_room = 0x4000,
-                            .table_at = 0xc000,
-                            .table_room = 0x4000,
-                            .data_at = BORDER - 0x8000,
-                            .data_room = 0x10000,
-                            .capacity_bytes = CAPACITY,
-                            .indirect = vq.indirect};
+    struct driver driver = driver_make(&guest, &c, BORDER - 0x8000, CAPACITY, vq.indirect);
+    driver_use_packed(&driver, &ring);
     leave_record(&c, num, at);
     vq.record = choose(&c, 2) ? &record : NULL;
     bool runs = virtqueue_map(&vq, memory.current) && virtqueue_start(&vq, (uint32_t)mostly(&c, at * 0x10001u)) == 0;
@@ -100,9 +76,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         unsigned burst = 1 + choose(&c, 4), id;
         uint32_t written;
         if (rarely(&c)) {
-            unsigned i = choose(&c, 4);
-            if (!pinned[i])
-                pinned[i] = mem_table_pin(&memory);
             change_memory(&c);
             bool mapped = virtqueue_map(&vq, memory.current);
             if (!mapped && choose(&c, 2))
@@ -128,10 +101,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         }
     }
     virtqueue_reset(&vq);
-    for (int i = 0; i < 4; i++)
-        if (pinned[i])
-            mem_table_unpin(&memory, pinned[i]);
-    guest_memory_free(&memory);
-    ENSURE(removals_asked == removals_done);
+    end_memory();
     return 0;
 }

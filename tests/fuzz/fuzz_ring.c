@@ -31,27 +31,14 @@ static void poke_record(struct choices *c, struct inflight_ring *r)
         ((uint8_t *)r)[choose_raw(c, 2) % sizeof *r] = (uint8_t)choose_raw(c, 1);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct choices c = {data, size};
-    struct vs_region both[2];
-    struct mem_table *pinned[4] = {NULL};
     static struct inflight_ring record;
     uint16_t base;
-    if (!guest.base)
-        guest = guest_make(MEMORY_BYTES);
-    guest.taken = 0;
-    memset(guest.base, 0, 0x10000);
-    ENSURE(guest_memory_init(&memory, on_gone) == 0);
-    both[0] = guest_region(&guest, 0, BORDER);
-    both[1] = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
-    ENSURE(guest_memory_set(&memory, both, 2) == 0);
-
+    begin_memory();
     struct ring ring = ring_make(&guest, 1u << (8 - choose(&c, 9)));
-    struct blk_limits limits = {
-        .capacity_bytes = CAPACITY, .block_bytes = choose(&c, 4) == 3 ? 4096 : 512, .read_only = choose(&c, 8) == 7};
+    struct blk_limits limits = some_limits(&c);
     struct virtqueue vq = {.layout = &ring_split,
                            .num = ring.num,
                            .desc_user = mostly(&c, USER_ADDR + ring.desc_at),
@@ -59,19 +46,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                            .used_user = mostly(&c, USER_ADDR + ring.used_at),
                            .indirect = choose(&c, 4) != 3,
                            .event_idx = choose(&c, 2) != 1};
-    struct driver driver = {.guest = &guest,
-                            .desc_at = ring.desc_at,
-                            .num = ring.num,
-                            .ring = &ring,
-                            .choices = &c,
-                            .header_at = 0x8000,
-                            .header_room = 0x4000,
-                            .table_at = 0xc000,
-                            .table_room = 0x4000,
-                            .data_at = BORDER - 0x8000,
-                            .data_room = 0x10000,
-                            .capacity_bytes = CAPACITY,
-                            .indirect = vq.indirect};
+    struct driver driver = driver_make(&guest, &c, BORDER - 0x8000, CAPACITY, vq.indirect);
+    driver_use_ring(&driver, &ring);
     base = (uint16_t)choose_raw(&c, 2);
     ring.published = ring.reaped = base;
     ring.avail->idx = ring.used->idx = base;
@@ -84,9 +60,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     while (c.left > 0) {
         unsigned burst = 1 + choose(&c, 4);
         if (rarely(&c)) {
-            unsigned i = choose(&c, 4);
-            if (!pinned[i])
-                pinned[i] = mem_table_pin(&memory);
             change_memory(&c);
             mapped = virtqueue_map(&vq, memory.current);
             if (!mapped) /* nothing of it is in flight */
@@ -108,10 +81,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             virtqueue_no_kicks(&vq);
         }
     }
-    for (int i = 0; i < 4; i++)
-        if (pinned[i])
-            mem_table_unpin(&memory, pinned[i]);
-    guest_memory_free(&memory);
-    ENSURE(removals_asked == removals_done);
+    end_memory();
     return 0;
 }

@@ -18,8 +18,11 @@
             __builtin_trap(); \
     } while (0)
 
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
 static struct guest guest;
 static struct guest_memory memory;
+static struct mem_table *pinned[4]; /* former ones, as requests in flight pin them */
 static uint64_t removals_asked, removals_done;
 
 static void on_gone(struct guest_memory *m, uint64_t token)
@@ -27,6 +30,34 @@ static void on_gone(struct guest_memory *m, uint64_t token)
     (void)m;
     ENSURE(token == 1);
     removals_done++;
+}
+
+static void begin_memory(void)
+{
+    if (!guest.base)
+        guest = guest_make(MEMORY_BYTES);
+    guest.taken = 0;
+    memset(guest.base, 0, 0x10000);
+    ENSURE(guest_memory_init(&memory, on_gone) == 0);
+    struct vs_region both[2] = {guest_region(&guest, 0, BORDER), guest_region(&guest, BORDER, MEMORY_BYTES - BORDER)};
+    ENSURE(guest_memory_set(&memory, both, 2) == 0);
+}
+
+static void end_memory(void)
+{
+    for (int i = 0; i < 4; i++) {
+        if (pinned[i])
+            mem_table_unpin(&memory, pinned[i]);
+        pinned[i] = NULL;
+    }
+    guest_memory_free(&memory);
+    ENSURE(removals_asked == removals_done);
+}
+
+static struct blk_limits some_limits(struct choices *c)
+{
+    uint32_t block_bytes = choose(c, 4) == 3 ? 4096 : 512;
+    return (struct blk_limits){.capacity_bytes = CAPACITY, .block_bytes = block_bytes, .read_only = choose(c, 8) == 7};
 }
 
 static bool inside(const struct mem_table *t, const void *start, uint64_t bytes)
@@ -77,9 +108,12 @@ static void check_request(const struct mem_table *t, struct blk_request *q, int 
     }
 }
 
-/* The table of memory changes under the ring, as frontends may do it. */
+/* The table of memory changes under the ring, as frontends may do it; the former one may stay pinned. */
 static void change_memory(struct choices *c)
 {
+    unsigned place = choose(c, 4);
+    if (!pinned[place])
+        pinned[place] = mem_table_pin(&memory);
     struct vs_region r = guest_region(&guest, 0, BORDER);
     struct vs_region high = guest_region(&guest, BORDER, MEMORY_BYTES - BORDER);
     switch (choose(c, 4)) {
