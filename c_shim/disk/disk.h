@@ -52,8 +52,8 @@ struct disk_io {
     int result;
     /* Set by the disk with a failure: it was sent, the connection is lost, and it may be carried out yet (rule 8). */
     bool unanswered;
-    /* Of VS_DISK_EXTENTS: up to data_at there is a hole, from there to data_end there may be data. Both lie in the range
-     * that was asked about. For whom it comes back to it has not failed: who could not tell has told of data. */
+    /* Of VS_DISK_EXTENTS: up to data_at there is a hole, from there to data_end there may be data. Both lie in the
+     * range that was asked about. For whom it comes back to it has not failed: who could not tell has told of data. */
     uint64_t data_at, data_end;
     uint64_t size_bytes; /* of VS_DISK_SIZE */
     struct disk_work work;
