@@ -237,7 +237,7 @@ static void compose_log(struct activity *a)
     activity_compose(head, a->bitmap->log_sequence);
 }
 
-static void begin(struct activity *a)
+static void begin_transaction(struct activity *a)
 {
     bool evicted = false, claimed = false;
     struct list *stopped_at = &a->waiting;
@@ -317,7 +317,7 @@ void activity_pump(struct activity *a)
         return;
     let_in(a, false);
     if (!list_empty(&a->waiting))
-        begin(a);
+        begin_transaction(a);
 }
 
 bool activity_may_void(const struct activity *a)

@@ -194,7 +194,7 @@ static void check_extents(struct disk_io *io)
     io->result = 0;
 }
 
-static void finish(struct disk_io *io)
+static void finish_io(struct disk_io *io)
 {
     struct vs_disk *disk = io->work.disk;
     assert(disk->stats.in_flight > 0);
@@ -223,7 +223,7 @@ unsigned disk_run_done(struct disk_host *host)
     }
     pthread_mutex_unlock(&host->lock);
     while ((node = list_pop(&host->done))) {
-        finish(container_of(node, struct disk_io, work.link));
+        finish_io(container_of(node, struct disk_io, work.link));
         count++;
     }
     return count;

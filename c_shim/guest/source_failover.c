@@ -93,7 +93,7 @@ bool source_failover_holds(struct request *r)
     return true;
 }
 
-static void end(struct guest *g)
+static void end_failover(struct guest *g)
 {
     g->failover.pending = false;
     durability_recheck(&g->mirror->state);
@@ -108,14 +108,14 @@ void source_failover_over(struct guest *g)
     list_each(node, &g->failover.parked) {
         container_of(node, struct request, link)->parked_error = 0;
     }
-    end(g);
+    end_failover(g);
 }
 
 void source_failover_give_up(struct guest *g)
 {
     if (!g->failover.pending)
         return;
-    end(g);
+    end_failover(g);
     if (g->failover.flush_error)
         guest_flush_source_failed(&g->mirror->flush, g->failover.flush_number, g->failover.flush_error);
 }

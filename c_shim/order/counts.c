@@ -3,7 +3,7 @@
 
 #include <assert.h>
 
-static void check(const struct vs_counts *c)
+static void assert_order(const struct vs_counts *c)
 {
     assert(c->source_flushed <= c->source_generation);
     assert(c->flush_request <= c->source_generation);
@@ -29,7 +29,7 @@ void counts_mirrored(struct vs_counts *c, uint64_t prefix)
 {
     assert(c->mirrored_known);
     raise_to(&c->writes_mirrored, prefix);
-    check(c);
+    assert_order(c);
 }
 
 uint64_t counts_flush_requested(struct vs_counts *c)
@@ -42,21 +42,21 @@ void counts_source_flushed(struct vs_counts *c, uint64_t generation_at_begin)
 {
     raise_to(&c->source_flushed, generation_at_begin);
     c->source_flush_known = 1;
-    check(c);
+    assert_order(c);
 }
 
 void counts_destination_flushed(struct vs_counts *c, uint64_t mirrored_at_begin)
 {
     assert(c->mirrored_known);
     raise_to(&c->writes_flushed, mirrored_at_begin);
-    check(c);
+    assert_order(c);
 }
 
 void counts_enter_steady(struct vs_counts *c, uint64_t prefix)
 {
     c->mirrored_known = 1;
     c->writes_mirrored = c->writes_flushed = prefix;
-    check(c);
+    assert_order(c);
 }
 
 void counts_leave_steady(struct vs_counts *c)
@@ -77,7 +77,7 @@ void counts_exchange(struct vs_counts *c, bool keep_mirror)
         c->writes_flushed = old_source_flushed;
     else
         counts_leave_steady(c);
-    check(c);
+    assert_order(c);
 }
 
 bool counts_source_holds(const struct vs_counts *c, uint64_t flush_request)

@@ -57,14 +57,14 @@ static void look_at_pages(vs_test_record *r)
 }
 
 /* Both leave the lock held or take it held: an entry is whole when it is seen. */
-static struct vs_test_moment *begin(vs_test_record *r, enum vs_test_moment_kind kind, uint64_t bytes)
+static struct vs_test_moment *begin_moment(vs_test_record *r, enum vs_test_moment_kind kind, uint64_t bytes)
 {
     pthread_mutex_lock(&r->lock);
     look_at_pages(r);
     return append(r, kind, bytes);
 }
 
-static uint64_t end(vs_test_record *r)
+static uint64_t end_moment(vs_test_record *r)
 {
     uint64_t place = r->count - 1;
     pthread_mutex_unlock(&r->lock);
@@ -84,10 +84,10 @@ static void on_disk(struct vs_test_moment *m, uint32_t disk, uint64_t offset, ui
 static uint8_t *with_data(vs_test_record *r, enum vs_test_moment_kind kind, uint32_t disk, uint64_t offset,
                           uint64_t length, uint64_t stamp)
 {
-    struct vs_test_moment *m = begin(r, kind, length);
+    struct vs_test_moment *m = begin_moment(r, kind, length);
     uint8_t *data = m->data;
     on_disk(m, disk, offset, length, stamp);
-    end(r);
+    end_moment(r);
     return data;
 }
 
@@ -103,20 +103,20 @@ uint8_t *test_record_loaded(vs_test_record *r, uint32_t disk, uint64_t offset, u
 
 void test_record_spoilt(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length)
 {
-    on_disk(begin(r, VS_MOMENT_SPOILT, 0), disk, offset, length, 0);
-    end(r);
+    on_disk(begin_moment(r, VS_MOMENT_SPOILT, 0), disk, offset, length, 0);
+    end_moment(r);
 }
 
 void test_record_zero(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length, uint64_t stamp)
 {
-    on_disk(begin(r, VS_MOMENT_ZERO, 0), disk, offset, length, stamp);
-    end(r);
+    on_disk(begin_moment(r, VS_MOMENT_ZERO, 0), disk, offset, length, stamp);
+    end_moment(r);
 }
 
 void test_record_flushed(vs_test_record *r, uint32_t disk, uint64_t stamp)
 {
-    on_disk(begin(r, VS_MOMENT_FLUSHED, 0), disk, 0, 0, stamp);
-    end(r);
+    on_disk(begin_moment(r, VS_MOMENT_FLUSHED, 0), disk, 0, 0, stamp);
+    end_moment(r);
 }
 
 /* ---- the bitmap's file ------------------------------------------------------ */
@@ -139,14 +139,14 @@ int vs_test_record_file(vs_test_record *r, int fd)
 
 uint64_t vs_test_record_sync_begun(vs_test_record *r)
 {
-    begin(r, VS_MOMENT_SYNC_BEGUN, 0);
-    return end(r);
+    begin_moment(r, VS_MOMENT_SYNC_BEGUN, 0);
+    return end_moment(r);
 }
 
 void vs_test_record_synced(vs_test_record *r, uint64_t begun)
 {
-    begin(r, VS_MOMENT_SYNCED, 0)->stamp = begun;
-    end(r);
+    begin_moment(r, VS_MOMENT_SYNCED, 0)->stamp = begun;
+    end_moment(r);
 }
 
 static void engine_syncs(void *record, bool begun)
@@ -192,8 +192,8 @@ void vs_test_record_free(vs_test_record *r)
 
 void vs_test_record_note(vs_test_record *r, uint64_t number)
 {
-    begin(r, VS_MOMENT_NOTE, 0)->stamp = number;
-    end(r);
+    begin_moment(r, VS_MOMENT_NOTE, 0)->stamp = number;
+    end_moment(r);
 }
 
 int vs_test_record_moment(vs_test_record *r, uint64_t place, struct vs_test_moment *out)

@@ -186,7 +186,7 @@ active proctype switcher() {
     byte generation;
     bool marks;
 end:
-    atomic { /* Switch.check; RecordKeeper.prepare_switch: announced, under the lock */
+    atomic { /* Switch.refuse_unless_possible; RecordKeeper.prepare_switch: announced, under the lock */
         state == STEADY && CERTAIN ->
         if :: keep_mirror = true :: keep_mirror = false fi;
         if :: marks = true :: marks = false fi;

@@ -126,7 +126,7 @@ async def test_what_a_backend_tells() -> None:
     live = show.Live(out, terminal=True)
     live.update(f"steady {EVIL}")
     live.say(f"event {EVIL}")
-    live.finish(EVIL)
+    live.end_line(EVIL)
     ours = out.getvalue().replace("\x1b[K", "").replace("\r", "")
     assert harmless(ours) and SHOWN in ours
 

@@ -72,7 +72,7 @@ def test_without_a_terminal_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> No
         now += 1
         live.update(f"line {number}")
     live.say("event")
-    live.finish("end")
+    live.end_line("end")
     assert out.getvalue().splitlines() == ["line 0", "line 5", "line 10", "line 15", "event", "end"]
 
 
@@ -82,7 +82,7 @@ def test_on_a_terminal_the_line_stays_below_what_is_said() -> None:
     live.update("one")
     live.update("one")
     live.say("event")
-    live.finish()
+    live.end_line()
     assert out.getvalue() == "\rone\x1b[K\revent\x1b[K\none\rone\x1b[K\n"
 
 

@@ -113,7 +113,7 @@ async def watch(client: ControlClient, options: argparse.Namespace) -> int:
         return EXIT_OK
     finally:
         if not options.json:
-            live.finish()
+            live.end_line()
 
 
 async def mirror_start(client: ControlClient, options: argparse.Namespace) -> int:
@@ -142,12 +142,12 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
             mirror = await _until_steady(client, str(options.destination), deadline_s, live)
         finally:
             if live is not None:
-                live.finish()
+                live.end_line()
     if options.json:
         _print_json(mirror)
     if mirror["state"] == "steady":
         if live is not None:
-            live.finish(
+            live.end_line(
                 f"{options.destination} is up to date after {show.duration(time.monotonic() - started_s)}."
             )
         return EXIT_OK
@@ -265,7 +265,7 @@ async def verify(client: ControlClient, options: argparse.Namespace) -> int:
                 live.update(show.verify_line(found, live.width))
             await _next_event(client, time.monotonic() + LOOK_EVERY_S)
     if live is not None:
-        live.finish(show.verify_line(found, None))
+        live.end_line(show.verify_line(found, None))
     else:
         _print_json(found)
     return EXIT_OK if found["state"] in ("equal", "repaired") else EXIT_FAILED

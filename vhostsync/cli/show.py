@@ -267,7 +267,7 @@ class Live:
             self._stream.write(line + "\n")
         self._stream.flush()
 
-    def finish(self, line: str | None = None) -> None:
+    def end_line(self, line: str | None = None) -> None:
         """End with `line`, or with what is shown."""
         line = printable(line) if line else None
         if self._terminal and (line or self._shown):

@@ -366,7 +366,7 @@ class Mirror:
         was (or what the error says became of it)."""
         plan = SwitchPlan(max_pause_ms, keep_mirror, accept_unreadable, accept_different)
         async with self.turns.take("switch"):
-            await self._switch.check(self.state, plan)
+            await self._switch.refuse_unless_possible(self.state, plan)
             return await self._switch.run(plan, deadline_s)
 
     @asynccontextmanager
@@ -375,7 +375,7 @@ class Mirror:
         on the destination, nothing else commands the mirror meanwhile, and what was begun and not exchanged
         is taken back. SwitchError, EngineError."""
         async with self.turns.take("switch"):
-            await self._switch.check(self.state, plan)
+            await self._switch.refuse_unless_possible(self.state, plan)
             await self._switch.drain(plan)
             async with self._switch.steps(plan) as steps:
                 yield steps

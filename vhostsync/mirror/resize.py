@@ -51,7 +51,7 @@ class Resizer:
         was changed."""
         async with self._mirror.turns.take("resize"):
             source_bytes = await self._engine.disk_bytes("source")
-            capacity = await self._check(wanted_bytes, source_bytes)
+            capacity = await self._new_capacity(wanted_bytes, source_bytes)
             destination_bytes = await self._check_destination(capacity)
             bitmap = self._mirror.bitmap
             if bitmap is not None:
@@ -86,7 +86,7 @@ class Resizer:
         log.info("the disk has grown", capacity_bytes=capacity)
         self._hub.publish(events.CAPACITY_CHANGE, {"capacity": capacity})
 
-    async def _check(self, wanted_bytes: int | None, source_bytes: int) -> int:
+    async def _new_capacity(self, wanted_bytes: int | None, source_bytes: int) -> int:
         shape = self._device.shape
         if shape.read_only:
             raise MirrorError("a disk that is served read-only cannot grow")

@@ -37,7 +37,7 @@ class Switch:
         self._keeper = keeper
         self._hub = hub
 
-    async def check(self, state: MirrorState, plan: SwitchPlan) -> None:
+    async def refuse_unless_possible(self, state: MirrorState, plan: SwitchPlan) -> None:
         """SwitchError when it may not begin."""
         if state is not MirrorState.STEADY:
             how = "start it and wait until it is steady (mirror start --wait)"
