@@ -145,6 +145,23 @@ def replaced_by(path: Path, content: bytes) -> None:
     new.rename(path)
 
 
+@contextmanager
+def its_inode_again(path: Path) -> Iterator[None]:
+    """Another file under that name, which has the inode number of the one that is gone."""
+    wanted, others = path.stat().st_ino, ExitStack()
+    with others:
+        path.unlink()
+        for number in range(1000):
+            create_image(path, SIZE)
+            if path.stat().st_ino == wanted:
+                break
+            path.rename(other := path.with_suffix(f".{number}"))
+            others.callback(other.unlink)
+        else:
+            pytest.skip("THIS TEST IS LEFT OUT, as this file system gives no inode number again soon")
+        yield
+
+
 @pytest.fixture(params=["file", "overlay"])
 def machine(request: pytest.FixtureRequest, work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Image files on a file system that has a lasting name, and on one that has none."""
@@ -259,6 +276,23 @@ def test_a_backup_restored_at_the_current_disks_path(machine: Machine, left: str
 
 
 @pytest.mark.parametrize("left", LEFT)
+def test_another_file_that_has_its_inode_number(machine: Machine, left: str) -> None:
+    """Within one boot, on a file system that has no generations (overlay): it lacks the mark."""
+    machine.leave(left)
+    disk = machine.current(left)
+    with its_inode_again(disk):
+        if left == "alone":
+            return machine.goes_on(disk, left)
+        question = machine.refusal(disk)
+        assert "--promote" in question
+        if seen(disk).generation is None:
+            assert "may be the current disk" in question and "--same-disk" in question
+            machine.goes_on(disk, left, Answer.SAME_DISK, bits=left != "ended")
+            return machine.goes_on(disk, left, bits=left != "ended")
+    return None
+
+
+@pytest.mark.parametrize("left", LEFT)
 @pytest.mark.parametrize("with_mark", [False, True])
 def test_a_copy_beside_it(machine: Machine, left: str, with_mark: bool) -> None:
     """One that took the mark along may be the moved disk, if something is at stake; else it is a new one."""
@@ -328,11 +362,13 @@ def test_the_source_is_lost_and_comes_back(machine: Machine, left: str) -> None:
 @pytest.mark.parametrize("left", MIRRORED)
 def test_the_destination_is_lost(machine: Machine, left: str) -> None:
     machine.leave(left)
-    with machine.b.open("rb"):  # keeps its inode: overlay shows no generation, by which a reused one is told
-        machine.b.unlink()
-        machine.goes_on(machine.a, left)
-        replaced_by(machine.b, bytes(SIZE))
-        assert "the file there now is not the one that was recorded" in machine.refusal(machine.b)
+    machine.b.unlink()
+    machine.goes_on(machine.a, left)
+    replaced_by(machine.b, bytes(SIZE))  # it may have the inode number of the lost one
+    sentence = machine.refusal(machine.b)
+    assert "the file there now is not the one that was recorded" in sentence or "may be" in sentence
+    with its_inode_again(machine.b):
+        assert machine.refusal(machine.b)
 
 
 def test_the_current_disk_is_lost_after_a_switch(machine: Machine) -> None:

@@ -87,6 +87,7 @@ class Image:
     volume: int  # the file system it lies in; of block devices each is one
     number: int  # of the inode: those of two file systems may be the same
     used: bool = False  # it was a disk of this guest
+    lost: bool = False  # another file has its name, and its inode number
 
     def __str__(self) -> str:
         return f"{self.letter} ({self.path.name})"
@@ -104,7 +105,8 @@ class World:
     storage: Storage
     with_bitmap: bool
     images: dict[int, Image] = field(default_factory=dict)  # by what they are: the file's true inode
-    seen: dict[tuple[str | None, int, int], Image] = field(default_factory=dict)
+    seen: dict[tuple[str | None, int, int, int | None], Image] = field(default_factory=dict)
+    marks: dict[str, Image] = field(default_factory=dict)  # who bears it, or has borne it
     killed: bool = False  # this run ends without a word
     record_fails: bool = False
     allowed: Allowed = field(default_factory=lambda: {block: [0] for block in range(BLOCKS)})
@@ -160,7 +162,7 @@ class World:
         """One of the disks, or two of them each other's name."""
         if not self.storage.bears_names:
             return "-"
-        one, other = self.chance.sample(list(self.images.values()), 2)
+        one, other = self.chance.sample(self.there, 2)
         swapped = self.chance.random() < 0.5
         former = one.path
         self.move(one, self._new_name())
@@ -171,6 +173,31 @@ class World:
         return f"{one.letter} is called {one.path.name}" + (
             f" and {other.letter} {other.path.name}" if swapped else ""
         )
+
+    @property
+    def there(self) -> list[Image]:
+        return [image for image in self.images.values() if not image.lost]
+
+    def would_be_missed(self, image: Image) -> bool:
+        """Whether another file with its name and its inode number could be told from it."""
+        if self.storage.kind == "block" or self.storage.generations:
+            return self.storage.generations
+        return any(disk.mark_is_set and self.is_of(disk) is image for disk in self.record().disks)
+
+    def replace(self, image: Image) -> Image:
+        """Another file in its place: a backup that was restored, one that was made anew."""
+        path, image.lost = image.path, True
+        self.move(image, self.folder / f"lost {len(self.images)}.img")
+        path.write_bytes(bytes(SIZE))
+        letter = f"{image.letter}'"
+        other = Image(letter, path, MemoryDisk(SIZE), image.volume, image.number)
+        self.images[path.stat().st_ino] = other
+        return other
+
+    def put_back(self, image: Image, other: Image) -> None:
+        path, other.lost, image.lost = other.path, True, False
+        self.move(other, self.folder / f"lost {len(self.images)}'.img")
+        self.move(image, path)
 
     def _new_name(self) -> Path:
         self.names += 1
@@ -187,18 +214,22 @@ class World:
         """In the place of what is to be seen of a file of this machine."""
         image, boot, storage = self.images[inode], LOOKING.get() or self.boot, self.storage
         device, number = boot.devices[image.volume], image.number if storage.kind == "file" else 0
-        self.seen[boot.id, device, number] = image
+        generation = 1000 + inode if storage.generations else None
+        self.seen[boot.id, device, number, generation] = image
+        if mark is not None:
+            self.marks[mark] = image
         if storage.kind == "block":
             place = f"slot {image.volume}" if storage.named else None
             return DiskIdentity(path, "block", device, 0, size, boot_id=boot.id, place=place)
         return DiskIdentity(
-            path, "file", device, number, size, ctime_ns, 1000 + inode if storage.generations else None,
-            file_system=f"fs {image.volume}" if storage.named else None, boot_id=boot.id, mark=mark,
+            path, "file", device, number, size, ctime_ns, generation, mark=mark, mark_is_set=mark is not None,
+            file_system=f"fs {image.volume}" if storage.named else None, boot_id=boot.id,
         )  # fmt: skip
 
     def is_of(self, identity: DiskIdentity) -> Image:
         """Whatever it is called now."""
-        return self.seen[identity.boot_id, identity.device, identity.inode]
+        number = (identity.boot_id, identity.device, identity.inode, identity.generation)
+        return self.marks.get(identity.mark or "") or self.seen[number]
 
     def look(self, image: Image) -> DiskIdentity:
         with image.path.open("rb") as file:
@@ -221,10 +252,13 @@ class World:
     @property
     def source(self) -> Image:
         """The disk that the guest is on, as the operator knows it, whether or not it is recognised."""
+        return self.is_of(self.record().current)
+
+    def record(self) -> StateRecord:
         left = self._left()
         record = next((self._record(path) for path in sorted(left.glob("*.record.json"))), None)
         assert record is not None
-        return self.is_of(record.current)
+        return record
 
     def _left(self) -> Path:
         """The state directory at one instant, copied."""
@@ -255,7 +289,7 @@ class World:
         if not records:
             return
         record = self._record(records[0])
-        may = [image for image in self.images.values() if image.used and self._may_serve(left, image)]
+        may = [image for image in self.there if image.used and self._may_serve(left, image)]
         assert len(may) <= 1, f"{what} two disks may serve: {may}"
         assert may or not self.storage.is_certain, f"{what} no disk may serve; the record has {record}"
         for image in may:
@@ -263,7 +297,7 @@ class World:
         if record.peer_worth is Worth.UP_TO_DATE:
             assert record.peer is not None
             self._check_flushed(self.is_of(record.peer), f"{what} the peer that is up to date", cut)
-        for image in self.images.values():
+        for image in self.there:
             if image.used and image not in may and self._may_serve(left, image, Answer.PROMOTE):
                 self._check_whole(image, what, cut)
 

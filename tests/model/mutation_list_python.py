@@ -40,8 +40,8 @@ PYTHON = [
         "a-block-device-of-any-boot",
         "the number of a block device holds until the next boot at most",
         "storage/identity.py",
-        "if same_number and _equal(self.boot_id, other.boot_id):",
-        "if same_number:",
+        "if same_number and not came_later and _equal(self.boot_id, other.boot_id):",
+        "if same_number and not came_later:",
         "unit/test_disk_identity.py::test_a_block_device_that_does_not_name_itself",
     ),
     _m(
@@ -92,6 +92,47 @@ PYTHON = [
         "gone.append(replace(self._former_peer(since), lost=True))",
         "gone.append(Superseded(self.peer, since, lost=True))",
         "unit/test_who_may_serve.py::test_what_the_peer_was_worth_is_known_after_another_disk_was_promoted",
+    ),
+    _m(
+        "a-number-used-again-is-the-disk",
+        "a file of the same number that lacks the mark that was set is a question, where no generation tells",
+        "storage/identity.py",
+        "at_home = same_path and not self._lacks_a_mark_of(other)",
+        "at_home = same_path",
+        "unit/test_disk_identity.py::test_a_number_that_another_file_has_by_now",
+    ),
+    _m(
+        "a-mark-is-set-before-it-was",
+        "of a mark that is recorded it is known whether the disk has borne it",
+        "storage/identify.py",
+        "return replace(disk, mark=mark, mark_is_set=False)",
+        "return replace(disk, mark=mark, mark_is_set=True)",
+        "model/test_lineage.py::test_a_mark_that_is_recorded_and_missing_is_given_at_the_next_start",
+    ),
+    _m(
+        "a-device-number-used-again-is-the-disk",
+        "a device number that another block device has had since proves nothing",
+        "storage/identity.py",
+        "if same_number and not came_later and _equal",
+        "if same_number and _equal",
+        "unit/test_disk_identity.py::test_a_device_number_that_another_disk_has_by_now",
+    ),
+    _m(
+        "a-former-peer-may-serve",
+        "a disk that was the other half of a mirror once is refused, whatever took its place",
+        "record/who_may_serve.py",
+        "return peer + [(old.disk, self.superseded(old)) for old in record.superseded]",
+        "return peer + [(old.disk, self.superseded(old)) for old in record.superseded if old.worth is None]",
+        "unit/test_who_may_serve.py::test_a_former_peer_is_refused_where_nothing_tells_for_certain_what_it_is",
+    ),
+    _m(
+        "another-lineages-disk-is-ours",
+        "a disk that another record has taken meanwhile is not overwritten unasked",
+        "mirror/mirror.py",
+        "return known and await self._keeper.claimed_by(disk) is None",
+        "return known",
+        "model/test_record_races.py::"
+        "test_a_lost_destination_that_another_lineage_has_taken_is_not_attached_again",
     ),
     # -- a disk finds its record ---------------------------------------------------
     _m(

@@ -52,6 +52,10 @@ SEEDS = int(os.environ.get("VHOSTSYNC_LINEAGE_SEEDS", "2"))
 FIRST = int(os.environ.get("VHOSTSYNC_LINEAGE_FIRST", "0"))
 
 
+class KilledError(Exception):
+    """The process is gone at this instant."""
+
+
 def open_as_serve_does(world: World, image: Image, answer: Answer | None) -> tuple[Opened, ServeConfig]:
     """StateRecordError."""
     config = ServeConfig(
@@ -93,7 +97,7 @@ class Run:
     def _start(self) -> str:
         # That of the source has its lock: the test disk in its place has none.
         source = self._world.source
-        image = self._chance.choice([each for each in self._world.images.values() if each is not source])
+        image = self._chance.choice([each for each in self._world.there if each is not source])
         target = MirrorTarget(str(image.path), cache="writeback", full=self._chance.random() < 0.2)
         return self._command(f"start {image}", partial(self.mirror.start, target))
 
@@ -187,8 +191,10 @@ def between(world: World) -> tuple[Image, Answer | None]:
         world.story.append(f"a reboot: {world.boot.id}")
     if chance.random() < 0.4:
         world.story.append(world.rename())
+    if chance.random() < 0.4:
+        replace_one(world)
     world.check()
-    served, other = world.source, chance.choice(list(world.images.values()))
+    served, other = world.source, chance.choice(world.there)
     if chance.random() < 0.25 and other is not served and starts(world, other, Answer.PROMOTE):
         return other, Answer.PROMOTE
     if starts(world, served, None):
@@ -196,6 +202,18 @@ def between(world: World) -> tuple[Image, Answer | None]:
     # It cannot be recognised, and the operator knows it.
     assert not world.storage.is_certain, "the current disk is refused"
     return served, Answer.SAME_DISK
+
+
+def replace_one(world: World) -> None:
+    """One of the disks, for good; in the place of the current one the operator sees the mistake."""
+    image, source = world.chance.choice(world.there), world.source
+    if not world.would_be_missed(image):
+        return
+    other = world.replace(image)
+    world.story.append(f"another file in the place of {image.letter}")
+    if image is source:
+        assert not (world.record().at_stake and starts(world, other, None)), "another file is taken for it"
+        world.put_back(image, other)
 
 
 def starts(world: World, image: Image, answer: Answer | None) -> bool:
@@ -294,7 +312,8 @@ def test_no_disk_bears_a_mark_that_no_record_knows(tmp_path: Path, monkeypatch: 
 def test_a_mark_that_is_recorded_and_missing_is_given_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill between the record and the mark: of the source, and of a destination."""
+    """A kill between the record and the mark: of the source, and of a destination. One whose mark was set
+    and is missing is another file, perhaps."""
     world = World(tmp_path, random.Random(1), Storage("fuse with marks", marks=True), with_bitmap=False)
     arrange(world, monkeypatch)
     current, peer, _ = world.images.values()
@@ -304,15 +323,45 @@ def test_a_mark_that_is_recorded_and_missing_is_given_at_the_next_start(
             await run.mirror.start(MirrorTarget(str(peer.path), cache="writeback"))
             await run.until_steady()
 
-    anyio.run(mirrored)
-    marks = [world.look(image).mark for image in (current, peer)]
-    assert all(marks)
-    for image in (current, peer):
-        os.removexattr(image.path, identify.MARK_NAME)
+    def killed_before_its_mark(image: Image, start: Callable[[], Any]) -> str | None:
+        """The mark that the record has."""
+        with monkeypatch.context() as kill, pytest.raises(KilledError):
+            kill.setattr(os, "setxattr", killed)
+            start()
+        assert world.look(image).mark is None
+        of_it = [disk for disk in world.record().disks if disk.path == str(image.path)]
+        assert [disk.mark_is_set for disk in of_it] == [False]
+        return of_it[0].mark
+
+    def killed(*_: Any) -> None:
+        raise KilledError
+
+    async def killed_in_mirror_start() -> None:
+        async with run_of(world, current, None) as run:
+            world.killed = True
+            try:
+                await run.mirror.start(MirrorTarget(str(peer.path), cache="writeback"))
+            except KilledError as error:
+                died.append(error)
+
+    def start_a_mirror() -> None:
+        anyio.run(killed_in_mirror_start)
+        raise died.pop()
+
+    died: list[KilledError] = []
+    marks = [killed_before_its_mark(current, lambda: open_as_serve_does(world, current, None))]
+    opened, _ = open_as_serve_does(world, current, None)
+    opened.close()
+    marks.append(killed_before_its_mark(peer, start_a_mirror))
+    world.killed = False
     assert not starts(world, peer, None)
     anyio.run(mirrored)
     assert [world.look(image).mark for image in (current, peer)] == marks
+    assert all(disk.mark and disk.mark_is_set for disk in world.record().disks)
     world.check()
+    for image in (current, peer):
+        os.removexattr(image.path, identify.MARK_NAME)
+        assert not starts(world, image, None)
     world.close()
 
 

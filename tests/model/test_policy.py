@@ -33,7 +33,7 @@ from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, MIB, pattern
 from tests.model.stage import AsyncTransport
 from vhostsync.config import MirrorTarget
-from vhostsync.device.opening import Opened, check_record, follow_record, recognisable
+from vhostsync.device.opening import Opened, begin_record, check_record
 from vhostsync.engine.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.errors import StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
@@ -192,10 +192,9 @@ async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tup
         shape = Shape(SIZE, 65536, 4 * MIB, 256)
         known = found.current if found is not None else None
         bitmap = BitmapFile.open(world.folder / "bits", shape, bitmap_file_bytes(shape), record, known=known)
-    source, record = recognisable(source, store, found, record, None)
     spared = record.spared if record is not None else ()
     device = DeviceShape(SIZE)
-    record = follow_record(store, found, record, source, bitmap, device.guest)
+    source, record = begin_record(source, store, found, record, bitmap, device.guest)
     left = found.peer if found is not None and found.clean else None
     opened = Opened(source, device, store, record, bitmap, left)
     doubt = record.doubt if record is not None else ()

@@ -19,7 +19,7 @@ from tests.model.rig import BLOCK, pattern
 from tests.model.stage import SIZE, WAIT_S, Stage, play, until
 from vhostsync.config import MirrorTarget
 from vhostsync.engine.engine_event import EngineEvent, EventKind
-from vhostsync.errors import MirrorError, StateRecordError, SwitchError
+from vhostsync.errors import DiskError, MirrorError, StateRecordError, SwitchError
 from vhostsync.mirror import peer, record_keeper
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.mirror_state import MirrorState
@@ -219,7 +219,11 @@ def test_a_lost_destination_that_another_lineage_has_taken_is_not_attached_again
         with pytest.raises(MirrorError, match=r"another state record by now, .*other\.record\.json"):
             await it.mirror.resume()
         assert it.record() == before and it.mirror.state is MirrorState.DEGRADED
-        await it.attach()  # whoever commands it knows
+        it.paths[1].write_bytes(b"QFI\xfb\x00\x00\x00\x03".ljust(SIZE, b"\0"))
+        with pytest.raises(DiskError, match="holds something that would be lost: qcow2"):
+            await it.mirror.start(MirrorTarget(str(it.paths[1]), cache="writeback"))  # it is another guest's
+        await it.mirror.start(MirrorTarget(str(it.paths[1]), cache="writeback", force=True))
+        await until(lambda: it.mirror.state is MirrorState.STEADY)
 
     play(scene, tmp_path, monkeypatch)
 

@@ -173,9 +173,8 @@ def open_machine(site: Site, remains: Remains, disk: Disk, state_file: StateFile
     shape = remains.shape
     known = found.current if found is not None else None
     bitmap = BitmapFile.open(site.bitmap, shape, bitmap_file_bytes(shape), record, remains.boot, known=known)
-    disk, record = opening.recognisable(disk, state_file, found, record, None)
     device = DeviceShape(shape.capacity_bytes)
-    record = opening.follow_record(state_file, found, record, disk, bitmap, device.guest)
+    disk, record = opening.begin_record(disk, state_file, found, record, bitmap, device.guest)
     left = found.peer if found is not None and found.clean else None
     return Opened(disk, device, state_file, record, bitmap, left, spared)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks that are nowhere, and a file system in memory that loses what was not synced."""
 
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from hypothesis import strategies as st
@@ -35,7 +36,8 @@ identities = st.builds(
     boot_id=st.none() | st.sampled_from("xyz"),
     mark=st.none() | st.sampled_from("xyz"),
     place=st.none() | st.sampled_from("xyz"),
-)
+    disk_sequence=st.none() | st.integers(0, 3),
+).flatmap(lambda found: st.sampled_from([found, replace(found, mark_is_set=found.mark is not None)]))
 
 
 class CrashError(BaseException):

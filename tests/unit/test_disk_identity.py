@@ -75,6 +75,17 @@ def test_within_a_boot_the_number_of_the_device_is_good() -> None:
     assert marked.likeness(replace(marked, path="/moved")) is Likeness.SAME
 
 
+def test_a_number_that_another_file_has_by_now() -> None:
+    """Where no generation tells the two apart, the mark does, if the disk is known to have borne it."""
+    for place in (FUSE, NFS):
+        told = replace(place, mark="m")
+        borne = replace(told, mark_is_set=True)
+        assert borne.likeness(place) is place.likeness(borne) is Likeness.UNSURE
+        assert told.likeness(place) is Likeness.SAME, "it was going to get the mark, when all stopped"
+        assert borne.likeness(borne) is Likeness.SAME
+        assert replace(borne, generation=77).likeness(replace(place, generation=77)) is Likeness.SAME
+
+
 def test_a_mark_can_be_copied_along_and_so_proves_nothing_alone() -> None:
     copy = replace(EXT4, inode=13, generation=78)
     assert EXT4.likeness(replace(copy, path="/disks/copy")) is Likeness.UNSURE
@@ -127,6 +138,16 @@ def test_a_block_device_that_does_not_name_itself() -> None:
     other_place = replace(placed, place="pci-0000:00:06.0", boot_id=TUESDAY)
     assert placed.likeness(other_place) is Likeness.UNSURE
     assert placed.likeness(replace(other_place, path="/dev/vdc", device=0xFE20)) is Likeness.OTHER
+
+
+def test_a_device_number_that_another_disk_has_by_now() -> None:
+    vdb = DiskIdentity("/dev/vdb", "block", 0xFE10, 0, 1, boot_id="monday", disk_sequence=7)
+    assert vdb.likeness(replace(vdb, path="/dev/disk/x")) is Likeness.SAME
+    later = replace(vdb, disk_sequence=8)
+    assert vdb.likeness(later) is Likeness.UNSURE, "or the same one, plugged in again"
+    assert vdb.likeness(replace(later, boot_id=TUESDAY)) is Likeness.UNSURE
+    assert vdb.likeness(replace(later, disk_sequence=None)) is Likeness.SAME, "of a record that has none"
+    assert replace(vdb, wwn="naa.1").likeness(replace(later, wwn="naa.1")) is Likeness.SAME
 
 
 def test_a_change_after_a_clean_detach_is_seen() -> None:

@@ -78,11 +78,8 @@ def open_device(
         shape = device_shape(config, disk, record)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, shape, found, record)
-        unmarked = disk
-        disk, record = recognisable(disk, store, found, record, config.answer)
         spared = record.spared if record is not None else ()
-        record = follow_record(store, found, record, disk, bitmap, shape.guest)
-        disk, record = _bearing_its_mark(store, disk, record, unmarked)
+        disk, record = begin_record(disk, store, found, record, bitmap, shape.guest, config.answer)
         left = found.peer if found is not None and found.clean else None
         until_ns = bitmap.peer_until_ns if bitmap is not None else None
         return Opened(disk, shape, store, record, bitmap, left, spared, until_ns)
@@ -185,7 +182,17 @@ def _without_lost_peer(store: RecordStore, record: StateRecord) -> StateRecord:
     return record.without_peer()
 
 
-def recognisable(
+def begin_record(
+    disk: Disk, store: RecordStore, found: StateRecord | None, record: StateRecord | None,
+    bitmap: BitmapFile | None, guest: GuestDisk | None, answer: Answer | None = None,
+) -> tuple[Disk, StateRecord | None]:
+    """What has to be durable before the guest is served. The record knows a mark before the disk bears it."""
+    marked, record = _recognisable(disk, store, found, record, answer)
+    record = follow_record(store, found, record, marked, bitmap, guest)
+    return _bearing_its_mark(store, marked, record, disk)
+
+
+def _recognisable(
     disk: Disk, store: RecordStore, found: StateRecord | None, record: StateRecord | None,
     answer: Answer | None,
 ) -> tuple[Disk, StateRecord | None]:

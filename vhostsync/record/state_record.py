@@ -212,7 +212,9 @@ class StateRecord:
     def continued(self, disk: DiskIdentity) -> "StateRecord":
         """The current disk, as it is called and numbered today. What it looked like at the last clean end is
         kept for whoever asks whether it was changed; it keeps the mark that it had."""
-        return replace(self, current=replace(disk, mark=disk.mark or self.current.mark))
+        if disk.mark is None and self.current.mark is not None:
+            disk = replace(disk, mark=self.current.mark, mark_is_set=False)
+        return replace(self, current=disk)
 
     def _former_peer(self, now: str | None = None) -> Superseded:
         """`now`: from when on one that is up to date is outdated."""

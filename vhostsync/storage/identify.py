@@ -31,6 +31,7 @@ MARK_NAME: Final = "user.vhostsync"
 MARK_CHARACTERS: Final = 32
 
 FS_IOC_GETVERSION: Final = 0x80087601  # _IOR('v', 1, long), <linux/fs.h>
+BLKGETDISKSEQ: Final = 0x80081280  # _IOR(0x12, 128, __u64), <linux/fs.h>, Linux 5.15
 FS_IOC_GETFSUUID: Final = 0x80111500  # _IOR(0x15, 0, struct fsuuid2), Linux 6.9
 XFS_IOC_FSGEOMETRY_V1: Final = 0x80705864  # _IOR('X', 100, struct xfs_fsop_geom_v1), <xfs/xfs_fs.h>
 XFS_UUID_AT: Final = 64
@@ -55,8 +56,9 @@ def identify(fd: int, path: Path, *, with_ctime: bool = False) -> DiskIdentity:
         return DiskIdentity(
             name, "block", status.st_rdev, 0, os.lseek(fd, 0, os.SEEK_END),
             serial=found.serial or _loop_file(status.st_rdev), wwn=found.wwn, partuuid=found.partuuid,
-            boot_id=_boot_id(), place=lasting_place(status.st_rdev, path),
+            boot_id=_boot_id(), place=lasting_place(status.st_rdev, path), disk_sequence=_disk_sequence(fd),
         )  # fmt: skip
+    mark = read_mark(fd)
     below = block_identifiers(status.st_dev) if os.major(status.st_dev) else None
     return DiskIdentity(
         name, "file", status.st_dev, status.st_ino, status.st_size,
@@ -64,7 +66,8 @@ def identify(fd: int, path: Path, *, with_ctime: bool = False) -> DiskIdentity:
         serial=below.serial or _loop_file(status.st_dev) if below is not None else None,
         wwn=below.wwn if below is not None else None,
         partuuid=below.partuuid if below is not None else None,
-        file_system=file_system(fd, status.st_dev), boot_id=_boot_id(), mark=read_mark(fd),
+        file_system=file_system(fd, status.st_dev), boot_id=_boot_id(),
+        mark=mark, mark_is_set=mark is not None,
     )  # fmt: skip
 
 
@@ -83,6 +86,17 @@ def _generation(fd: int) -> int | None:
     except OSError:
         return None
     return int.from_bytes(buffer[:4], "little")
+
+
+def _disk_sequence(fd: int) -> int | None:
+    """Tells apart two block devices that had the same number one after the other in one boot; None where
+    unknown."""
+    buffer = bytearray(8)
+    try:
+        fcntl.ioctl(fd, BLKGETDISKSEQ, buffer, True)
+    except OSError:
+        return None
+    return int.from_bytes(buffer, "little")
 
 
 # ---- the file system ---------------------------------------------------------
@@ -171,19 +185,21 @@ def with_mark(fd: int, disk: DiskIdentity, wanted: str | None) -> DiskIdentity:
     before `bear_mark`: a disk whose mark nobody knows, the next start would take for one of its own."""
     if disk.kind != "file" or (wanted is not None and wanted == disk.mark) or not _can_bear_marks(fd):
         return disk
-    return replace(disk, mark=wanted if wanted is not None else secrets.token_hex(MARK_CHARACTERS // 2))
+    mark = wanted if wanted is not None else secrets.token_hex(MARK_CHARACTERS // 2)
+    return replace(disk, mark=mark, mark_is_set=False)
 
 
 def bear_mark(fd: int, disk: DiskIdentity) -> DiskIdentity:
     """The disk bears its mark from here on; where it cannot, how it is recognised then."""
-    if disk.kind != "file" or disk.mark is None or disk.mark == (former := read_mark(fd)):
+    if disk.kind != "file" or disk.mark is None or disk.mark_is_set:
         return disk
     try:
         os.setxattr(fd, MARK_NAME, disk.mark.encode())
     except OSError as error:
         log.debug("the disk bears no mark", path=disk.path, reason=error.strerror)
-        return replace(disk, mark=former)
-    return disk
+        former = read_mark(fd)
+        return replace(disk, mark=former, mark_is_set=former is not None)
+    return replace(disk, mark_is_set=True)
 
 
 def _can_bear_marks(fd: int) -> bool:

@@ -34,10 +34,11 @@ class DiskIdentity:
     """`device` is st_dev of a file and st_rdev of a block device; it means something within the boot
     `boot_id` only (None: not known, in records of version 1). `generation` tells a file from an earlier
     one with the same inode number (file systems that have it); `file_system` names the file system for
-    good; `mark` is our own. `serial`, `wwn` and `partuuid` are of the block device, or of that which
-    the file system lies on; `place` is where a block device that has none of them is plugged in, or a
-    lasting name of it. `ctime_ns` is recorded at a clean detach only, so that a file that somebody
-    changed meanwhile is seen."""
+    good; `mark` is our own, and `mark_is_set` once the disk was seen to bear it: in a record there may be
+    one that it was only going to get. `serial`, `wwn` and `partuuid` are of the block device, or of that
+    which the file system lies on; `place` is where a block device that has none of them is plugged in, or a
+    lasting name of it, and `disk_sequence` which of the disks of this boot has its number. `ctime_ns` is
+    recorded at a clean detach only, so that a file that somebody changed meanwhile is seen."""
 
     path: str
     kind: str  # "file", "block", or that of a registered kind (kinds.py)
@@ -53,6 +54,8 @@ class DiskIdentity:
     boot_id: str | None = None
     mark: str | None = None
     place: str | None = None
+    mark_is_set: bool = False
+    disk_sequence: int | None = None
 
     def likeness(self, other: "DiskIdentity") -> Likeness:
         """Whether both are the same disk, as far as can be seen. Sizes do not count: disks grow."""
@@ -90,11 +93,17 @@ class DiskIdentity:
         if same_volume:
             if self._below_is_another(other):
                 return UNSURE  # the file system itself was copied (a snapshot, a clone), or has moved
-            # Without a generation the number may have been given to another file since.
-            return SAME if generations or marked or same_path else UNSURE
+            # Without a generation the number may have been given to another file since: one that bears no
+            # mark, where this one has borne its own.
+            at_home = same_path and not self._lacks_a_mark_of(other)
+            return SAME if generations or marked or at_home else UNSURE
         if same_path:
             return SAME if generations or marked else UNSURE
         return UNSURE if generations or marked or self.device == other.device else OTHER
+
+    def _lacks_a_mark_of(self, other: "DiskIdentity") -> bool:
+        """Whether one of them bears none, and the other has certainly borne one."""
+        return (self.mark is None and other.mark_is_set) or (other.mark is None and self.mark_is_set)
 
     def _same_file_system(self, other: "DiskIdentity") -> bool | None:
         """None: it cannot be told."""
@@ -145,7 +154,9 @@ class DiskIdentity:
         if any(_equal(mine, theirs) for mine, theirs in self._hardware(other)[:2]):
             return SAME
         same_path, same_number = self.path == other.path, self.device == other.device
-        if same_number and _equal(self.boot_id, other.boot_id):
+        # A number that was free for a while may be another disk's, or that of the same one, plugged in again.
+        came_later = _equal(self.disk_sequence, other.disk_sequence) is False
+        if same_number and not came_later and _equal(self.boot_id, other.boot_id):
             return SAME
         places = _equal(self.place, other.place)
         if places:
