@@ -1,3 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * What the generated binding includes before its own code. */
+ *
+ * What the generated binding includes before its own code.
+ */
 #include "shim.h"

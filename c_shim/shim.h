@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * shim_api.h as C includes it: with a guard, and with the types that cffi knows by itself.
+ */
 #ifndef VHOSTSYNC_SHIM_H
 #define VHOSTSYNC_SHIM_H
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `serve` is told, checked once, and frozen.
+"""The configuration of `serve`: all its options, declared here, each value checked once, and frozen.
 
-Every value is checked here and nowhere else: whoever holds a `ServeConfig` or a `MirrorTarget` may rely on
-it. What a value *names* (a disk, a directory) is looked at by whoever opens it. All checks raise
-ConfigError with a sentence that names the option, so that it can be shown as it is."""
+A value is checked here and nowhere else, so whoever holds a `ServeConfig` or a `MirrorTarget` may rely on it.
+What a value only *names* (a disk, a directory) is checked by whoever opens that. A check that fails raises
+ConfigError, whose sentence names the option and can be shown as it stands."""
 
 import ipaddress
 import os

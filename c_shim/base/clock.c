@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * How long this process was stopped, as its clocks tell it. See clock.h.
+ */
 #include "clock.h"
 
 _Thread_local uint64_t clock_missed_ns;

@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The lock, the queue of commands and the queue of events between the control plane and the engine's thread. See
+ * mailbox.h.
+ */
 #include "mailbox.h"
 
 #include <assert.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Large buffers are mapped here, and laid so that the kernel can use huge pages for them. See own_memory.h.
+ */
 #include "own_memory.h"
 
 #include <assert.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Pieces of a ring of bytes, handed out and taken back. See ring_alloc.h.
+ */
 #include "ring_alloc.h"
 
 #include <assert.h>

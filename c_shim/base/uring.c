@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Makes an io_uring that takes only the operations that this program needs, hands out its entries and reaps its
+ * completions. See uring.h.
+ */
 #include "uring.h"
 
 #include <assert.h>

@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Reads and composes the copies of the activity log in the bitmap's file. See activity_file.h for where they lie, and
+ * activity_log.c for what they are for.
+ */
 #include "activity_file.h"
 
 #include <errno.h>

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * The activity log: names, durably and in advance, the extents that the guest writes to (activity_log.h).
+ *
  * Invariant: a write reaches the source only while every extent that it touches
  * is named by the newest whole copy of the log that is durable. So after a host
  * crash, whatever differs is in the durable bits or in a named extent.

@@ -1,28 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The file, in blocks of 4096 bytes:
+ * The file of the dirty bitmap: what lies where in it, and why it can be believed after a crash.
  *
- *   0                 the control plane's: what the bitmap belongs to (bitmap.py);
- *                     at its end, until when changes of the disks are ours (heartbeat.c)
+ * It consists of blocks of 4096 bytes:
+ *
+ *   0                 the control plane's: which disks the bitmap is about (bitmap.py); at its end, until when changes
+ *                     of the disks are our own (heartbeat.c)
  *   1 .. 2a           two copies of the activity log, of a blocks each
- *   2a+1 ..           bit blocks: a head of 16 bytes and 32640 regions each
+ *   2a+1 ..           bit blocks: each has a head of 16 bytes, and the bits of 32640 regions
  *
- * Safe against SIGKILL: the bit blocks are mapped shared, so that a store is in
- * the page cache, which outlives the process, before the next instruction.
+ * After a SIGKILL: the bit blocks are mapped shared, so a store is in the page cache before the next instruction, and
+ * the page cache outlives the process.
  *
- * A checksum for each block, in the same page, that can be brought up to date
- * for one word: the exclusive or of a mix of every word with its place. The
- * word is stored first, then the checksum. Whoever is killed between the two,
- * and whatever a power cut tears out of the page, leaves a block whose checksum
- * does not fit; then all its regions differ. So a block that lies counts as
- * dirty, never as clean. A hole (a page of zeroes) does not fit either.
+ * Each bit block has a checksum in the same page, which can be brought up to date for one word alone: the exclusive or
+ * of a mix of every word with its place. The word is stored first, then the checksum. If the process is killed between
+ * the two, or a power cut tears the page, the checksum does not fit, and then all regions of the block count as
+ * different. So a damaged block counts as dirty, never as clean. A hole (a page of zeroes) does not fit either.
  *
- * Safe against a power cut: only with the activity log. The kernel writes
- * pages back when it likes, so that bits may be missing that were set; then the
- * extent that they lie in is in the log, and every region of it differs.
+ * After a power cut the bits alone prove nothing: the kernel writes pages back when it likes, so bits that were set may
+ * be missing. The activity log makes up for that: it names the extent of every such bit, and all regions of an extent
+ * that it names count as different.
  *
- * Opening is the control plane's, off its loop: it may block. Nothing here does
- * after that.
+ * Opening the file may block; the control plane does it off its loop. Nothing else here blocks.
  */
 #include "bitmap_file.h"
 

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * The heartbeat: keeps a moment in the bitmap's file, until which changes of the disks' files are our own.
+ *
  * After a crash an image file is as the last run has left it if its ctime is no
  * later than what this run can have brought about. So while a bitmap is in use,
  * each pass that has submitted or completed a change of a disk promises, by a

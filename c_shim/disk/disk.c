@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What all kinds of disks have in common: the gate that every operation passes on its way in, the list of those that
+ * are done, and the answers for what a kind leaves out. See disk.h.
+ */
 #include "disk.h"
 
 #include <assert.h>

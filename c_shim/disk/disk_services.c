@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The table of what the core does for kinds of disks from outside. See disk_services.h.
+ */
 #include "disk_services.h"
 
 const struct vs_disk_services *vs_disk_services(void)

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The door for kinds of disks that are no part of the core. Such a kind is a
- * library of its own, so that whoever does not use it need not have it (nor what
- * it is linked with): the control plane loads it, hands it this table, gets a
- * vs_disk from it and gives that to the engine, as it does with a file's. The
- * library is built with disk.h and calls the core by this table alone, for the
- * core exports no symbols.
+ * The door to the core for a kind of disk that is no part of it.
+ *
+ * Such a kind is a library of its own, so a host that does not use it needs neither the library nor what it is linked
+ * with. The control plane loads the library and hands it this table; the library makes a vs_disk, which the control
+ * plane gives to the engine as it does with a file's. The library is built with disk.h, but calls the core through this
+ * table alone, because the core exports no symbols.
  */
 #ifndef VS_DISK_SERVICES_H
 #define VS_DISK_SERVICES_H

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The thread of a disk for errands that may block. See disk_worker.h.
+ */
 #include "disk_worker.h"
 
 #include <limits.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the engine shows of itself. See snapshot.c.
+ */
 #ifndef VS_SNAPSHOT_H
 #define VS_SNAPSHOT_H
 

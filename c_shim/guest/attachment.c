@@ -5,7 +5,7 @@
  * could run becomes the active one, and stays it until none of its rings is
  * started and enabled and none of its requests is in flight.
  *
- * What frontends send here comes in many orders (docs: field practice), so a
+ * What frontends send here comes in many orders (vhostsync/vhost_user/rules.py lists them), so a
  * ring is not refused for what it lacks yet: whether it can run is asked anew
  * after every change.
  *

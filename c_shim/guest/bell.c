@@ -1,22 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A write to a descriptor of the frontend's may block although we have set
- * O_NONBLOCK: the flag sits on the open file that the frontend shares, so it
- * can take it away between our look and our write; and pipes and sockets have
- * locks that whoever shares them may hold for as long as he likes (a write out
- * of memory that never comes). So on the data thread
+ * Rings a bell: tells the frontend something through a descriptor of the frontend's, and never waits for it.
  *
- *   - an eventfd is never written: the kernel is let signal it, as it does for
- *     its own (eventfd_signal), which cannot sleep and cannot fail. Its Linux
- *     AIO offers that: an operation that is over at once, with IOCB_FLAG_RESFD.
- *     One system call, as a write would be;
- *   - all else (and eventfds where there is no AIO) is written by a worker of the
- *     ring. One write of a bell is under way at most. Invariant: after each
- *     ring of the bell a write begins. So a frontend that empties the
- *     descriptor and then looks at its ring misses nothing.
+ * A plain write could wait although we have set O_NONBLOCK. That flag belongs to the open file, which the frontend
+ * shares: it can clear the flag between our look and our write. And pipes and sockets have locks, which whoever shares
+ * them may hold as long as they like (by writing out of memory that never comes). So on the data thread
  *
- * Errors are nobody's: EPIPE and the like say that the frontend is gone, which
- * its socket tells.
+ *   - an eventfd is never written to. The kernel signals it for us, as it does for its own purposes (eventfd_signal):
+ *     that neither sleeps nor fails. Linux AIO offers it, as an operation that is over at once and is submitted with
+ *     IOCB_FLAG_RESFD. It costs one system call, as a write would;
+ *   - every other descriptor (and an eventfd where the kernel has no AIO) is written to by a worker of the ring. At
+ *     most one write of a bell is under way. Invariant: after each ring of the bell a write begins. So a frontend that
+ *     empties the descriptor and then looks at its ring misses nothing.
+ *
+ * Errors are ignored: EPIPE and the like say that the frontend is gone, which its socket tells as well.
  */
 #include "bell.h"
 

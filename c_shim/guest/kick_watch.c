@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Polling does not block whatever the descriptor is; reading might, for the
- * same reasons as writing does (bell.c). An eventfd is read with RWF_NOWAIT,
- * which no flag of the open file takes away; all else by a worker of the ring.
+ * Waits for the guest's kicks, and never blocks on the descriptor that they come through.
+ *
+ * Polling does not block, whatever the descriptor is; reading might, for the same reasons as writing does (bell.c). So
+ * an eventfd is read with RWF_NOWAIT, which no flag of the open file takes away, and everything else is read by a
+ * worker of the ring.
  */
 #include "kick_watch.h"
 

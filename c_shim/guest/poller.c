@@ -1,30 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A wake-up across cores costs more than many a request. So, where the next
- * thing to do is likely to come soon, the thread looks at the rings and at the
- * completion queue for a moment before it sleeps in the kernel.
+ * Looks for work for a moment before the engine's thread goes to sleep.
  *
- * Invariant: the thread sleeps only after every running ring was asked for a
- * kick and was empty after that (virtqueue_ask_for_kick). A ring that is found
- * empty while the poller is willing is not asked, so that the guest need not
- * kick; it stands in "rings" until it has work again or the poller gives up
- * and asks.
+ * Waking a thread on another core costs more than many a request. So where the next thing to do is likely to come soon,
+ * the thread looks at the rings and at the completion queue for a while before it sleeps in the kernel.
  *
- * Adaptive, polling has to pay:
- *   - it waits for the guest, and for a disk only around a flush: that is several
- *     short waits in a row, of worker threads that need a core each, and asleep
- *     every one of them would begin with somebody's wake-up;
- *   - the time from "nothing to do" to the next thing to do is smoothed; only
- *     where it lies within the window is it waited for awake, and no longer than
- *     a few times as long: so an idle guest or a slow disk costs nothing;
- *   - the core is offered to whoever is queued for it at every look: without that
- *     the kernel lets those whom we have just woken wait for us to fall asleep;
- *   - time that is missing between two looks was taken by somebody who wanted the
- *     core for long (or by the hypervisor). Then it is left to them for a while
- *     that doubles each time.
+ * Invariant: the thread sleeps only after it has asked every running ring for a kick and then found that ring empty
+ * (virtqueue_ask_for_kick). While the poller is willing to look, a ring that is found empty is not asked, so that the
+ * guest need not kick. Such a ring stands in "rings" until it has work again, or until the poller gives up and asks it.
  *
- * Completions: with DEFER_TASKRUN they are posted only when the thread enters
- * the kernel; IORING_SQ_TASKRUN says that there are some to be posted.
+ * Where polling is adaptive, it has to pay:
+ *   - The thread stays awake for the guest. It stays awake for a disk only around a flush: a flush is several short
+ *     waits in a row for worker threads, each of which needs a core, and a thread that slept would begin every one of
+ *     these waits with somebody's wake-up.
+ *   - The time from "nothing to do" to the next thing to do is smoothed. Only where it lies within the window is it
+ *     waited for awake, and then no longer than a few times as long. So an idle guest or a slow disk costs nothing.
+ *   - At every look the core is offered to whoever is queued for it. Otherwise the kernel would let the threads that we
+ *     have just woken wait until we fall asleep.
+ *   - Time that is missing between two looks was taken by somebody who wanted the core for long (or by the hypervisor).
+ *     Then the core is left to them for a while, which doubles each time.
+ *
+ * With DEFER_TASKRUN the kernel posts completions only when the thread enters it; IORING_SQ_TASKRUN says that there are
+ * some to be posted.
  */
 #include "poller.h"
 

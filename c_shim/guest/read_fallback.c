@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The destination holds the guest's writes 1 .. M. A read that fails on the
- * source may see any state from its submission on; so G is sampled after the
- * failure, and once M has reached it the destination shows such a state. What
- * is written there meanwhile is younger, and in flight together with the read.
+ * Answers a guest's read from the destination when the source could not read it.
  *
- * Never where the source is in doubt or unreadable: there the two disks are
- * known to differ, or the guest was told that a write had failed. Nor after a
- * verification has found that they differ, wherever that is. And only in
- * steady: when that ends, whoever still waits gets the source's error.
+ * When the destination's answer is right: a read that fails on the source may see any state from its submission on.
+ * The destination holds the guest's writes 1 .. M. So G is sampled after the failure, and once M has reached it, the
+ * destination shows such a state. What is written there meanwhile is younger, and in flight together with the read.
  *
- * The destination is read into buffers of our own. A request that has waited
- * for destination_timeout is answered with the error, and what a hanging
- * destination writes late goes into memory that nobody looks at (rules 7, 8).
+ * When it is not used:
+ *   - where the source is in doubt or unreadable: there the two disks are known to differ, or the guest was told that a
+ *     write had failed;
+ *   - after a verification has found that the disks differ, wherever that is;
+ *   - outside of steady. When steady ends, whoever still waits gets the source's error.
+ *
+ * The destination is read into buffers of our own. A request that has waited for destination_timeout is answered with
+ * the error, and what a hanging destination writes late goes into memory that nobody looks at (rules 7, 8).
  */
 #include "read_fallback.h"
 

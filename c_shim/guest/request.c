@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The pool of requests, their bounce buffers, and the answer that ends each. See request.h.
+ */
 #include "request.h"
 
 #include <errno.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A request's way from its ring to the source and back. See request_path.c, where reading the data plane begins.
+ */
 #ifndef VS_REQUEST_PATH_H
 #define VS_REQUEST_PATH_H
 

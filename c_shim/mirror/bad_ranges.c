@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * Keeps account of the ranges where the source is not to be trusted, and of those where the destination is better.
+ *
  * A range is in doubt from a write there that the source has failed until one that succeeds. It is unreadable from a
  * read of the copy that failed until a write that succeeds, or until the copy begins anew.
  *

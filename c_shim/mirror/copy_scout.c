@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Asks a disk, ahead of the copy, where it has data and where holes. See copy_scout.h.
+ */
 #include "copy_scout.h"
 
 static void scouted(struct disk_io *io)

@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Sends operations to the destination, notices those that fail, and lets go of a destination that is given up. See
+ * destination.h.
+ */
 #include "destination.h"
 
 #include <assert.h>

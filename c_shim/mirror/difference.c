@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * The map of where the two disks may differ, and the checkpoints that take regions off it again.
+ *
  * Invariant (rule 4): while a peer is known, a region on which the two disks
  * may differ, after a power cut of either or both, has its bit in "differs".
  *

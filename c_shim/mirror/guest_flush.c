@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A waiter is let go when
+ * Decides when a flush of the guest is confirmed, and flushes both disks for it.
+ *
+ * Whoever waits (guest_flush.h says who) is let go when
  *   - the source holds its generation durably (a source flush that began when G
  *     was at least it has succeeded), and
  *   - in steady, the count check says that the destination does too (and while

@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Puts the rooms of the mirror together, and does what concerns several of them: a destination comes, becomes steady,
+ * is lost or let go, or changes places with the source. See mirror.h.
+ */
 #include "mirror.h"
 
 #include <assert.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The table of the mirror's moves, and what each move brings with it. See mirror_state.h.
+ */
 #include "mirror_state.h"
 
 #include <assert.h>

@@ -1,32 +1,28 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Ahead of a destination that is too slow (on_congestion=pull-ahead).
+ * The guest is pulled ahead of a destination that is too slow (on_congestion=pull-ahead): its writes do not wait, the
+ * destination stays behind as a moment of the source, and catches up later.
  *
- *   steady, syncing --the log fills, or lags--> ahead --catch up--> syncing
+ *   steady, syncing --the log is full, or too old--> ahead --catch up--> syncing
  *
  * Invariants:
- *   - From the move to ahead on no write enters the log, not even one that was
- *     captured and is at the source: a later one may have completed before it,
- *     and is not in the log. So what the log brings to the destination are the
- *     writes 1 .. G as G was then, and, if it was steady, no flush that was
- *     confirmed is missing of them: a moment T of the source.
- *   - Whoever waits for the count check is held until the state record says
- *     "outdated" (RECORD_PENDING, as when a destination fails).
- *   - Every write marks its region as different (difference.c), as ever. When
- *     the log is on the destination and the last region copies too, a checkpoint
- *     flushes both disks and finds equal whatever was not written since: that is
- *     the progress that is kept. Only then the control plane is told, records
- *     that the destination is about to become inconsistent, and lets it catch up.
- *   - Catching up copies what differs, once: capture is on again, and dirty bits
- *     only fall (copier.c). The copy gives way: while the log fills it begins no
- *     region, so the log drains whenever the guest writes less than the
- *     destination takes, and the copy ends. If the guest writes more, the
- *     mirror is ahead again. How soon it may catch up then doubles each time,
- *     until it was steady for a good while.
+ *   - From the move to ahead on no write enters the log, not even one that was captured and is at the source: a later
+ *     write may have completed before it and not be in the log. So the log brings exactly the writes 1 .. G, as G was
+ *     at that moment, to the destination. If the mirror was steady, they include every flush that was confirmed: the
+ *     destination becomes a moment T of the source.
+ *   - Whoever waits for the count check is held until the state record says "outdated" (RECORD_PENDING, as when a
+ *     destination fails).
+ *   - Every write marks its region as different (difference.c), as always. When the log and the last region copies are
+ *     on the destination, a checkpoint flushes both disks and finds equal whatever was not written since: this progress
+ *     is kept. Only then is the control plane told. It records that the destination is about to become inconsistent,
+ *     and lets it catch up.
+ *   - Catching up copies what differs, once: capture is on again, and dirty bits only fall (copier.c). The copy gives
+ *     way to the log: while the log fills, it begins no region. So the log drains whenever the guest writes less than
+ *     the destination takes, and the copy ends. If the guest writes more, it is pulled ahead again. The time until it
+ *     may catch up then doubles each time, until the mirror was steady for a good while.
  *
- * The log in time counts in steady only, and only once it was short: what is
- * left in it when a copy ends is no reason to be ahead at once. A switch that
- * holds the guest is left alone: it has its own bound.
+ * The age of the log counts in steady only, and only once the log was short: what a copy leaves in it at its end is no
+ * reason to pull ahead at once. A switch that holds the guest is left alone: it has a time limit of its own.
  */
 #include "pull_ahead.h"
 

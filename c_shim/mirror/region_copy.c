@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the steps of a region copy have in common: they ask a disk, give way to the guest, and end. See region_copy.h
+ * for the struct, and copier.c for the steps.
+ */
 #include "region_copy.h"
 
 #include "clock.h"

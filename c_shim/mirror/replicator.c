@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Takes entries from the log and writes them to the destination, in an order that keeps the last write of each byte
+ * last. See replicator.h.
+ */
 #include "replicator.h"
 
 #include <assert.h>

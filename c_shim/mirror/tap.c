@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * Where the mirror learns of the guest's writes: it counts them, logs those that are mirrored and marks their regions.
+ *
  * Invariants:
  *   - A write that is mirrored has its log entry before it is taken.
  *   - It is counted as captured or as uncaptured from when it is taken until the source has completed it. When capture

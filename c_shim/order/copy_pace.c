@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * Decides how much of the bulk copy is in flight while the guest works.
+ *
  * While the guest works, what it asks of a disk waits there behind what the
  * copy has in flight. At a near disk nearly all of a request's time is its
  * transfer: more in flight makes the queue longer and nothing else, so the copy

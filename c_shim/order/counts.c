@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The counts, how they may change, and the count check that decides whether a flush may be confirmed. See counts.h.
+ */
 #include "counts.h"
 
 #include <assert.h>

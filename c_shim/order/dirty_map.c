@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A set of regions of a disk, as bits. See dirty_map.h.
+ */
 #include "dirty_map.h"
 
 #include <assert.h>

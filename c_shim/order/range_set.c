@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A few ranges of a disk, merged when there are too many. See range_set.h.
+ */
 #include "range_set.h"
 
 #include <string.h>

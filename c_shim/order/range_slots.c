@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Turns for operations that overlap. See range_slots.h.
+ */
 #include "range_slots.h"
 
 #include <assert.h>

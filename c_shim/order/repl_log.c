@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The replication log: entries are reserved, filled, put in order and released here. See repl_log.h.
+ */
 #include "repl_log.h"
 
 #include <assert.h>

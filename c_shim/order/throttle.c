@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * How fast the guest may write while the destination lags behind. See throttle.h.
+ */
 #include "throttle.h"
 
 #define WINDOW_NS 10000000u

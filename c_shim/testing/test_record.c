@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
+ * Notes in one order what several test disks do and how a bitmap's file changes (test_record.h).
+ *
  * The lock orders everything: what a disk does is noted while the disk's own
  * lock is held, at the moment at which it takes effect.
  *

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * How the testing library gets the core's table of functions. See testing.h.
+ */
 #include "testing.h"
 
 const struct vs_disk_services *disk_core;

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What all files of the testing library use: the core's table of functions, and memory that is there or ends the test.
+ */
 #ifndef VS_TESTING_H
 #define VS_TESTING_H
 

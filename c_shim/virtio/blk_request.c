@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Parses a chain of descriptors into a virtio-blk request and checks every part of it. See blk_request.h.
+ */
 #include "blk_request.h"
 
 #include <linux/virtio_blk.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Maps the frontend's log of dirty pages and marks pages in it. See dirty_log.h.
+ */
 #include "dirty_log.h"
 
 #include <errno.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Maps the guest's memory, translates its addresses, and survives that a mapping loses its file. See guest_memory.h.
+ */
 #include "guest_memory.h"
 
 #include <errno.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Maps the frontend's region for requests in flight, and keeps the record of a split ring in it. See inflight.h.
+ */
 #include "inflight.h"
 
 #include <errno.h>

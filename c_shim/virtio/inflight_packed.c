@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Keeps the record of a packed ring's requests in flight, and finds out after a crash what to take up again. See
+ * inflight_packed.h.
+ */
 #include "inflight_packed.h"
 
 #include <stdlib.h>

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Which layout a virtqueue has. All else is done by virtqueue_split.c or virtqueue_packed.c. See virtqueue.h.
+ */
 #include "virtqueue.h"
 
 #include <errno.h>

@@ -107,6 +107,17 @@ def test_names_say_what_is_done_to_what() -> None:
     assert bare == set()
 
 
+def test_every_file_opens_with_what_it_is() -> None:
+    opening = r'/\* SPDX[^\n]*\n \*\n \* \S|# SPDX[^\n]*\n"""\S'
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in [*PYTHON, *C]
+        if path.relative_to(ROOT).parts[0] in ("c_shim", "vhostsync")
+        and not re.match(opening, path.read_text())
+    ]
+    assert silent == []
+
+
 # ---- dead files ----
 
 

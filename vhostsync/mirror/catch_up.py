@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catching up after the guest got ahead of a slow destination (c_shim/mirror/pull_ahead.c).
+"""Lets the destination catch up after the guest was pulled ahead of it (c_shim/mirror/pull_ahead.c).
 
-While the mirror is ahead, the destination is a moment of the source. As soon as the first region is copied it
-is nothing, so the state record has to say so durably before the engine is told to begin. When that may be is
-the engine's to say: it backs off longer each time in which the destination could not keep up.
+While the mirror is ahead, the destination holds a moment of the source and could take its place. From the
+first region that is copied on it holds no such moment. So before the engine is told to begin, the state
+record must say durably that the destination is inconsistent. The engine decides how soon it may begin: it
+waits longer each time that the destination could not keep up.
 
-Who wants the destination as that moment (mirror-cancel, the end of the backend) holds this back.
+Whoever needs the destination as that moment (mirror-cancel, the end of the backend) holds this back.
 """
 
 import errno

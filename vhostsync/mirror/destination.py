@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A destination before the engine has it, and disks after it had them. Everything here blocks."""
+"""Opens a destination and judges whether it may be one, before the engine gets it. Everything here blocks."""
 
 from dataclasses import dataclass
 from typing import Final

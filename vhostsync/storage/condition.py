@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a disk that a state record knows looks today."""
+"""How a disk that a state record knows is found today: there, missing, another one, failing."""
 
 from dataclasses import dataclass
 from enum import StrEnum

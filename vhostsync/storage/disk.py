@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk and its kind have to say. A disk is what its kind says it is: nobody outside storage/ opens its
-path, looks at its descriptor or asks whether it is a file."""
+"""The protocols of a disk and of a kind of disk: what the rest of the program may ask of them. A disk is what
+its kind says it is: nobody outside storage/ opens its path, looks at its descriptor or asks whether it is a
+file."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
