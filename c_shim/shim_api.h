@@ -330,7 +330,8 @@ enum vs_event_kind {
     VS_EV_READ_FALLBACK,   /* the first read of this mirror that the destination has answered: offset, length */
     VS_EV_SOURCE_FAILED,   /* op, result, offset, length; held back until VS_CMD_EXCHANGE or VS_CMD_FAILOVER_GIVE_UP */
     VS_EV_PAUSED,          /* value 1: flushes wait until a mirror is steady, or VS_CMD_MIRROR_STOP; 0: not any more */
-    VS_EV_PAUSE_RELEASED   /* a frontend waited too long; value: how many requests go without a mirror for that */
+    VS_EV_PAUSE_RELEASED,  /* a frontend waited too long; value: how many requests go without a mirror for that */
+    VS_EV_SOURCE_CLOSED    /* the source that a switch has left was closed; value: as of VS_EV_FENCE_CLEAR */
 };
 
 enum vs_breach {

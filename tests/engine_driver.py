@@ -64,6 +64,7 @@ class EventKind(IntEnum):
     SOURCE_FAILED = 12
     PAUSED = 13
     PAUSE_RELEASED = 14
+    SOURCE_CLOSED = 15
 
 
 class Reason(IntEnum):

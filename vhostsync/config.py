@@ -7,6 +7,7 @@ ConfigError, whose sentence names the option and can be shown as it stands."""
 
 import ipaddress
 import os
+import shlex
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -218,9 +219,26 @@ class ServeConfig:
     destination_retry_s: float | None = option(
         "--destination-retry", MIRROR, SECONDS,
         "attach a destination that failed again after this time, then after twice as long",
-        least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX, default_text="never",
+        least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX, default_text="never; over a network 1s",
         detail="At most 5 minutes lie between two tries. A mirror that could not be resumed is tried, too. "
         "Only what differs is copied.",
+    )
+    fence: Literal["hand", "limit"] = option(
+        "--fence", MIRROR, one_of("hand", "limit"),
+        "when nothing of a lost connection is under way any more: you say so (mirror start --fenced), or the "
+        "server lets nobody in before", "hand",
+        detail="Of disks over a network whose kind does not see to it by itself. See "
+        "[network.md](network.md).",
+    )
+    fence_command: str | None = option(
+        "--fence-command", MIRROR, Kind("COMMAND"),
+        "a command that makes that certain: it ends with 0 once the server process that was lost is gone",
+        detail="Words, through no shell; the disk's name is in `VHOSTSYNC_DISK`. It may take 30 s, and runs "
+        "as `--user`, outside of the sandbox.",
+    )
+    fenced: bool = option(
+        "--fenced", MIRROR, FLAG,
+        "for one start: nothing of a lost connection is under way any more at the disk that is served", False,
     )
     resume_mirror: bool = option(
         "--resume-mirror", MIRROR, ON_OFF, "off: do not begin the mirror again that the last run had", True,
@@ -368,7 +386,19 @@ class ServeConfig:
         if len(self.serial) > SERIAL_BYTES_MAX:
             raise ConfigError(f"--serial {self.serial!r} is longer than {SERIAL_BYTES_MAX} characters.")
 
+    @property
+    def fence_words(self) -> tuple[str, ...]:
+        """Of --fence-command; none: there is none."""
+        try:
+            return tuple(shlex.split(self.fence_command or ""))
+        except ValueError as error:
+            raise ConfigError(f"--fence-command {self.fence_command!r}: {error}.") from error
+
     def _check_mirror(self) -> None:
+        if self.fence_command is not None and not self.fence_words:
+            raise ConfigError("--fence-command is empty; write a program and its arguments.")
+        if self.fence_command is not None and self.fence == "limit":
+            raise ConfigError("Give --fence-command or --fence limit, not both.")
         if self.congestion_fill_bytes is not None:
             _within("--congestion-fill", self.congestion_fill_bytes, CONGESTION_FILL_MIN, self.log_bytes)
             if self.on_congestion == "block":
@@ -424,6 +454,7 @@ class MirrorTarget:
     speed_bytes_per_s: int = 0
     full: bool = False  # copy everything, even where less would do
     force: bool = False  # overwrite what it seems to hold
+    fenced: bool = False  # the operator says that nothing of a lost connection is under way there any more
 
     def __post_init__(self) -> None:
         if not is_absolute(self.name):

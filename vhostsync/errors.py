@@ -19,6 +19,7 @@ The tree::
       EngineError         the data plane refused; has an errno
       MirrorError         a command that does not fit the state
         SwitchError       a switch that was aborted; the guest is still on the source
+        FenceError        what a lost connection has left under way may not be over yet
       ControlError        the control socket as a client sees it
         UnreachableError  nobody answers there
 """
@@ -86,6 +87,10 @@ class MirrorError(VhostsyncError):
 class SwitchError(MirrorError):
     """The switch was given up before the exchange: the guest is still on the source and the mirror is as it
     was."""
+
+
+class FenceError(MirrorError):
+    """A disk is not written to yet: what a lost connection has left under way there may not be over."""
 
 
 class ControlError(VhostsyncError):

@@ -103,8 +103,9 @@ CAPACITY_CHANGE: Final = _event(
 )
 DESTINATION_RETRY: Final = _event(
     "DESTINATION_RETRY",
-    "the mirror of the last run is resumed, or, with `--destination-retry`, that of a destination"
-    " that has failed: `what` is `waiting`, `failed` or `attached`",
+    "the mirror of the last run is resumed, or, with `--destination-retry` or over a network, that of a"
+    " destination that has failed: `what` is `waiting`, `failed`, `attached`, or `fence`: until"
+    " `mirror-start` with `fenced`, which `error` explains",
     "`destination`, `what`, `attempt`, `next-in-s`, `error`",
 )
 VERIFY_PROGRESS: Final = _event(

@@ -382,8 +382,10 @@ static void left_source_closed(struct disk_io *closing)
 {
     vs_disk *disk = container_of(closing, struct vs_disk, closing);
     struct mirror *m = disk->closing_for;
+    struct vs_event event = {.kind = VS_EV_SOURCE_CLOSED, .value = disk->unanswered};
     disk_free(disk);
     m->left_sources--;
+    mailbox_post(m->given.mailbox, &event);
 }
 
 int mirror_exchange(struct mirror *m, uint32_t flags, bool gated)

@@ -70,23 +70,33 @@ static bool receive_all(int fd, void *to, size_t bytes)
     return true;
 }
 
-/* False: the connection is lost. */
-static bool ask(const struct served_disk *s, struct disk_io *io, int *result)
+/* The whole request; of a part of one nothing is ever carried out. */
+static bool send_request(const struct served_disk *s, const struct disk_io *io)
 {
     struct question question = {.kind = io->kind, .offset = io->offset, .length = io->length};
-    struct answer answer;
     if (!send_all(s->fd, &question, sizeof question))
         return false;
     if (io->kind == VS_DISK_WRITE)
         for (int i = 0; i < io->iov_count; i++)
             if (!send_all(s->fd, io->iov[i].iov_base, io->iov[i].iov_len))
                 return false;
+    return true;
+}
+
+/* False: the connection is lost. */
+static bool ask(const struct served_disk *s, struct disk_io *io, int *result)
+{
+    struct answer answer;
+    if (!send_request(s, io))
+        return false;
+    io->unanswered = true;
     if (!receive_all(s->fd, &answer, sizeof answer) || answer.result > 0)
         return false;
     if (io->kind == VS_DISK_READ && answer.result == 0)
         for (int i = 0; i < io->iov_count; i++)
             if (!receive_all(s->fd, io->iov[i].iov_base, io->iov[i].iov_len))
                 return false;
+    io->unanswered = false;
     io->size_bytes = answer.size_bytes;
     *result = answer.result;
     return true;
@@ -113,7 +123,6 @@ static void *run(void *arg)
         if (last)
             close(s->fd);
         else if (s->lost || !ask(s, io, &result)) {
-            io->unanswered = !s->lost;
             s->lost = true;
             result = -ENOTCONN;
         }

@@ -52,8 +52,8 @@ struct rig {
     uint32_t attachment;
     uint64_t features;
     /* Events that are no completion of a command. */
-    struct vs_event last[VS_EV_FENCE_CLEAR + 1];
-    unsigned seen[VS_EV_FENCE_CLEAR + 1];
+    struct vs_event last[VS_EV_SOURCE_CLOSED + 1];
+    unsigned seen[VS_EV_SOURCE_CLOSED + 1];
     uint32_t state;
 };
 
@@ -61,7 +61,7 @@ struct rig {
 
 static inline void rig_note(struct rig *r, const struct vs_event *e)
 {
-    CHECK(e->kind >= VS_EV_DONE && e->kind <= VS_EV_FENCE_CLEAR);
+    CHECK(e->kind >= VS_EV_DONE && e->kind <= VS_EV_SOURCE_CLOSED);
     r->last[e->kind] = *e;
     r->seen[e->kind]++;
     if (e->kind == VS_EV_STATE)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kind of disk that is no part of vhostsync and lies on no file system: `mem:NAME`, a disk of a DiskServer.
+"""Kinds of disks that are no part of vhostsync and lie on no file system: `mem:NAME` and `far:NAME`, disks of
+a DiskServer.
 
 As a program: `served_disks.py SOCKET [WORDS …] serve …` is `vhostsync serve …` with this kind of disk, of the
 server at that socket."""
@@ -105,11 +106,12 @@ class Served:
     def _identity(self, name: str, answer: dict[str, Any]) -> DiskIdentity:
         if "token" not in answer:
             raise FileNotFoundError(2, "the server has no such disk", name)
-        return DiskIdentity(name, "mem", 0, 0, answer["bytes"], serial=answer["token"])
+        return DiskIdentity(name, self.prefix[:-1], 0, 0, answer["bytes"], serial=answer["token"])
 
     def absolute(self, name: str) -> str:
-        if not re.fullmatch(r"mem:[a-z0-9]+", name):
-            raise ConfigError(f"{name!r} names no disk of a server; write mem: and letters or digits.")
+        if not re.fullmatch(self.prefix + "[a-z0-9]+", name):
+            letters = f"write {self.prefix} and letters or digits"
+            raise ConfigError(f"{name!r} names no disk of a server; {letters}.")
         return name
 
     def open(
@@ -172,6 +174,15 @@ class Served:
         return ()
 
 
+class Foreign(Served):
+    """The same, of a server that nobody vouches for: `far:NAME`."""
+
+    prefix = "far:"
+    identities = frozenset({"far"})
+    fences_itself = False
+
+
 if __name__ == "__main__":
     kinds.register(Served(Path(sys.argv[1])))
+    kinds.register(Foreign(Path(sys.argv[1])))
     sys.exit(cli.main(sys.argv[sys.argv.index("serve") :]))

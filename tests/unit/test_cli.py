@@ -305,7 +305,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
         --poll-us 25 --threads 2 --packed-rings off
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
-        --on-destination-error pause
+        --on-destination-error pause --fence-command /bin/fence --fenced
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
@@ -327,6 +327,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.on_congestion, settings.congestion_fill_bytes) == ("pull-ahead", 64 << 20)
     assert (settings.read_fallback, settings.on_source_error) == (True, "switch")
     assert settings.on_destination_error == "pause"
+    assert (settings.fence_words, settings.fenced) == (("/bin/fence",), True)
     assert (settings.bitmap, settings.al_extents) == (Path("/m.bits"), 256)
     assert settings.al_extent_bytes == 16 << 20
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))
@@ -339,7 +340,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         for name, field in ServeConfig.__dataclass_fields__.items()
         if getattr(settings, name) != field.default
     }
-    assert set(ServeConfig.__dataclass_fields__) - changed == {"fd", "no_state_file", "answer"}
+    assert set(ServeConfig.__dataclass_fields__) - changed == {"fd", "no_state_file", "answer", "fence"}
 
 
 @pytest.mark.parametrize("answer", Answer)

@@ -26,6 +26,7 @@ class LostMirror:
     state = MirrorState.PASSTHROUGH
     wanted = MirrorTarget("/disks/b.img")
     fenced = False
+    waits_for_hand = False
 
     def __init__(self) -> None:
         self.attempts = 0

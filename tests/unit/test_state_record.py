@@ -45,6 +45,7 @@ def records(draw: st.DrawFn) -> StateRecord:
         clean=draw(st.booleans()),
         superseded=tuple(draw(st.lists(superseded, max_size=SUPERSEDED_MAX))),
         guest=draw(st.none() | guests),
+        unfenced=tuple(draw(st.lists(identities, max_size=2))),
         doubt=tuple(draw(st.lists(st.tuples(st.integers(0), st.integers(1)), max_size=3))),
         wanted=Wanted(peer.path, "none", draw(st.integers(0, 9))) if peer and draw(st.booleans()) else None,
     )
@@ -333,3 +334,27 @@ def test_disks_that_were_current_are_remembered_longer_than_former_peers() -> No
     assert record.of_disk(A) is not None
     assert record.of_disk(disk("spare0", 1000)) is None
     assert decode_record(encode_record(record)) == record
+
+
+# ---- where requests may be under way ------------------------------------------
+
+
+def test_a_disk_is_unfenced_until_it_is_fenced_whatever_becomes_of_its_role() -> None:
+    record = StateRecord.first(A).with_peer(B).with_unfenced(B)
+    assert record.unfenced == (B,)
+    assert record.with_unfenced(B) == record, "once"
+    renamed = replace(B, path="/elsewhere")
+    for later in (
+        record.switched(keep_mirror=True), record.switched(keep_mirror=False), record.without_peer(),
+        record.with_peer(C), record.promoted(C), record.detached(A, B),
+    ):  # fmt: skip
+        assert later.unfenced == (B,)
+        assert later.with_fenced(renamed).unfenced == (), "by what it is"
+        assert later.with_fenced(A).unfenced == (B,)
+
+
+def test_a_record_of_before_knows_of_no_unfenced_disk() -> None:
+    record = StateRecord.first(A).with_peer(B)
+    body = json.loads(encode_record(record))["body"]
+    del body["unfenced"]
+    assert decode_record(encode_checked("state-record", body)) == record

@@ -212,6 +212,11 @@ def _add_mirror(commands: "argparse._SubParsersAction[Parser]") -> None:
     start.add_argument(
         "--force", action="store_true", help="overwrite the destination, although it seems to hold something"
     )
+    start.add_argument(
+        "--fenced",
+        action="store_true",
+        help="the server process that a lost connection to it led to is gone: nothing of it is under way",
+    )
     start.add_argument("--wait", action="store_true", help="return when the destination is up to date")
     start.add_argument(
         "--timeout", type=types.positive_seconds, metavar="TIME", help="with --wait: for how long"

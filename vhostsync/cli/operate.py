@@ -123,7 +123,7 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
         arguments["cache"] = options.cache
     if options.speed:
         arguments["speed"] = options.speed
-    for word in ("full", "force"):
+    for word in ("full", "force", "fenced"):
         if getattr(options, word):
             arguments[word] = True
     started_s = time.monotonic()

@@ -81,6 +81,18 @@ def verify_line(found: Mapping[str, Any], width: int | None = None) -> str:
     return f"{bar(done, total, min(room, 40))} {text}" if room >= 10 else text
 
 
+def fence_text(means: str, destination: str) -> str:
+    """What the destination waits for, before it is attached again."""
+    over = "a lost connection may still be carried out there"
+    text = {
+        "hand": f"requests of {over}. End that server's process, then: "
+        f"vhostsync mirror start {destination} --fenced",
+        "limit": f"requests of {over}: it is attached once the server lets us in (--fence limit)",
+        "command": f"requests of {over}: it is attached once --fence-command succeeds",
+    }
+    return text[means]
+
+
 def _differing(mirror: Mapping[str, Any]) -> str:
     """How much would have to be copied, where that is known and the guest is ahead."""
     differing = mirror.get("differing-bytes")
@@ -124,6 +136,8 @@ def status_text(
         rows.append(("Verify", verify_line(verify)))
     if mirror.get("different-since"):
         rows.append(("Different", f"as a verification has found; known since {mirror['different-since']}"))
+    if mirror.get("fence"):
+        rows.append(("Fence", fence_text(mirror["fence"], mirror["destination"])))
     if mirror.get("last-error"):
         rows.append(("Last error", mirror["last-error"]))
     if mirror.get("record-error"):

@@ -211,6 +211,7 @@ async def _mirror_start(to: Dispatcher, given: Arguments) -> Any:
         speed_bytes_per_s=given["speed"],
         full=given["full"],
         force=given["force"],
+        fenced=given["fenced"],
     )
     await to.backend.mirror.start(target)
     return {}
@@ -322,6 +323,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
                     "force",
                     "boolean",
                     "Overwrite the destination although it seems to hold something.",
+                    default=False,
+                ),
+                Argument(
+                    "fenced",
+                    "boolean",
+                    "What a lost connection to it has left under way is over for certain.",
                     default=False,
                 ),
             ),

@@ -62,7 +62,7 @@ class Device:
         self.events = hub = EventHub()
         self.mirror = mirror = Mirror(
             engine, opened.disk, hub, opened.store, opened.record, opened.bitmap, opened.peer_left,
-            opened.shape.guest, opened.peer_until_ns,
+            opened.shape.guest, opened.peer_until_ns, opened.fence,
         )  # fmt: skip
         mirror.reach = reach
         self.verifier = Verifier(engine, mirror, hub)

@@ -10,7 +10,8 @@ import structlog
 
 from vhostsync.config import Answer, ServeConfig
 from vhostsync.engine.engine import bitmap_file_bytes
-from vhostsync.errors import DamagedRecordError, DiskError, StateRecordError, SupersededError
+from vhostsync.errors import DamagedRecordError, DiskError, FenceError, StateRecordError, SupersededError
+from vhostsync.mirror.fence import Fence, Means
 from vhostsync.record import record_report
 from vhostsync.record.bitmap import BitmapFile, Shape, Trust
 from vhostsync.record.record_store import RecordStore
@@ -18,8 +19,8 @@ from vhostsync.record.state_index import open_state_file
 from vhostsync.record.state_record import GuestDisk, StateRecord, Worth, timestamp
 from vhostsync.record.who_may_serve import check_start
 from vhostsync.storage.disk import Disk
-from vhostsync.storage.identity import DiskIdentity, Likeness
-from vhostsync.storage.kinds import open_disk
+from vhostsync.storage.identity import DiskIdentity, Likeness, same
+from vhostsync.storage.kinds import kind_of, open_disk
 from vhostsync.vhost_user.virtio_blk import DeviceShape
 
 log = structlog.get_logger(__name__)
@@ -40,6 +41,7 @@ class Opened:
     peer_left: DiskIdentity | None = None  # how the peer looked at the last clean end
     spared: tuple[tuple[int, int], ...] = ()  # what the peer held better when the last run ended
     peer_until_ns: int | None = None  # after a crash: until when the peer's changes are the last run's own
+    fence: Fence = Fence()  # noqa: RUF009 frozen
 
     @property
     def peer_known(self) -> bool:
@@ -49,6 +51,7 @@ class Opened:
 
     def close(self) -> None:
         self.disk.close()
+        self.fence.close()
         if self.bitmap is not None:
             self.bitmap.close(clean=True)
         if self.store is not None:
@@ -61,17 +64,19 @@ def open_device(
     """Open and lock the disk as whoever started this; the rest, which is opened again later, after
     `become_user`. Follow the state record. Blocks. DiskError, StateRecordError."""
     disk = _open_source(config, state_directory)
-    store, bitmap = None, None
+    store, bitmap, fence = None, None, Fence()
     try:
         become_user()
+        fence = Fence.of(config)
         if config.no_state_file:
             check_raw(config, disk)
-            return Opened(disk, device_shape(config, disk), None, None)
+            return Opened(disk, device_shape(config, disk), None, None, fence=fence)
         store = open_state_file(
             config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory,
             answer=config.answer,
         )  # fmt: skip
         found, record = check_record(store, disk, config.answer)
+        disk = _fenced_off(config, disk, found, fence)
         known = found.disks if found is not None else ()
         if all(each.likeness(disk.identity) is Likeness.OTHER for each in known):
             check_raw(config, disk)
@@ -82,8 +87,9 @@ def open_device(
         disk, record = begin_record(disk, store, found, record, bitmap, shape.guest, config.answer)
         left = found.peer if found is not None and found.clean else None
         until_ns = bitmap.peer_until_ns if bitmap is not None else None
-        return Opened(disk, shape, store, record, bitmap, left, spared, until_ns)
+        return Opened(disk, shape, store, record, bitmap, left, spared, until_ns, fence)
     except BaseException:
+        fence.close()
         if bitmap is not None:
             bitmap.close(clean=False)
         disk.close()
@@ -113,6 +119,40 @@ def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
         if good is None:
             raise
         raise DiskError(f"{error}; {good}") from error
+
+
+def _fenced_off(config: ServeConfig, disk: Disk, found: StateRecord | None, fence: Fence) -> Disk:
+    """The disk, opened once more where that is needed: nothing is written to it while a lost connection of
+    the last run may have something under way there. DiskError."""
+    known = found is not None and any(same(each, disk.identity) for each in found.unfenced)
+    if not known or disk.read_only or kind_of(disk.name).fences_itself or config.fenced:
+        return disk
+    match fence.means:
+        case Means.LIMIT:
+            return disk
+        case Means.HAND:
+            raise DiskError(
+                f"requests of the last run may still be carried out at {disk.name}, and nothing says when "
+                f"they are over; end that server's process, then start with --fenced, or use "
+                f"--fence-command or --fence limit"
+            )
+        case Means.COMMAND:
+            disk.close()
+            try:
+                fence.make_certain_blocking(disk.name)
+            except FenceError as error:
+                raise DiskError(str(error)) from error
+            return _opened_again(config, disk)
+
+
+def _opened_again(config: ServeConfig, former: Disk) -> Disk:
+    disk = open_disk(
+        former.name, read_only=config.read_only, cache=config.cache, lock_timeout_s=SOURCE_LOCK_S
+    )
+    if not same(disk.identity, former.identity):
+        disk.close()
+        raise DiskError(f"{former.name} is another disk since --fence-command has run; start once more")
+    return disk
 
 
 def check_raw(config: ServeConfig, disk: Disk) -> None:
@@ -262,6 +302,7 @@ def follow_record(
     if record.peer_worth is Worth.UP_TO_DATE:
         # From here on the guest's flushes are confirmed without the peer.
         record = record.with_worth(Worth.OUTDATED, timestamp())
+    record = _with_requests_under_way(record, disk)
     if record != found or store.unresolved:
         _write(store, record, _what_waits_for_it(store, found, record))
     return record
@@ -269,9 +310,13 @@ def follow_record(
 
 def _first_record(store: RecordStore, disk: Disk, guest: GuestDisk | None) -> StateRecord:
     """From here on the disk is known, and known to be raw, whatever its guest writes to it."""
-    record = StateRecord.first(disk.identity, guest)
-    _write(store, record, None)
+    record = _with_requests_under_way(StateRecord.first(disk.identity, guest), disk)
+    _write(store, record, "does not know what is under way at that disk" if record.unfenced else None)
     return record
+
+
+def _with_requests_under_way(record: StateRecord, disk: Disk) -> StateRecord:
+    return record if kind_of(disk.name).fences_itself else record.with_unfenced(disk.identity)
 
 
 def _what_waits_for_it(store: RecordStore, found: StateRecord, record: StateRecord) -> str | None:
@@ -281,6 +326,8 @@ def _what_waits_for_it(store: RecordStore, found: StateRecord, record: StateReco
         return store.unresolved
     if record.epoch != found.epoch:
         return f"calls {found.current.path} the current disk"
+    if len(record.unfenced) > len(found.unfenced):
+        return f"says that nothing is under way at {record.current.path}"
     if found.peer is not None and found.peer_worth is Worth.UP_TO_DATE:
         return f"calls {found.peer.path} up to date"
     if found.bitmap is not None:

@@ -153,6 +153,8 @@ class Engine:
         self._waiters: dict[int, _Waiter] = {}
         self._listeners: list[Callable[[EngineEvent], None]] = []
         self._attachments: dict[int, EngineAttachment] = {}
+        self.unanswered: frozenset[str] = frozenset(ROLES)
+        """After `close`: which disks ("source", "destination") may still carry out what they were sent."""
 
     @classmethod
     async def create(
@@ -218,7 +220,8 @@ class Engine:
     async def close(self) -> None:
         """End the data plane: what its disks have under way is waited for, but not for ever."""
         handle, self._handle = self._handle, None
-        await anyio.to_thread.run_sync(lib.vs_engine_destroy, handle)
+        roles = await anyio.to_thread.run_sync(lib.vs_engine_destroy, handle)
+        self.unanswered = frozenset(role for number, role in enumerate(ROLES) if roles & (1 << number))
 
     # ---- commands ------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class EventKind(IntEnum):
     SOURCE_FAILED = lib.VS_EV_SOURCE_FAILED
     PAUSED = lib.VS_EV_PAUSED
     PAUSE_RELEASED = lib.VS_EV_PAUSE_RELEASED
+    SOURCE_CLOSED = lib.VS_EV_SOURCE_CLOSED
 
 
 @dataclass(frozen=True)

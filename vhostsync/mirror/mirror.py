@@ -24,7 +24,7 @@ import structlog
 from vhostsync.config import MirrorTarget
 from vhostsync.confine.privileges import Reach
 from vhostsync.engine.engine import Engine
-from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
+from vhostsync.errors import EngineError, FenceError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.destination import (
@@ -38,6 +38,7 @@ from vhostsync.mirror.destination import (
     put_mark_back,
     was_of_this_guest,
 )
+from vhostsync.mirror.fence import Fence, Means
 from vhostsync.mirror.mirror_course import Course
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import MirrorStatus, SwitchPlan, SwitchResult
@@ -74,6 +75,7 @@ class Mirror:
         peer_left: DiskIdentity | None = None,
         guest: GuestDisk | None = None,
         peer_until_ns: int | None = None,
+        fence: Fence = Fence(),  # noqa: B008 frozen
     ) -> None:
         self._engine = engine
         self._hub = hub
@@ -85,7 +87,8 @@ class Mirror:
         self.reach = Reach()  # where destinations may lie
         self.turns = Turns()
         self._keeper = RecordKeeper(engine, self._roles, hub, store, record, bitmap, self._note_error)
-        self._course = Course(engine, self._roles, self._keeper, hub)
+        self._fence = fence
+        self._course = Course(engine, self._roles, self._keeper, hub, self._waits_for)
         self._switch = Switch(engine, self._roles, self._keeper, hub)
         self._catch_up = CatchUp(engine, self._begin_catch_up)
 
@@ -124,6 +127,19 @@ class Mirror:
     def fenced(self) -> bool:
         """Requests to a former destination are not over: none can be attached yet (rule 8)."""
         return self._roles.fenced_path is not None
+
+    @property
+    def waits_for_hand(self) -> bool:
+        """The mirror that is wanted cannot be attached again before the operator says that what a lost
+        connection has left under way is over."""
+        return self._waits_for() is Means.HAND
+
+    def _waits_for(self) -> Means | None:
+        wanted = self._keeper.record.wanted
+        detached = self.state in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED)
+        if wanted is None or not detached or self.fenced or not self._keeper.is_unfenced(wanted.path):
+            return None
+        return self._fence.means
 
     @property
     def changed(self) -> anyio.Event:
@@ -197,6 +213,8 @@ class Mirror:
             raise MirrorError("a disk that is served read-only has nothing to mirror")
         await anyio.to_thread.run_sync(self.reach.check, target.name)
         await self._await_fence()
+        if self._keeper.is_unfenced(target.name) and not target.fenced:
+            await self._fence.make_certain(target.name)
         engine = self._engine.config
         disk, made = await anyio.to_thread.run_sync(
             open_destination, target, self._roles.source.name, engine.capacity_bytes, engine.block_bytes,
@@ -204,6 +222,7 @@ class Mirror:
         )  # fmt: skip
         obeyed = False
         try:
+            self._check_fenced(disk, target)
             if former is not None:
                 check_former(disk, former)
                 await self._keeper.check_unclaimed(disk.identity)
@@ -215,6 +234,16 @@ class Mirror:
             if not obeyed:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(discard, disk, made)
+
+    def _check_fenced(self, disk: Disk, target: MirrorTarget) -> None:
+        """That it was made certain before by this name. FenceError."""
+        name = self._keeper.unfenced_name(disk.identity)
+        if target.fenced or name in (None, target.name) or self._fence.means is Means.LIMIT:
+            return
+        raise FenceError(
+            f"requests of a lost connection may still be carried out at {target.name}, which was called "
+            f"{name} then; start the mirror to {name}, or, once they are certainly over, with --fenced"
+        )
 
     async def _is_ours(self, disk: DiskIdentity) -> bool:
         """What it holds is this guest's. StateRecordError."""
@@ -258,11 +287,13 @@ class Mirror:
         as_left = not target.full and (resync or self._roles.peer.place is None)
         async with self._keeper.lock_for_good():
             former = self._keeper.record
+            place = Place.of(marked)
             spare_doubt = as_left and former.peer_is(now)
             wanted = Wanted(target.name, target.cache, target.speed_bytes_per_s)
             record = former.with_peer(marked.identity, former.bitmap if resync else None)
             if not resync:
                 record = record.with_difference(None)
+            record = self._keeper.to_unfenced(record, place)
             await self._keeper.write(record.with_wanted(wanted))
             place = Place.of(await self._bearing_its_mark(marked))
             former_peer, self._course.last_error = self._roles.attach(place), None

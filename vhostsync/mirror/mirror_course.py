@@ -3,6 +3,7 @@
 copy is. Told to the log, as events, and to whoever asks for the status."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
@@ -32,7 +33,10 @@ class Course:
     """To be made after the keeper, which hears of each event first: when the disks were exchanged, the roles
     are the new ones."""
 
-    def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub) -> None:
+    def __init__(
+        self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub,
+        waits_for: Callable[[], str | None],
+    ) -> None:
         self.state = MirrorState.PASSTHROUGH
         self.changed = anyio.Event()  # set at the next event of the engine
         self.last_error: str | None = None
@@ -43,6 +47,7 @@ class Course:
         self._roles = roles
         self._keeper = keeper
         self._hub = hub
+        self._waits_for = waits_for
         self._rate = CopyRate()
         self._reason: str | None = None
         engine.on_event(self._on_event)
@@ -53,9 +58,9 @@ class Course:
         elif event.kind is EventKind.IO_ERROR:
             self._note_io_error(event)
         elif event.kind is EventKind.FENCE_CLEAR:
-            former, self._roles.fenced_path = self._roles.fenced_path, None
+            former, self._roles.fenced = self._roles.fenced, None
             if former is not None:
-                log.info("the last request of the former destination is over", path=former)
+                log.info("the former destination is closed", path=former.name, unanswered=bool(event.value))
         self._wake()
 
     def _wake(self) -> None:
@@ -159,6 +164,7 @@ class Course:
             unreadable=rows(now.unreadable),
             record_error=self._keeper.write_error,
             flushes_fail=self._keeper.flushes_fail,
+            fence=self._waits_for(),
         )
 
     def _worth(self) -> str | None:

@@ -68,6 +68,12 @@ class MirrorStatus(MirrorFigures):
         Metric("record_unwritable", "gauge",
                "1 while the state record cannot be written, when that was last tried.", bool, 0),
     )  # fmt: skip
+    fence: str | None = statistic(
+        "what has to make it certain that requests of a lost connection are over before the destination is "
+        "attached again: `hand` (`mirror-start` with `fenced`), `limit` or `command`; null: nothing",
+        Metric("fence_awaited", "gauge",
+               "1 while the destination waits for what fences it after a lost connection.", bool, 0),
+    )  # fmt: skip
     flushes_fail: bool = statistic(
         "true: the guest's flushes fail until the record can be written (a `steady` destination was lost)",
         Metric("flushes_fail", "gauge", "1 while flushes fail because of that."),

@@ -44,7 +44,8 @@ from vhostsync.mirror.roles import Roles
 from vhostsync.record.bitmap import BitmapFile
 from vhostsync.record.record_store import Prepared, RecordStore
 from vhostsync.record.state_record import StateRecord, Worth, timestamp
-from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.identity import DiskIdentity, same
+from vhostsync.storage.kinds import kind_of
 
 log = structlog.get_logger(__name__)
 
@@ -87,6 +88,8 @@ class RecordKeeper:
         self._unsettled = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
+        self._answered: list[DiskIdentity] = []  # all that went there; the record is still to be told
+        self._left_sources: list[Place | None] = []  # by a switch, and not closed yet
         self._steady = anyio.Event()
         self._verified = anyio.Event()
         engine.on_event(self._on_event)
@@ -241,10 +244,23 @@ class RecordKeeper:
             peer = look_again(self._roles.destination)
             if peer is None:
                 return
+        record = self._fenced_by_the_end(self.record)
         try:
-            self._store.change(self.record.detached(current, peer, self._spared))
+            self._store.change(record.detached(current, peer, self._spared))
         except StateRecordError as error:
             log.error("the state record could not note the clean end", error=str(error))
+
+    def _fenced_by_the_end(self, record: StateRecord) -> StateRecord:
+        """Without the disks that have answered all that they were sent."""
+        for role, place in (
+            ("source", self._roles.source),
+            ("destination", self._roles.destination or self._roles.fenced),
+        ):
+            if place is not None and role not in self._engine.unanswered:
+                record = record.with_fenced(place.identity)
+        for disk in self._answered:
+            record = record.with_fenced(disk)
+        return record
 
     # ---- following the engine ----------------------------------------------------
 
@@ -259,10 +275,16 @@ class RecordKeeper:
                 assert self._announced is not None
                 self.record, self._announced = self._announced, None
                 self.different_since = self.record.different_since
+                if self.record.peer is None:
+                    self._left_sources.append(self._roles.source)
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
         elif event.kind is EventKind.IO_ERROR and event.role == "source":
             self._source_failed.set()
         elif event.kind is EventKind.FENCE_CLEAR:
+            self._note_closed(self._roles.fenced, unanswered=bool(event.value))
+            self._fence_clear.set()
+        elif event.kind is EventKind.SOURCE_CLOSED:
+            self._note_closed(self._take_left_source(), unanswered=bool(event.value))
             self._fence_clear.set()
         if event.kind in _TO_RECORD:
             self._to_record[event.kind].append(event)
@@ -308,6 +330,48 @@ class RecordKeeper:
             await self._fence_clear.wait()
             self._fence_clear = anyio.Event()
             await anyio.to_thread.run_sync(self._roles.peer.look)
+            await self._until_written(self._record_answered, "a restart would want a fence without need")
+
+    def _take_left_source(self) -> Place | None:
+        """None: there are several, and it is not told which of them was closed."""
+        if len(self._left_sources) > 1:
+            self._left_sources = [None] * len(self._left_sources)
+        return self._left_sources.pop(0)
+
+    def _note_closed(self, place: Place | None, *, unanswered: bool) -> None:
+        if place is not None and not unanswered:
+            self._answered.append(place.identity)
+
+    def is_unfenced(self, name: str) -> bool:
+        """Requests of a lost connection may still be carried out at the disk that is called so."""
+        return any(
+            disk.path == name and not any(same(disk, each) for each in self._answered)
+            for disk in self.record.unfenced
+        )
+
+    def unfenced_name(self, identity: DiskIdentity) -> str | None:
+        """The same of a disk, however it is called: its name then."""
+        known = [disk.path for disk in self.record.unfenced if same(disk, identity)]
+        return next((name for name in known if self.is_unfenced(name)), None)
+
+    def to_unfenced(self, record: StateRecord, place: Place) -> StateRecord:
+        """For the record to be written before the first request there."""
+        assert self.lock.locked()
+        self._answered = [each for each in self._answered if not same(each, place.identity)]
+        return record if kind_of(place.name).fences_itself else record.with_unfenced(place.identity)
+
+    async def _record_answered(self) -> str | None:
+        async with self.lock:
+            record, answered = self.record, self._answered
+            for disk in answered:
+                record = record.with_fenced(disk)
+            try:
+                if record != self.record:
+                    await self.write(record)
+            except StateRecordError as error:
+                return str(error)
+            self._answered = [each for each in self._answered if each not in answered]
+            return None
 
     async def _follow_doubt(self) -> None:
         behind = False

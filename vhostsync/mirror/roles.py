@@ -10,8 +10,12 @@ class Roles:
     def __init__(self, source: Place) -> None:
         self.source = source
         self.destination: Place | None = None
-        self.fenced_path: str | None = None  # requests to this former destination are not over (rule 8)
+        self.fenced: Place | None = None  # requests to this former destination are not over (rule 8)
         self.peer = Peer()
+
+    @property
+    def fenced_path(self) -> str | None:
+        return self.fenced.name if self.fenced is not None else None
 
     @property
     def destination_path(self) -> str | None:
@@ -28,7 +32,7 @@ class Roles:
     def fence(self) -> None:
         """The destination is given up; what it has under way may still be written there."""
         if self.destination is not None:
-            self.fenced_path, self.destination = self.destination.name, None
+            self.fenced, self.destination = self.destination, None
             self.peer.detached()
 
     def exchange(self, *, keep_mirror: bool) -> None:

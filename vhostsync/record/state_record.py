@@ -87,6 +87,9 @@ class StateRecord:
     different_since: str | None = None  # a verification has found that the peer differs: until it is mended
     wanted: Wanted | None = None  # until somebody takes it back: mirror-cancel, a switch that keeps no mirror
     guest: GuestDisk | None = None  # None: not known, in records of version 1
+    # Where requests may be under way that nobody waits for any more once this process or its connection is
+    # gone (mirror/fence.py). Only disks whose kind does not fence itself.
+    unfenced: tuple[DiskIdentity, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.peer is None) != (self.peer_worth is None):
@@ -160,6 +163,14 @@ class StateRecord:
     def with_wanted(self, wanted: Wanted | None) -> "StateRecord":
         return replace(self, wanted=wanted)
 
+    def with_unfenced(self, disk: DiskIdentity) -> "StateRecord":
+        """Requests may be under way there. To be written before the first one."""
+        return replace(self, unfenced=(disk, *self.with_fenced(disk).unfenced))
+
+    def with_fenced(self, disk: DiskIdentity) -> "StateRecord":
+        """None is, for certain."""
+        return replace(self, unfenced=tuple(each for each in self.unfenced if not same(each, disk)))
+
     def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
         # What the guest writes without the peer may end that it holds anything better, and no record waits.
         spared = self.spared if worth is Worth.UP_TO_DATE else ()
@@ -186,6 +197,7 @@ class StateRecord:
             different_since=self.different_since if keep_mirror else None,
             wanted=replace(self.wanted, path=self.current.path) if keep_mirror and self.wanted else None,
             guest=self.guest,
+            unfenced=self.unfenced,
         )
 
     def detached(
@@ -202,8 +214,9 @@ class StateRecord:
         if self.peer is not None:
             gone.append(replace(self._former_peer(since), lost=True))
         return StateRecord(
-            epoch=self.epoch + 1, current=disk, superseded=self._superseded_by(disk, *gone), guest=self.guest
-        )
+            epoch=self.epoch + 1, current=disk, superseded=self._superseded_by(disk, *gone), guest=self.guest,
+            unfenced=self.unfenced,
+        )  # fmt: skip
 
     def replaced(self, disk: DiskIdentity) -> "StateRecord":
         """Another file took the current disk's place, and nothing else is known of this lineage."""
@@ -332,6 +345,7 @@ def decode_record(text: bytes, boot_id: str | None = None, marked: int = 0) -> S
             different_since=body.get("different_since"),
             wanted=None if wanted is None else Wanted(**wanted),
             guest=None if guest is None else GuestDisk(**guest),
+            unfenced=tuple(decode_identity(each) for each in body.get("unfenced", ())),
         )
     except (KeyError, TypeError) as error:
         raise ValueError("fields are missing or unknown") from error
