@@ -42,6 +42,8 @@ class Op(IntEnum):
     STATFS = 17
     RELEASE = 18
     FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
     FLUSH = 25
     INIT = 26
     INTERRUPT = 36
@@ -61,6 +63,7 @@ class HangingDisk:
         self._lock = threading.Condition()
         self._hangs: set[Op] = set()
         self._held: list[tuple[Op, int, int, bytes]] = []
+        self.attributes: dict[bytes, bytes] = {}
         self._mount(folder)
         self._thread = threading.Thread(target=self._serve, name="hanging-disk")
         self._thread.start()
@@ -192,7 +195,20 @@ class HangingDisk:
         if op is Op.LSEEK:
             _, offset, whence = struct.unpack_from("<QQI", body)
             return struct.pack("<Q", os.lseek(self._backing, offset, whence))
+        if op is Op.SETXATTR:
+            (size,) = struct.unpack_from("<I", body)
+            name, value = body[8:].split(b"\0", 1)
+            self.attributes[name] = value[:size]
+        if op is Op.GETXATTR:
+            return self._attribute(body)
         return b""
+
+    def _attribute(self, body: bytes) -> bytes:
+        (room,) = struct.unpack_from("<I", body)
+        value = self.attributes.get(body[8:].rstrip(b"\0"))
+        if value is None:
+            raise OSError(errno.ENODATA, "")
+        return value if room else struct.pack("<II", len(value), 0)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -76,6 +76,22 @@ def test_a_destination_that_hangs_is_given_up(work: Path, hanging: HangingDisk, 
         assert_both_go_on(served, guest, 200)
 
 
+def test_a_destination_that_hangs_where_it_gets_its_mark(work: Path, hanging: HangingDisk) -> None:
+    """The record waits no longer than five seconds for it; the copy then begins, and goes on."""
+    source = image(work / "a.img", 16)
+    with running(hanging, work, source) as (served, guest):
+        hanging.hang(Op.SETXATTR)
+        served.qmp.execute("mirror-start", destination=str(hanging.path))
+        assert hanging.holds(Op.SETXATTR) and not hanging.attributes
+        assert_both_go_on(served, guest, 1)
+        record = served.record()
+        assert record is not None and record.peer is not None
+        assert record.peer.mark is not None and not record.peer.mark_is_set
+        hanging.go_on()
+        served.await_steady()
+        assert list(hanging.attributes.values()) == [record.peer.mark.encode()]
+
+
 def test_a_destination_that_hangs_in_its_close(work: Path, hanging: HangingDisk) -> None:
     source = image(work / "a.img", 16)
     with running(hanging, work, source, *TIMEOUT) as (served, guest):

@@ -26,6 +26,7 @@ from vhostsync.confine.privileges import Reach
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, FenceError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
+from vhostsync.host.errands import Errands
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.destination import (
     DESTINATION_LOCK_S,
@@ -59,6 +60,7 @@ log = structlog.get_logger(__name__)
 
 PROGRESS_S: Final = 1.0
 FENCE_WAIT_S: Final = 2.0
+MARK_WAIT_S: Final = 5.0
 
 
 class Mirror:
@@ -84,6 +86,7 @@ class Mirror:
         if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
             self._roles.peer.known(record.peer, peer_left, peer_until_ns)
         self._read_only = source.read_only
+        self._errands = Errands()
         self.reach = Reach()  # where destinations may lie
         self.turns = Turns()
         self._keeper = RecordKeeper(engine, self._roles, hub, store, record, bitmap, self._note_error)
@@ -314,13 +317,18 @@ class Mirror:
         log.info("copying", destination=place.name, everything_because=full_copy_reason)
 
     async def _bearing_its_mark(self, disk: Disk) -> Disk:
-        """Before its first byte is overwritten: from there on a start must not miss what it is."""
-        marked = await anyio.to_thread.run_sync(disk.bear_mark)
+        """Before its first byte is overwritten: from there on a start must not miss what it is. Others wait
+        for the record meanwhile, so not for ever: it has the mark, set or not."""
+        try:
+            marked = await self._errands.answer(disk.bear_mark, MARK_WAIT_S)
+        except TimeoutError:
+            log.warning("the destination has not taken its mark in time", destination=disk.name)
+            return disk
         if marked.identity != disk.identity:
             try:
                 await self._keeper.write(replace(self._keeper.record, peer=marked.identity))
             except StateRecordError as error:
-                log.error("the record has a mark that the destination does not bear", error=str(error))
+                log.error("the record does not say which mark the destination bears", error=str(error))
         return marked
 
     async def cancel(self, *, force: bool) -> None:

@@ -7,18 +7,15 @@ nobody waits for. Shared memory, the usual case, is told apart at once and witho
 hugetlbfs file (a memfd, /dev/shm) has seals.
 """
 
-import asyncio
 import fcntl
 import os
 import stat
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from vhostsync.host import patience
+from vhostsync.host.errands import Errands
 from vhostsync.host.kernel import file_system_type
 from vhostsync.host.owned_fd import OwnedFd
 
@@ -26,9 +23,6 @@ from ..errors import FrontendError
 
 LOOK_S: Final = 5.0
 """How long a file system may take to say what it is; a frontend waits meanwhile, and perhaps its VM."""
-
-THREADS_MAX: Final = 16
-"""What is more than these waits for one of them to come back."""
 
 # <linux/magic.h>. On local storage a page fault waits for the disk below, as the host's own programs do.
 MEMORY_FILE_SYSTEMS: Final = {
@@ -45,37 +39,7 @@ KNOWN_TO_HANG: Final = {
 DAX: Final = "/dax"
 
 
-class Threads:
-    """Run errands that may never come back. Daemons: the process does not wait for them at its end."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._errands: deque[Callable[[], None]] = deque()
-        self._running = 0
-
-    def give(self, errand: Callable[[], None]) -> None:
-        with self._lock:
-            self._errands.append(errand)
-            if self._running == THREADS_MAX:
-                return
-            self._running += 1
-        try:
-            threading.Thread(target=self._work, name="vhostsync-foreign", daemon=True).start()
-        except RuntimeError:  # the system has no more: the next one that comes takes up this errand, too
-            with self._lock:
-                self._running -= 1
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._errands:
-                    self._running -= 1
-                    return
-                errand = self._errands.popleft()
-            errand()
-
-
-_threads: Final = Threads()
+_errands: Final = Errands()
 
 
 def _is_shared_memory(fd: int) -> bool:
@@ -104,7 +68,7 @@ def close_foreign(fds: Iterable[OwnedFd]) -> None:
             if _closes_at_once(number):
                 os.close(number)
             else:
-                _threads.give(partial(_close, number))
+                _errands.give(partial(_close, number))
 
 
 def _close(fd: int) -> None:
@@ -125,27 +89,19 @@ async def check_memory(fds: Iterable[OwnedFd], what: str) -> None:
 
 
 async def _why_not_memory(fd: int) -> str | None:
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[str | None] = loop.create_future()
     try:
         own = os.dup(fd)  # it may be closed here before the thread is back
     except OSError as error:
         return f"in a file that cannot be examined ({error.strerror})"
 
-    def tell(reason: str | None) -> None:
-        if not answer.done():
-            answer.set_result(reason)
+    def look() -> str | None:
+        try:
+            return _look(own)
+        finally:
+            _errands.give(partial(_close, own))
 
-    def look() -> None:
-        reason = _look(own)
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, reason)
-        _close(own)
-
-    _threads.give(look)
     try:
-        with patience.fail_after(LOOK_S):
-            return await answer
+        return await _errands.answer(look, LOOK_S)
     except TimeoutError:
         return f"on a file system that has not answered for {LOOK_S:g} s"
 
