@@ -29,6 +29,7 @@ from vhostsync.engine.snapshot import EngineFigures, QueueFigures
 from vhostsync.host import unix_socket
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import MirrorStatus
+from vhostsync.record.state_record import Worth
 
 from .config import TcpAddress
 from .control import sockets
@@ -38,7 +39,6 @@ from .statistic import MetricKind, statistics_of
 
 log = structlog.get_logger(__name__)
 
-WORTHS: Final = ("up-to-date", "outdated", "inconsistent")
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 REQUEST_BYTES_MAX: Final = 8 * 1024
@@ -152,8 +152,8 @@ def _mirror(page: _Page, mirror: Mapping[str, Any]) -> None:
     for each in MirrorState:
         state(int(mirror.get("state") == each), {"state": each})
     worth = page.family("mirror_worth", "gauge", "1 for what the destination is worth; all 0 without one.")
-    for name in WORTHS:
-        worth(int(mirror.get("worth") == name), {"worth": name})
+    for value in Worth:
+        worth(int(mirror.get("worth") == value), {"worth": value})
     for key, text in (
         ("source-generation", "Guest writes completed on the source."),
         ("source-flushed", "Guest writes that the source holds durably."),

@@ -13,6 +13,7 @@
 #ifndef VS_VIRTQUEUE_H
 #define VS_VIRTQUEUE_H
 
+#include <assert.h>
 #include <linux/virtio_ring.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -75,6 +76,23 @@ struct chain {
     uint32_t left; /* steps until a walk must have come to its end: a longer one loops */
     bool in_indirect, ended;
 };
+
+/* The walk goes on in an indirect table, of descriptors as the ring's. 0 or minus an enum vs_breach. */
+static inline int chain_enter_table(struct chain *c, uint64_t addr, uint32_t bytes)
+{
+    const uint32_t each = sizeof(struct vring_desc);
+    static_assert(sizeof(struct vring_desc) == sizeof(struct vring_packed_desc), "the same in both layouts");
+    if (bytes == 0 || bytes % each || bytes / each > VS_MAX_QUEUE_SIZE)
+        return -VS_BREACH_INDIRECT;
+    /* Alignment is not asked for by the specification; x86 and arm64 do without. */
+    c->descs = guest_at(c->table, addr, bytes);
+    if (!c->descs)
+        return -VS_BREACH_INDIRECT;
+    c->in_indirect = true;
+    c->desc_count = c->left = bytes / each;
+    c->next = 0;
+    return 0;
+}
 
 /* What the two layouts do each in their way. What the functions below say holds for these. */
 struct ring_layout {

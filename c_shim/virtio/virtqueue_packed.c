@@ -241,15 +241,7 @@ static int enter_indirect(struct chain *c, const struct vring_packed_desc *d)
 {
     if (!c->vq->indirect || c->desc_count != 1)
         return -VS_BREACH_CHAIN;
-    if (d->len == 0 || d->len % sizeof *d || d->len / sizeof *d > VS_MAX_QUEUE_SIZE)
-        return -VS_BREACH_INDIRECT;
-    c->descs = guest_at(c->table, d->addr, d->len);
-    if (!c->descs)
-        return -VS_BREACH_INDIRECT;
-    c->in_indirect = true;
-    c->left = d->len / (uint32_t)sizeof *d;
-    c->next = 0;
-    return 0;
+    return chain_enter_table(c, d->addr, d->len);
 }
 
 static int packed_chain_next(struct chain *c, struct chain_segment *out)

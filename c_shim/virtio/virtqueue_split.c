@@ -137,16 +137,7 @@ static int enter_indirect(struct chain *c, const struct vring_desc *d)
 {
     if (c->in_indirect || !c->vq->indirect || (d->flags & VRING_DESC_F_NEXT))
         return -VS_BREACH_CHAIN;
-    if (d->len == 0 || d->len % sizeof *d || d->len / sizeof *d > VS_MAX_QUEUE_SIZE)
-        return -VS_BREACH_INDIRECT;
-    /* Alignment is not asked for by the specification; x86 and arm64 do without. */
-    c->descs = guest_at(c->table, d->addr, d->len);
-    if (!c->descs)
-        return -VS_BREACH_INDIRECT;
-    c->in_indirect = true;
-    c->desc_count = c->left = d->len / (uint32_t)sizeof *d;
-    c->next = 0;
-    return 0;
+    return chain_enter_table(c, d->addr, d->len);
 }
 
 static int split_chain_next(struct chain *c, struct chain_segment *out)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from tests.unit.control_fakes import FakeBackend, FakeStatus, running
+from tests.unit.control_fakes import FakeBackend, running, status
 from vhostsync.cli import main as cli
 from vhostsync.cli import operate
 
@@ -28,7 +28,7 @@ class Served:
         self.path = path
 
     def become(self, **changes: Any) -> None:
-        self.backend.mirror.now = FakeStatus(**changes)
+        self.backend.mirror.now = status(**changes)
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import anyio
 import anyio.abc
@@ -15,52 +16,29 @@ from vhostsync.config import MirrorTarget
 from vhostsync.control.server import serve_control
 from vhostsync.errors import MirrorError, SwitchError
 from vhostsync.events import EventHub
+from vhostsync.mirror.mirror_status import MirrorStatus
 
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
-class FakeStatus:
-    state: str = "passthrough"
-    worth: str | None = None
-    source: str = "/disks/a.img"
-    destination: str | None = None
-    counts: dict[str, int | None] = field(
-        default_factory=lambda: {
+def status(**changes: Any) -> MirrorStatus:
+    """Of a backend without a mirror: what is declared of it, each figure nothing but these."""
+    shown: dict[str, Any] = {
+        name: None if NoneType in get_args(kind) else (get_origin(kind) or kind)()
+        for name, kind in get_type_hints(MirrorStatus).items()
+    }
+    shown |= {
+        "state": "passthrough",
+        "source": "/disks/a.img",
+        "counts": {
             "source_generation": 7,
             "source_flushed": 5,
             "writes_mirrored": None,
             "flush_request": 5,
             "writes_flushed": None,
-        }
-    )
-    lag_bytes: int = 0
-    lag_writes: int = 0
-    lag_ms: float = 0.0
-    copy_bytes_total: int = 0
-    copy_bytes_done: int = 0
-    copy_bytes_sparse: int = 0
-    differing_bytes: int | None = None
-    bitmap: str | None = None
-    full_copy_reason: str | None = None
-    copy_rate_bytes_per_s: float = 0.0
-    copy_remaining_s: float | None = None
-    speed_bytes_per_s: int = 0
-    wanted: bool = False
-    last_error: str | None = None
-    reason: str | None = None
-    doubt: tuple[dict[str, int], ...] = ()
-    outdated_since: str | None = None
-    different_since: str | None = None
-    unreadable: tuple[dict[str, int], ...] = ()
-    reads_from_destination: int = 0
-    source_failovers: int = 0
-    paused: bool = False
-    paused_requests: int = 0
-    paused_s: float = 0.0
-    paused_released: int = 0
-    record_error: str | None = None
-    flushes_fail: bool = False
+        },
+    }
+    return MirrorStatus(**{**shown, **changes})
 
 
 @dataclass(frozen=True)
@@ -78,7 +56,7 @@ class FakeMirror:
 
     def __init__(self, hub: EventHub) -> None:
         self.hub = hub
-        self.now = FakeStatus()
+        self.now = status()
         self.target: MirrorTarget | None = None
         self.copy_steps = 4
         self.fail_copy: str | None = None
@@ -100,7 +78,7 @@ class FakeMirror:
                 {"former": before, "state": self.now.state, "reason": self.now.reason},
             )
 
-    async def status(self) -> FakeStatus:
+    async def status(self) -> MirrorStatus:
         if self.now.state == "syncing":
             if self.fail_copy is not None:
                 self._become(

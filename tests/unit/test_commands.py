@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.control_fakes import FakeBackend
+from tests.unit.control_fakes import FakeBackend, status
 from vhostsync.control import commands, qmp
 from vhostsync.control.commands import COMMANDS, Dispatcher
 from vhostsync.control.qmp import Request
@@ -68,7 +68,7 @@ async def test_a_start_without_a_cache_takes_the_one_that_serve_was_told(backend
 
 
 async def test_a_switch_hands_over_its_arguments_and_returns_its_result(backend: FakeBackend) -> None:
-    backend.mirror.now = type(backend.mirror.now)(state="steady", destination="/b.img")
+    backend.mirror.now = status(state="steady", destination="/b.img")
     result = await ask(backend, "switch", deadline_ms=2500, max_pause_ms=7.5, keep_mirror=True)
     assert backend.mirror.switch_arguments == {"deadline_s": 2.5, "max_pause_ms": 7.5, "keep": True}
     assert result == {
@@ -83,7 +83,7 @@ async def test_a_switch_hands_over_its_arguments_and_returns_its_result(backend:
 
 async def test_a_switch_tells_what_it_has_accepted(backend: FakeBackend) -> None:
     bad = {"offset": 4096, "length": 512}
-    backend.mirror.now = type(backend.mirror.now)(state="steady", destination="/b.img", unreadable=(bad,))
+    backend.mirror.now = status(state="steady", destination="/b.img", unreadable=(bad,))
     result = await ask(backend, "switch", accept_unreadable=True)
     assert backend.mirror.accepts_unreadable
     assert result["accepted"] == {"doubt": [], "unreadable": [bad]}

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mirror": {"words", "host", "storage", "config", "confine", "record", "vhost_user", "engine"},
     # The control socket. It knows of the mirror only what it asks of it.
     "control": {"words", "host", "config"},
-    "metrics": {"words", "host", "config", "engine", "mirror", "control"},
+    "metrics": {"words", "host", "config", "record", "engine", "mirror", "control"},
     # One disk with all that belongs to it.
     "device": {"words", "storage", "config", "confine", "record", "vhost_user", "engine", "mirror"},
     # The process of `serve`, around its device.
@@ -107,6 +107,13 @@ def test_every_module_imports_only_what_its_folder_may(arrows: dict[str, set[str
         if folder_of(other) not in {folder_of(name), *MAY_IMPORT[folder_of(name)]}
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_of_the_disks_only_those_at_a_path_know_the_binding(arrows: dict[str, set[str]]) -> None:
+    """Any other kind comes with a library of its own. All else is the engine's."""
+    using = {name for name, others in arrows.items() if "vhostsync._shim" in others}
+    outside = {name for name in using if folder_of(name) != "engine"}
+    assert outside == {"vhostsync.storage.native"}
 
 
 def test_the_folders_stand_on_each_other() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.control_fakes import GIB, FakeStatus
+from tests.unit.control_fakes import GIB, status
 from vhostsync.cli import show
 from vhostsync.printable import size
 
@@ -41,7 +41,7 @@ def test_a_bar_is_full_only_at_the_end() -> None:
 
 
 def mirror(**changes: Any) -> dict[str, Any]:
-    base = {name.replace("_", "-"): value for name, value in vars(FakeStatus()).items()}
+    base = {name.replace("_", "-"): value for name, value in vars(status()).items()}
     return {**base, **{name.replace("_", "-"): value for name, value in changes.items()}}
 
 
