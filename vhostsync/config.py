@@ -37,6 +37,7 @@ from .option import (
 from .quantities import BYTES_MAX, GIB, KIB, MIB
 from .storage.disk import absolute_path
 from .storage.kinds import absolute_name, is_absolute
+from .storage.network import NetworkUse
 
 Cache = Literal["none", "writeback"]
 DiskFormat = Literal["raw"]
@@ -74,6 +75,7 @@ AL_EXTENTS_MIN: Final = 64
 AL_EXTENTS_MAX: Final = 65536
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
 SPEED_BYTES_PER_S_MAX: Final = BYTES_MAX
+CONNECTIONS_MAX: Final = 16
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def parse_metrics(text: str) -> Path | TcpAddress:
 SOCKET: Final = "the socket (exactly one)"
 DISK: Final = "the disk"
 MIRROR: Final = "the mirror"
+NETWORK: Final = "disks over the network"
 STATE_RECORD: Final = "the state record (which disk is the current one)"
 OPERATION: Final = "operation"
 PRIVILEGES: Final = "privileges"
@@ -278,6 +281,17 @@ class ServeConfig:
         detail="After the move the guest sees no error.",
     )
 
+    connections: int = option(
+        "--connections", NETWORK, NUMBER,
+        "to the server of a disk (NBD), where it lets several work together", 1,
+        least=1, most=CONNECTIONS_MAX,
+        detail="The loss of one is the loss of all.",
+    )
+    allow_plaintext: bool = option(
+        "--allow-plaintext", NETWORK, FLAG,
+        "the data of disks may go to other hosts without TLS: for a network that is trusted", False,
+    )
+
     state_file: Path | None = option(
         "--state-file", STATE_RECORD, PATH, "where it is kept, best on neither disk",
         default_text="in the state directory",
@@ -426,6 +440,10 @@ class ServeConfig:
     def congestion_bytes(self) -> int:
         """So much of the log in use is congestion."""
         return self.congestion_fill_bytes or self.log_bytes // 8 * 7
+
+    @property
+    def network_use(self) -> NetworkUse:
+        return NetworkUse(self.connections, self.allow_plaintext)
 
     def for_engine(self) -> dict[str, int]:
         """What the options say, as members of struct vs_engine_config."""

@@ -37,6 +37,7 @@ from vhostsync.host.signals import watch_signals
 from vhostsync.metrics import serve_metrics
 from vhostsync.printable import printable
 from vhostsync.record.state_index import default_directory, make_directory
+from vhostsync.storage.network import use_network
 from vhostsync.storage.signatures import load_library
 from vhostsync.vhost_user import listener
 
@@ -87,6 +88,7 @@ def _start(config: ServeConfig) -> Started:
     """Steps 1 to 4 of privileges.py. Blocks. VhostsyncError: nothing is left open."""
     user = find_user(config.user) if config.user is not None else None
     _load_modules()
+    use_network(config.network_use)
     state_directory = None
     if config.state_file is None and not config.no_state_file:
         state_directory = default_directory()  # of whoever started it, before the user is changed

@@ -48,6 +48,7 @@ void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes,
     disk->can = can;
     disk->flush_failed = false;
     disk->unanswered = false;
+    disk->serves = false;
     disk->host = NULL;
     disk->stats = (struct vs_disk_stats){0};
     list_init(&disk->in_flight_list);
@@ -85,10 +86,20 @@ void vs_disk_close(vs_disk *disk)
     disk_close(disk);
 }
 
+void disk_serve(struct vs_disk *disk, bool serves)
+{
+    disk->serves = serves;
+}
+
+static bool changes(const struct disk_io *io)
+{
+    return io->kind == VS_DISK_WRITE || io->kind == VS_DISK_ZERO;
+}
+
 /* A flush that is carried out late does no harm. */
 static bool may_land_late(const struct disk_io *io)
 {
-    return io->unanswered && (io->kind == VS_DISK_WRITE || io->kind == VS_DISK_ZERO);
+    return io->work.unanswered && changes(io);
 }
 
 /* A flush, too: on a network file system the server writes then, and gives the times. */
@@ -130,11 +141,13 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
         assert(io->offset % disk->block_bytes == 0 && io->length % disk->block_bytes == 0);
     }
     if (io->kind == VS_DISK_READ || io->kind == VS_DISK_WRITE)
-        assert(iov_bytes(io->iov, io->iov_count) == io->length);
+        assert(iov_bytes(io->iov, io->iov_count) == io->length &&
+               (io->iov_count == 1 || !(disk->can & DISK_ONE_BUFFER)));
     assert(io->thread < disk->host->threads.count);
     io->work.disk = disk;
     io->result = 0;
-    io->unanswered = false;
+    io->work.unanswered = false;
+    io->work.durable = disk->serves && disk->can & DISK_WRITES_DURABLY && changes(io);
     io->work.transferred = 0;
     io->work.iov_taken = 0;
     io->work.step = 0;
@@ -175,14 +188,22 @@ void disk_progress(struct disk_io *io)
 
 void disk_complete_remote(struct disk_io *io, int result)
 {
-    struct disk_host *host = io->work.disk->host;
-    uint64_t one = 1;
-    assert(result <= 0);
-    pthread_mutex_lock(&host->lock);
+    struct list alone;
+    list_init(&alone);
     io->result = result;
-    list_append(&host->remote, &io->work.remote_link);
-    /* Under the lock: once the engine has seen io, it may end and take host with it. */
-    if (write(host->wake_fd, &one, sizeof one) < 0)
+    list_append(&alone, &io->work.remote_link);
+    disk_complete_remote_all(io->work.disk->host, &alone);
+}
+
+void disk_complete_remote_all(struct disk_host *host, struct list *ios)
+{
+    uint64_t one = 1;
+    bool first;
+    pthread_mutex_lock(&host->lock);
+    first = list_empty(&host->remote);
+    list_splice(&host->remote, ios);
+    /* Under the lock: once the engine has seen one, it may end and take host with it. */
+    if (first && write(host->wake_fd, &one, sizeof one) < 0)
         assert(errno == EAGAIN || errno == EINTR); /* the counter is full: it wakes anyway */
     pthread_mutex_unlock(&host->lock);
 }
@@ -216,16 +237,29 @@ static void finish_io(struct disk_io *io)
     io->done(io); /* the last thing: the disk may be gone after that */
 }
 
+/* The disk has it before the progress is noted, and so can see how long the last part took. */
+static void go_on(struct disk_io *io)
+{
+    io->result = 0;
+    io->work.disk->ops->submit(io->work.disk, io);
+    disk_progress(io);
+}
+
 unsigned disk_run_done(struct disk_host *host)
 {
     unsigned count = 0;
-    struct list *node;
+    struct list *node, remote;
+    list_init(&remote);
     pthread_mutex_lock(&host->lock);
-    while ((node = list_pop(&host->remote))) {
-        struct disk_io *io = container_of(node, struct disk_io, work.remote_link);
-        disk_complete(io, io->result);
-    }
+    list_splice(&remote, &host->remote);
     pthread_mutex_unlock(&host->lock);
+    while ((node = list_pop(&remote))) {
+        struct disk_io *io = container_of(node, struct disk_io, work.remote_link);
+        if (io->result == DISK_GO_ON)
+            go_on(io);
+        else
+            disk_complete(io, io->result);
+    }
     while ((node = list_pop(&host->done))) {
         finish_io(container_of(node, struct disk_io, work.link));
         count++;
@@ -236,6 +270,8 @@ unsigned disk_run_done(struct disk_host *host)
 bool disk_iov_aligned(const struct vs_disk *disk, const struct iovec *iov, int count)
 {
     uint64_t addresses = 0, lengths = 0;
+    if (count > 1 && disk->can & DISK_ONE_BUFFER)
+        return false;
     if (disk->memory_align_bytes <= 1)
         return true;
     for (int i = 0; i < count; i++) {

@@ -35,6 +35,8 @@ struct disk_work {
     size_t iov_taken; /* off the first of the iov that are left */
     int step;
     uint64_t step_bytes; /* at most so much is zeroed in this step */
+    bool durable;        /* a write or zeroing that is done only when it is durable (DISK_WRITES_DURABLY) */
+    bool unanswered;     /* set with a failure: the connection was lost after it was sent; it may land yet (rule 8) */
 };
 
 struct disk_io {
@@ -50,8 +52,6 @@ struct disk_io {
     void (*done)(struct disk_io *io);
     /* Set when done() is called: 0 or a negative errno. Short transfers were continued. */
     int result;
-    /* Set by the disk with a failure: it was sent, the connection is lost, and it may be carried out yet (rule 8). */
-    bool unanswered;
     /* Of VS_DISK_EXTENTS: up to data_at there is a hole, from there to data_end there may be data. Both lie in the
      * range that was asked about. For whom it comes back to it has not failed: who could not tell has told of data. */
     uint64_t data_at, data_end;
@@ -66,7 +66,7 @@ struct disk_host {
     uint64_t now_ns;  /* CLOCK_MONOTONIC, read once per pass of the engine's loop */
     uint64_t changes; /* counts what may give a disk's file a new time, when it begins and when it is over */
     struct list done;
-    /* Completions from other threads (test disks): lock guards remote. */
+    /* Completions from other threads: lock guards remote. Who adds the first one signals wake_fd. */
     pthread_mutex_t lock;
     struct list remote;
     int wake_fd;
@@ -79,7 +79,12 @@ enum disk_can {
     DISK_CLOSES_LATER = 1u << 2,         /* VS_DISK_CLOSE, for closing may block; else ops->close() does all of it */
     DISK_FORGETS_FAILED_FLUSH = 1u << 3, /* a flush after one that has failed may succeed without the data */
     DISK_CAN_BE_CUT_OFF = 1u << 4,       /* ops->cut_off() */
+    DISK_ONE_BUFFER = 1u << 5,           /* the data of an operation has to be one piece of memory */
+    DISK_WRITES_DURABLY = 1u << 6, /* each write, where a guest is served from it: it may forget what was not flushed */
 };
+
+/* In place of a result, from another thread: a part is done, and the disk is to be given the rest. */
+#define DISK_GO_ON 1
 
 struct disk_ops {
     /* Ends in disk_complete() or disk_complete_remote(), now or later. Of the errands, only those that it can do. */
@@ -98,7 +103,8 @@ struct vs_disk {
     uint32_t memory_align_bytes; /* buffers are */
     uint32_t can;                /* of enum disk_can */
     bool flush_failed;           /* and would be forgotten, so it stays an error */
-    bool unanswered;             /* so was a change of it (disk_io) */
+    bool unanswered;             /* so was a change of it (disk_work) */
+    bool serves;                 /* a guest is on it: it is the source */
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by work.progress_ns */
     struct disk_io closing;
@@ -120,6 +126,9 @@ void disk_close(struct vs_disk *disk);
 void disk_close_later(struct vs_disk *disk, void (*over)(struct disk_io *closing), void *closing_for);
 void disk_free(struct vs_disk *disk);
 
+/* It is the source from here on, or is not any more. Nothing is in flight. */
+void disk_serve(struct vs_disk *disk, bool serves);
+
 void disk_submit(struct vs_disk *disk, struct disk_io *io);
 /* What is in flight comes back, for it has not answered for too long. False: it cannot be cut off. */
 bool disk_cut_off(struct vs_disk *disk);
@@ -130,6 +139,8 @@ void disk_complete(struct disk_io *io, int result);
 void disk_progress(struct disk_io *io);
 /* disk_complete() from any other thread. */
 void disk_complete_remote(struct disk_io *io, int result);
+/* The same of all in the list (by work.remote_link), each with its result or DISK_GO_ON; empties the list. */
+void disk_complete_remote_all(struct disk_host *host, struct list *ios);
 
 /* Calls done() of all that has completed; returns how many. */
 unsigned disk_run_done(struct disk_host *host);

@@ -14,6 +14,8 @@ const struct vs_disk_services *vs_disk_services(void)
         .init = disk_init,
         .complete = disk_complete,
         .complete_remote = disk_complete_remote,
+        .complete_remote_all = disk_complete_remote_all,
+        .thread_begin = io_thread_begin,
         .progress = disk_progress,
         .all_data = disk_all_data,
         .iov_aligned = disk_iov_aligned,

@@ -18,6 +18,8 @@ struct vs_disk_services {
                  uint32_t memory_align_bytes, uint32_t can);
     void (*complete)(struct disk_io *io, int result);
     void (*complete_remote)(struct disk_io *io, int result);
+    void (*complete_remote_all)(struct disk_host *host, struct list *ios);
+    void (*thread_begin)(const char *name); /* first thing on a thread of the library's own */
     void (*progress)(struct disk_io *io);
     void (*all_data)(struct disk_io *io);
     bool (*iov_aligned)(const struct vs_disk *disk, const struct iovec *iov, int count);

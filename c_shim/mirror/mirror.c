@@ -170,6 +170,7 @@ void mirror_free(struct mirror *m)
 void mirror_set_source(struct mirror *m, vs_disk *source)
 {
     disk_adopt(source, m->given.disks);
+    disk_serve(source, true);
     m->source.disk = source;
 }
 
@@ -398,6 +399,8 @@ int mirror_exchange(struct mirror *m, uint32_t flags, bool gated)
     assert((m->given.load->in_flight == 0 || m->given.load->holds & GUEST_HOLD_SOURCE_FAILED) && log_drained(&m->log));
     counts_exchange(&m->counts, keep);
     m->source.disk = destination_exchange(&m->destination, keep ? old : NULL);
+    disk_serve(old, false);
+    disk_serve(m->source.disk, true);
     if (keep) {
         mirror_move(&m->state, VS_MIRROR_SWITCHED_KEPT, VS_REASON_SWITCH, 0);
         return 0;

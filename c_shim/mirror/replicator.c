@@ -81,16 +81,27 @@ static void submit(struct range_slot *slot)
     destination_submit(p->replicator->rooms.destination, &p->io);
 }
 
+/* In the log's memory: where the last one ends, the next one begins. */
+static bool adjoins(const struct replica *p, const struct log_entry *next)
+{
+    const struct iovec *last = &p->iov[p->io.io.iov_count - 1];
+    return (const uint8_t *)last->iov_base + last->iov_len == next->data;
+}
+
 static bool continues(const struct replica *p, const struct log_entry *next)
 {
+    const vs_disk *disk = p->replicator->rooms.destination->disk;
     return next && next->kind == LOG_WRITE && p->io.io.kind == VS_DISK_WRITE && p->count < REPLICA_IOV_MAX &&
-           next->offset == p->io.io.offset + p->io.io.length && p->io.io.length + next->length <= REPLICA_MERGE_BYTES;
+           next->offset == p->io.io.offset + p->io.io.length && p->io.io.length + next->length <= REPLICA_MERGE_BYTES &&
+           (!(disk->can & DISK_ONE_BUFFER) || adjoins(p, next));
 }
 
 static void add(struct replica *p, struct repl_log *log, const struct log_entry *entry)
 {
-    if (entry->kind == LOG_WRITE)
-        p->iov[p->count] = (struct iovec){entry->data, (size_t)entry->length};
+    if (entry->kind == LOG_WRITE && p->count > 0 && adjoins(p, entry))
+        p->iov[p->io.io.iov_count - 1].iov_len += (size_t)entry->length;
+    else if (entry->kind == LOG_WRITE)
+        p->iov[p->io.io.iov_count++] = (struct iovec){entry->data, (size_t)entry->length};
     p->io.io.length += entry->length;
     p->count++;
     log_take(log);
@@ -136,12 +147,12 @@ void replicator_pump(struct replicator *r)
         p->io.io.may_unmap = entry->may_unmap;
         p->io.io.offset = entry->offset;
         p->io.io.length = 0;
+        p->io.io.iov = p->iov;
+        p->io.io.iov_count = 0;
         p->io.done = replica_done;
         add(p, log, entry);
         while (continues(p, entry = log_peek(log)) && !left_to_the_copy(r, entry))
             add(p, log, entry);
-        p->io.io.iov = p->iov;
-        p->io.io.iov_count = (int)p->count;
         if (range_take(&r->rooms.destination->slots, &p->slot, p->io.io.offset, p->io.io.length))
             submit(&p->slot);
     }

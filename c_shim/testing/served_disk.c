@@ -89,14 +89,14 @@ static bool ask(const struct served_disk *s, struct disk_io *io, int *result)
     struct answer answer;
     if (!send_request(s, io))
         return false;
-    io->unanswered = true;
+    io->work.unanswered = true;
     if (!receive_all(s->fd, &answer, sizeof answer) || answer.result > 0)
         return false;
     if (io->kind == VS_DISK_READ && answer.result == 0)
         for (int i = 0; i < io->iov_count; i++)
             if (!receive_all(s->fd, io->iov[i].iov_base, io->iov[i].iov_len))
                 return false;
-    io->unanswered = false;
+    io->work.unanswered = false;
     io->size_bytes = answer.size_bytes;
     *result = answer.result;
     return true;

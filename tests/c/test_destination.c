@@ -192,7 +192,7 @@ static void cut_off(uint32_t kind, uint64_t unanswered)
     destination_cut_off_former(&d);
     CHECK_EQUAL(cuts, 1);
     CHECK_EQUAL(destination_oldest_of_former_ns(&d), UINT64_MAX);
-    io.io.unanswered = true;
+    io.io.work.unanswered = true;
     complete(-ENOTCONN);
     destination_close_former(&d);
     disk_run_done(&host);

@@ -120,8 +120,8 @@ def test_one_that_is_too_small_is_not_kept_and_a_bad_name_is_a_sentence(
         server.disks["mem:small"] = HeldDisk(bytearray(MIB))
         assert "mem:small is too small" in refusal(served, "mirror-start", destination="mem:small")
         assert "names no disk of a server" in refusal(served, "mirror-start", destination="mem:B/")
-        said = refusal(served, "mirror-start", destination="nbd://host/b")
-        assert "there are no disks of the kind nbd here" in said and "mem:…" in said
+        said = refusal(served, "mirror-start", destination="iscsi://host/b")
+        assert "there are no disks of the kind iscsi here" in said and "mem:…" in said
         assert served.state == "passthrough" and not server.disks["mem:small"].owned
         served.stop()
     code, said = refused_start(

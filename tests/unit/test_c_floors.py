@@ -23,7 +23,9 @@ FOLDER = {path.name: path.parent.name for path in SOURCES}
 """By the name of a file. That of the border to Python is c_shim itself."""
 
 
-HOUSE = [C_SHIM.name, "base", "order", "disk", "virtio", "bitmap", "mirror", "guest", "engine", "testing"]
+FLOORS_UP = ["base", "order", "disk", "virtio", "bitmap", "mirror", "guest", "engine"]
+LIBRARIES = ["nbd", "testing"]  # of their own, which come by disk/disk_services.h
+HOUSE = [C_SHIM.name, *FLOORS_UP, *LIBRARIES]
 """Lowest first."""
 
 # What is left to be untangled: these numbers only fall.
@@ -43,7 +45,7 @@ NAMED = {path.name: set(re.findall(r"(?:->|\.)(\w+)", path.read_text())) for pat
 
 
 def test_a_floor_uses_lower_floors_alone() -> None:
-    assert list(FLOORS) == HOUSE[1:-1]
+    assert list(FLOORS) == FLOORS_UP
     lower: set[str] = set()
     for name, uses in FLOORS.items():
         assert uses <= lower, f"{name} uses {uses - lower}"

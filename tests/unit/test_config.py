@@ -103,7 +103,7 @@ def test_it_is_frozen_and_its_paths_are_absolute(monkeypatch: pytest.MonkeyPatch
         ({"blk_file": "/a\0b"}, "zero byte"),
         ({"blk_file": ""}, "--blk-file is empty"),
         ({"blk_file": "."}, "--blk-file is empty"),
-        ({"blk_file": "nbd://host/x"}, "there are no disks of the kind nbd here; there are paths of image"),
+        ({"blk_file": "iscsi://h/x"}, "there are no disks of the kind iscsi here; there are paths of image"),
         ({"control_path": Path()}, "--control is empty"),
         ({"socket_path": Path("/" + "x" * 107)}, "--socket-path: .* longer than the 107 bytes"),
         ({"socket_path": Path("/" + "x" * 100)}, "--control: .* longer than the 107 bytes"),
@@ -179,7 +179,7 @@ def test_metrics_stay_on_this_machine(text: str) -> None:
         {"name": "/b\0"},
         {"name": "/b", "cache": "x"},
         {"name": "/b", "speed_bytes_per_s": -1},
-        {"name": "nbd://host/x"},
+        {"name": "iscsi://host/x"},
     ],
 )
 def test_a_wrong_destination_is_a_sentence(given: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kind (disk.py) a name or an identity means.
 
-A name is a text: a path (files and block devices: local.py), or one that begins with the prefix of a kind
-that was registered, as `rbd:` would be. Kinds that need more than every host has are modules (and libraries,
-c_shim/disk/disk_services.h) of their own, which `register` themselves.
+A name is a text: a path (files and block devices: local.py), or one that begins with a prefix of another
+kind. Those that need more than every host has are modules (and libraries, c_shim/disk/disk_services.h) of
+their own: they stand in a table, and are imported when a disk of theirs is named. Others `register`
+themselves.
 """
 
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +20,26 @@ from vhostsync.storage.identity import DiskIdentity
 
 _LIKE_A_URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _REGISTERED: Final[list[Kind]] = []
+
+
+def _nbd() -> Kind:
+    from vhostsync.storage.nbd import NBD
+
+    return NBD
+
+
+@dataclass(frozen=True)
+class _Further:
+    """A kind that is imported when it is needed."""
+
+    prefixes: tuple[str, ...]
+    identities: frozenset[str]
+    kind: Callable[[], Kind]
+
+
+_FURTHER: Final = (
+    _Further(("nbd://", "nbds://", "nbd+unix://", "nbds+unix://"), frozenset({"nbd"}), _nbd),
+)
 
 
 def register(kind: Kind) -> None:
@@ -36,11 +59,23 @@ def kind_of(name: str) -> Kind:
 
 def kind_of_identity(disk: DiskIdentity) -> Kind | None:
     """None: this program has none of the kind (another one has written the record)."""
+    for further in _FURTHER:
+        if disk.kind in further.identities:
+            return further.kind()
     return next((kind for kind in (*_REGISTERED, _local()) if disk.kind in kind.identities), None)
 
 
 def _registered(name: str) -> Kind | None:
+    for further in _FURTHER:
+        if name.startswith(further.prefixes):
+            return further.kind()
     return next((kind for kind in _REGISTERED if name.startswith(kind.prefix)), None)
+
+
+def _prefixes() -> Iterator[str]:
+    for further in _FURTHER:
+        yield from further.prefixes
+    yield from (kind.prefix for kind in _REGISTERED)
 
 
 def is_absolute(name: str) -> bool:
@@ -54,7 +89,8 @@ def absolute_name(name: str, of: str) -> str:
         return kind.absolute(name)
     uri = _LIKE_A_URI.match(name)
     if uri is not None:
-        have = ", ".join(["paths of image files and block devices", *(f"{k.prefix}…" for k in _REGISTERED)])
+        words = [f"{prefix}…" for prefix in _prefixes()]
+        have = ", ".join(["paths of image files and block devices", *words])
         raise ConfigError(f"{of} {name!r}: there are no disks of the kind {uri[1]} here; there are {have}.")
     return absolute_path(name, of)
 

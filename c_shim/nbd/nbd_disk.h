@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What a disk's own thread has (nbd_disk.c), and the commands that an operation becomes there (nbd_command.c).
+ */
+#ifndef VS_NBD_DISK_H
+#define VS_NBD_DISK_H
+
+#include <pthread.h>
+
+#include "nbd_connection.h"
+
+struct nbd_disk {
+    struct vs_disk disk; /* first: the two share an address */
+    struct vs_nbd *nbd;
+    pthread_t thread;
+    int wake_fd;
+    pthread_mutex_t lock; /* guards todo, asleep, cut_off and ending */
+    struct list todo;     /* of disk_io, by work.remote_link */
+    bool asleep;          /* the thread is, or is about to be */
+    bool cut_off, ending;
+    bool closed; /* or being closed by the thread, which ends with that */
+    /* The thread's own. */
+    struct list under_way; /* libnbd has them */
+    struct list over;      /* to be given back */
+    struct disk_io *closing;
+    uint32_t next_handle;
+    bool no_fast_zero;
+    bool lost;
+    char why[VS_NBD_WHY_BYTES]; /* what libnbd has said last */
+};
+
+/* On the data thread, before each part of a zeroing. */
+void nbd_plan_zero(const struct nbd_disk *d, struct disk_io *io);
+/* The rest are the thread's. Sends the next part of io, which is under way then; or it is over at once. */
+void nbd_command(struct nbd_disk *d, struct disk_io *io);
+/* io, which is under way, is over without an answer. */
+void nbd_fail(struct nbd_disk *d, struct disk_io *io, int result);
+bool nbd_any_lost(const struct nbd_disk *d);
+
+static inline struct disk_io *nbd_io_at(struct list *node)
+{
+    return container_of(node, struct disk_io, work.remote_link);
+}
+
+#endif

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How this process uses disks over the network: said once, before the first one is opened."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NetworkUse:
+    connections: int = 1  # to one disk, where its server lets several work together
+    allow_plaintext: bool = False  # to other hosts
+
+
+_use = NetworkUse()
+
+
+def network_use() -> NetworkUse:
+    return _use
+
+
+def use_network(use: NetworkUse) -> None:
+    global _use
+    _use = use
