@@ -306,6 +306,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --poll-us 25 --threads 2 --packed-rings off
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause --fence-command /bin/fence --fenced
+        --connections 4 --allow-plaintext
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
@@ -328,6 +329,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.read_fallback, settings.on_source_error) == (True, "switch")
     assert settings.on_destination_error == "pause"
     assert (settings.fence_words, settings.fenced) == (("/bin/fence",), True)
+    assert settings.connections == 4 and settings.allow_plaintext
     assert (settings.bitmap, settings.al_extents) == (Path("/m.bits"), 256)
     assert settings.al_extent_bytes == 16 << 20
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))
