@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C part of disks at a path (c_shim/disk/disk_file.c)."""
+"""The C part of disks: of those at a path (c_shim/disk/disk_file.c), and what all others need of it."""
 
 import errno
 from dataclasses import asdict, dataclass
@@ -21,6 +21,11 @@ class DiskProbe:
     inline_io: bool
     discard_granularity_bytes: int
     may_block: bool = False
+
+
+def disk_services() -> Any:
+    """What a library of another kind of disks has of the core (c_shim/disk/disk_services.h)."""
+    return lib.vs_disk_services()
 
 
 def probe(fd: int, direct: bool) -> DiskProbe:

@@ -45,14 +45,14 @@ LOST_SERVER: Final = (errno.ENOTCONN, errno.ETIMEDOUT)
 @cache
 def _library() -> tuple[Any, Any]:
     """(lib, ffi). DiskError where it is not to be had."""
-    from vhostsync._shim import lib as core  # not for whoever only parses words
+    from vhostsync.storage.native import disk_services  # not for whoever only parses words
 
     try:
         library = import_module("vhostsync._nbd")
     except ImportError as error:
         lacking = "libnbd0" if "libnbd" in str(error) else "libnbd-dev, and build vhostsync again"
         raise DiskError(f"disks of NBD servers need libnbd: install the package {lacking}") from error
-    if library.lib.vs_nbd_begin(core.vs_disk_services()) != 0:
+    if library.lib.vs_nbd_begin(disk_services()) != 0:
         raise DiskError("the NBD library was built from other sources than vhostsync: build both again")
     return library.lib, library.ffi
 
