@@ -184,6 +184,22 @@ class MemoryDisk:
         """As a file behind the page cache: before an engine has it."""
         lib.vs_test_disk_buffered(self.handle)
 
+    def make_remote(self) -> None:
+        """It can be cut off: before an engine has it."""
+        lib.vs_test_disk_remote(self.handle)
+
+    def cut(self, forget_seed: int = 0) -> None:
+        """The connection is lost; `forget_seed` not 0: and with it some of what was not flushed."""
+        lib.vs_test_disk_cut(self.handle, forget_seed)
+
+    def connect(self) -> None:
+        """Before the next engine, or the same one once more, has it."""
+        lib.vs_test_disk_connect(self.handle)
+
+    def land(self, count: int = 1 << 30, *, carried_out: bool = True) -> int:
+        """What was under way when the connection was lost is over, so many of it; how many."""
+        return int(lib.vs_test_disk_land(self.handle, count, int(carried_out)))
+
     def hold(self, op: DiskOp | Errand, on: bool = True) -> None:
         lib.vs_test_disk_hold(self.handle, op, int(on))
 

@@ -38,7 +38,7 @@
 
 /* ---- content ------------------------------------------------------------ */
 
-static void add_version(struct test_disk *t, uint64_t number, const uint8_t *data)
+void test_disk_add_version(struct test_disk *t, uint64_t number, const uint8_t *data)
 {
     struct block *b = &t->blocks[number];
     size_t bytes = data ? t->disk.block_bytes : 0;
@@ -162,7 +162,7 @@ static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
     uint8_t one[4096], *recorded = record(t, io, bytes);
     for (uint64_t left = bytes; left; left -= block_bytes, number++) {
         if (io->kind == VS_DISK_ZERO) {
-            add_version(t, number, NULL);
+            test_disk_add_version(t, number, NULL);
             continue;
         }
         if (io->kind == VS_DISK_READ)
@@ -179,7 +179,7 @@ static void transfer(struct test_disk *t, struct disk_io *io, uint64_t bytes)
             done += part;
         }
         if (io->kind == VS_DISK_WRITE)
-            add_version(t, number, one);
+            test_disk_add_version(t, number, one);
         if (recorded)
             recorded = (uint8_t *)memcpy(recorded, one, block_bytes) + block_bytes;
     }
@@ -267,6 +267,11 @@ static void test_submit(struct vs_disk *disk, struct disk_io *io)
     if (io->kind == VS_DISK_READ || io->kind == VS_DISK_WRITE)
         assert(disk_core->iov_aligned(disk, io->iov, io->iov_count));
     pthread_mutex_lock(&t->lock);
+    if (t->lost && io->kind < VS_DISK_OPS) {
+        pthread_mutex_unlock(&t->lock);
+        disk_core->complete(io, -ENOTCONN); /* it was never sent */
+        return;
+    }
     bool hold = h->on;
     if (io->kind == VS_DISK_FLUSH)
         io->work.transferred = t->stamp;
@@ -284,6 +289,11 @@ static void test_submit(struct vs_disk *disk, struct disk_io *io)
         disk_core->complete(io, result);
 }
 
+static void test_cut_off(struct vs_disk *disk)
+{
+    vs_test_disk_cut(disk, 0);
+}
+
 static void test_close(struct vs_disk *disk)
 {
     for (int kind = 0; kind < VS_DISK_KINDS; kind++)
@@ -293,5 +303,6 @@ static void test_close(struct vs_disk *disk)
 
 const struct disk_ops test_disk_ops = {
     .submit = test_submit,
+    .cut_off = test_cut_off,
     .close = test_close,
 };

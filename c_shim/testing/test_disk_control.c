@@ -22,6 +22,7 @@ vs_disk *vs_test_disk(uint64_t bytes, uint32_t logical_block_bytes)
     t->durable = checked(calloc(1, bytes));
     t->blocks = checked(calloc(count, sizeof *t->blocks));
     list_init(&t->dirty);
+    list_init(&t->late);
     for (uint64_t i = 0; i < count; i++)
         list_init(&t->blocks[i].dirty_link);
     return &t->disk;
@@ -31,6 +32,12 @@ void vs_test_disk_buffered(vs_disk *disk)
 {
     assert(!disk->host);
     disk->can |= DISK_FORGETS_FAILED_FLUSH;
+}
+
+void vs_test_disk_remote(vs_disk *disk)
+{
+    assert(!disk->host);
+    disk->can |= DISK_CAN_BE_CUT_OFF;
 }
 
 void vs_test_disk_record(vs_disk *disk, vs_test_record *record, uint32_t number)
@@ -59,6 +66,8 @@ void vs_test_disk_drop(vs_disk *disk)
     pthread_mutex_unlock(&t->lock);
     if (left)
         return;
+    while (vs_test_disk_land(disk, 1, 0))
+        ;
     list_each(node, &t->dirty)
         test_disk_free_chain(container_of(node, struct block, dirty_link)->latest);
     for (int kind = 0; kind < VS_DISK_KINDS; kind++)

@@ -103,6 +103,11 @@ uint8_t *test_record_loaded(vs_test_record *r, uint32_t disk, uint64_t offset, u
     return with_data(r, VS_MOMENT_LOADED, disk, offset, length, 0);
 }
 
+uint8_t *test_record_forgot(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length)
+{
+    return with_data(r, VS_MOMENT_FORGOT, disk, offset, length, 0);
+}
+
 void test_record_spoilt(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length)
 {
     on_disk(begin_moment(r, VS_MOMENT_SPOILT, 0), disk, offset, length, 0);

@@ -14,6 +14,7 @@
 /* Room for the bytes of a write that takes effect now; the caller fills it in at once. */
 uint8_t *test_record_write(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length, uint64_t stamp);
 uint8_t *test_record_loaded(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length);
+uint8_t *test_record_forgot(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length);
 void test_record_spoilt(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length);
 void test_record_zero(vs_test_record *r, uint32_t disk, uint64_t offset, uint64_t length, uint64_t stamp);
 /* All of the disk that took effect up to "stamp" is durable. */

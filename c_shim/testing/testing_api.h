@@ -38,6 +38,15 @@ int vs_test_disk_read(vs_disk *disk, uint64_t offset, uint64_t length, int cut, 
 int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const void *bytes);
 /* Before the engine has it: behave as a file behind the page cache does, whose failed flush stays failed. */
 void vs_test_disk_buffered(vs_disk *disk);
+/* Before the engine has it: it can be cut off (which forgets nothing). */
+void vs_test_disk_remote(vs_disk *disk);
+/* Its connection is lost: what is held fails and is kept, to land later; what is submitted from here on fails, until it is
+ * connected again, for the next engine that gets it. forget_seed not 0: of what was not flushed, what cut 1 of
+ * vs_test_disk_read would keep with this seed is all that is left. */
+void vs_test_disk_cut(vs_disk *disk, uint64_t forget_seed);
+void vs_test_disk_connect(vs_disk *disk);
+/* At most so many of the changes that were under way then are over: they are carried out now, or never. How many. */
+int vs_test_disk_land(vs_disk *disk, int count, int carried_out);
 /* Operations completed so far, by kind. */
 uint64_t vs_test_disk_count(vs_disk *disk, uint32_t op);
 /* A reference of the test's own keeps the disk's memory after the engine closed it; drop it last. */
@@ -53,6 +62,7 @@ enum vs_test_moment_kind {
     VS_MOMENT_ZERO,       /* disk, offset, length, stamp */
     VS_MOMENT_FLUSHED,    /* disk; stamp: what took effect up to it is durable */
     VS_MOMENT_LOADED,     /* vs_test_disk_load: disk, offset, length, data */
+    VS_MOMENT_FORGOT,     /* vs_test_disk_cut: disk, offset, length, data: what is left of it, durably */
     VS_MOMENT_SPOILT,     /* vs_test_disk_spoil: disk, offset, length */
     VS_MOMENT_PAGE,       /* of the bitmap's file: offset, data (4096 bytes) */
     VS_MOMENT_SYNC_BEGUN, /* of the bitmap's file */

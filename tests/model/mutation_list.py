@@ -487,6 +487,14 @@ MUTATIONS = [
         "return w->captured;",
         "faults.py::test_a_write_that_was_captured_for_a_mirror_that_is_gone",
     ),
+    _m(
+        "a-lost-answer-is-an-answer",
+        "rule 8: a change that was sent and not answered may be carried out yet",
+        "disk.c",
+        "    disk->unanswered |= may_land_late(io);\n",
+        "",
+        "daemon/test_fence.py::test_a_late_server_is_attached_when_the_operator_says_so",
+    ),
     # -- rule 9: the same reading --------------------------------------------------
     _m(
         "discard-not-replicated",

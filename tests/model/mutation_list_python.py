@@ -374,4 +374,37 @@ PYTHON = [
         "not in (errno.ECONNREFUSED, errno.ENOENT, errno.EAGAIN):",
         "unit/test_unix_socket.py::test_a_busy_socket_is_not_taken_for_a_leftover",
     ),
+    # -- rule 8: what a lost connection has left under way ---------------------------
+    _m(
+        "attached-without-a-fence",
+        "rule 8: a disk whose server is not ours is attached again only behind its fence",
+        "mirror/mirror.py",
+        "        if self._keeper.is_unfenced(target.name) and not target.fenced:\n",
+        "        if self._keeper.is_unfenced(target.name) and target.fenced:\n",
+        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[connection]",
+    ),
+    _m(
+        "what-is-under-way-is-not-recorded",
+        "rule 8: the record says that requests may be under way before the first one",
+        "mirror/record_keeper.py",
+        "return record if kind_of(place.name).fences_itself else record.with_unfenced(place.identity)",
+        "return record",
+        "daemon/test_fence.py::test_a_backend_that_was_killed_leaves_it_unknown_what_is_under_way",
+    ),
+    _m(
+        "closed-is-answered",
+        "rule 8: a connection that was closed may have left requests unanswered",
+        "mirror/record_keeper.py",
+        "        if place is not None and not unanswered:\n",
+        "        if place is not None:\n",
+        "daemon/test_fence.py::test_a_late_server_is_attached_when_the_operator_says_so",
+    ),
+    _m(
+        "a-source-without-a-fence",
+        "rule 8: nor is a source written to before it is fenced",
+        "device/opening.py",
+        "    if not known or disk.read_only or",
+        "    if known or disk.read_only or",
+        "daemon/test_fence.py::test_a_source_is_not_written_to_before_it_is_fenced",
+    ),
 ]

@@ -61,15 +61,16 @@ class LossError(AssertionError):
 def tell(moment: Moment, sector: int) -> str | None:
     """A line on a moment, if it has to do with the sector."""
     note = moment.note
-    if moment.kind in (Kind.WRITE, Kind.ZERO, Kind.LOADED, Kind.SPOILT):
+    if moment.kind in (Kind.WRITE, Kind.ZERO, Kind.LOADED, Kind.FORGOT, Kind.SPOILT):
         at = sector * SECTOR - moment.offset
         if not 0 <= at < moment.length:
             return None
         if moment.kind is Kind.SPOILT:
             return f"disk {moment.disk}: unreadable from here on"
         what = f"{int.from_bytes(moment.data[at : at + 8], 'little')}" if moment.data else "zeroes"
-        how = "forgets all, and holds" if moment.kind is Kind.LOADED else f"at stamp {moment.stamp}"
-        return f"disk {moment.disk}: {what} {how} ({moment.offset}+{moment.length})"
+        how = {Kind.LOADED: "is put there", Kind.FORGOT: "is left, for it has forgotten what came later"}
+        told = how.get(moment.kind, f"at stamp {moment.stamp}")
+        return f"disk {moment.disk}: {what} {told} ({moment.offset}+{moment.length})"
     if moment.kind is Kind.FLUSHED:
         return f"disk {moment.disk}: flushed up to stamp {moment.stamp}"
     if isinstance(note, Submitted | Confirmed):

@@ -68,6 +68,8 @@ class Load:
             disk.hold(self.chance.choice(list(DiskOp)), self.chance.random() < 0.5)
         if self.chance.random() < 0.4:
             self._let_go()
+        if self.chance.random() < 0.1:
+            self.chance.choice(self.running.disks).land(1)
 
     def _let_go(self) -> None:
         for disk in self.running.disks:

@@ -36,6 +36,7 @@ from vhostsync.engine.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.events import EventHub
 from vhostsync.host import kernel
 from vhostsync.mirror.bad_ranges import within
+from vhostsync.mirror.fence import Fence, Means
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.resize import Resizer
@@ -62,6 +63,17 @@ SHAPE = Shape(SIZE, REGION, EXTENT, 4100)
 STOP_TIMEOUT_S = 0.05
 QUEUES = 3
 FAILOVER_DEADLINE_S = 5.0
+
+
+class Servers(Fence):
+    """Of disks of another machine: what makes it certain that a lost connection's writes are over."""
+
+    def __init__(self, site: Site, held: Sequence[MemoryDisk]) -> None:
+        super().__init__(Means.COMMAND)
+        self._disks = dict(zip(map(str, site.paths), held, strict=True))
+
+    async def make_certain(self, disk: str) -> None:
+        self._disks[disk].land()
 
 
 class RecordFiles:
@@ -245,7 +257,9 @@ def _in_memory(site: Site, held: Sequence[MemoryDisk], recorder: Recorder) -> It
 
     def test_disk(disk: LocalDisk) -> Any:
         disk.fd.close()
-        return held[site.number_of(disk.path)].hand_over()
+        test_disk = held[site.number_of(disk.path)]
+        test_disk.connect()
+        return test_disk.hand_over()
 
     def test_bitmap(file: BitmapFile) -> Any:
         handle = engine_bitmap(file)
@@ -285,12 +299,13 @@ async def _serving(
     recorder: Recorder,
     held: tuple[MemoryDisk, MemoryDisk],
     features: int,
+    fence: Fence,
 ) -> AsyncIterator[Running]:
     """The control plane and a guest, until both have ended in order."""
     capacity = engine.config.capacity_bytes
     hub = EventHub()
     mirror = Mirror(
-        engine, opened.disk, hub, opened.store, opened.record, opened.bitmap, opened.peer_left
+        engine, opened.disk, hub, opened.store, opened.record, opened.bitmap, opened.peer_left, fence=fence
     )
     failover = SourceFailover(engine, mirror, hub, FAILOVER_DEADLINE_S)
     verifier = Verifier(engine, mirror, hub)
@@ -318,8 +333,9 @@ async def _serving(
 
 @asynccontextmanager
 async def machine(
-    site: Site, remains: Remains, recorder: Recorder, *, features: int = DEFAULT_FEATURES, **options: Any
-) -> AsyncIterator[Running]:
+    site: Site, remains: Remains, recorder: Recorder, *, features: int = DEFAULT_FEATURES,
+    remote: bool = False, **options: Any,
+) -> AsyncIterator[Running]:  # fmt: skip
     """The backend started on `remains`, everything recorded until its end in order. `options`: of the
     engine."""
     held = (remains.disk(0), remains.disk(1))
@@ -327,7 +343,12 @@ async def machine(
         recorder.watch_disk(disk, number)
     site.bitmap.write_bytes(remains.bitmap)
     state_file = StateFile(site.record, files=RecordFiles(remains.record, recorder))
-    with booted(remains.boot), _in_memory(site, held, recorder):
+    fence = Servers(site, held) if remote else Fence()
+    with (
+        booted(remains.boot),
+        _in_memory(site, held, recorder),
+        mock.patch.object(disks.Local, "fences_itself", not remote),
+    ):
         source = site.open_disk(current_disk(site, remains.record, remains.boot))
         opened = open_machine(site, remains, source, state_file)
         assert opened.bitmap is not None
@@ -337,7 +358,7 @@ async def machine(
             config = _config(remains.capacity_bytes, opened, **options)
             engine = await Engine.create(config, source, opened.bitmap, peer_known=opened.peer_known)
             try:
-                async with _serving(site, engine, opened, recorder, held, features) as running:
+                async with _serving(site, engine, opened, recorder, held, features, fence) as running:
                     yield running
             except BaseException:
                 opened.close()

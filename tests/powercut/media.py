@@ -4,8 +4,9 @@
 A sector is known by its tag, which every 64-bit word of it repeats: whose write it is and where it belongs.
 Zeroes are tag 0.
 
-* A disk keeps of each sector its durable content or any version since the last flush that covers it. It may
-  forget what it was given (other content is loaded), and sectors may become unreadable, until the next write.
+* A disk keeps of each sector its durable content or any version since the last flush that covers it. So it
+  does where its server begins anew (it has forgotten), and then that is all it has. It may hold what it was
+  not given (other content is loaded), and sectors may become unreadable, until the next write.
 * The bitmap's file keeps of each page the version that the last sync covered or any later one, or, torn, a
   part of one and the rest of another.
 * The state record is what was durable, or what was renamed over it since.
@@ -77,6 +78,9 @@ class DiskMedium:
         for sector, tag in zip(sectors, tags, strict=True):
             if moment.kind is Kind.LOADED:
                 self._load(sector, tag)
+            elif moment.kind is Kind.FORGOT:
+                self.volatile.pop(sector, None)
+                self.durable[sector] = tag
             else:
                 self.volatile.setdefault(sector, []).append((moment.stamp, tag))
         return sectors

@@ -73,6 +73,46 @@ async def lose_destination(running: Running, chance: random.Random) -> None:
         await running.until(MirrorState.DEGRADED)
 
 
+async def lose_connection(running: Running, chance: random.Random) -> None:
+    """With writes under way, which the server may carry out later; or it begins anew, and has forgotten."""
+    other = running.other
+    if chance.random() < 0.7:
+        other.hold(DiskOp.WRITE)
+        other.hold(DiskOp.ZERO)
+        with anyio.move_on_after(0.02):
+            while other.held(DiskOp.WRITE) + other.held(DiskOp.ZERO) < 3:
+                await anyio.sleep(0.001)
+    other.cut(forget_seed=chance.choice((0, chance.getrandbits(32) | 1)))
+    other.hold(DiskOp.WRITE, False)
+    other.hold(DiskOp.ZERO, False)
+    with anyio.move_on_after(1.0):
+        await running.until(MirrorState.DEGRADED)
+    if running.mirror.state is not MirrorState.DEGRADED:
+        await running.mirror.cancel(force=True)  # the guest has been still, so nobody has noticed
+
+
+async def attach_again(running: Running, chance: random.Random) -> None:
+    """As soon as it is fenced."""
+    with anyio.fail_after(WAIT_S):
+        while running.mirror.fenced:
+            await anyio.sleep(0.001)
+    await attach(running, chance)
+
+
+async def verify_and_lose_connection(running: Running, chance: random.Random) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_verify, running)
+        await anyio.sleep(chance.random() * 0.01)
+        await lose_connection(running, chance)
+
+
+async def grow_and_lose_connection(running: Running, chance: random.Random) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(grow, running, chance)
+        await anyio.sleep(chance.random() * 0.01)
+        await lose_connection(running, chance)
+
+
 async def cancel(running: Running, chance: random.Random) -> None:
     await running.mirror.cancel(force=chance.random() < 0.5)
 
@@ -138,7 +178,7 @@ async def fail_source(running: Running, chance: random.Random) -> None:
 async def resume(running: Running, chance: random.Random) -> None:
     """`--resume-mirror`, in a process that has had no mirror yet."""
     wanted = running.mirror.wanted
-    await DestinationRetry(running.mirror, running.hub, None, resume=True).run()
+    await DestinationRetry(running.mirror, running.hub, None, resume=True).resume()
     if wanted is None:
         assert running.mirror.state is MirrorState.PASSTHROUGH
         return

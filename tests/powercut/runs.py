@@ -57,6 +57,7 @@ def record(where: Site, scene: Scene, remains: Remains, chance: random.Random) -
             remains,
             recorder,
             features=scene.features,
+            remote=scene.remote,
             checkpoint_s=checkpoint_s,
             pull_ahead=scene.pull_ahead,
             switch_on_source_error=scene.failover,

@@ -17,6 +17,7 @@ from tests.powercut.machine import SIZE, Running
 from tests.powercut.phases import (
     Phase,
     attach,
+    attach_again,
     attach_full,
     begin_copy,
     cancel,
@@ -26,10 +27,12 @@ from tests.powercut.phases import (
     give_up_the_pause,
     grow,
     grow_and_lose,
+    grow_and_lose_connection,
     grow_slowly,
     idle,
     leave,
     leave_what_is_bad,
+    lose_connection,
     lose_destination,
     resume,
     rot,
@@ -39,6 +42,7 @@ from tests.powercut.phases import (
     switch_and_lose,
     verify,
     verify_and_lose,
+    verify_and_lose_connection,
     verify_and_switch,
 )
 from vhostsync.errors import VhostsyncError
@@ -70,6 +74,7 @@ class Scene:
     failover: bool = False
     pause: bool = False
     capacity_bytes: int = SIZE  # at first
+    remote: bool = False  # the disks are of another machine, whose server is not ours
     afterwards: tuple[Phase, ...] = (idle, resume, attach, idle)
     """On what a power cut has left, rather on one of which the record is `telling`."""
     telling: Callable[[StateRecord], bool] = lambda record: True
@@ -96,6 +101,34 @@ SCENES = (
         "failover",
         (attach, idle, fail_source, idle, attach, fail_source, attach, switch, fail_source, idle),
         failover=True,
+    ),
+    Scene(
+        "connection",
+        (
+            attach, lose_connection, idle, attach_again, idle, begin_copy, lose_connection, attach_again,
+            verify_and_lose_connection, attach_again, switch, lose_connection, idle, attach_again,
+        ),
+        remote=True,
+        afterwards=(resume, lose_connection, attach_again, idle),
+    ),
+    Scene(
+        "connection-ahead",
+        (
+            attach, get_ahead, lose_connection, attach_again, get_ahead, idle, lose_connection, idle,
+            attach_again,
+        ),
+        pull_ahead=True,
+        remote=True,
+    ),
+    Scene(
+        "connection-grow",
+        (
+            attach, grow_slowly, lose_connection, attach_again, grow_and_lose_connection, attach_again,
+            grow, lose_connection, grow, attach_again,
+        ),
+        capacity_bytes=SIZE // 3 // 512 * 512,
+        remote=True,
+        afterwards=(resume, grow, lose_connection, attach_again),
     ),
     Scene(
         "write-through",

@@ -39,7 +39,7 @@ from tests.powercut.recorder import (
 )
 from vhostsync.record.state_record import StateRecord, Worth
 
-ON_DISK = (Kind.WRITE, Kind.ZERO, Kind.FLUSHED, Kind.LOADED, Kind.SPOILT)
+ON_DISK = (Kind.WRITE, Kind.ZERO, Kind.FLUSHED, Kind.LOADED, Kind.FORGOT, Kind.SPOILT)
 Ranges = Iterable[tuple[int, int]]
 
 

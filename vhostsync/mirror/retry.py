@@ -42,8 +42,7 @@ class DestinationRetry:
 
     async def run(self) -> None:
         """Until cancelled."""
-        if self._lacks_mirror():  # which an earlier run had, for this one has had none yet
-            await self._resume_mirror()
+        await self.resume()
         while True:
             changed = self._mirror.changed
             if self._mirror.state is MirrorState.STEADY:
@@ -66,9 +65,9 @@ class DestinationRetry:
             MirrorState.PASSTHROUGH, MirrorState.DEGRADED,
         )  # fmt: skip
 
-    async def _resume_mirror(self) -> None:
-        error = await self._attach()
-        if error is not None:
+    async def resume(self) -> None:
+        """The mirror that an earlier run had, once; this one has had none yet."""
+        if self._lacks_mirror() and (error := await self._attach()) is not None:
             again = self._first_pause_s() is not None and not self._mirror.waits_for_hand
             then = "it is tried again" if again else "mend that, then: vhostsync mirror start"
             log.error("the mirror of the last run is not resumed", error=error, then=then)
