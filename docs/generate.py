@@ -19,19 +19,30 @@ from vhostsync.engine.snapshot import EngineFigures, QueueFigures  # noqa: E402
 from vhostsync.events import EVENTS  # noqa: E402
 from vhostsync.mirror.mirror_status import MirrorStatus  # noqa: E402
 from vhostsync.option import FLAG, Option, options_of  # noqa: E402
+from vhostsync.receive.receive_config import ReceiveConfig  # noqa: E402
 from vhostsync.statistic import statistics_of  # noqa: E402
 
 OPTIONS_HEAD = """\
 # The options of `serve`
 
 Made by docs/generate.py from the declarations in vhostsync/config.py. Sizes are bytes, or have a unit: 64M,
-1GiB. Times are seconds, or have a unit: 500ms, 10s.
+1GiB. Times are seconds, or have a unit: 500ms, 10s. Those of `receive` stand at the end.
+"""
+
+RECEIVE_HEAD = """\
+# The options of `receive`
+
+From vhostsync/receive/receive_config.py.
 """
 
 
 def options_page() -> str:
-    parts = [OPTIONS_HEAD]
-    declared = [(option, option.default_word(each.default)) for each, option in options_of(ServeConfig)]
+    return "\n".join([OPTIONS_HEAD, *_groups(ServeConfig), RECEIVE_HEAD, *_groups(ReceiveConfig)])
+
+
+def _groups(config: type) -> list[str]:
+    parts = []
+    declared = [(option, option.default_word(each.default)) for each, option in options_of(config)]
     for group, options in groupby(declared, lambda pair: pair[0].group):
         rows = [_row(option, default) for option, default in options]
         if group.startswith("the state record"):
@@ -39,7 +50,7 @@ def options_page() -> str:
                      for answer, meaning in ANSWERS.items()]  # fmt: skip
         head = f"## {group[0].upper()}{group[1:]}\n\n| option | default | meaning |\n| --- | --- | --- |\n"
         parts.append(head + "\n".join(rows) + "\n")
-    return "\n".join(parts)
+    return parts
 
 
 def _row(option: Option, default: str) -> str:

@@ -8,6 +8,7 @@ ConfigError, whose sentence names the option and can be shown as it stands."""
 import ipaddress
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -376,11 +377,7 @@ class ServeConfig:
         sockets = [("--socket-path", self.socket_path), ("--control", self.control_socket)]
         if isinstance(self.metrics, Path):
             sockets.append(("--metrics", self.metrics))
-        for flag, path in sockets:
-            if path is not None and len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
-                raise ConfigError(
-                    f"{flag}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
-                )
+        check_socket_paths(sockets)
         files = [("--bitmap", self.bitmap), ("--state-file", self.state_file)]
         if self.state_file is not None:  # state_file.py makes these beside it
             for end in (".lock", ".new"):
@@ -487,6 +484,15 @@ def check_speed(bytes_per_s: int) -> int:
     """`bytes_per_s` if it is a speed limit (0: none); else ConfigError."""
     _within("speed", bytes_per_s, 0, SPEED_BYTES_PER_S_MAX, " bytes per second")
     return bytes_per_s
+
+
+def check_socket_paths(sockets: Iterable[tuple[str, Path | None]]) -> None:
+    """Each with its option. ConfigError."""
+    for flag, path in sockets:
+        if path is not None and len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            raise ConfigError(
+                f"{flag}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
+            )
 
 
 def _absolute(path: Path, option: str) -> Path:

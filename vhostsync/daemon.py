@@ -16,7 +16,6 @@ there is an event loop, in the only thread.
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import anyio
 import anyio.abc
@@ -27,11 +26,12 @@ from vhostsync import events
 from vhostsync import log as logging
 from vhostsync.config import ServeConfig
 from vhostsync.confine.privileges import Confinement, change_user, find_user, places_of
+from vhostsync.control.commands import dispatcher
 from vhostsync.control.server import serve_control
 from vhostsync.device.device import Device, start_engine
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.engine.engine import Engine
-from vhostsync.errors import VhostsyncError
+from vhostsync.errors import VhostsyncError, leaves
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
 from vhostsync.metrics import serve_metrics
@@ -51,18 +51,11 @@ def run(config: ServeConfig) -> int:
     try:
         anyio.run(_serve, config, _start(config))
     except* VhostsyncError as group:
-        failures = _leaves(group)
+        failures = leaves(group)
     for failure in failures:
         logging.say(f"vhostsync: {printable(str(failure))}")
     logging.end()
     return 1 if failures else 0
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 @dataclass(frozen=True)
@@ -205,12 +198,8 @@ async def _start_control(config: ServeConfig, device: Device, tasks: anyio.abc.T
 
         async def control(*, task_status: anyio.abc.TaskStatus[None]) -> None:
             assert config.control_socket is not None
-            await serve_control(
-                config.control_socket,
-                device,
-                destination_cache=config.destination_cache,
-                task_status=task_status,
-            )
+            commands = dispatcher(device, config.destination_cache)
+            await serve_control(config.control_socket, device.events, commands, task_status=task_status)
 
         await tasks.start(control)
     if config.metrics is not None:

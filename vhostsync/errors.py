@@ -11,6 +11,7 @@ The tree::
     VhostsyncError
       ConfigError         an option or a file named by an option; `serve` ends with exit code 1
       DiskError           a disk that cannot serve
+      ReceiverError       what the receiver of a disk says no to
       StateRecordError    a disk that the state record does not let serve, or a record that cannot be used
         DamagedRecordError  its text is not whole
         UnsettledRecordError  a change of it that was perhaps made
@@ -26,6 +27,7 @@ The tree::
 
 import errno
 import os
+from typing import Any
 
 
 class VhostsyncError(Exception):
@@ -38,6 +40,10 @@ class ConfigError(VhostsyncError):
 
 class DiskError(VhostsyncError):
     """A disk cannot serve: missing, too small, in use by somebody else, a block size that does not fit."""
+
+
+class ReceiverError(VhostsyncError):
+    """The receiver does not let this owner have the disk, or not do that with it."""
 
 
 class StateRecordError(VhostsyncError):
@@ -99,3 +105,11 @@ class ControlError(VhostsyncError):
 
 class UnreachableError(ControlError):
     """The control socket cannot be reached, or the backend went away before it replied."""
+
+
+def leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    """What has failed in a group of tasks, without the groups."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -13,6 +13,7 @@ import anyio.abc
 
 from vhostsync import events
 from vhostsync.config import MirrorTarget
+from vhostsync.control.commands import dispatcher
 from vhostsync.control.server import serve_control
 from vhostsync.errors import MirrorError, SwitchError
 from vhostsync.events import EventHub
@@ -255,7 +256,7 @@ async def running(path: Path, backend: FakeBackend) -> AsyncIterator[anyio.Cance
 
     async def serve(*, task_status: anyio.abc.TaskStatus[None]) -> None:
         with scope:
-            await serve_control(path, backend, task_status=task_status)
+            await serve_control(path, backend.events, dispatcher(backend), task_status=task_status)
 
     async def until_quit() -> None:
         await backend.quit_asked.wait()

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.control_fakes import FakeBackend, status
-from vhostsync.control import commands, qmp
-from vhostsync.control.commands import COMMANDS, Dispatcher
+from vhostsync.control import qmp
+from vhostsync.control.command import ArgumentError
+from vhostsync.control.commands import COMMANDS, dispatcher
 from vhostsync.control.qmp import Request
 
 pytestmark = pytest.mark.anyio
@@ -29,7 +30,7 @@ def backend() -> FakeBackend:
 
 async def ask(backend: FakeBackend, command: str, /, **arguments: Any) -> Any:
     request = Request(command, {name.replace("_", "-"): value for name, value in arguments.items()}, 1)
-    message = json.loads(await Dispatcher(backend, "writeback").execute(request))
+    message = json.loads(await dispatcher(backend, "writeback").execute(request))
     assert message.pop("id") == 1
     return message["return"] if "return" in message else message["error"]["desc"]
 
@@ -163,7 +164,7 @@ def test_whatever_is_given_is_checked_or_refused(name: str, given_arguments: Map
     command = COMMANDS[name]
     try:
         checked = command.check(given_arguments)
-    except commands.ArgumentError as error:
+    except ArgumentError as error:
         assert "Parameter" in str(error) or "parameter" in str(error)
     else:
         assert set(checked) == {argument.name for argument in command.arguments}

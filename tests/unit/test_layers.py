@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mirror": {"words", "host", "storage", "config", "confine", "record", "vhost_user", "engine"},
     # The control socket. It knows of the mirror only what it asks of it.
     "control": {"words", "host", "config"},
-    "metrics": {"words", "host", "config", "record", "engine", "mirror", "control"},
+    "metrics": {"words", "config", "record", "engine", "mirror", "control"},
     # One disk with all that belongs to it.
     "device": {"words", "storage", "config", "confine", "record", "vhost_user", "engine", "mirror"},
     # The process of `serve`, around its device.
@@ -45,13 +45,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "words", "host", "storage", "config", "confine", "record", "vhost_user", "engine", "control",
         "metrics", "device",
     },
+    # The process of `receive`: a disk of this host, for an owner on another one.
+    "receive": {"words", "host", "storage", "config", "confine", "record", "control"},
     # The command line: of what runs it asks by the control socket alone.
-    "cli": {"words", "storage", "config", "record", "control", "daemon"},
+    "cli": {"words", "storage", "config", "record", "control", "daemon", "receive"},
 }
 """From the lowest floor up: each names only such as stand above it here."""
 
 AT_THE_TOP = {
-    "__init__": "words", "errors": "words", "events": "words", "log_writer": "words", "option": "words",
+    "__init__": "words", "errors": "words", "events": "words", "log_writer": "words",
+    "metrics_page": "words", "option": "words",
     "printable": "words", "quantities": "words", "statistic": "words", "config": "config", "log": "config",
     "metrics": "metrics", "daemon": "daemon", "__main__": "cli", "_shim": "binding",
     "_source_hash": "binding",

@@ -15,8 +15,10 @@ from tests.guest.assets import AssetError, cache_folder, fetch_promtool
 from tests.unit.control_fakes import FakeBackend
 from vhostsync import metrics
 from vhostsync.config import TcpAddress
-from vhostsync.control.commands import dashed
+from vhostsync.control import scrape
+from vhostsync.control.command import dashed
 from vhostsync.errors import ConfigError
+from vhostsync.metrics_page import Page
 
 pytestmark = pytest.mark.anyio
 
@@ -113,7 +115,7 @@ def test_a_page_of_nothing_is_a_page() -> None:
 
 
 def test_values_and_labels_are_escaped() -> None:
-    page = metrics._Page()
+    page = Page()
     page.family("x", "gauge", "X.")(float("nan"), {"path": 'a"b\\c\nd'})
     assert 'vhostsync_x{path="a\\"b\\\\c\\nd"} NaN' in page.text()
 
@@ -229,11 +231,11 @@ async def test_connections_that_are_held_delay_no_scraper(tmp_path: Path, kind: 
     """However many: the oldest of them goes. None of them is near its own time limit in this test."""
     backend = FakeBackend()
     async with serving(place_for(kind, tmp_path), backend) as place, AsyncExitStack() as held:
-        for _ in range(metrics.CONNECTIONS_MAX + 3):
+        for _ in range(scrape.CONNECTIONS_MAX + 3):
             stream = await held.enter_async_context(await connect(place))
             if say:
                 await stream.send(say)
-        with anyio.fail_after(metrics.CONNECTION_S / 2):
+        with anyio.fail_after(scrape.CONNECTION_S / 2):
             head, _ = await fetch(place, b"GET /metrics HTTP/1.1\r\n\r\n")
         assert " 200 " in head
 
@@ -244,7 +246,7 @@ async def test_scrapers_that_say_nothing_and_a_defect_end_nothing(
     backend = FakeBackend()
     async with serving(tmp_path / "metrics", backend) as place:
         with monkeypatch.context() as patch:
-            patch.setattr(metrics, "CONNECTION_S", 0.05)
+            patch.setattr(scrape, "CONNECTION_S", 0.05)
             async with await connect(place) as silent:
                 with pytest.raises(anyio.EndOfStream):
                     await silent.receive()

@@ -25,7 +25,7 @@ from vhostsync import daemon, log
 from vhostsync.cli import main as cli
 from vhostsync.cli import show
 from vhostsync.config import ServeConfig
-from vhostsync.control.commands import dashed
+from vhostsync.control.command import dashed
 from vhostsync.errors import DiskError
 from vhostsync.host import service_manager
 from vhostsync.printable import printable, printable_lines

@@ -8,6 +8,7 @@ from typing import Any, Final
 from vhostsync import __version__
 from vhostsync.cli import argument_types as types
 from vhostsync.cli.argument_types import Parser
+from vhostsync.cli.receive_arguments import add_receive
 from vhostsync.cli.serve_arguments import add_serve
 
 _EXIT_CODES: Final = """\
@@ -104,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_control(parser, default=None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     add_serve(commands)
+    add_receive(commands)
     _add_client(commands, "status", "status", "show the disk, its guest and the mirror")
     watch = _add_client(commands, "watch", "watch", "show the progress and each event", _WATCH_EXAMPLES)
     watch.add_argument(
@@ -122,6 +124,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_record(commands)
     _add_client(commands, "stats", "stats", "show operations, bytes, errors and latencies")
+    _add_client(
+        commands, "rededicate", "rededicate",
+        "give the disk of a receiver to whoever attaches it next: its owner's token is forgotten",
+    )  # fmt: skip
     leave = _add_client(
         commands, "quit", "quit_backend", "end the backend, after the mirror was brought up to date"
     )

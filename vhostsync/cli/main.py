@@ -14,15 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 from vhostsync import config
 from vhostsync.cli.arguments import make_parser
+from vhostsync.cli.receive_arguments import receive_config
 from vhostsync.cli.serve_arguments import serve_config
 from vhostsync.errors import ConfigError, UnreachableError, VhostsyncError
 from vhostsync.printable import printable
+from vhostsync.receive.receive_config import ReceiveConfig
 
 CAPABILITIES: Final = {"type": "block", "features": ["read-only", "blk-file"]}
+
+Config = TypeVar("Config")
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -57,6 +61,12 @@ def _serve(settings: config.ServeConfig) -> int:
         from vhostsync.daemon import run
     except ImportError as error:
         return _failed(f"{error} (the data plane is a C extension; `pip install .` builds it)", EXIT_FAILED)
+    return run(settings)
+
+
+def _receive(settings: ReceiveConfig) -> int:
+    from vhostsync.receive.process import run
+
     return run(settings)
 
 
@@ -101,6 +111,8 @@ def _run(words: list[str]) -> int:
     options = parser.parse_args(words)
     if options.command == "serve":
         return _serve(_or_usage(parser, lambda: serve_config(options)))
+    if options.command == "receive":
+        return _receive(_or_usage(parser, lambda: receive_config(options)))
     if options.command == "record":
         from vhostsync.record import record_report
 
@@ -118,7 +130,7 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _or_usage(parser: argparse.ArgumentParser, make: Callable[[], config.ServeConfig]) -> config.ServeConfig:
+def _or_usage(parser: argparse.ArgumentParser, make: Callable[[], Config]) -> Config:
     try:
         return make()
     except ConfigError as error:

@@ -70,7 +70,14 @@ def _goes_on(what: str) -> Iterator[None]:
 
 async def status(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync status`."""
-    device, mirror = await client.execute("query-status"), await client.execute("query-mirror")
+    device = await client.execute("query-status")
+    if "receiver" in device:
+        if options.json:
+            _print_json({"status": device})
+        else:
+            _show(show.receiver_text(device))
+        return EXIT_OK
+    mirror = await client.execute("query-mirror")
     verify = await client.execute("query-verify")
     if options.json:
         _print_json({"status": device, "mirror": mirror, "verify": verify})
@@ -286,6 +293,16 @@ async def resize(client: ControlClient, options: argparse.Namespace) -> int:
         _print_json(result)
     else:
         _say(f"The guest's disk has {size(result['capacity'])} now.")
+    return EXIT_OK
+
+
+async def rededicate(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync rededicate`."""
+    await client.execute("rededicate")
+    if options.json:
+        _print_json(await client.execute("query-status"))
+    else:
+        _say("The disk has no owner any more; whoever attaches it next has it.")
     return EXIT_OK
 
 

@@ -2,12 +2,11 @@
 """The arguments of `serve`, from what config.py declares, and the configuration that they make."""
 
 import argparse
-from dataclasses import Field
-from typing import Any, Final
+from typing import Final
 
-from vhostsync.cli.argument_types import Parser, checked
+from vhostsync.cli.argument_types import Parser
+from vhostsync.cli.option_arguments import add_options, given_options
 from vhostsync.config import SOCKET, STATE_RECORD, Answer, ServeConfig
-from vhostsync.option import FLAG, Option, options_of
 
 _SERVE_EXAMPLES: Final = """\
 examples:
@@ -37,11 +36,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Serve a disk to a virtual machine over a vhost-user socket.",
         epilog=_SERVE_EXAMPLES,
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for each, declared in options_of(ServeConfig):
-        if declared.group not in groups:
-            groups[declared.group] = serve.add_argument_group(declared.group)
-        _add_option(groups[declared.group], each, declared)
+    groups = add_options(serve, ServeConfig)
     groups[SOCKET].add_argument(
         "--print-capabilities", action="store_true", help="print what this backend can do as JSON, and exit"
     )
@@ -53,26 +48,6 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         )  # fmt: skip
 
 
-def _add_option(group: argparse._ArgumentGroup, each: "Field[Any]", declared: Option) -> None:
-    """What is not given stays None."""
-    kind, word = declared.kind, declared.default_word(each.default)
-    told: dict[str, Any] = {"dest": each.name, "help": declared.help + (f" (default {word})" if word else "")}
-    if kind is FLAG:
-        told |= {"action": "store_true", "default": None}
-    else:
-        told |= {"type": checked(kind.parse, kind.metavar), "metavar": kind.metavar}
-    if declared.repeatable:
-        told["action"] = "append"
-    if declared.required:
-        told["required"] = True
-    group.add_argument(declared.flag, **told)
-
-
 def serve_config(arguments: argparse.Namespace) -> ServeConfig:
-    """The configuration; what was not given keeps the default of ServeConfig. ConfigError."""
-    given: dict[str, Any] = {"answer": arguments.answer}
-    for each, declared in options_of(ServeConfig):
-        value = getattr(arguments, each.name)
-        if value is not None:
-            given[each.name] = tuple(value) if declared.repeatable else value
-    return ServeConfig(**given)
+    """The configuration. ConfigError."""
+    return ServeConfig(**given_options(arguments, ServeConfig), answer=arguments.answer)

@@ -99,6 +99,27 @@ def _differing(mirror: Mapping[str, Any]) -> str:
     return f"; {size(differing)} to copy" if mirror["state"] == "ahead" and differing is not None else ""
 
 
+def receiver_text(status: Mapping[str, Any]) -> str:
+    """What `vhostsync status` prints of a receiver."""
+    whole, kept = status["capacity"], status["allocated"]
+    disk = f"{status['receiver']}, {'not there' if whole is None else size(whole)}"
+    rows = [("Disk", disk + (f", {size(kept)} of it kept" if kept is not None else ""))]
+    rows.append(("Listening", status["listening"]))
+    owner = f"{status['owner']}, since {status['since']}" if status["owner"] else "nobody yet"
+    if status["owner"] and not status["owned"]:
+        owner += " (it has not shown a token yet)"
+    rows.append(("Owner", owner))
+    server = f"attached, server {status['server']}" if status["attached"] else "not attached"
+    if status["bytes-written"] is not None:
+        server += f", {size(status['bytes-written'])} written"
+    rows.append(("Generation", f"{status['generation']}, {server}"))
+    if status["why-not"]:
+        rows.append(("Refused", status["why-not"]))
+    if status["log-lines-dropped"]:
+        rows.append(("Log", f"{status['log-lines-dropped']:,} lines dropped: stderr does not take them"))
+    return "".join(f"{name:<12} {printable(text)}\n" for name, text in rows)
+
+
 def status_text(
     status: Mapping[str, Any], mirror: Mapping[str, Any], verify: Mapping[str, Any] | None = None
 ) -> str:

@@ -36,11 +36,13 @@ UNKNOWN_TO: Final = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True)
 class Grants:
-    """Directories (with all beneath) or files. `tcp_port`: may be listened on; 0 is any free one."""
+    """Directories (with all beneath) or files. `tcp_port`: may be listened on; 0 is any free one. `run`:
+    programs, and the libraries that they load."""
 
     read: tuple[Path, ...]
     write: tuple[Path, ...]
     tcp_port: int | None = None
+    run: tuple[Path, ...] = ()
 
 
 def abi(kernel: Kernel) -> int:
@@ -74,6 +76,7 @@ def restrict(kernel: Kernel, version: int, grants: Grants) -> None:
     try:
         _grant(kernel, ruleset, grants.read, READ & known)
         _grant(kernel, ruleset, grants.write, WRITE & known)
+        _grant(kernel, ruleset, grants.run, (READ | EXECUTE) & known)
         if version >= 4 and grants.tcp_port is not None:
             kernel.landlock_add_rule(ruleset, RULE_PORT, struct.pack("=QQ", BIND_TCP, grants.tcp_port))
         kernel.landlock_restrict(ruleset)

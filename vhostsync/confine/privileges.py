@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
-from vhostsync.config import ServeConfig, TcpAddress
+from vhostsync.config import Sandbox, ServeConfig, TcpAddress
 from vhostsync.confine import landlock
 from vhostsync.confine.seccomp import Filter
 from vhostsync.errors import ConfigError, MirrorError
@@ -145,12 +145,36 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-class Confinement:
-    """The steps of `confine` and `seal`, and which of them hold."""
+class Confined(Protocol):
+    """What the configuration says of it."""
 
-    def __init__(self, config: ServeConfig, places: tuple[Path, ...], kernel: Kernel | None = None) -> None:
+    @property
+    def sandbox(self) -> Sandbox: ...
+    @property
+    def allow_paths(self) -> tuple[Path, ...]: ...
+    @property
+    def metrics(self) -> Path | TcpAddress | None: ...
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What a process has to run, and what those read beside the system's own files."""
+
+    run: tuple[Path, ...]
+    read: tuple[Path, ...]
+
+
+class Confinement:
+    """The steps of `confine` and `seal`, and which of them hold. `programs`: where some have to be run, the
+    places are all that is written to, so Landlock withholds the rest unasked."""
+
+    def __init__(
+        self, config: Confined, places: tuple[Path, ...], kernel: Kernel | None = None, *,
+        programs: Programs | None = None,
+    ) -> None:
         self._config = config
         self._places = places
+        self._programs = programs
         self._kernel = kernel if kernel is not None else Kernel()
         self.held: list[str] = []
         self.lacking: list[str] = []
@@ -165,20 +189,22 @@ class Confinement:
         self._part("no-new-privs", lambda: self._kernel.prctl(PR_SET_NO_NEW_PRIVS, 1))
         self._part("no-new-code", lambda: self._kernel.prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN))
         self._part("not-dumpable", lambda: self._kernel.prctl(PR_SET_DUMPABLE, 0))
-        if self._config.allow_paths or self._config.sandbox == "require":
+        if self._config.allow_paths or self._config.sandbox == "require" or self._programs is not None:
             # Not unasked: a destination may lie anywhere, and nobody can name it after the start.
             self._part("landlock", self._landlock)
         self._complete()
 
-    def seal(self, check_rings_restricted: Callable[[], None]) -> None:
-        """Step 5. `check_rings_restricted`: the engine's, OSError if not. ConfigError as `confine`."""
+    def seal(self, check_rings_restricted: Callable[[], None] | None = None) -> None:
+        """Step 5. `check_rings_restricted`: the engine's, OSError if not; None: there are no rings.
+        ConfigError as `confine`."""
         if self._config.sandbox == "off":
             self._warn_of_root()
             log.info("privileges", sandbox="off", user=os.geteuid())
             return
-        self._part("io-uring", check_rings_restricted)
-        tcp = isinstance(self._config.metrics, TcpAddress)
-        self._part("seccomp", lambda: Filter(internet=tcp).load())
+        if check_rings_restricted is not None:
+            self._part("io-uring", check_rings_restricted)
+        tcp, programs = isinstance(self._config.metrics, TcpAddress), self._programs is not None
+        self._part("seccomp", lambda: Filter(internet=tcp, programs=programs).load())
         self._complete()
         self._warn_of_root()
         log.info(
@@ -237,7 +263,9 @@ class Confinement:
                 log.warning("--allow-path is missing: nothing may be opened there", path=str(place))
         metrics = self._config.metrics
         port = metrics.port if isinstance(metrics, TcpAddress) else None
-        landlock.restrict(self._kernel, version, landlock.Grants(_read_places(), self._places, port))
+        run, read = (self._programs.run, self._programs.read) if self._programs is not None else ((), ())
+        grants = landlock.Grants((*_read_places(), *read), self._places, port, run)
+        landlock.restrict(self._kernel, version, grants)
         self.reach = Reach(self._places, enforced=True)
 
 

@@ -35,12 +35,14 @@ CLONE_THREAD: Final = 0x10000
 INT_BITS: Final = 0xFFFFFFFF
 """Where the kernel looks at no more of a word, neither may a rule: else one bit above gets past it."""
 
+# setpriv asks for the capabilities that it has; where none are left, none can be had.
+RUNNING_PROGRAMS: Final = "execve execveat fork vfork capset"
 OTHER_PROGRAMS: Final = (
-    "execve execveat fork vfork ptrace process_vm_readv process_vm_writev process_madvise kcmp "
+    "ptrace process_vm_readv process_vm_writev process_madvise kcmp "
     "pidfd_getfd pidfd_send_signal process_mrelease"
 )
 OTHER_USERS: Final = (
-    "setuid setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid capset unshare setns "
+    "setuid setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid unshare setns "
     "personality"
 )
 FILE_SYSTEMS: Final = (
@@ -61,7 +63,9 @@ THE_MACHINE: Final = (
     "nfsservctl _sysctl vhangup migrate_pages move_pages mbind set_mempolicy set_mempolicy_home_node "
     "remap_file_pages memfd_secret io_uring_setup io_uring_register io_setup"
 )
-DENIED: Final = tuple(f"{OTHER_PROGRAMS} {OTHER_USERS} {FILE_SYSTEMS} {FILES} {THE_MACHINE}".split())
+DENIED: Final = tuple(
+    f"{RUNNING_PROGRAMS} {OTHER_PROGRAMS} {OTHER_USERS} {FILE_SYSTEMS} {FILES} {THE_MACHINE}".split()
+)
 
 # What libseccomp 2.5 has no name for. The numbers are the same on every architecture: they came after the
 # tables were made one.
@@ -95,8 +99,9 @@ class _Comparison(ctypes.Structure):  # struct scmp_arg_cmp
 class Filter:
     """The filter, made and not yet in force. OSError where libseccomp is not installed."""
 
-    def __init__(self, *, internet: bool) -> None:
-        """`internet`: metrics are served on a TCP port, so such sockets may be made."""
+    def __init__(self, *, internet: bool, programs: bool = False) -> None:
+        """`internet`: metrics are served on a TCP port, so such sockets may be made. `programs`: some may be
+        run, which have this filter, too; and they may be sent signals."""
         self._library = ctypes.CDLL(LIBRARY)
         self._library.seccomp_init.restype = ctypes.c_void_p
         self._context = ctypes.c_void_p(self._library.seccomp_init(ctypes.c_uint32(ACT_ALLOW)))
@@ -106,12 +111,17 @@ class Filter:
             self._library.seccomp_attr_set(self._context, ATTRIBUTE_TSYNC, ctypes.c_uint32(1)),
             "synchronising threads",
         )
+        running = RUNNING_PROGRAMS.split()
         for name in DENIED:
-            self._deny(name)
+            if not programs or name not in running:
+                self._deny(name)
         self._deny_sockets(internet=internet)
         self._deny_requests()
         self._deny_set_id()
-        self._deny_other_processes(os.getpid())
+        self._deny_settings_of_others()
+        if programs:
+            return
+        self._deny_signals(os.getpid())
         # A new process is refused, a new thread is not. The flags of clone3 lie in memory, which no filter
         # can read: told that there is no clone3, the C library uses clone.
         self._deny("clone", _Comparison(0, CMP_MASKED_EQ, CLONE_THREAD, 0))
@@ -133,11 +143,14 @@ class Filter:
                     self._deny(name, _Comparison(flags, CMP_MASKED_EQ, making, making), mode)
         self._deny("openat2", number=errno.ENOSYS)
 
-    def _deny_other_processes(self, pid: int) -> None:
-        """Signals go to this process (0 is its group), limits and priorities to the thread that asks. tkill
-        names no process: this one's first thread is all that can be told."""
+    def _deny_signals(self, pid: int) -> None:
+        """They go to this process (0 is its group). tkill names no process: this one's first thread is all
+        that can be told."""
         for name in ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
             self._deny(name, _Comparison(0, CMP_NE, pid, 0))
+
+    def _deny_settings_of_others(self) -> None:
+        """Limits and priorities are those of the thread that asks."""
         self._deny("prlimit64", _Comparison(0, CMP_NE, 0, 0))
         for what in ("affinity", "attr", "param", "scheduler"):
             self._deny(f"sched_set{what}", _Comparison(0, CMP_NE, 0, 0))

@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the control socket: one table from which requests are checked, carried out and described.
+"""The commands of the control socket of `serve`: one table from which requests are checked, carried out and
+described.
 
 `COMMANDS` names each command with its arguments, their types and bounds, what it returns and what it does;
-`query-commands` shows the table and docs/control-protocol.md quotes it (a unit test compares).
+`query-commands` shows the table and docs/control-protocol.md quotes it (a unit test compares)."""
 
-A refusal is a VhostsyncError, whose sentence becomes the reply's text. Anything else that a command raises
-is a defect: it is logged with its traceback, the client is told so, and the server goes on."""
-
-import dataclasses
-import math
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
-
-import structlog
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..config import SPEED_BYTES_PER_S_MAX, Cache, MirrorTarget
-from ..errors import VhostsyncError
 from ..events import EventHub
 from . import qmp
+from .command import Argument, Arguments, Command, Dispatcher, dashed, describe
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-log = structlog.get_logger(__name__)
 
 DEADLINE_MS: Final = 30_000
 """How long `switch` tries, unless told."""
@@ -70,140 +61,39 @@ class Backend(Protocol):
     async def quit(self, *, force: bool) -> None: ...
 
 
-class ArgumentError(VhostsyncError):
-    """The arguments of a request do not fit the table; the text is QEMU's where QEMU has one."""
-
-
-ArgumentType = Literal["string", "boolean", "integer", "number"]
-
-
 @dataclass(frozen=True)
-class Argument:
-    """One argument. `least` and `most` bound numbers; `choices` are the strings allowed, where only some
-    are."""
+class _Served:
+    """What the commands work on. `destination_cache` is for a mirror-start that names none."""
 
-    name: str
-    type: ArgumentType
-    help: str
-    required: bool = False
-    default: Any = None
-    least: float = 0
-    most: float = math.inf
-    choices: tuple[str, ...] = ()
-
-    def check(self, value: Any) -> Any:
-        """`value` if it is one of these; ArgumentError."""
-        # In JSON true is no number; in Python True is an int.
-        fits = {
-            "string": isinstance(value, str),
-            "boolean": isinstance(value, bool),
-            "integer": isinstance(value, int) and not isinstance(value, bool),
-            "number": isinstance(value, int | float) and not isinstance(value, bool),
-        }[self.type]
-        if not fits:
-            raise ArgumentError(f"Invalid parameter type for '{self.name}', expected: {self.type}")
-        if self.choices and value not in self.choices:
-            raise ArgumentError(f"Parameter '{self.name}' expects {' or '.join(self.choices)}")
-        if self.type in ("integer", "number") and not self.least <= value <= self.most:
-            raise ArgumentError(
-                f"Parameter '{self.name}' expects a value from {self.least:g} to {self.most:g}"
-            )
-        return value
+    backend: Backend
+    destination_cache: Cache
 
 
-Arguments = Mapping[str, Any]
-Handler = Callable[["Dispatcher", Arguments], Awaitable[Any]]
+def dispatcher(backend: Backend, destination_cache: Cache = "none") -> Dispatcher:
+    return Dispatcher(COMMANDS, _Served(backend, destination_cache))
 
 
-@dataclass(frozen=True)
-class Command:
-    """One row of the table."""
-
-    name: str
-    help: str
-    handler: Handler
-    arguments: tuple[Argument, ...] = field(default=())
-
-    def check(self, given: Arguments) -> Arguments:
-        """The arguments with their defaults filled in; ArgumentError."""
-        known = {argument.name for argument in self.arguments}
-        for name in given:
-            if name not in known:
-                raise ArgumentError(f"Parameter '{name}' is unexpected")
-        checked = {}
-        for argument in self.arguments:
-            if argument.name in given:
-                checked[argument.name] = argument.check(given[argument.name])
-            elif argument.required:
-                raise ArgumentError(f"Parameter '{argument.name}' is missing")
-            else:
-                checked[argument.name] = argument.default
-        return checked
-
-
-class Dispatcher:
-    """Carries out requests against a backend. `destination_cache` is for a mirror-start that names none."""
-
-    def __init__(self, backend: Backend, destination_cache: Cache = "none") -> None:
-        self.backend = backend
-        self.destination_cache = destination_cache
-
-    async def execute(self, request: qmp.Request) -> bytes:
-        """The line to answer with; never raises but when cancelled."""
-        command = COMMANDS.get(request.command)
-        if command is None:
-            return qmp.error_line(
-                f"The command {request.command} has not been found", request.id, qmp.COMMAND_NOT_FOUND
-            )
-        try:
-            result = await command.handler(self, command.check(request.arguments))
-            return qmp.return_line(result, request.id)
-        except VhostsyncError as error:
-            if not isinstance(error, ArgumentError):
-                log.info("command refused", command=command.name, reason=str(error))
-            return qmp.error_line(str(error), request.id)
-        except Exception as error:
-            log.exception("a command failed in a way that nobody foresaw", command=command.name)
-            return qmp.error_line(
-                f"Internal error ({type(error).__name__}); the log of the backend has its traceback.",
-                request.id,
-            )
-
-
-def dashed(value: Any) -> Any:
-    """A dataclass, or a container of them, as JSON has it: names with dashes."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key).replace("_", "-"): dashed(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [dashed(each) for each in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-async def _query_status(to: Dispatcher, _: Arguments) -> Any:
+async def _query_status(to: _Served, _: Arguments) -> Any:
     return dashed(await to.backend.query_status())
 
 
-async def _query_mirror(to: Dispatcher, _: Arguments) -> Any:
+async def _query_mirror(to: _Served, _: Arguments) -> Any:
     return dashed(await to.backend.mirror.status())
 
 
-async def _query_stats(to: Dispatcher, _: Arguments) -> Any:
+async def _query_stats(to: _Served, _: Arguments) -> Any:
     return dashed(await to.backend.query_stats())
 
 
-async def _query_version(_: Dispatcher, __: Arguments) -> Any:
+async def _query_version(_: _Served, __: Arguments) -> Any:
     return qmp.version()
 
 
-async def _query_commands(_: Dispatcher, __: Arguments) -> Any:
+async def _query_commands(_: _Served, __: Arguments) -> Any:
     return [describe(command) for command in COMMANDS.values()]
 
 
-async def _mirror_start(to: Dispatcher, given: Arguments) -> Any:
+async def _mirror_start(to: _Served, given: Arguments) -> Any:
     target = MirrorTarget(
         name=given["destination"],
         create=given["create"],
@@ -217,17 +107,17 @@ async def _mirror_start(to: Dispatcher, given: Arguments) -> Any:
     return {}
 
 
-async def _mirror_cancel(to: Dispatcher, given: Arguments) -> Any:
+async def _mirror_cancel(to: _Served, given: Arguments) -> Any:
     await to.backend.mirror.cancel(force=given["force"])
     return {}
 
 
-async def _mirror_set_speed(to: Dispatcher, given: Arguments) -> Any:
+async def _mirror_set_speed(to: _Served, given: Arguments) -> Any:
     await to.backend.mirror.set_speed(given["speed"])
     return {}
 
 
-async def _switch(to: Dispatcher, given: Arguments) -> Any:
+async def _switch(to: _Served, given: Arguments) -> Any:
     result = await to.backend.mirror.switch(
         deadline_s=given["deadline-ms"] / 1000,
         max_pause_ms=given["max-pause-ms"],
@@ -238,44 +128,31 @@ async def _switch(to: Dispatcher, given: Arguments) -> Any:
     return dashed(result)
 
 
-async def _verify(to: Dispatcher, given: Arguments) -> Any:
+async def _verify(to: _Served, given: Arguments) -> Any:
     await to.backend.verifier.start(repair=given["repair"], speed_bytes_per_s=given["speed"])
     return {}
 
 
-async def _verify_cancel(to: Dispatcher, _: Arguments) -> Any:
+async def _verify_cancel(to: _Served, _: Arguments) -> Any:
     await to.backend.verifier.cancel()
     return {}
 
 
-async def _query_verify(to: Dispatcher, _: Arguments) -> Any:
+async def _query_verify(to: _Served, _: Arguments) -> Any:
     return dashed(await to.backend.verifier.status())
 
 
-async def _resize(to: Dispatcher, given: Arguments) -> Any:
+async def _resize(to: _Served, given: Arguments) -> Any:
     return {"capacity": await to.backend.resize(given["size"])}
 
 
-async def _quit(to: Dispatcher, given: Arguments) -> Any:
+async def _quit(to: _Served, given: Arguments) -> Any:
     await to.backend.quit(force=given["force"])
     return {}
 
 
-async def _negotiated(_: Dispatcher, __: Arguments) -> Any:
+async def _negotiated(_: _Served, __: Arguments) -> Any:
     raise AssertionError("the session answers qmp_capabilities")
-
-
-def describe(command: Command) -> dict[str, Any]:
-    """A row of the table as query-commands shows it; QEMU's has `name` alone."""
-    arguments = []
-    for argument in command.arguments:
-        row: dict[str, Any] = {"name": argument.name, "type": argument.type, "required": argument.required}
-        if not argument.required and argument.default is not None:
-            row["default"] = argument.default
-        if argument.choices:
-            row["choices"] = list(argument.choices)
-        arguments.append({**row, "help": argument.help})
-    return {"name": command.name, "help": command.help, "arguments": arguments}
 
 
 COMMANDS: Final[Mapping[str, Command]] = {

@@ -218,13 +218,10 @@ class Session:
             yield Reply(error_line(item.reason)) if isinstance(item, Bad) else self._request(item.value)
 
     def _request(self, value: Any) -> Request | Reply:
-        if not isinstance(value, dict):
-            return Reply(error_line("QMP input must be a JSON object"))
-        identity = value.get("id", ABSENT)
-        reason = _fault(value)
-        if reason is not None:
-            return Reply(error_line(reason, identity))
-        request = Request(value["execute"], value.get("arguments", {}), identity)
+        request = request_of(value)
+        if isinstance(request, str):
+            return Reply(error_line(request, value.get("id", ABSENT) if isinstance(value, dict) else ABSENT))
+        identity = request.id
         if request.command == CAPABILITIES:
             return self._negotiate(request)
         if not self.negotiated:
@@ -251,6 +248,14 @@ class Session:
             return refuse(f"Capability {json.dumps(enable[0])} is not available")
         self.negotiated = True
         return Reply(return_line({}, request.id), negotiated=True)
+
+
+def request_of(value: Any) -> Request | str:
+    """The request that a JSON value is, or what is wrong with it."""
+    if not isinstance(value, dict):
+        return "QMP input must be a JSON object"
+    reason = _fault(value)
+    return reason or Request(value["execute"], value.get("arguments", {}), value.get("id", ABSENT))
 
 
 def _fault(value: Mapping[str, Any]) -> str | None:

@@ -27,10 +27,9 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from vhostsync.host.unix_socket import bind_unix_socket
 
-from ..config import Cache
-from ..events import EVENTS_LOST, Event, Subscription
+from ..events import EVENTS_LOST, Event, EventHub, Subscription
 from . import qmp, sockets
-from .commands import Backend, Dispatcher, dashed
+from .command import Dispatcher, dashed
 
 log = structlog.get_logger(__name__)
 
@@ -42,9 +41,9 @@ CLOSING_S: Final = 1.0
 
 async def serve_control(
     path: Path,
-    backend: Backend,
+    events: EventHub,
+    dispatcher: Dispatcher,
     *,
-    destination_cache: Cache = "none",
     task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the control socket at `path` until cancelled; `task_status` tells when it can be connected to.
@@ -53,7 +52,7 @@ async def serve_control(
     try:
         log.info("control socket ready", path=str(path))
         task_status.started()
-        await ControlServer(backend, destination_cache).run(bound.listener)
+        await ControlServer(events, dispatcher).run(bound.listener)
     finally:
         bound.close()
 
@@ -61,9 +60,9 @@ async def serve_control(
 class ControlServer:
     """The clients of one listening socket."""
 
-    def __init__(self, backend: Backend, destination_cache: Cache = "none") -> None:
-        self._backend = backend
-        self._dispatcher = Dispatcher(backend, destination_cache)
+    def __init__(self, events: EventHub, dispatcher: Dispatcher) -> None:
+        self._events = events
+        self._dispatcher = dispatcher
         self._clients: set[_Client] = set()
         self.closing = False
 
@@ -149,7 +148,7 @@ class ControlServer:
 
     async def _forward_events(self, client: "_Client") -> None:
         await client.negotiated.wait()
-        async with self._backend.events.subscribe() as events:
+        async with self._events.subscribe() as events:
             try:
                 async for event in events:
                     await client.send(_event_lines(event))
