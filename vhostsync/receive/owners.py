@@ -71,25 +71,26 @@ class Owners:
         self._certificates = certificates
         self._waiting: deque[anyio.CancelScope] = deque()  # connections that wait for their other side
         self._open = 0
+        self._left = anyio.Event()  # the next one has ended
 
     async def run(self, listener: socket.socket) -> None:
         """Until cancelled."""
         async with anyio.create_task_group() as tasks:
             while True:
                 connection = await sockets.accept(listener)
-                if self._open >= CONNECTIONS_MAX and self._waiting:
-                    self._waiting.popleft().cancel()
-                if self._open >= CONNECTIONS_MAX + 1:
-                    connection.close()
-                    continue
+                while self._open >= CONNECTIONS_MAX:
+                    if self._waiting:
+                        self._waiting.popleft().cancel()
+                    await self._left.wait()
+                context = await anyio.to_thread.run_sync(self._certificates.context)
                 self._open += 1
-                tasks.start_soon(self._serve, connection)
+                tasks.start_soon(self._serve, connection, context)
 
-    async def _serve(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         peer = _address(connection)
         try:
             with connection:
-                stream = TlsConnection(connection, await anyio.to_thread.run_sync(self._certificates.context))
+                stream = TlsConnection(connection, context)
                 with self._patience(HANDSHAKE_S) as waiting:
                     await stream.shake_hands()
                 if not waiting.cancelled_caught:
@@ -101,6 +102,8 @@ class Owners:
             log.exception("a connection failed in a way that nobody foresaw", peer=peer)
         finally:
             self._open -= 1
+            self._left.set()
+            self._left = anyio.Event()
 
     async def _converse(self, stream: TlsConnection, owner: str) -> None:
         dispatcher = Dispatcher(OWNER_COMMANDS, Asked(self._receiver, owner))
