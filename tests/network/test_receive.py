@@ -17,7 +17,7 @@ from tests.daemon.rig import await_true, image, refused_start
 from tests.guest.backends import vhostsync_command
 from tests.network.receivers import Authority, Data, Owner, Receiving, RefusedError, children, needs_programs
 
-pytestmark = needs_programs
+pytestmark = [*needs_programs, pytest.mark.timeout(240)]  # each start of a process takes its time
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -190,7 +190,7 @@ def test_killed_at_any_moment_of_a_beginning_it_knows_its_owner(
     with Receiving(tmp_path, disk, certificates) as receiving:
         receiving.begin(owner)
         receiving.stop()
-    for _ in range(4):
+    for _ in range(3):
         with Receiving(tmp_path, disk, certificates) as receiving:
             timer = threading.Timer(chance.uniform(0, 0.4), receiving.process.kill)
             timer.start()

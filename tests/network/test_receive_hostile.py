@@ -26,7 +26,7 @@ from tests.network.receivers import (
 )
 from vhostsync.receive.owners import CONNECTIONS_MAX
 
-pytestmark = needs_programs
+pytestmark = [*needs_programs, pytest.mark.timeout(240)]  # each start of a process takes its time
 
 MIB = 1 << 20
 

@@ -108,8 +108,8 @@ def test_landlock_withholds_what_the_kernel_knows_and_no_more(tmp_path: Path, ab
 
 
 class NoFilter:
-    def __init__(self, *, internet: bool) -> None:
-        assert not internet
+    def __init__(self, *, internet: bool, programs: bool) -> None:
+        assert not internet and not programs
 
     def load(self) -> None:
         pass
