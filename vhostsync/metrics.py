@@ -20,7 +20,6 @@ from .control.scrape import serve_page
 from .metrics_page import Latency, Page
 
 
-
 def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     """The page, from what query-status, query-mirror and query-stats return."""
     page = Page({"vm": status["name"]} if status.get("name") else None)
