@@ -7,10 +7,10 @@
 #define VS_TEST_RIG_H
 
 #include <errno.h>
-#include <poll.h>
 #include <sys/eventfd.h>
 #include <time.h>
 
+#include "patience.h"
 #include "ring.h"
 #include "testing.h"
 
@@ -21,7 +21,6 @@
 #define LANE_RING (4 * LANE_DEPTH)
 #define SLOT_BYTES 65536u
 #define DISK_BYTES (8ull << 20)
-#define PATIENCE_MS 20000
 
 #define F_BLK_FLUSH (1ull << VIRTIO_BLK_F_FLUSH)
 #define F_INDIRECT (1ull << VIRTIO_RING_F_INDIRECT_DESC)
@@ -79,6 +78,12 @@ static inline bool rig_event(struct rig *r, struct vs_event *out, int wait_ms)
     return true;
 }
 
+static inline void rig_await_event(struct rig *r, struct vs_event *out)
+{
+    while (!rig_event(r, out, 0))
+        CHECK(patience_readable(vs_engine_event_fd(r->engine)));
+}
+
 static inline uint64_t rig_submit(struct rig *r, const struct vs_command *c)
 {
     uint64_t token = vs_engine_submit(r->engine, c);
@@ -90,7 +95,7 @@ static inline struct vs_event rig_wait(struct rig *r, uint64_t token)
 {
     struct vs_event e;
     do
-        CHECK(rig_event(r, &e, PATIENCE_MS));
+        rig_await_event(r, &e);
     while (e.kind != VS_EV_DONE || e.token != token);
     return e;
 }
@@ -128,14 +133,14 @@ static inline void rig_wait_state(struct rig *r, uint32_t state)
 {
     struct vs_event e;
     while (r->state != state)
-        CHECK(rig_event(r, &e, PATIENCE_MS));
+        rig_await_event(r, &e);
 }
 
 static inline void rig_wait_seen(struct rig *r, uint32_t kind, unsigned count)
 {
     struct vs_event e;
     while (r->seen[kind] < count)
-        CHECK(rig_event(r, &e, PATIENCE_MS));
+        rig_await_event(r, &e);
 }
 
 static inline struct vs_engine_config rig_config(void)
@@ -322,7 +327,6 @@ static inline int lane_poll(struct lane *l)
 /* Waits for a notification as a driver does: says so, looks again, sleeps. */
 static inline int lane_wait(struct lane *l)
 {
-    struct pollfd p = {.fd = l->call_fd, .events = POLLIN};
     uint64_t counter;
     for (;;) {
         int slot = lane_poll(l);
@@ -333,7 +337,7 @@ static inline int lane_wait(struct lane *l)
         slot = lane_poll(l);
         if (slot >= 0)
             return slot;
-        if (poll(&p, 1, PATIENCE_MS) == 0)
+        if (!patience_readable(l->call_fd))
             test_failed(__FILE__, __LINE__, "a request completes and its driver is notified");
         if (read(l->call_fd, &counter, sizeof counter) < 0)
             CHECK(errno == EAGAIN);

@@ -17,8 +17,8 @@
 #include "harness.h"
 #include "held.h"
 #include "list.h"
+#include "patience.h"
 
-#define PATIENCE_MS 20000
 #define JOBS 256u
 /* Nobody else's: threads that the user has already count too. */
 #define LONELY_UID 3141593u
@@ -105,11 +105,10 @@ static void begin_threads(unsigned count)
 /* As the data thread does it: hands out, sleeps if it may, takes back. */
 static void turn(void)
 {
-    struct pollfd p = {.fd = wake_fd, .events = POLLIN};
     uint64_t counter;
     io_threads_wake(&threads);
     if (io_threads_may_sleep(&threads)) {
-        if (poll(&p, 1, PATIENCE_MS) == 0)
+        if (!patience_readable(wake_fd))
             test_failed(__FILE__, __LINE__, "the data thread is woken");
         CHECK_EQUAL(read(wake_fd, &counter, sizeof counter), sizeof counter);
     }
