@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem, disk, identities
 from vhostsync.errors import StateRecordError, SupersededError, UnsettledRecordError
+from vhostsync.record import state_record
 from vhostsync.record.state_file import RealFileSystem, StateFile
 from vhostsync.record.state_record import (
     SUPERSEDED_MAX,
@@ -93,14 +94,22 @@ def test_a_damaged_record_is_refused_with_a_sentence(tmp_path: Path, text: bytes
 
 
 def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    from vhostsync.record import state_record
-
     content = json.loads(encode_record(StateRecord.first(A)))
     content.pop("sha256")
     content["version"] = state_record.RECORD_VERSION + 1
     content["sha256"] = state_record._checksum(dict(content))
-    with pytest.raises(ValueError, match=r"version 3.*a newer vhostsync wrote it"):
+    with pytest.raises(ValueError, match=r"version 4.*a newer vhostsync wrote it"):
         decode_record(json.dumps(content).encode())
+
+
+def test_a_program_that_does_not_know_what_a_superseded_disk_is_worth_refuses_the_record() -> None:
+    """It would call a copy that did not end a disk to start from. Its records are read on."""
+    content = json.loads(encode_record(StateRecord.first(A)))
+    assert content["version"] > 2
+    content.pop("sha256")
+    content["version"] = 2
+    content["sha256"] = state_record._checksum(dict(content))
+    assert decode_record(json.dumps(content).encode()) == StateRecord.first(A)
 
 
 def test_no_record_yet(tmp_path: Path) -> None:

@@ -19,8 +19,12 @@ from typing import Any, Literal
 
 from vhostsync.storage.identity import DiskIdentity, decode_identity, same
 
-RECORD_VERSION = 2
-READ_VERSIONS = (1, 2)  # 1 had no shape of the guest's disk and of a superseded one only the identity
+RECORD_VERSION = 3
+"""Of a record, to be raised with whatever a program that does not know it would decide wrongly without. 1
+had no shape of the guest's disk, and of a superseded one only the identity; 2 did not know what a superseded
+disk is worth: its programs would start from a copy that did not end."""
+FILE_VERSION = 2
+"""Of the other texts: a bitmap's header, what points to a record."""
 SUPERSEDED_MAX = 16
 DOUBT_MAX = 64  # VS_RANGES_MAX: the engine makes more of them one, with what lies between
 
@@ -260,9 +264,13 @@ class NewerVersionError(ValueError):
 # ---- the text of a record -----------------------------------------------
 
 
+def _version_of(kind: str) -> int:
+    return RECORD_VERSION if kind == "state-record" else FILE_VERSION
+
+
 def encode_checked(kind: str, body: dict[str, Any]) -> bytes:
     """JSON with a version and a checksum over everything else in it."""
-    content = {"kind": kind, "version": RECORD_VERSION, "body": body}
+    content = {"kind": kind, "version": _version_of(kind), "body": body}
     return json.dumps({**content, "sha256": _checksum(content)}, indent=1).encode() + b"\n"
 
 
@@ -279,10 +287,10 @@ def decode_checked(kind: str, text: bytes) -> dict[str, Any]:
         raise ValueError("its checksum does not fit")
     if content.get("kind") != kind:
         raise ValueError(f"it is a {content.get('kind')}, not a {kind}")
-    if content.get("version") not in READ_VERSIONS:
+    if content.get("version") not in range(1, _version_of(kind) + 1):
         raise NewerVersionError(
             f"it is of version {content.get('version')}, and this program knows versions up to "
-            f"{RECORD_VERSION}: a newer vhostsync wrote it; use that one"
+            f"{_version_of(kind)}: a newer vhostsync wrote it; use that one"
         )
     body: dict[str, Any] = content["body"]
     return body
