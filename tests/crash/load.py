@@ -237,7 +237,8 @@ class VerifiedLoad:
                 break
             before = self.figures.requests
             self._wait()
-            if self.figures.requests != before:
+            # A backend that is long in coming up is for whoever starts it to complain of.
+            if self.figures.requests != before or not (self.connected or ending):
                 last_answer = time.monotonic()
             elif self._becomes and time.monotonic() - last_answer > PATIENCE_S:
                 raise FrontendTimeout(self._standstill())

@@ -35,7 +35,11 @@ def reads_so_far(guest: Guest) -> int:
     return int(guest.run("cat /sys/block/vda/stat").split()[0])
 
 
-def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path) -> None:
+LAYOUTS = pytest.mark.parametrize("properties", ["", "packed=on"], ids=["split", "packed"])
+
+
+@LAYOUTS
+def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path, properties: str) -> None:
     """Two migrations, each with both QEMUs connected at once, while the load writes and the mirror is steady.
 
     What the guest reads during a migration goes from the backend straight into its page cache, and is more
@@ -43,8 +47,10 @@ def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path
     source, destination = new_image(work / "source.img", 128), new_image(work / "destination.img", 128)
     fill_random(source, 32 * MIB, READ_MIB * MIB)  # the load writes the first 32 MiB
     with Vhostsync(work, source, queues=2) as backend:
-        machine = machine_command([GuestDisk(backend.socket, queues=2)], GuestOptions(memory_mib=256))
+        disk = GuestDisk(backend.socket, queues=2, properties=properties)
+        machine = machine_command([disk], GuestOptions(memory_mib=256))
         with Guest(assets, work, machine, name="home") as guest:
+            assert rings_are_packed(guest) == bool(properties)
             load = guest.start_load("/dev/vda", blocks=8192, threads=8)
             load.next_report()
             backend.start_mirror(destination)
@@ -77,7 +83,7 @@ def test_there_and_back_under_load_with_a_mirror(assets: GuestAssets, work: Path
     assert digest(source) == digest(destination)
 
 
-@pytest.mark.parametrize("properties", ["", "packed=on"], ids=["split", "packed"])
+@LAYOUTS
 def test_a_migration_that_is_called_off(assets: GuestAssets, work: Path, properties: str) -> None:
     """The incoming QEMU goes away again; the guest never noticed, and can migrate later."""
     image = new_image(work / "disk.img", 64)
