@@ -44,6 +44,7 @@ static inline struct driver driver_make(struct guest *guest, struct choices *cho
 static inline void driver_use_ring(struct driver *d, struct ring *ring)
 {
     d->ring = ring;
+    d->packed = NULL;
     d->desc_at = ring->desc_at;
     d->num = ring->num;
 }
@@ -51,6 +52,7 @@ static inline void driver_use_ring(struct driver *d, struct ring *ring)
 static inline void driver_use_packed(struct driver *d, struct packed_driver *ring)
 {
     d->packed = ring;
+    d->ring = NULL;
     d->desc_at = ring->desc_at;
     d->num = ring->num;
 }
@@ -156,7 +158,7 @@ static inline void driver_put_request(struct driver *d)
     uint32_t type = types[choose(c, 8)], bytes = 512u * (1 + choose(c, 32)), left;
     bool reads = type == VIRTIO_BLK_T_IN || type == VIRTIO_BLK_T_GET_ID;
     uint64_t at = driver_room(d->header_at, d->header_room, &d->header_used, 64);
-    uint64_t sector = choose(c, 512) % (d->capacity_bytes / 512);
+    uint64_t sector = choose(c, 2048) % (d->capacity_bytes / 512);
     unsigned count;
     struct virtio_blk_outhdr header = {.type = (uint32_t)mostly(c, type), .sector = mostly(c, sector)};
     memcpy(memory + at, &header, sizeof header);

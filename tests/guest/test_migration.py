@@ -23,7 +23,7 @@ from tests.guest.migration import Migration
 
 pytestmark = [
     pytest.mark.guest,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(storage_daemon_wanted(), reason="QEMU cannot migrate on qemu-storage-daemon"),
 ]
 READ_MIB = 64

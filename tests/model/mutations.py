@@ -176,7 +176,7 @@ def _run_pytest(folder: Path, output: Path, tests: Sequence[str], patience_s: fl
     shim = importlib.import_module("vhostsync._shim")
     assert str(shim.__file__).startswith(os.fspath(folder)), shim.__file__
     # Assertions of plugins are not of interest, and some of those are loaded already.
-    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-o", f"timeout={35 + patience_s}"]
+    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-o", f"timeout={8 * patience_s}"]
     words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     raise SystemExit(int(pytest.main([*words, *tests])))
 
@@ -190,7 +190,7 @@ def _reason(status: int, said: str) -> str:
 
 
 def run(mutations: Sequence[Mutation], workers: int, patience_s: float = PATIENCE_S) -> list[str]:
-    """Tries all; what went wrong, a line each. Empty: all were caught. MutationError: none was tried."""
+    """Tries all; what went wrong, a line each. Empty: all were caught. MutationError: nothing builds."""
     # Those of a file share a build of all other files.
     by_file = sorted(mutations, key=lambda mutation: mutation.file)
     groups = [list(group) for _, group in itertools.groupby(by_file, key=lambda mutation: mutation.file)]
@@ -198,11 +198,6 @@ def run(mutations: Sequence[Mutation], workers: int, patience_s: float = PATIENC
         workshops: SimpleQueue[Workshop] = SimpleQueue()
         for number in range(workers):
             workshops.put(Workshop(Path(top) / str(number), patience_s))
-        sound = workshops.get()
-        said = sound.fails_unchanged(mutations)
-        workshops.put(sound)
-        if said is not None:
-            raise MutationError(f"none was tried, because the tests fail without any mutation:\n{said}")
 
         def one(mutation: Mutation, workshop: Workshop) -> str | None:
             try:
@@ -217,7 +212,14 @@ def run(mutations: Sequence[Mutation], workers: int, patience_s: float = PATIENC
         def one_file(group: list[Mutation]) -> list[str | None]:
             workshop = workshops.get()
             try:
-                return [one(mutation, workshop) for mutation in group]
+                said = workshop.fails_unchanged(group)
+                if said is None:
+                    return [one(mutation, workshop) for mutation in group]
+                print(f"{group[0].file}: not tried", flush=True)
+                why = f"not tried, for the tests of {group[0].file} fail without any mutation"
+                return [f"{mutation.name}: {why}" for mutation in group[:-1]] + [
+                    f"{group[-1].name}: {why}:\n{said}"
+                ]
             finally:
                 workshops.put(workshop)
 
