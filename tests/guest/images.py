@@ -30,16 +30,16 @@ def fill_random(path: Path, offset: int, length: int) -> None:
             file.write(os.urandom(min(4 * MIB, length - start)))
 
 
-def digest(path: Path, offset: int = 0, length: int = -1) -> str:
-    """SHA-256 of a part of the image (of all of it by default); both in bytes."""
+def digest(path: Path, offset: int = 0, length: int = -1, by: hashlib._Hash | None = None) -> str:
+    """SHA-256, or another one, of a part of the image (of all of it by default); both in bytes."""
     remaining = path.stat().st_size - offset if length < 0 else length
-    sha = hashlib.sha256()
+    by = by or hashlib.sha256()
     with path.open("rb") as file:
         file.seek(offset)
         while remaining > 0 and (data := file.read(min(4 * MIB, remaining))):
-            sha.update(data)
+            by.update(data)
             remaining -= len(data)
-    return sha.hexdigest()
+    return by.hexdigest()
 
 
 def _run(*command: str | Path, accept: tuple[int, ...] = (0,)) -> str:

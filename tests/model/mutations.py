@@ -215,11 +215,8 @@ def run(mutations: Sequence[Mutation], workers: int, patience_s: float = PATIENC
                 said = workshop.fails_unchanged(group)
                 if said is None:
                     return [one(mutation, workshop) for mutation in group]
-                print(f"{group[0].file}: not tried", flush=True)
-                why = f"not tried, for the tests of {group[0].file} fail without any mutation"
-                return [f"{mutation.name}: {why}" for mutation in group[:-1]] + [
-                    f"{group[-1].name}: {why}:\n{said}"
-                ]
+                print(f"not tried, for their tests fail without any mutation:\n{said}", flush=True)
+                return [f"{mutation.name}: not tried" for mutation in group]
             finally:
                 workshops.put(workshop)
 
