@@ -93,23 +93,23 @@ def test_a_damaged_record_is_refused_with_a_sentence(tmp_path: Path, text: bytes
         StateFile(path).load()
 
 
-def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
+def of_version(version: int) -> bytes:
     content = json.loads(encode_record(StateRecord.first(A)))
     content.pop("sha256")
-    content["version"] = state_record.RECORD_VERSION + 1
+    content["version"] = version
     content["sha256"] = state_record._checksum(dict(content))
+    return json.dumps(content).encode()
+
+
+def test_a_record_of_a_later_version_is_refused() -> None:
     with pytest.raises(ValueError, match=r"version 4.*a newer vhostsync wrote it"):
-        decode_record(json.dumps(content).encode())
+        decode_record(of_version(state_record.RECORD_VERSION + 1))
 
 
 def test_a_program_that_does_not_know_what_a_superseded_disk_is_worth_refuses_the_record() -> None:
     """It would call a copy that did not end a disk to start from. Its records are read on."""
-    content = json.loads(encode_record(StateRecord.first(A)))
-    assert content["version"] > 2
-    content.pop("sha256")
-    content["version"] = 2
-    content["sha256"] = state_record._checksum(dict(content))
-    assert decode_record(json.dumps(content).encode()) == StateRecord.first(A)
+    assert json.loads(encode_record(StateRecord.first(A)))["version"] > 2
+    assert decode_record(of_version(2)) == StateRecord.first(A)
 
 
 def test_no_record_yet(tmp_path: Path) -> None:
@@ -230,6 +230,16 @@ def test_a_record_that_comes_from_nowhere_is_somebody_elses(tmp_path: Path) -> N
     StateFile(tmp_path / "record").change(StateRecord.first(C))
     with pytest.raises(SupersededError):
         state_file.change(StateRecord.first(A))
+
+
+def test_a_record_that_a_newer_program_has_put_there_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    state_file = StateFile(path)
+    state_file.change(StateRecord.first(A))
+    path.write_bytes(of_version(state_record.RECORD_VERSION + 1))
+    with pytest.raises(SupersededError):
+        state_file.change(StateRecord.first(B))
+    assert path.read_bytes() == of_version(state_record.RECORD_VERSION + 1)
 
 
 @pytest.mark.parametrize("text", [None, b"", b"rubbish"])

@@ -340,6 +340,8 @@ class StateFile(RecordStore):
             if text in self._own:
                 return False
             decode_checked("state-record", text)
+        except NewerVersionError:
+            return True
         except (OSError, ValueError):
             return False
         return True
