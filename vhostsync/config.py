@@ -338,6 +338,14 @@ class ServeConfig:
         repeatable=True,
     )
 
+    allow_ports: tuple[int, ...] = option(
+        "--allow-port", PRIVILEGES, NUMBER,
+        "where the places of disks are given: a TCP port on which a server of disks may be (repeatable)",
+        (), repeatable=True,
+        detail="With `--allow-path` and with `--sandbox require` the kernel withholds all other ports (Linux "
+        "6.7), but those of the disks that are known at the start.",
+    )
+
     def __post_init__(self) -> None:
         for each, declared in options_of(self):
             value = getattr(self, each.name)
@@ -347,6 +355,8 @@ class ServeConfig:
                 object.__setattr__(self, each.name, absolute_name(value, declared.flag))
         places = tuple(_absolute(path, "--allow-path") for path in self.allow_paths)
         object.__setattr__(self, "allow_paths", places)
+        for port in self.allow_ports:
+            _within("--allow-port", port, 1, 65535)
         check_options(self)
         self._check_places()
         self._check_device()

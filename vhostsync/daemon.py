@@ -25,7 +25,7 @@ import structlog
 from vhostsync import events
 from vhostsync import log as logging
 from vhostsync.config import ServeConfig
-from vhostsync.confine.privileges import Confinement, change_user, find_user, places_of
+from vhostsync.confine.privileges import Confinement, change_user, find_user, network_of, places_of
 from vhostsync.control.commands import dispatcher
 from vhostsync.control.server import serve_control
 from vhostsync.device.device import Device, start_engine
@@ -97,7 +97,10 @@ def _start(config: ServeConfig) -> Started:
         undo.callback(endpoint.close)
         peer = opened.record.peer if opened.record is not None else None
         disks_known = [opened.disk.identity] if peer is None else [opened.disk.identity, peer]
-        confinement = Confinement(config, places_of(config, disks_known, state_directory))
+        names = (config.blk_file, *(disk.path for disk in disks_known))
+        confinement = Confinement(
+            config, places_of(config, disks_known, state_directory), network=network_of(config, names)
+        )
         confinement.confine()
         engine = start_engine(config, opened)
         undo.pop_all()

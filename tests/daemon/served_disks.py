@@ -27,6 +27,7 @@ from vhostsync.storage import kinds
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot
 from vhostsync.storage.identity import DiskIdentity, Likeness
+from vhostsync.storage.network import Remote
 
 BLOCK_BYTES = 512
 
@@ -169,6 +170,9 @@ class Served:
 
     def spot(self, name: str) -> Spot | None:
         return None
+
+    def remote(self, name: str) -> Remote | None:
+        return Remote()
 
     def places(self, disk: DiskIdentity) -> Iterable[Path]:
         return ()

@@ -311,7 +311,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
         --log-format json --log-level debug
-        --user nobody:kvm --sandbox off --allow-path /one --allow-path /two"""
+        --user nobody:kvm --sandbox off --allow-path /one --allow-path /two --allow-port 10809"""
     words = ["serve", *options.split()]
     assert run(*words)[0] == 0
     [settings] = daemon
@@ -337,6 +337,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.log_format, settings.log_level) == ("json", "debug")
     assert (settings.user, settings.sandbox) == ("nobody:kvm", "off")
     assert settings.allow_paths == (Path("/one"), Path("/two"))
+    assert settings.allow_ports == (10809,)
     changed = {
         name
         for name, field in ServeConfig.__dataclass_fields__.items()

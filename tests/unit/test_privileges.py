@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import structlog
 
-from vhostsync.config import ServeConfig
+from vhostsync.config import ServeConfig, TcpAddress
 from vhostsync.confine import landlock, privileges
-from vhostsync.confine.privileges import Confinement, Reach, places_of
+from vhostsync.confine.privileges import Confinement, Network, Reach, network_of, places_of
 from vhostsync.errors import ConfigError, MirrorError
 from vhostsync.host.kernel import PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_SET_NO_NEW_PRIVS, Kernel
 from vhostsync.storage.identity import DiskIdentity
@@ -108,8 +108,11 @@ def test_landlock_withholds_what_the_kernel_knows_and_no_more(tmp_path: Path, ab
 
 
 class NoFilter:
+    internet = False
+
     def __init__(self, *, internet: bool, programs: bool) -> None:
-        assert not internet and not programs
+        assert not programs
+        NoFilter.internet = internet
 
     def load(self) -> None:
         pass
@@ -140,6 +143,45 @@ def test_root_that_may_open_all_files_is_warned_of(
         confinement.seal(no_engine)
     told = [entry["event"] for entry in logs if entry["log_level"] == "warning"]
     assert bool(told) == warns and all("this process is root" in each for each in told)
+
+
+@pytest.mark.parametrize(
+    ("given", "network", "internet"),
+    [
+        ({}, Network(), True),  # a destination may lie anywhere
+        ({"allow_paths": (Path("/"),)}, Network(), False),
+        ({"sandbox": "require"}, Network(), False),
+        ({"sandbox": "require"}, Network(frozenset({10809})), True),
+        ({"sandbox": "require"}, Network(None), True),
+        ({"sandbox": "require", "metrics": TcpAddress("127.0.0.1", 9100)}, Network(), True),
+    ],
+)
+def test_internet_sockets_are_for_disks_over_the_network(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, object], network: Network, internet: bool
+) -> None:
+    monkeypatch.setattr(privileges, "Filter", NoFilter)
+    confinement = Confinement(make(**given), (), FakeKernel(6), network=network)
+    confinement.confine()
+    confinement.seal(no_engine)
+    assert NoFilter.internet == internet
+
+
+def test_only_the_ports_of_disks_may_be_connected_to(tmp_path: Path) -> None:
+    key = tmp_path / "keys" / "psk"
+    names = ["nbd://127.0.0.1:10810/x", f"nbds://one@host/?tls-psk-file={key}", str(tmp_path / "a.img")]
+    network = network_of(make(allow_ports=(7000,)), names)
+    assert network == Network(frozenset({10809, 10810, 7000}), (key,))
+    kernel = FakeKernel(6)
+    confinement = Confinement(make(sandbox="require"), (tmp_path / "in",), kernel, network=network)
+    confinement.confine()
+    ports = [struct.unpack("=QQ", rule) for kind, rule in kernel.rules if kind == landlock.RULE_PORT]
+    assert ports == [(landlock.CONNECT_TCP, port) for port in (7000, 10809, 10810)]
+    for name in (*names[:2], "nbd://elsewhere:7000/", "nbd+unix:///?socket=/any"):
+        confinement.reach.check(name)
+    with pytest.raises(MirrorError, match="--allow-port 9"):
+        confinement.reach.check("nbd://host:9/")
+    with pytest.raises(MirrorError, match="--allow-path /other"):
+        confinement.reach.check("nbds://host/?tls-certificates=/other/tls")
 
 
 def test_rings_that_take_everything_are_a_part_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,13 +36,15 @@ UNKNOWN_TO: Final = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True)
 class Grants:
-    """Directories (with all beneath) or files. `tcp_port`: may be listened on; 0 is any free one. `run`:
-    programs, and the libraries that they load."""
+    """Directories (with all beneath) or files. `tcp_port`: may be listened on; 0 is any free one.
+    `tcp_peers`: ports to which connections may be made; None: to any. `run`: programs, and the libraries that
+    they load."""
 
     read: tuple[Path, ...]
     write: tuple[Path, ...]
     tcp_port: int | None = None
     run: tuple[Path, ...] = ()
+    tcp_peers: tuple[int, ...] | None = ()
 
 
 def abi(kernel: Kernel) -> int:
@@ -69,7 +71,7 @@ def restrict(kernel: Kernel, version: int, grants: Grants) -> None:
     known = rights_known(version)
     attributes = struct.pack("=Q", known)
     if version >= 4:
-        attributes += struct.pack("=Q", BIND_TCP | CONNECT_TCP)
+        attributes += struct.pack("=Q", BIND_TCP | (CONNECT_TCP if grants.tcp_peers is not None else 0))
     if version >= 6:
         attributes += struct.pack("=Q", SCOPE_ABSTRACT_SOCKET | SCOPE_SIGNAL)
     ruleset = kernel.landlock_create(attributes)
@@ -79,6 +81,8 @@ def restrict(kernel: Kernel, version: int, grants: Grants) -> None:
         _grant(kernel, ruleset, grants.run, (READ | EXECUTE) & known)
         if version >= 4 and grants.tcp_port is not None:
             kernel.landlock_add_rule(ruleset, RULE_PORT, struct.pack("=QQ", BIND_TCP, grants.tcp_port))
+        for port in (grants.tcp_peers or ()) if version >= 4 else ():
+            kernel.landlock_add_rule(ruleset, RULE_PORT, struct.pack("=QQ", CONNECT_TCP, port))
         kernel.landlock_restrict(ruleset)
     finally:
         os.close(ruleset)

@@ -47,6 +47,7 @@ from vhostsync.host.kernel import (
 )
 from vhostsync.storage import kinds
 from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.network import Remote
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +62,11 @@ SYSTEM_FILES: Final = (
     "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ld.so.preload", "localtime", "timezone", "nsswitch.conf",
     "passwd", "group",
 )  # fmt: skip
+# And what finds other hosts and whom TLS trusts.
+NETWORK_FILES: Final = (
+    "hosts", "host.conf", "resolv.conf", "gai.conf", "services", "gnutls", "crypto-policies", "ssl/certs",
+    "pki",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,20 +80,72 @@ class User:
 
 
 @dataclass(frozen=True)
+class Network:
+    """What the disks that are known need of the network, and --allow-port. `ports`: of TCP, to connect to;
+    None: any. `files`: to read."""
+
+    ports: frozenset[int] | None = frozenset()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def is_used(self) -> bool:
+        return self.ports is None or bool(self.ports)
+
+
+def network_of(config: ServeConfig, names: Iterable[str]) -> Network:
+    """Of the disks of these names, and --allow-port."""
+    ports: frozenset[int] | None = frozenset(config.allow_ports)
+    files: list[Path] = []
+    for remote in filter(None, map(kinds.remote, names)):
+        files += remote.files
+        ports = None if ports is None or remote.tcp_ports is None else ports | frozenset(remote.tcp_ports)
+    return Network(ports, tuple(files))
+
+
+@dataclass(frozen=True)
 class Reach:
     """Where destinations may lie. `enforced`: the kernel withholds all else (Landlock)."""
 
     places: tuple[Path, ...] = ()
     enforced: bool = False
+    network: Network = Network()
 
     def check(self, disk: str) -> None:
         """MirrorError where the kernel would not let it be opened. Blocks."""
-        spot = kinds.spot(disk) if self.enforced else None
-        if spot is not None and not any(spot.real.is_relative_to(place) for place in self.places):
+        if not self.enforced:
+            return
+        remote = kinds.remote(disk)
+        if remote is not None:
+            self._check_remote(disk, remote)
+        spot = kinds.spot(disk)
+        if spot is not None and not self._within(spot.real):
             raise MirrorError(
                 f"the destination {disk} lies outside the directories that this backend may use "
                 f"({', '.join(map(str, self.places))}); start it with --allow-path {spot.allow}"
             )
+
+
+    def _within(self, path: Path) -> bool:
+        return any(path.is_relative_to(place) for place in self.places)
+
+    def _check_remote(self, disk: str, remote: Remote) -> None:
+        if remote.tcp_ports is None and self.network.ports is not None:
+            raise MirrorError(
+                f"the destination {disk} may need any port of TCP, and this backend may use only those of "
+                f"the disks that it was started with; start it without --allow-path and --sandbox=require"
+            )
+        for port in remote.tcp_ports or ():
+            if self.network.ports is not None and port not in self.network.ports:
+                raise MirrorError(
+                    f"the destination {disk} is reached by TCP port {port}, which this backend may not use; "
+                    f"start it with --allow-port {port}"
+                )
+        for file in remote.files:
+            if not self._within(real_path(file)) and file not in self.network.files:
+                raise MirrorError(
+                    f"{file} lies outside the directories that this backend may use, and {disk} needs it; "
+                    f"start it with --allow-path {file.parent}"
+                )
 
 
 def find_user(text: str) -> User:
@@ -170,11 +228,12 @@ class Confinement:
 
     def __init__(
         self, config: Confined, places: tuple[Path, ...], kernel: Kernel | None = None, *,
-        programs: Programs | None = None,
-    ) -> None:
+        programs: Programs | None = None, network: Network = Network(),
+    ) -> None:  # fmt: skip
         self._config = config
         self._places = places
         self._programs = programs
+        self._network = network
         self._kernel = kernel if kernel is not None else Kernel()
         self.held: list[str] = []
         self.lacking: list[str] = []
@@ -189,8 +248,7 @@ class Confinement:
         self._part("no-new-privs", lambda: self._kernel.prctl(PR_SET_NO_NEW_PRIVS, 1))
         self._part("no-new-code", lambda: self._kernel.prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN))
         self._part("not-dumpable", lambda: self._kernel.prctl(PR_SET_DUMPABLE, 0))
-        if self._config.allow_paths or self._config.sandbox == "require" or self._programs is not None:
-            # Not unasked: a destination may lie anywhere, and nobody can name it after the start.
+        if self._knows_all_places:
             self._part("landlock", self._landlock)
         self._complete()
 
@@ -203,8 +261,8 @@ class Confinement:
             return
         if check_rings_restricted is not None:
             self._part("io-uring", check_rings_restricted)
-        tcp, programs = isinstance(self._config.metrics, TcpAddress), self._programs is not None
-        self._part("seccomp", lambda: Filter(internet=tcp, programs=programs).load())
+        internet, programs = self._uses_internet, self._programs is not None
+        self._part("seccomp", lambda: Filter(internet=internet, programs=programs).load())
         self._complete()
         self._warn_of_root()
         log.info(
@@ -213,6 +271,18 @@ class Confinement:
             # Without Landlock nothing but the modes of files says so.
             **{"may_write": [str(place) for place in self._places]} if self.reach.enforced else {},
         )  # fmt: skip
+
+    @property
+    def _knows_all_places(self) -> bool:
+        """Where disks may lie has been said. Unasked nothing is withheld: a destination may lie anywhere, on
+        the network too, and nobody can say so after the start."""
+        config = self._config
+        return bool(config.allow_paths) or config.sandbox == "require" or self._programs is not None
+
+    @property
+    def _uses_internet(self) -> bool:
+        metrics = isinstance(self._config.metrics, TcpAddress)
+        return metrics or self._network.is_used or not self._knows_all_places
 
     def _warn_of_root(self) -> None:
         """Without capabilities root still owns the files that the machine runs by."""
@@ -263,17 +333,20 @@ class Confinement:
                 log.warning("--allow-path is missing: nothing may be opened there", path=str(place))
         metrics = self._config.metrics
         port = metrics.port if isinstance(metrics, TcpAddress) else None
-        run, read = (self._programs.run, self._programs.read) if self._programs is not None else ((), ())
-        grants = landlock.Grants((*_read_places(), *read), self._places, port, run)
+        network = self._network
+        run, more = (self._programs.run, self._programs.read) if self._programs is not None else ((), ())
+        read = _read_places(SYSTEM_FILES + (NETWORK_FILES if network.is_used else ()))
+        peers = tuple(sorted(network.ports)) if network.ports is not None else None
+        grants = landlock.Grants((*read, *more, *network.files), self._places, port, run, peers)
         landlock.restrict(self._kernel, version, grants)
-        self.reach = Reach(self._places, enforced=True)
+        self.reach = Reach(self._places, enforced=True, network=network)
 
 
-def _read_places() -> tuple[Path, ...]:
+def _read_places(files_of_etc: tuple[str, ...] = SYSTEM_FILES) -> tuple[Path, ...]:
     """Modules may be imported later: the interpreter's path, and where this package is."""
     interpreter = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path)
     found = {Path(place).resolve() for place in (*SYSTEM_PLACES, *interpreter) if place}
-    found |= {(Path("/etc") / name).resolve() for name in SYSTEM_FILES}
+    found |= {(Path("/etc") / name).resolve() for name in files_of_etc}
     with suppress(OSError):  # it may have been removed
         # `python -m` puts the current directory, perhaps /, where modules are looked for.
         found.discard(Path.cwd())

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, Self
 from vhostsync.errors import ConfigError
 from vhostsync.storage.condition import Look
 from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.network import Remote
 
 CacheMode = Literal["none", "writeback"]
 
@@ -146,6 +147,10 @@ class Kind(Protocol):
 
     def spot(self, name: str) -> Spot | None:
         """None: it lies not on this host."""
+        ...
+
+    def remote(self, name: str) -> Remote | None:
+        """None: it lies on this host."""
         ...
 
     def places(self, disk: DiskIdentity) -> Iterable[Path]:

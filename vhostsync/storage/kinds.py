@@ -17,6 +17,7 @@ from vhostsync.errors import ConfigError
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Kind, Spot, absolute_path
 from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.network import Remote
 
 _LIKE_A_URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _REGISTERED: Final[list[Kind]] = []
@@ -124,6 +125,10 @@ def identify(name: str) -> DiskIdentity:
 
 def spot(name: str) -> Spot | None:
     return kind_of(name).spot(name)
+
+
+def remote(name: str) -> Remote | None:
+    return kind_of(name).remote(name)
 
 
 def places(disk: DiskIdentity) -> list[Path]:

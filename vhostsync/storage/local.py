@@ -43,6 +43,7 @@ from vhostsync.storage.image_locks import (
 )
 from vhostsync.storage.native import DiskProbe, file_disk
 from vhostsync.storage.native import probe as probe_disk
+from vhostsync.storage.network import Remote
 
 log = structlog.get_logger(__name__)
 
@@ -180,6 +181,9 @@ class Local:
     def spot(self, name: str) -> Spot:
         real = Path(os.path.realpath(name))
         return Spot(real, real if is_block_device(real) else real.parent)
+
+    def remote(self, name: str) -> Remote | None:
+        return None
 
     def places(self, disk: DiskIdentity) -> Iterable[Path]:
         """Of a block device it alone, not all of /dev."""

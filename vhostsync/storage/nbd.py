@@ -28,7 +28,7 @@ from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.nbd_uri import NbdUri
-from vhostsync.storage.network import network_use
+from vhostsync.storage.network import Remote, network_use
 
 log = structlog.get_logger(__name__)
 
@@ -285,6 +285,11 @@ class Nbd:
 
     def spot(self, name: str) -> Spot | None:
         return None
+
+    def remote(self, name: str) -> Remote | None:
+        uri = NbdUri.parse(name)
+        files = tuple(path for word, path in uri.files.items() if word != "socket")
+        return Remote((uri.port,) if uri.host else (), files)
 
     def places(self, disk: DiskIdentity) -> Iterable[Path]:
         return ()

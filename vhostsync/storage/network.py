@@ -2,12 +2,22 @@
 """How this process uses disks over the network: said once, before the first one is opened."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class NetworkUse:
     connections: int = 1  # to one disk, where its server lets several work together
     allow_plaintext: bool = False  # to other hosts
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What a disk that lies not on this host needs of it: ports of TCP (None: any may be needed), and files
+    to read (certificates, keys)."""
+
+    tcp_ports: tuple[int, ...] | None = ()
+    files: tuple[Path, ...] = ()
 
 
 _use = NetworkUse()
