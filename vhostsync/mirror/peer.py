@@ -12,6 +12,7 @@ from vhostsync.mirror.destination import Place, look_again
 from vhostsync.record.heartbeat import why_changed
 from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, Likeness
+from vhostsync.storage.kinds import kind_of
 
 NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 
@@ -50,6 +51,8 @@ class Peer:
         """The last request to it is over: note how it looks."""
         if self.place is not None and not self._attached and self._left is None:
             self._left = look_again(self.place)
+            if self._left is None and kind_of(self.place.name).over_network:
+                return  # its server is away; it shows no less when it is attached again
             if self._left is None:
                 self.forget()
             elif self._until_ns is not None and self._left.changes_show:
