@@ -2,7 +2,7 @@
 """The device before its engine runs: its disk, opened and locked; what the state record says of it; its
 bitmap; what the guest will see. What has to be durable before the guest is served is written here. Blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from vhostsync.mirror.fence import Fence, Means
 from vhostsync.record import record_report
 from vhostsync.record.bitmap import BitmapFile, Shape, Trust
 from vhostsync.record.record_store import RecordStore
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import open_state_file
 from vhostsync.record.state_record import GuestDisk, StateRecord, Worth, timestamp
 from vhostsync.record.who_may_serve import check_start
@@ -105,6 +106,7 @@ def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
             read_only=config.read_only,
             cache=config.cache,
             lock_timeout_s=SOURCE_LOCK_S,
+            known=_recorded_disks(config, state_directory),
         )
         if disk.why_no_source is not None and not config.read_only:
             disk.close()
@@ -119,6 +121,21 @@ def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
         if good is None:
             raise
         raise DiskError(f"{error}; {good}") from error
+
+
+def _recorded_disks(config: ServeConfig, state_directory: Path | None) -> Iterator[DiskIdentity]:
+    """All that records within reach have of disks. Looked for only where somebody asks."""
+    places = [config.state_file] if config.state_file is not None else []
+    if state_directory is not None:
+        places += record_report.records_in(state_directory)
+    for place in places:
+        try:
+            record = StateFile(place).load()
+        except StateRecordError as error:
+            log.warning("a state record is left out", record=str(place), reason=str(error))
+            continue
+        if record is not None:
+            yield from record.disks
 
 
 def _fenced_off(config: ServeConfig, disk: Disk, found: StateRecord | None, fence: Fence) -> Disk:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens a destination and judges whether it may be one, before the engine gets it. Everything here blocks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,17 +38,19 @@ class Place:
 
 
 def open_destination(
-    target: MirrorTarget, source: str, capacity_bytes: int, block_bytes: int, lock_timeout_s: float
+    target: MirrorTarget, source: str, capacity_bytes: int, block_bytes: int, lock_timeout_s: float,
+    known: Iterable[DiskIdentity] = (),
 ) -> tuple[Disk, object | None]:
     """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first
-    if asked to: then what was made is told, for `discard`. DiskError, and nothing was changed."""
+    if asked to: then what was made is told, for `discard`. `known`: the record's disks. DiskError, and
+    nothing was changed."""
     check_distinct(source, target.name)
     kind = kinds.kind_of(target.name)
     made = kind.create(target.name, capacity_bytes) if target.create else None
     disk = None
     try:
-        disk = kind.open(
-            target.name, read_only=False, cache=target.cache, lock_timeout_s=lock_timeout_s
+        disk = kinds.open_disk(
+            target.name, read_only=False, cache=target.cache, lock_timeout_s=lock_timeout_s, known=known
         )
         if made is not None and not kind.is_made(disk, made):
             raise DiskError(f"another file has taken the place of {disk.name} while it was made; try again")
@@ -133,7 +136,9 @@ def put_mark_back(disk: Disk, place: Place) -> None:
     if mark is None or mark == place.identity.mark:
         return
     try:
-        again = kinds.open_disk(disk.name, read_only=False, cache="writeback", lock_timeout_s=0)
+        again = kinds.open_disk(
+            disk.name, read_only=False, cache="writeback", lock_timeout_s=0, known=[place.identity]
+        )
     except DiskError as error:
         log.error("the disk keeps a mark that the record does not have", error=str(error))
         return

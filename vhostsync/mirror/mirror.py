@@ -221,7 +221,7 @@ class Mirror:
         engine = self._engine.config
         disk, made = await anyio.to_thread.run_sync(
             open_destination, target, self._roles.source.name, engine.capacity_bytes, engine.block_bytes,
-            DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S,
+            DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S, self._keeper.record.disks,
         )  # fmt: skip
         obeyed = False
         try:
@@ -298,12 +298,13 @@ class Mirror:
                 record = record.with_difference(None)
             record = self._keeper.to_unfenced(record, place)
             await self._keeper.write(record.with_wanted(wanted))
-            place = Place.of(await self._bearing_its_mark(marked))
+            marked = await self._bearing_its_mark(marked)
+            place = Place.of(marked)
             former_peer, self._course.last_error = self._roles.attach(place), None
             try:
                 await self._engine.mirror_speed(target.speed_bytes_per_s)
                 await self._engine.peer_differs(record.different_since is not None)
-                await self._engine.mirror_start(disk, resync=resync, spare_doubt=spare_doubt)
+                await self._engine.mirror_start(marked, resync=resync, spare_doubt=spare_doubt)
             except EngineError:
                 self._roles.destination, self._roles.peer = None, former_peer
                 await anyio.to_thread.run_sync(put_mark_back, disk, place)

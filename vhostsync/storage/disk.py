@@ -6,7 +6,7 @@ file."""
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from vhostsync.errors import ConfigError
 from vhostsync.storage.condition import Look
@@ -71,6 +71,18 @@ class Disk(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class OpensAsRecorded(Protocol):
+    """A kind whose disks let in only who shows what was recorded of them."""
+
+    def open_as_recorded(
+        self, name: str, known: Iterable[DiskIdentity], *, read_only: bool, cache: CacheMode,
+        lock_timeout_s: float,
+    ) -> Disk:
+        """As `Kind.open`. `known`: what records have of disks, perhaps of this one."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ themselves.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from vhostsync.errors import ConfigError
 from vhostsync.storage.condition import Condition, Look
-from vhostsync.storage.disk import CacheMode, Disk, Kind, Spot, absolute_path
+from vhostsync.storage.disk import CacheMode, Disk, Kind, OpensAsRecorded, Spot, absolute_path
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.network import Remote
 
@@ -29,6 +29,12 @@ def _nbd() -> Kind:
     return NBD
 
 
+def _receive() -> Kind:
+    from vhostsync.storage.receive import RECEIVE
+
+    return RECEIVE
+
+
 @dataclass(frozen=True)
 class _Further:
     """A kind that is imported when it is needed."""
@@ -40,6 +46,7 @@ class _Further:
 
 _FURTHER: Final = (
     _Further(("nbd://", "nbds://", "nbd+unix://", "nbds+unix://"), frozenset({"nbd"}), _nbd),
+    _Further(("receive://",), frozenset({"receive"}), _receive),
 )
 
 
@@ -99,8 +106,16 @@ def absolute_name(name: str, of: str) -> str:
 # ---- of any kind ------------------------------------------------------------------
 
 
-def open_disk(name: str, *, read_only: bool, cache: CacheMode, lock_timeout_s: float) -> Disk:
-    return kind_of(name).open(name, read_only=read_only, cache=cache, lock_timeout_s=lock_timeout_s)
+def open_disk(
+    name: str, *, read_only: bool, cache: CacheMode, lock_timeout_s: float, known: Iterable[DiskIdentity] = ()
+) -> Disk:
+    """`known`: what records have of disks."""
+    kind = kind_of(name)
+    if isinstance(kind, OpensAsRecorded):
+        return kind.open_as_recorded(
+            name, known, read_only=read_only, cache=cache, lock_timeout_s=lock_timeout_s
+        )
+    return kind.open(name, read_only=read_only, cache=cache, lock_timeout_s=lock_timeout_s)
 
 
 def overlap(one: str, other: str) -> str | None:

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that a `vhostsync receive` on another host has: `receive://HOST:PORT[?tls-certificates=DIR]`.
+Everything here blocks.
+
+Over a TLS connection with certificates of both sides a new generation is begun, which gives port and key of
+an NBD server; the data goes through that (nbd.py). Nothing of a former generation lands any more once it is
+begun, whoever had it: the kind fences itself.
+
+The disk is known by the name that its receiver has given it (`serial`). Its mark is this side's secret: it is
+recorded, then told to the receiver, before the first byte is written, and shown at each later beginning. So
+an open has to know what the record has of the disk (`open_as_recorded`).
+"""
+
+import errno
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote, unquote, urlsplit
+
+from vhostsync.errors import ConfigError, DiskError, EngineError
+from vhostsync.host import tls
+from vhostsync.printable import printable
+from vhostsync.storage.condition import Condition, Look
+from vhostsync.storage.disk import CacheMode, Disk, Spot, absolute_path
+from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.nbd import NBD, NbdDisk
+
+CERTIFICATES: Final = Path("/etc/pki/vhostsync")
+CONNECT_S: Final = 5.0
+ANSWER_S: Final = 10.0
+BEGIN_S: Final = 120.0  # the receiver waits for the end of the former server, and for the start of the next
+OWN_TRIES: Final = 3
+ANSWER_BYTES_MAX: Final = 64 * 1024
+TOKEN_BYTES: Final = 16
+KIND: Final = "receive"
+
+INSTANCE: Final = secrets.token_hex(TOKEN_BYTES)
+"""This process, among those of the same owner: one that another has followed is let in no more."""
+
+_begun: Final[dict[str, int]] = {}
+"""The last generation that this process has begun, by the disk's name."""
+
+_tokens: Final[dict[str, str]] = {}
+"""By the disk's name: the token that its receiver has taken from this process, or was told, should the record
+have been put back since."""
+
+
+@dataclass(frozen=True)
+class ReceiveUri:
+    host: str
+    port: int
+    certificates: Path
+
+    @classmethod
+    def parse(cls, text: str) -> "ReceiveUri":
+        """ConfigError."""
+        try:
+            parts = urlsplit(text)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ConfigError(f"{text} names no receiver: {error}.") from error
+        bare = not (parts.path.strip("/") or parts.fragment or parts.username or parts.password)
+        if parts.scheme != KIND or not host or not port or not bare:
+            raise ConfigError(f"{text} names no receiver; write receive://HOST:PORT.")
+        certificates = CERTIFICATES
+        for word in filter(None, parts.query.split("&")):
+            name, _, value = word.partition("=")
+            if name != "tls-certificates":
+                raise ConfigError(f"{text}: {name} is not known here; there is tls-certificates=DIR.")
+            certificates = Path(absolute_path(unquote(value), f"tls-certificates in {text}"))
+        return cls(host, port, certificates)
+
+    @property
+    def authority(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def text(self) -> str:
+        query = f"?tls-certificates={quote(str(self.certificates), safe='/')}"
+        return f"receive://{self.authority}:{self.port}{'' if self.certificates == CERTIFICATES else query}"
+
+
+class RefusalError(DiskError):
+    """The receiver's sentence."""
+
+
+class Receiver:
+    """A connection to one. Every failure is a DiskError."""
+
+    def __init__(self, uri: ReceiveUri) -> None:
+        self._uri = uri
+        self._buffer = b""
+        try:
+            context = tls.client_context(uri.certificates)
+        except ConfigError as error:
+            raise DiskError(f"{uri.text} cannot be asked: {error}") from error
+        try:
+            plain = socket.create_connection((uri.host, uri.port), CONNECT_S)
+            try:
+                self._socket = context.wrap_socket(plain, server_hostname=uri.host)
+            except BaseException:
+                plain.close()
+                raise
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def _failed(self, error: OSError) -> DiskError:
+        return DiskError(f"the receiver {self._uri.text} cannot be asked: {tls.why(error)}")
+
+    def ask(self, command: str, *, timeout_s: float = ANSWER_S, **arguments: Any) -> dict[str, Any]:
+        """RefusalError, DiskError. What is None is not told."""
+        told = {name: value for name, value in arguments.items() if value is not None}
+        try:
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(json.dumps({"execute": command, "arguments": told}).encode() + b"\n")
+            answer = json.loads(self._line(time.monotonic() + timeout_s))
+            if isinstance(error := answer.get("error"), dict):
+                raise RefusalError(f"{self._uri.text}: {printable(str(error.get('desc', '?')))}")
+            found = answer["return"]
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+            return found
+        except OSError as error:
+            raise self._failed(error) from error
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DiskError(f"{self._uri.text} is no receiver: it answers with what is no reply") from error
+
+    def _line(self, deadline: float) -> bytes:
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > ANSWER_BYTES_MAX:
+                raise ValueError("a line without an end")
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = self._socket.recv(ANSWER_BYTES_MAX)
+            if not data:
+                raise ConnectionResetError(0, "it has closed the connection")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+
+@dataclass(frozen=True)
+class ReceiveDisk:
+    """One whose generation is begun, and to whose server there is a connection. `borne`: the mark that the
+    receiver knows."""
+
+    uri: ReceiveUri
+    data: NbdDisk = field(repr=False)
+    identity: DiskIdentity
+    generation: int
+    borne: str | None = field(repr=False)
+    why_not_borne: str = "nobody has told it"
+
+    @property
+    def name(self) -> str:
+        return self.uri.text
+
+    @property
+    def read_only(self) -> bool:
+        return self.data.read_only
+
+    @property
+    def direct(self) -> bool:
+        return self.data.direct
+
+    @property
+    def bytes(self) -> int:
+        return self.data.bytes
+
+    @property
+    def logical_block_bytes(self) -> int:
+        return self.data.logical_block_bytes
+
+    @property
+    def physical_block_bytes(self) -> int:
+        return self.data.physical_block_bytes
+
+    @property
+    def discard_granularity_bytes(self) -> int:
+        return self.data.discard_granularity_bytes
+
+    @property
+    def why_no_source(self) -> str | None:
+        return self.data.why_no_source
+
+    def as_it_is(self) -> DiskIdentity:
+        return self.identity
+
+    def with_mark(self, mark: str | None) -> "ReceiveDisk":
+        wanted = mark or secrets.token_hex(TOKEN_BYTES)
+        return replace(self, identity=replace(self.identity, mark=wanted, mark_is_set=wanted == self.borne))
+
+    def bear_mark(self) -> "ReceiveDisk":
+        """Where the receiver does not take it, `to_engine` says so: nothing is written to a disk that may be
+        another owner's."""
+        mark, why = self.identity.mark, ""
+        if mark is None or mark == self.borne:
+            return self
+        for _ in range(OWN_TRIES):
+            try:
+                self._tell_owner(mark)
+                return replace(self, borne=mark, identity=replace(self.identity, mark_is_set=True))
+            except RefusalError as error:
+                return replace(self, why_not_borne=str(error))
+            except DiskError as error:
+                why = str(error)  # perhaps it was told all the same: to tell it again does no harm
+        return replace(self, why_not_borne=why)
+
+    def _tell_owner(self, mark: str) -> None:
+        _tokens[str(self.identity.serial)] = mark
+        with Receiver(self.uri) as receiver:
+            receiver.ask(
+                "own", disk=self.identity.serial, generation=self.generation, token=mark, former=self.borne
+            )
+
+    def image_format(self) -> str | None:
+        return self.data.image_format()
+
+    def signatures(self) -> list[str]:
+        return self.data.signatures()
+
+    def to_engine(self) -> Any:
+        if not self.read_only and (self.borne is None or self.borne != self.identity.mark):
+            why = f"{self.name} does not know whose it is: {self.why_not_borne}"
+            raise EngineError(why, errno.EACCES)
+        return self.data.to_engine()
+
+    def close(self) -> None:
+        self.data.close()
+
+
+class Receive:
+    """The kind."""
+
+    prefix = "receive://"
+    identities = frozenset({KIND})
+    over_network = True
+    fences_itself = True
+
+    def absolute(self, name: str) -> str:
+        return ReceiveUri.parse(name).text
+
+    def open(self, name: str, *, read_only: bool, cache: CacheMode, lock_timeout_s: float) -> ReceiveDisk:
+        return self.open_as_recorded(
+            name, (), read_only=read_only, cache=cache, lock_timeout_s=lock_timeout_s
+        )
+
+    def open_as_recorded(
+        self, name: str, known: Iterable[DiskIdentity], *, read_only: bool, cache: CacheMode,
+        lock_timeout_s: float,
+    ) -> ReceiveDisk:
+        uri = ReceiveUri.parse(name)
+        with Receiver(uri) as receiver:
+            disk = receiver.ask("query").get("disk")
+            begun, token = _begin(receiver, disk, _tokens_of(disk, known))
+        try:
+            disk, generation, size = str(begun["disk"]), int(begun["generation"]), int(begun["bytes"])
+            user, key, port, export = (begun[each] for each in ("user", "key", "port", "export"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise DiskError(f"{uri.text} is no receiver: it begins a generation with what is none") from error
+        _begun[disk] = generation
+        if token is not None:
+            _tokens[disk] = token
+        place = f"{user}@{uri.authority}:{port}/{export}"
+        data = _connected(uri, place, f"{user}:{key}\n", read_only, lock_timeout_s)
+        borne = token is not None
+        identity = DiskIdentity(uri.text, KIND, 0, 0, size, serial=disk, mark=token, mark_is_set=borne)
+        return ReceiveDisk(uri, data, identity, generation, token)
+
+    def create(self, name: str, size_bytes: int) -> object:
+        with Receiver(ReceiveUri.parse(name)) as receiver:
+            return receiver.ask("create", bytes=size_bytes).get("disk")
+
+    def remove(self, name: str, made: object) -> None:
+        with suppress(DiskError), Receiver(ReceiveUri.parse(name)) as receiver:
+            receiver.ask("remove", disk=made)
+
+    def is_made(self, disk: Disk, made: object) -> bool:
+        return disk.identity.serial == made
+
+    def overlap(self, one: str, other: str) -> str | None:
+        first, second = ReceiveUri.parse(one), ReceiveUri.parse(other)
+        if (first.host, first.port) == (second.host, second.port):
+            return "one receiver"
+        with suppress(OSError):
+            if self.identify(one).serial == self.identify(other).serial:
+                return "one disk of a receiver"
+        return None
+
+    def is_named(self, name: str, disk: DiskIdentity) -> bool:
+        try:
+            return self.identify(name).serial == disk.serial
+        except OSError:
+            return False
+
+    def identify(self, name: str) -> DiskIdentity:
+        uri, shown = self._shown(name)
+        if shown.get("disk") is None:
+            raise FileNotFoundError(2, "the receiver has no image there yet", uri.text)
+        disk = str(shown["disk"])
+        mark = _tokens.get(disk)
+        return DiskIdentity(
+            uri.text, KIND, 0, 0, int(shown.get("bytes") or 0), serial=disk, mark=mark,
+            mark_is_set=mark is not None,
+        )  # fmt: skip
+
+    def look(self, disk: DiskIdentity) -> Look:
+        try:
+            _, shown = self._shown(disk.path)
+        except OSError as error:
+            return Look(Condition.FAILING, error.strerror)
+        if shown.get("disk") is None or shown.get("bytes") is None:
+            return Look(Condition.MISSING)
+        if shown["disk"] != disk.serial:
+            return Look(Condition.OTHER)
+        if shown.get("why-not") is not None:
+            return Look(Condition.FAILING, printable(str(shown["why-not"])))
+        return Look(Condition.THERE, users=("its owner is attached",) if shown.get("attached") else ())
+
+    def _shown(self, name: str) -> tuple[ReceiveUri, dict[str, Any]]:
+        """OSError."""
+        uri = ReceiveUri.parse(name)
+        try:
+            with Receiver(uri) as receiver:
+                return uri, receiver.ask("query")
+        except DiskError as error:
+            raise ConnectionError(0, str(error), uri.text) from error
+
+    def spot(self, name: str) -> Spot | None:
+        return None
+
+    def places(self, disk: DiskIdentity) -> Iterable[Path]:
+        return ()
+
+
+RECEIVE: Final = Receive()
+
+
+def _tokens_of(disk: object, known: Iterable[DiskIdentity]) -> list[str | None]:
+    """What may be shown, the likeliest first: what the receiver was told by this process, what was recorded,
+    or, where there is neither, nothing."""
+    recorded = [each.mark for each in known if each.kind == KIND and each.serial == disk and each.mark]
+    told = [_tokens[str(disk)]] if str(disk) in _tokens else []
+    return list(dict.fromkeys([*told, *recorded])) or [None]
+
+
+def _begin(
+    receiver: Receiver, disk: object, tokens: list[str | None]
+) -> tuple[dict[str, Any], str | None]:
+    """What the receiver answers, and the token that it has taken. DiskError."""
+    while True:
+        token = tokens.pop(0)
+        try:
+            begun = receiver.ask(
+                "begin", timeout_s=BEGIN_S, disk=disk, token=token, instance=INSTANCE,
+                generation=_begun.get(str(disk)),
+            )  # fmt: skip
+            return begun, token
+        except RefusalError:
+            if not tokens:
+                raise
+
+
+def _connected(uri: ReceiveUri, place: str, key: str, read_only: bool, timeout_s: float) -> NbdDisk:
+    """To the server of a generation; the key is in memory alone. DiskError."""
+    fd = os.memfd_create("receive-key", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, key.encode())
+        name = f"nbds://{place}?tls-psk-file=/proc/self/fd/{fd}"
+        return NBD.open(name, read_only=read_only, cache="none", lock_timeout_s=timeout_s)
+    except (DiskError, ConfigError) as error:
+        raise DiskError(
+            f"{uri.text} has begun a generation, and its data cannot be reached: {error}; two ports have "
+            "to be open, "
+            f"that of the receiver and that of the data"
+        ) from error
+    finally:
+        os.close(fd)
