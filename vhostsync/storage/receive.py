@@ -32,8 +32,10 @@ from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot, absolute_path
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.nbd import NBD, NbdDisk
+from vhostsync.storage.network import Remote
 
 CERTIFICATES: Final = Path("/etc/pki/vhostsync")
+PORT_MAX: Final = 65535
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 10.0
 BEGIN_S: Final = 120.0  # the receiver waits for the end of the former server, and for the start of the next
@@ -58,6 +60,7 @@ class ReceiveUri:
     host: str
     port: int
     certificates: Path
+    data_port: int  # where it is looked for by who has to know that before: the receiver tells it
 
     @classmethod
     def parse(cls, text: str) -> "ReceiveUri":
@@ -70,13 +73,18 @@ class ReceiveUri:
         bare = not (parts.path.strip("/") or parts.fragment or parts.username or parts.password)
         if parts.scheme != KIND or not host or not port or not bare:
             raise ConfigError(f"{text} names no receiver; write receive://HOST:PORT.")
-        certificates = CERTIFICATES
+        certificates, data_port = CERTIFICATES, port + 1
         for word in filter(None, parts.query.split("&")):
             name, _, value = word.partition("=")
-            if name != "tls-certificates":
-                raise ConfigError(f"{text}: {name} is not known here; there is tls-certificates=DIR.")
-            certificates = Path(absolute_path(unquote(value), f"tls-certificates in {text}"))
-        return cls(host, port, certificates)
+            if name == "tls-certificates":
+                certificates = Path(absolute_path(unquote(value), f"tls-certificates in {text}"))
+            elif name == "data-port" and value.isascii() and value.isdigit() and 0 < int(value) <= PORT_MAX:
+                data_port = int(value)
+            else:
+                raise ConfigError(
+                    f"{text}: {word} is not known here; there are tls-certificates=DIR and data-port=PORT."
+                )
+        return cls(host, port, certificates, data_port)
 
     @property
     def authority(self) -> str:
@@ -84,8 +92,12 @@ class ReceiveUri:
 
     @property
     def text(self) -> str:
-        query = f"?tls-certificates={quote(str(self.certificates), safe='/')}"
-        return f"receive://{self.authority}:{self.port}{'' if self.certificates == CERTIFICATES else query}"
+        words = []
+        if self.certificates != CERTIFICATES:
+            words.append(f"tls-certificates={quote(str(self.certificates), safe='/')}")
+        if self.data_port != self.port + 1:
+            words.append(f"data-port={self.data_port}")
+        return f"receive://{self.authority}:{self.port}{'?' if words else ''}{'&'.join(words)}"
 
 
 class RefusalError(DiskError):
@@ -343,6 +355,10 @@ class Receive:
 
     def spot(self, name: str) -> Spot | None:
         return None
+
+    def remote(self, name: str) -> Remote | None:
+        uri = ReceiveUri.parse(name)
+        return Remote((uri.port, uri.data_port), (uri.certificates,))
 
     def places(self, disk: DiskIdentity) -> Iterable[Path]:
         return ()
