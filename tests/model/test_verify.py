@@ -8,13 +8,18 @@ import errno
 import random
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine_driver import DiskOp, Event, EventKind, State
+from tests.engine_driver import DiskOp, Errand, Event, EventKind, State
 from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.stage import Stage, play, until
 from vhostsync._shim import ffi, lib
+from vhostsync.errors import MirrorError
+from vhostsync.events import EventHub
+from vhostsync.mirror.verify import Verifier
 
 SIZE = 4 * MIB
 
@@ -308,3 +313,20 @@ def test_the_speed_is_limited() -> None:
         assert found(r)[0] < SIZE
         r.driver.call(lib.VS_CMD_VERIFY_STOP)
         assert ended(r).result == -errno.ECANCELED
+
+
+def test_one_that_comes_while_the_last_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cancelled, and has a question at a disk."""
+
+    async def scene(it: Stage) -> None:
+        await it.attach()
+        first, second = (Verifier(it.engine, it.mirror, EventHub()) for _ in range(2))
+        it.first.hold(Errand.EXTENTS)
+        await first.start(repair=False, speed_bytes_per_s=0)
+        await until(lambda: it.first.held(Errand.EXTENTS) > 0)
+        await first.cancel()
+        with pytest.raises(MirrorError, match="a verification is under way; wait for its end"):
+            await second.start(repair=False, speed_bytes_per_s=0)
+        it.first.release_all()
+
+    play(scene, tmp_path, monkeypatch)

@@ -20,6 +20,7 @@ from vhostsync.events import EventHub
 
 log = structlog.get_logger(__name__)
 
+UNDER_WAY: Final = "a verification is under way; wait for its end, or end it with verify-cancel"
 PROGRESS_S: Final = 1.0
 
 
@@ -79,10 +80,12 @@ class Verifier:
         """Begin to compare; with `repair`, what differs is copied again. MirrorError: not steady, or one is
         under way."""
         if self._state is VerifyState.RUNNING:
-            raise MirrorError("a verification is under way; wait for its end, or end it with verify-cancel")
+            raise MirrorError(UNDER_WAY)
         try:
             await self._engine.verify(repair=repair, speed_bytes_per_s=speed_bytes_per_s)
         except EngineError as error:
+            if error.errno == errno.EBUSY:  # the last one is over here, and has a question at a disk
+                raise MirrorError(UNDER_WAY) from error
             if error.errno != errno.ENOTCONN:
                 raise
             raise MirrorError(
