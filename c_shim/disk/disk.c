@@ -48,6 +48,7 @@ void disk_init(struct vs_disk *disk, const struct disk_ops *ops, uint64_t bytes,
     disk->can = can;
     disk->flush_failed = false;
     disk->unanswered = false;
+    disk->lost = false;
     disk->serves = false;
     disk->host = NULL;
     disk->stats = (struct vs_disk_stats){0};

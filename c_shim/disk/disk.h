@@ -104,6 +104,7 @@ struct vs_disk {
     uint32_t can;                /* of enum disk_can */
     bool flush_failed;           /* and would be forgotten, so it stays an error */
     bool unanswered;             /* so was a change of it (disk_work) */
+    atomic_bool lost;            /* so is its connection: told by the disk, from any thread, as soon as it knows */
     bool serves;                 /* a guest is on it: it is the source */
     struct disk_host *host;
     struct list in_flight_list; /* every io between submit and done, by work.progress_ns */

@@ -376,6 +376,8 @@ static int exchange_refused(const struct mirror *m, uint32_t flags, bool gated)
         return -EBADE;
     if (m->source.disk->stats.in_flight || m->destination.disk->stats.in_flight)
         return -EBUSY; /* somebody has asked for a flush behind the gate */
+    if (m->destination.disk->lost || (keep && m->source.disk->lost))
+        return -ENOTCONN; /* no request has met with that yet, and the guest's would be the first */
     return 0;
 }
 

@@ -33,7 +33,7 @@ static void lose(struct nbd_disk *d, const char *why)
 {
     if (d->lost)
         return;
-    d->lost = true;
+    d->lost = d->disk.lost = true;
     nbd_tell_end(d->nbd, why);
     nbd_drop(d->nbd);
     list_each(node, &d->over) {

@@ -488,6 +488,14 @@ MUTATIONS = [
         "faults.py::test_a_write_that_was_captured_for_a_mirror_that_is_gone",
     ),
     _m(
+        "moved-to-a-lost-disk",
+        "the gate of a switch requires both disks to be connected",
+        "mirror.c",
+        "    if (m->destination.disk->lost ||",
+        "    if ((m->destination.disk->lost && !keep && keep) ||",
+        "lost_connection.py::test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost",
+    ),
+    _m(
         "a-lost-answer-is-an-answer",
         "rule 8: a change that was sent and not answered may be carried out yet",
         "disk.c",

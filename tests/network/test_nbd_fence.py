@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import Load, Served, await_true, flush, image, lacking, same_content, write_block
+from tests.guest.qmp_client import QmpError
 from tests.network.links import NbdkitThere, OtherHost
 from tests.network.servers import Nbdkit, QemuNbd
 from tests.network.unit import QemuNbdUnit
@@ -127,3 +128,20 @@ def test_a_link_that_is_cut(tmp_path: Path, how: str) -> None:
         guest.close()
         served.stop()
     assert lacking(raw, {1: 1, 2: 2, 3: 3}) == [] and same_content(disk, raw)
+
+
+@pytest.mark.timeout(60)
+def test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost(tmp_path: Path) -> None:
+    """Also where nobody has asked anything of it since."""
+    disk, raw = disks(tmp_path)
+    with QemuNbd(tmp_path, raw) as server, Served(tmp_path, disk) as served, served.guest() as guest:
+        served.start_mirror(server.uri)
+        await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
+        server.kill()
+        await_true(lambda: "an NBD server is lost" in served.process.last_output(), "it is noticed")
+        for keep in (True, False):
+            with pytest.raises(QmpError, match="steady"):
+                served.qmp.execute("switch", keep_mirror=keep)
+            write_block(guest, 1, 1)
+            flush(guest)
+        assert served.mirror()["source"] == str(disk) and lacking(disk, {1: 1}) == []
