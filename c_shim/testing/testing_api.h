@@ -40,9 +40,9 @@ int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const voi
 void vs_test_disk_buffered(vs_disk *disk);
 /* Before the engine has it: it can be cut off (which forgets nothing). */
 void vs_test_disk_remote(vs_disk *disk);
-/* Its connection is lost: what is held fails and is kept, to land later; what is submitted from here on fails, until it is
- * connected again, for the next engine that gets it. forget_seed not 0: of what was not flushed, what cut 1 of
- * vs_test_disk_read would keep with this seed is all that is left. */
+/* Its connection is lost: what is held fails and is kept, to land later; what is submitted from here on fails,
+ * until it is connected again, for the next engine that gets it. forget_seed not 0: of what was not flushed, what
+ * cut 1 of vs_test_disk_read would keep with this seed is all that is left. */
 void vs_test_disk_cut(vs_disk *disk, uint64_t forget_seed);
 void vs_test_disk_connect(vs_disk *disk);
 /* At most so many of the changes that were under way then are over: they are carried out now, or never. How many. */

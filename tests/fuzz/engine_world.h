@@ -106,7 +106,8 @@ static void note_answer(const struct vs_event *e)
         w.driver[i].capacity_bytes = w.capacity;
 }
 
-/* What the control plane would do about it, in the shortest way. (No choice is taken here: events come when they come.) */
+/* What the control plane would do about it, in the shortest way. (No choice is taken here: events come when they
+ * come.) */
 static void react(const struct vs_event *e)
 {
     switch (e->kind) {
