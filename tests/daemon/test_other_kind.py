@@ -13,7 +13,17 @@ import pytest
 
 from tests.daemon import served_disks
 from tests.daemon.disk_server import DiskServer, HeldDisk
-from tests.daemon.rig import BLOCK, Load, Served, block_of, flush, image, refused_start, write_block
+from tests.daemon.rig import (
+    BLOCK,
+    Load,
+    Served,
+    await_true,
+    block_of,
+    flush,
+    image,
+    refused_start,
+    write_block,
+)
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -122,7 +132,8 @@ def test_one_that_is_too_small_is_not_kept_and_a_bad_name_is_a_sentence(
         assert "names no disk of a server" in refusal(served, "mirror-start", destination="mem:B/")
         said = refusal(served, "mirror-start", destination="iscsi://host/b")
         assert "there are no disks of the kind iscsi here" in said and "mem:…" in said
-        assert served.state == "passthrough" and not server.disks["mem:small"].owned
+        assert served.state == "passthrough"
+        await_true(lambda: not server.disks["mem:small"].owned, "the server has seen it let go")
         served.stop()
     code, said = refused_start(
         "serve", "--blk-file", "mem:", "--socket-path", tmp_path / "x", before=program(server)

@@ -437,7 +437,8 @@ def test_a_flush_of_the_destination_that_ends_while_ahead_counts_for_nothing() -
 
 def test_a_destination_that_hangs_while_ahead_is_given_up() -> None:
     with rig(destination_timeout_us=300_000) as r:
-        fill_log(r)
+        r.destination.hold(WRITE)
+        r.write_now(0, 1, blocks=FILL // BLOCK + 8)  # at once: from here on it hangs
         await_ahead(r)
         r.record_written()
         r.driver.await_state(State.DEGRADED)
