@@ -71,3 +71,28 @@ def test_a_request_that_is_under_way_meanwhile_grows_no_older(work: Path) -> Non
         destination.go_on()
         flush(guest)
         assert served.mirror()["state"] == "steady"
+
+
+def test_a_backend_that_is_stopped_again_and_again_gives_up_a_destination_all_the_same(work: Path) -> None:
+    """Of such gaps only some are forgiven (clock.h): who is slow at every pass is not stopped."""
+    need_root()
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this machine has no FUSE")
+    source = image(work / "a.img", 16)
+    with (
+        hanging_disk(work / "hanging", 16 * MIB) as destination,
+        Served(work, source, "--destination-timeout", "6s") as served,
+        served.guest(queues=2) as guest,
+        destination.goes_on_at_the_end(),
+    ):
+        served.start_mirror(destination.path)
+        destination.hang(Op.WRITE)
+        write_block(guest, 0, 1)
+        destination.await_hanging(Op.WRITE, WAIT_S)
+        for _ in range(16):  # of each it lives through 0.25 s, at most
+            with stopped(served):
+                time.sleep(0.8)
+            guest.read_now(0, 512)  # so the engine has made a pass
+            if served.state == "degraded":
+                break
+        assert served.state == "degraded"

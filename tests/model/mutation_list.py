@@ -1261,6 +1261,15 @@ MUTATIONS = [
         "return 0;",
         "daemon/test_stopped.py::test_a_request_that_is_under_way_meanwhile_grows_no_older",
     ),
+    _m(
+        "every-gap-is-forgiven",
+        "time in which the backend did not run is forgiven some times in a row, and then counts",
+        "clock.c",
+        "    if (g->forgiven == CLOCK_GAPS_IN_A_ROW)\n        return 0;\n",
+        "",
+        "daemon/test_stopped.py::"
+        "test_a_backend_that_is_stopped_again_and_again_gives_up_a_destination_all_the_same",
+    ),
     # -- which disk may be served, and what is known of it --------------------------
     *PYTHON,
 ]

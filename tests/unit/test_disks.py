@@ -14,7 +14,7 @@ import pytest
 
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import DiskError
-from vhostsync.mirror.destination import check_destination, check_distinct, open_destination
+from vhostsync.mirror.destination import Place, check_destination, check_distinct, open_destination
 from vhostsync.storage import local as disks
 from vhostsync.storage.file import create_image
 from vhostsync.storage.identify import identify
@@ -35,6 +35,10 @@ def probe(fd: int, direct: bool) -> DiskProbe:
 
 def opened(path: Path, *, read_only: bool = False, lock_timeout_s: float = 0) -> LocalDisk:
     return open_disk(path, read_only=read_only, cache="writeback", lock_timeout_s=lock_timeout_s, probe=probe)
+
+
+def place_of(path: Path) -> Place:
+    return Place.of_identity(disks.LOCAL.identify(str(path)))
 
 
 @pytest.fixture
@@ -166,13 +170,13 @@ def test_an_image_that_somebody_else_has_taken_is_not_removed(
     monkeypatch.setattr(disks, "create_image", create_and_lose)
     target = MirrorTarget(str(path), create=True, cache="writeback")
     with pytest.raises(DiskError, match="is in use"):
-        open_destination(target, str(source), MIB, 512, 0)
+        open_destination(target, place_of(source), MIB, 512, 0)
     assert path.exists()
     taken.pop().close()
     path.unlink()
     monkeypatch.setattr(disks, "create_image", lambda image, _: create_image(image, MIB))
     with pytest.raises(DiskError, match="too small"):
-        open_destination(target, str(source), 2 * MIB, 512, 0)
+        open_destination(target, place_of(source), 2 * MIB, 512, 0)
     assert not path.exists()
 
 
@@ -190,7 +194,8 @@ def test_a_file_that_has_taken_the_place_of_a_new_image_is_left_alone(
 
     monkeypatch.setattr(disks, "create_image", create_and_lose)
     with pytest.raises(DiskError, match="another file has taken the place"):
-        open_destination(MirrorTarget(str(path), create=True, cache="writeback"), str(source), MIB, 512, 0)
+        target = MirrorTarget(str(path), create=True, cache="writeback")
+        open_destination(target, place_of(source), MIB, 512, 0)
     assert path.read_bytes() == b"precious" * MIB
 
 
@@ -369,9 +374,20 @@ def test_the_source_under_another_name_is_no_destination(image: Path, tmp_path: 
     create_image(tmp_path / "other", MIB)
     for name in ("image", "symlink", "hardlink"):
         with pytest.raises(DiskError, match="one file under two names"):
-            check_distinct(str(image), str(tmp_path / name))
-    check_distinct(str(image), str(tmp_path / "other"))
-    check_distinct(str(image), str(tmp_path / "missing"))
+            check_distinct(place_of(image), str(tmp_path / name))
+    check_distinct(place_of(image), str(tmp_path / "other"))
+    check_distinct(place_of(image), str(tmp_path / "missing"))
+
+
+def test_a_disk_that_has_the_sources_former_name_is_a_destination(image: Path, tmp_path: Path) -> None:
+    """The two names were swapped while the source was served. The source itself is none, under any name."""
+    source, moved = place_of(image), tmp_path / "moved"
+    image.rename(moved)
+    create_image(image, MIB)
+    disk, _ = open_destination(MirrorTarget(str(image), cache="writeback"), source, MIB, 512, 0)
+    disk.close()
+    with pytest.raises(DiskError, match=rf"moved is the source, which was {image} when it was opened"):
+        open_destination(MirrorTarget(str(moved), cache="writeback"), source, MIB, 512, 0)
 
 
 @needs_root
@@ -384,11 +400,11 @@ def test_loop_devices_of_the_source_are_no_destination(image: Path, tmp_path: Pa
     ):
         for one, other in ((image, whole), (whole, image), (low, whole), (whole, high), (image, low)):
             with pytest.raises(DiskError, match="lies upon the other"):
-                check_distinct(str(one), str(other))
-        check_distinct(str(low), str(high))
+                check_distinct(place_of(one), str(other))
+        check_distinct(place_of(low), str(high))
         (tmp_path / "name").symlink_to(whole)
         with pytest.raises(DiskError, match="one device under two names"):
-            check_distinct(str(whole), str(tmp_path / "name"))
+            check_distinct(place_of(whole), str(tmp_path / "name"))
         assert layers(high)[-1].start == half
 
 

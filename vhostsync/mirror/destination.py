@@ -38,7 +38,7 @@ class Place:
 
 
 def open_destination(
-    target: MirrorTarget, source: str, capacity_bytes: int, block_bytes: int, lock_timeout_s: float,
+    target: MirrorTarget, source: Place, capacity_bytes: int, block_bytes: int, lock_timeout_s: float,
     known: Iterable[DiskIdentity] = (),
 ) -> tuple[Disk, object | None]:
     """Open, lock and judge a destination for a guest's disk of this capacity and logical block; make it first
@@ -54,6 +54,7 @@ def open_destination(
         )
         if made is not None and not kind.is_made(disk, made):
             raise DiskError(f"another file has taken the place of {disk.name} while it was made; try again")
+        _check_another(source, disk)
         check_destination(disk, capacity_bytes=capacity_bytes, guest_block_bytes=block_bytes)
     except BaseException:
         if disk is not None:
@@ -71,16 +72,23 @@ def discard(disk: Disk, made: object | None) -> None:
         kinds.kind_of(disk.name).remove(disk.name, made)
 
 
-def check_distinct(source: str, destination: str) -> None:
+def check_distinct(source: Place, destination: str) -> None:
     """DiskError when both names lead to the same bytes: by symlinks or hard links, loop devices of one file,
     a partition and its disk. To be asked before the destination is opened, whose lock would only say "in
-    use". A destination that does not exist is distinct."""
+    use". A destination that does not exist is distinct, and so is one that has the source's name by now."""
+    if not kinds.is_named(source.name, source.identity):
+        return  # what is opened is looked at once more (_check_another)
     try:
-        shared = kinds.overlap(source, destination)
+        shared = kinds.overlap(source.name, destination)
     except OSError as error:
         raise DiskError(f"{error.filename} cannot be examined: {error.strerror}") from error
     if shared is not None:
-        raise DiskError(f"{destination} and the source {source} are the same storage ({shared})")
+        raise DiskError(f"{destination} and the source {source.name} are the same storage ({shared})")
+
+
+def _check_another(source: Place, destination: Disk) -> None:
+    if same(source.identity, destination.identity):
+        raise DiskError(f"{destination.name} is the source, which was {source.name} when it was opened")
 
 
 def check_destination(destination: Disk, *, capacity_bytes: int, guest_block_bytes: int) -> None:

@@ -220,7 +220,7 @@ class Mirror:
             await self._fence.make_certain(target.name)
         engine = self._engine.config
         disk, made = await anyio.to_thread.run_sync(
-            open_destination, target, self._roles.source.name, engine.capacity_bytes, engine.block_bytes,
+            open_destination, target, self._roles.source, engine.capacity_bytes, engine.block_bytes,
             DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S, self._keeper.record.disks,
         )  # fmt: skip
         obeyed = False
