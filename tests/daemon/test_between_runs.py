@@ -311,6 +311,25 @@ def test_a_copy_beside_it(machine: Machine, left: str, with_mark: bool) -> None:
     machine.goes_on(disk, left, records=2)
 
 
+def test_a_kill_before_a_new_disk_bears_a_mark_of_its_own(machine: Machine) -> None:
+    """The copy still bears the original's, and its own record is found all the same."""
+    machine.leave("steady")
+    copied(machine.a, copy := machine.a.with_name("copy.img"), with_mark=True)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with machine.monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
+        kill.setattr(os, "setxattr", killed)
+        with machine.serve(copy, Answer.NEW_DISK, bits="others"):
+            pass
+    assert os.getxattr(copy, identify.MARK_NAME) == os.getxattr(machine.a, identify.MARK_NAME)
+    with machine.serve(copy, bits="others"):
+        assert len(machine.records()) == 2
+    assert seen(copy).likeness(seen(machine.a)) is Likeness.OTHER, "it has a mark of its own"
+    machine.goes_on(machine.a, "steady", records=2)
+
+
 @pytest.mark.parametrize("left", LEFT)
 def test_moved_to_another_file_system(machine: Machine, left: str) -> None:
     """By a copy that took the mark along."""

@@ -110,6 +110,14 @@ PYTHON = [
         "model/test_lineage.py::test_a_mark_that_is_recorded_and_missing_is_given_at_the_next_start",
     ),
     _m(
+        "a-mark-that-was-never-set-decides",
+        "a file that bears another mark is another disk only if it has certainly borne its own",
+        "storage/identity.py",
+        "if marks is False and not (self.mark_is_set and other.mark_is_set):",
+        "if marks is False and not (self.mark_is_set or other.mark_is_set):",
+        "daemon/test_between_runs.py::test_a_kill_before_a_new_disk_bears_a_mark_of_its_own",
+    ),
+    _m(
         "a-device-number-used-again-is-the-disk",
         "a device number that another block device has had since proves nothing",
         "storage/identity.py",

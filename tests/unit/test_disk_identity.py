@@ -28,10 +28,12 @@ def test_an_inode_number_used_again_is_another_disk() -> None:
 
 
 EXT4 = DiskIdentity(
-    "/disks/a", "file", 0x801, 12, 1, generation=77, file_system="ext:1", boot_id="monday", mark="m"
-)
-NFS = replace(EXT4, device=27, generation=None, file_system="nfs:host:/export", mark=None)
-FUSE = replace(EXT4, device=27, generation=None, file_system=None, mark=None)
+    "/disks/a", "file", 0x801, 12, 1, generation=77, file_system="ext:1", boot_id="monday", mark="m",
+    mark_is_set=True,
+)  # fmt: skip
+UNMARKED = replace(EXT4, mark=None, mark_is_set=False)
+NFS = replace(UNMARKED, device=27, generation=None, file_system="nfs:host:/export")
+FUSE = replace(UNMARKED, device=27, generation=None, file_system=None)
 TUESDAY = "tuesday"
 
 
@@ -92,7 +94,9 @@ def test_a_mark_can_be_copied_along_and_so_proves_nothing_alone() -> None:
     assert EXT4.likeness(copy) is Likeness.UNSURE, "a backup that was restored"
     assert EXT4.likeness(replace(copy, file_system="ext:2")) is Likeness.UNSURE, "moved to another disk"
     assert EXT4.likeness(replace(EXT4, mark="other")) is Likeness.OTHER, "overwritten, mark and all"
-    assert EXT4.likeness(replace(EXT4, mark=None)) is Likeness.SAME, "an attribute may be lost"
+    assert EXT4.likeness(UNMARKED) is Likeness.SAME, "an attribute may be lost"
+    told = replace(EXT4, mark="other", mark_is_set=False)
+    assert told.likeness(EXT4) is Likeness.SAME, "a kill before it got a mark in place of another's"
     assert EXT4.likeness(replace(copy, mark=None)) is Likeness.OTHER
 
 

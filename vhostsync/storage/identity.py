@@ -74,6 +74,8 @@ class DiskIdentity:
 
     def _like_file(self, other: "DiskIdentity") -> Likeness:
         marks = _equal(self.mark, other.mark)
+        if marks is False and not (self.mark_is_set and other.mark_is_set):
+            marks = None  # it was going to get another one, when all stopped
         if marks is False:
             return OTHER
         numbers = self._like_numbers(other, marked=marks is True)
