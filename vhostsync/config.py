@@ -292,6 +292,25 @@ class ServeConfig:
         "--allow-plaintext", NETWORK, FLAG,
         "the data of disks may go to other hosts without TLS: for a network that is trusted", False,
     )
+    ceph_conf: Path | None = option(
+        "--ceph-conf", NETWORK, PATH, "of `rbd:` disks: the cluster's configuration file",
+        default_text="CEPH_CONF, CEPH_ARGS, or /etc/ceph/ceph.conf",
+        detail="It is read once, at the start, as is the keyring.",
+    )
+    ceph_user: str | None = option(
+        "--ceph-user", NETWORK, TEXT, "the cluster's user, without client.",
+        default_text="CEPH_ARGS, or admin",
+    )
+    ceph_keyring: Path | None = option(
+        "--ceph-keyring", NETWORK, PATH, "where that user's key is", default_text="as the configuration says"
+    )
+    break_lock: bool = option(
+        "--break-lock", NETWORK, FLAG,
+        "take the disk from whoever has it locked, and shut that one out for years: for one that is gone",
+        False,
+        detail="Of `rbd:` disks, and of the disk that is given alone. The lock of a process of this host "
+        "that is gone is broken unasked. See [network.md](network.md).",
+    )
 
     state_file: Path | None = option(
         "--state-file", STATE_RECORD, PATH, "where it is kept, best on neither disk",
@@ -439,6 +458,11 @@ class ServeConfig:
         return region
 
     @property
+    def names_ceph(self) -> bool:
+        """It is said how a Ceph cluster is reached, so disks of one are to be expected."""
+        return any(each is not None for each in (self.ceph_conf, self.ceph_user, self.ceph_keyring))
+
+    @property
     def label(self) -> str:
         """What the machine is called in metrics; empty where nobody said and there is no socket's name."""
         return self.name or (self.socket_path.stem if self.socket_path is not None else "")
@@ -450,7 +474,13 @@ class ServeConfig:
 
     @property
     def network_use(self) -> NetworkUse:
-        return NetworkUse(self.connections, self.allow_plaintext)
+        return NetworkUse(
+            self.connections, self.allow_plaintext,
+            ceph_conf=str(self.ceph_conf) if self.ceph_conf is not None else None,
+            ceph_user=self.ceph_user,
+            ceph_keyring=str(self.ceph_keyring) if self.ceph_keyring is not None else None,
+            break_lock_of=self.blk_file if self.break_lock else None,
+        )  # fmt: skip
 
     def for_engine(self) -> dict[str, int]:
         """What the options say, as members of struct vs_engine_config."""

@@ -37,6 +37,7 @@ from vhostsync.host.signals import watch_signals
 from vhostsync.metrics import serve_metrics
 from vhostsync.printable import printable
 from vhostsync.record.state_index import default_directory, make_directory
+from vhostsync.storage import kinds
 from vhostsync.storage.network import use_network
 from vhostsync.storage.signatures import load_library
 from vhostsync.vhost_user import listener
@@ -82,6 +83,8 @@ def _start(config: ServeConfig) -> Started:
     user = find_user(config.user) if config.user is not None else None
     _load_modules()
     use_network(config.network_use)
+    if config.names_ceph:
+        kinds.kind_of("rbd:").keep_files()
     state_directory = None
     if config.state_file is None and not config.no_state_file:
         state_directory = default_directory()  # of whoever started it, before the user is changed
@@ -101,6 +104,7 @@ def _start(config: ServeConfig) -> Started:
         confinement = Confinement(
             config, places_of(config, disks_known, state_directory), network=network_of(config, names)
         )
+        opened.disk.end_threads()
         confinement.confine()
         engine = start_engine(config, opened)
         undo.pop_all()

@@ -68,6 +68,9 @@ class ServedDisk:
     def signatures(self) -> list[str]:
         return []
 
+    def end_threads(self) -> None:
+        """It has none."""
+
     def to_engine(self) -> Any:
         return lib.vs_served_disk(self.connection.detach(), self.bytes, BLOCK_BYTES)
 
@@ -108,6 +111,9 @@ class Served:
         if "token" not in answer:
             raise FileNotFoundError(2, "the server has no such disk", name)
         return DiskIdentity(name, self.prefix[:-1], 0, 0, answer["bytes"], serial=answer["token"])
+
+    def keep_files(self) -> None:
+        """There are none."""
 
     def absolute(self, name: str) -> str:
         if not re.fullmatch(self.prefix + "[a-z0-9]+", name):

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.network import ceph_cluster
+from tests.network.ceph_cluster import CephCluster
 
 HERE = Path(__file__).parent
 
@@ -18,3 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE and "nbd" in item.path.name:
             item.add_marker(lacking)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[CephCluster]:
+    """Of one monitor and one OSD. Tests that use it are of the group `ceph`, so that there is but one; each
+    leaves it as healthy as it was."""
+    if (why := ceph_cluster.lacking()) is not None:
+        pytest.skip(why)
+    with CephCluster() as cluster:
+        yield cluster

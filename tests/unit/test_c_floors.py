@@ -24,7 +24,7 @@ FOLDER = {path.name: path.parent.name for path in SOURCES}
 
 
 FLOORS_UP = ["base", "order", "disk", "virtio", "bitmap", "mirror", "guest", "engine"]
-LIBRARIES = ["nbd", "testing"]  # of their own, which come by disk/disk_services.h
+LIBRARIES = ["nbd", "rbd", "testing"]  # of their own, which come by disk/disk_services.h
 HOUSE = [C_SHIM.name, *FLOORS_UP, *LIBRARIES]
 """Lowest first."""
 

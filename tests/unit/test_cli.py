@@ -307,6 +307,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause --fence-command /bin/fence --fenced
         --connections 4 --allow-plaintext
+        --ceph-conf /c.conf --ceph-user vm --ceph-keyring /c.keyring --break-lock
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
         --state-file /s.json --control /run/c --metrics 127.0.0.1:9100
@@ -330,6 +331,9 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert settings.on_destination_error == "pause"
     assert (settings.fence_words, settings.fenced) == (("/bin/fence",), True)
     assert settings.connections == 4 and settings.allow_plaintext
+    assert (settings.ceph_conf, settings.ceph_keyring) == (Path("/c.conf"), Path("/c.keyring"))
+    assert (settings.ceph_user, settings.break_lock) == ("vm", True)
+    assert settings.network_use.break_lock_of == "/a.img"
     assert (settings.bitmap, settings.al_extents) == (Path("/m.bits"), 256)
     assert settings.al_extent_bytes == 16 << 20
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))

@@ -93,8 +93,9 @@ class Network:
 
 
 def network_of(config: ServeConfig, names: Iterable[str]) -> Network:
-    """Of the disks of these names, and --allow-port."""
-    ports: frozenset[int] | None = frozenset(config.allow_ports)
+    """Of the disks of these names, and --allow-port. Nobody knows beforehand which ports a Ceph cluster's
+    OSDs have, so whoever says how one is reached has all of them."""
+    ports: frozenset[int] | None = None if config.names_ceph else frozenset(config.allow_ports)
     files: list[Path] = []
     for remote in filter(None, map(kinds.remote, names)):
         files += remote.files
@@ -132,7 +133,8 @@ class Reach:
         if remote.tcp_ports is None and self.network.ports is not None:
             raise MirrorError(
                 f"the destination {disk} may need any port of TCP, and this backend may use only those of "
-                f"the disks that it was started with; start it without --allow-path and --sandbox=require"
+                f"the disks that it was started with; start it with --ceph-conf, where it is one of a Ceph "
+                f"cluster, or without --allow-path and --sandbox=require"
             )
         for port in remote.tcp_ports or ():
             if self.network.ports is not None and port not in self.network.ports:

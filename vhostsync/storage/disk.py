@@ -66,6 +66,11 @@ class Disk(Protocol):
         """What it seems to hold, in words. OSError."""
         ...
 
+    def end_threads(self) -> None:
+        """Before the process is confined, which binds but one thread and those that it starts: whatever
+        threads the disk has end. Until `to_engine` begins them again it need not be locked."""
+        ...
+
     def to_engine(self) -> Any:
         """A vs_disk (c_shim/shim_api.h), which is the caller's. EngineError."""
         ...
@@ -116,6 +121,11 @@ class Kind(Protocol):
         """Once `open` has returned, nothing is carried out any more that a former connection or owner had
         under way there (the fence: docs/durability.md, rule 8). Else the operator says how that is made
         certain (mirror/fence.py)."""
+        ...
+
+    def keep_files(self) -> None:
+        """Files that tell how its disks are reached are read now, while they can be: later the process may be
+        another user, and open few files."""
         ...
 
     def absolute(self, name: str) -> str:

@@ -35,6 +35,12 @@ def _receive() -> Kind:
     return RECEIVE
 
 
+def _rbd() -> Kind:
+    from vhostsync.storage.rbd import KIND
+
+    return KIND
+
+
 @dataclass(frozen=True)
 class _Further:
     """A kind that is imported when it is needed."""
@@ -47,6 +53,7 @@ class _Further:
 _FURTHER: Final = (
     _Further(("nbd://", "nbds://", "nbd+unix://", "nbds+unix://"), frozenset({"nbd"}), _nbd),
     _Further(("receive://",), frozenset({"receive"}), _receive),
+    _Further(("rbd:",), frozenset({"rbd"}), _rbd),
 )
 
 

@@ -121,6 +121,9 @@ class LocalDisk:
     def signatures(self) -> list[str]:
         return looking.signatures(self.fd.fileno())
 
+    def end_threads(self) -> None:
+        """It has none."""
+
     def to_engine(self) -> Any:
         handle = file_disk(self.fd.fileno(), self.probe, self.direct, self.name)
         self.fd.take()
@@ -137,6 +140,9 @@ class Local:
     identities = frozenset({"file", "block"})
     over_network = False
     fences_itself = True
+
+    def keep_files(self) -> None:
+        """There are none."""
 
     def absolute(self, name: str) -> str:
         return absolute_path(name, "the disk")

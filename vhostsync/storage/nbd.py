@@ -172,6 +172,9 @@ class NbdDisk:
         with _copy_of_ends(self) as fd:
             return looking.signatures(fd)
 
+    def end_threads(self) -> None:
+        """It has none yet."""
+
     def to_engine(self) -> Any:
         handle = self.connection.to_disk()
         if not handle:
@@ -229,6 +232,9 @@ class Nbd:
     identities = frozenset({"nbd"})
     over_network = True
     fences_itself = False
+
+    def keep_files(self) -> None:
+        """There are none."""
 
     def absolute(self, name: str) -> str:
         return NbdUri.parse(name).text

@@ -9,6 +9,10 @@ from pathlib import Path
 class NetworkUse:
     connections: int = 1  # to one disk, where its server lets several work together
     allow_plaintext: bool = False  # to other hosts
+    ceph_conf: str | None = None  # a path; None: what Ceph's own programs would take, also of the next two
+    ceph_user: str | None = None
+    ceph_keyring: str | None = None
+    break_lock_of: str | None = None  # of the disk with this name, when it is opened first
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,9 @@ class ReceiveDisk:
     def signatures(self) -> list[str]:
         return self.data.signatures()
 
+    def end_threads(self) -> None:
+        """It has none yet."""
+
     def to_engine(self) -> Any:
         if not self.read_only and (self.borne is None or self.borne != self.identity.mark):
             why = f"{self.name} does not know whose it is: {self.why_not_borne}"
@@ -263,6 +266,9 @@ class Receive:
     identities = frozenset({KIND})
     over_network = True
     fences_itself = True
+
+    def keep_files(self) -> None:
+        """There are none."""
 
     def absolute(self, name: str) -> str:
         return ReceiveUri.parse(name).text
