@@ -48,13 +48,19 @@ class Raw(Contender):
         self.name = "raw"
         self._file, self._direct = file, direct
 
+    def target(self) -> list[str]:
+        """What fio works on, and by which engine."""
+        return [
+            f"--filename={self._file}", "--ioengine=io_uring", f"--direct={int(self._direct)}",
+            f"--size={self._file.stat().st_size}", "--allow_file_create=0", "--invalidate=0",
+        ]
+
     def measure(self, work: Work, seconds: float, ramp: float) -> Sample:
         command = [
-            "fio", "--name=raw", f"--filename={self._file}", "--ioengine=io_uring", f"--rw={work.rw}",
-            f"--bs={work.block_bytes}", f"--iodepth={work.depth}", f"--direct={int(self._direct)}",
-            f"--runtime={int(seconds * 1000)}ms", f"--ramp_time={int(ramp * 1000)}ms", "--time_based",
-            f"--size={self._file.stat().st_size}", "--norandommap", "--randrepeat=0", "--allow_file_create=0",
-            "--invalidate=0", f"--fdatasync={work.flush_every}", "--output-format=json",
+            "fio", "--name=raw", *self.target(), f"--rw={work.rw}", f"--bs={work.block_bytes}",
+            f"--iodepth={work.depth}", f"--runtime={int(seconds * 1000)}ms",
+            f"--ramp_time={int(ramp * 1000)}ms", "--time_based", "--norandommap", "--randrepeat=0",
+            f"--fdatasync={work.flush_every}", "--output-format=json",
             # Of whole requests, as the load generator counts them: from before the submission.
             "--lat_percentiles=1", "--clat_percentiles=0",
             f"--percentile_list={':'.join(map(str, PERCENTILES))}",
@@ -146,11 +152,11 @@ class Backend(Contender):
 
 
 class Rival(Backend):
-    """qemu-storage-daemon; with a destination and a copy mode: its blockdev-mirror, ready. A destination that
-    is no file is an NBD server, as options of its node; `objects` are what that needs before."""
+    """qemu-storage-daemon; with a destination and a copy mode: its blockdev-mirror, ready. A disk that is no
+    file is the options of its node; `objects` are what that needs before."""
 
     def __init__(
-        self, name: str, directory: Path, source: Path, *, direct: bool,
+        self, name: str, directory: Path, source: Path | Mapping[str, Any], *, direct: bool,
         destination: Path | Mapping[str, Any] | None = None, copy_mode: str = "write-blocking",
         queues: int = 4, objects: Sequence[str] = (),
     ) -> None:
@@ -178,14 +184,12 @@ class Rival(Backend):
     def start_mirror(self, destination: Path | Mapping[str, Any]) -> None:
         """Returns when it is ready."""
         assert self.qmp is not None
-        if isinstance(destination, Path):
-            node = self._node("destination", destination)
-        else:
-            node = {"driver": "nbd", "node-name": "destination", **destination}
-        self.qmp.execute("blockdev-add", **node)
+        self.qmp.execute("blockdev-add", **self._node("destination", destination))
         self._mirror("source", "destination", "full")
 
-    def _node(self, name: str, file: Path) -> dict[str, Any]:
+    def _node(self, name: str, file: Path | Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(file, Path):
+            return {"node-name": name, **file}
         cache = {"direct": self._direct, "no-flush": False}
         return {
             "driver": "file", "node-name": name, "filename": str(file), "aio": "io_uring", "cache": cache,
@@ -235,7 +239,7 @@ class Ours(Backend):
     """vhostsync; with a destination: its mirror, steady."""
 
     def __init__(
-        self, name: str, directory: Path, source: Path, *, direct: bool,
+        self, name: str, directory: Path, source: Path | str, *, direct: bool,
         destination: Path | str | None = None, queues: int = 4, options: tuple[str, ...] = (),
     ) -> None:
         super().__init__(name, directory)

@@ -4,6 +4,7 @@ the limit is a bare loop of libnbd on the same export, and nbdcopy where all of 
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -54,14 +55,15 @@ def memory_server(
         command += ["--tls=require", f"--tls-psk={keys}", "--ipaddr", "127.0.0.1", "--port", str(port)]
         server = NbdServer(
             f"nbds://{USER}@127.0.0.1:{port}/?tls-psk-file={keys}",
-            {"server": {"type": "inet", "host": "127.0.0.1", "port": str(port)}, "tls-creds": "psk"},
+            {"driver": "nbd", "server": _inet(port), "tls-creds": "psk"},
             (f"tls-creds-psk,id=psk,endpoint=client,username={USER},dir={folder}",),
         )
         address: tuple[Any, Any] = (socket.AF_INET, ("127.0.0.1", port))
     else:
         path = folder / "nbd.sock"
         command += ["--unix", str(path)]
-        server = NbdServer(f"nbd+unix:///?socket={path}", {"server": {"type": "unix", "path": str(path)}})
+        unix = {"type": "unix", "path": str(path)}
+        server = NbdServer(f"nbd+unix:///?socket={path}", {"driver": "nbd", "server": unix})
         address = (socket.AF_UNIX, str(path))
     if far:
         command += ["--filter=delay"]
@@ -72,6 +74,10 @@ def memory_server(
             yield server
         finally:
             process.terminate()
+
+
+def _inet(port: int) -> dict[str, str]:
+    return {"type": "inet", "host": "127.0.0.1", "port": str(port)}
 
 
 def _free_port() -> int:
@@ -92,7 +98,7 @@ def _wait_until_it_listens(process: subprocess.Popen[bytes], family: int, addres
 
 
 @contextlib.contextmanager
-def _folder(plan: Plan, place: str) -> Iterator[Path]:
+def bench_folder(plan: Plan, place: str) -> Iterator[Path]:
     folder = plan.directory_of[place] / f"vhostsync-bench-network-{os.getpid()}"
     folder.mkdir()
     try:
@@ -102,16 +108,21 @@ def _folder(plan: Plan, place: str) -> Iterator[Path]:
 
 
 def _measure(plan: Plan, place: str, work: Work, names: tuple[str, ...], **how: bool) -> list[Round]:
-    """All on one source of theirs, mirrored to one export; who is not measured is idle."""
+    """All who mirror on one source, to one export; who does not, on a file of its own. Who is not measured is
+    idle."""
     size = plan.bytes_of[place]
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_folder(plan, place))
+        folder = stack.enter_context(bench_folder(plan, place))
         server = stack.enter_context(memory_server(folder, size, **how))
-        source = make_file(folder / "source.img", size, direct=plan.direct(place))
+
+        @functools.cache
+        def file(name: str) -> Path:
+            return make_file(folder / f"{name}.img", size, direct=plan.direct(place))
 
         def start(name: str) -> Contender:
             if name == "raw":
                 return RawNbd(server.uri)
+            source = file("alone" if name == "ours" else "source")
             if name == "rival":
                 return Rival(
                     name, folder, source, direct=plan.direct(place), destination=server.options,
@@ -168,7 +179,7 @@ def measure_copy_to_nbd(plan: Plan) -> list[Round]:
     """All of a disk in memory to the export: nbdcopy, and ours from mirror-start to steady."""
     require("nbdcopy")
     size = plan.bytes_of["memory"]
-    with _folder(plan, "memory") as folder, memory_server(folder, size) as server:
+    with bench_folder(plan, "memory") as folder, memory_server(folder, size) as server:
         source = make_file(folder / "source.img", size, direct=False)
         with contextlib.closing(Ours("ours", folder, source, direct=False)) as ours:
             return [_copy_both_ways(ours, source, server.uri, size) for _ in range(plan.pairs)]
@@ -192,7 +203,7 @@ def measure_data_thread(plan: Plan) -> list[Round]:
     """Its own time a request with a destination over TLS, and with a file beside the source."""
     size = plan.bytes_of["memory"]
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_folder(plan, "memory"))
+        folder = stack.enter_context(bench_folder(plan, "memory"))
         server = stack.enter_context(memory_server(folder, size, tls=True))
         destinations: dict[str, str | Path] = {
             "near": make_file(folder / "near.img", size, direct=False), "far": server.uri

@@ -196,6 +196,8 @@ _FOOTPRINT = (
         "rss_mib", "MiB", alone=measure_sizes,
     ),
 )
+
+
 _OURS_OF_RAW = ratio("ours mirrored", "raw")
 _NETWORK = (
     Row(
@@ -253,4 +255,4 @@ def chosen(names: list[str]) -> tuple[Row, ...]:
 
 
 def _digits(number: str) -> str:
-    return number.partition("/")[0].rstrip("rwmihpn")
+    return number.partition("/")[0].rstrip("rwmihpnc")

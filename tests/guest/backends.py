@@ -103,11 +103,14 @@ class Vhostsync(_Daemon):
     """`vhostsync serve`."""
 
     def __init__(
-        self, folder: Path, disk: Path, *, queues: int = 1, options: Sequence[str] = (), name: str = "disk"
-    ) -> None:
+        self, folder: Path, disk: Path, *, queues: int = 1, options: Sequence[str] = (), name: str = "disk",
+        prefix: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`prefix`: words before the command that make it run elsewhere, as `ip netns exec`."""
         socket = folder / f"{name}.sock"
         control = folder / f"{name}.control"
         command = [
+            *prefix,
             *vhostsync_command(),
             "serve",
             "--socket-path",

@@ -7,84 +7,38 @@ safe."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import signal
-import subprocess
+import argparse
 import sys
-import tempfile
-import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from tests.guest.assets import AssetError, GuestAssets, guest_assets
-from tests.guest.backends import Vhostsync, vhostsync_command
-from tests.guest.harness import Guest, GuestDisk, GuestError, Load, Report, machine_command, verify_blocks
+from tests.guest import demo_hosts
+from tests.guest.assets import GuestAssets, guest_assets
+from tests.guest.backends import Vhostsync
+from tests.guest.harness import Guest, GuestDisk, Load, Report, machine_command, verify_blocks
 from tests.guest.images import (
-    MIB,
     ImageError,
     check_clean,
     digest,
     file_of_crashed_ext4,
     file_of_ext4,
-    fill_random,
-    make_ext4,
     new_image,
 )
-from tests.guest.processes import ProcessError
-from tests.guest.qmp_client import QmpError
+from tests.guest.story import (
+    DISK_MIB,
+    LOAD_BLOCKS,
+    Screen,
+    check_log,
+    make_source,
+    show_counts,
+    switch_pause_ms,
+    tell,
+    vhostsync,
+)
 
-DISK_MIB = 1024
-PHOTOS_MIB = 256
-LOAD_MIB = 64
-LOAD_BLOCKS = LOAD_MIB * MIB // 4096
 COPY_SPEED = "60M"  # slow enough to be watched
 STEPS = 9
-
-Counts = dict[str, Any]
-
-
-class Screen:
-    """Numbered steps, the commands a user would type, and what they print."""
-
-    def __init__(self) -> None:
-        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self._step = 0
-        self._started = time.monotonic()
-
-    def _style(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
-
-    def step(self, title: str, why: str = "") -> None:
-        self._step += 1
-        print("\n" + self._style("1;36", f"[{self._step}/{STEPS}] {title}"))
-        for line in textwrap.wrap(why, 92):
-            print(self._style("2", f"      {line}"))
-        sys.stdout.flush()
-
-    def say(self, text: str) -> None:
-        print(f"      {text}", flush=True)
-
-    def good(self, text: str) -> None:
-        print("  " + self._style("1;32", "ok") + f"  {text}", flush=True)
-
-    def command(self, *words: str) -> None:
-        print("      " + self._style("1", "$ " + " ".join(words)), flush=True)
-
-    def title(self, text: str) -> None:
-        print("\n" + self._style("1", text), flush=True)
-
-    def bad(self, text: str) -> None:
-        print("\n" + self._style("1;31", "The demo failed: ") + text, file=sys.stderr, flush=True)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -98,44 +52,12 @@ class Outcome:
     slowest_ms: float  # the longest single write that the guest saw around the switch
 
 
-def vhostsync(screen: Screen, control: Path, *words: str) -> None:
-    """Run a vhostsync command as a user would, its output on the user's own terminal."""
-    screen.command("vhostsync", *words)
-    done = subprocess.run([*vhostsync_command(), "--control", str(control), *words], check=False)
-    if done.returncode != 0:
-        raise ProcessError(f"`vhostsync {' '.join(words)}` ended with {done.returncode}")
-
-
 def make_disks(screen: Screen, work: Path) -> tuple[Path, Path]:
     """A source with a file system and data on it, and an empty destination of the same size."""
-    contents = work / "contents"
-    contents.mkdir()
-    for name, mib in (("photos.bin", PHOTOS_MIB), ("load.bin", LOAD_MIB)):
-        fill_random(new_image(contents / name, mib), 0, mib * MIB)
-    source = new_image(work / "source.img", DISK_MIB)
-    make_ext4(source, contents)
-    shutil.rmtree(contents)
+    source = make_source(screen, work)
     destination = new_image(work / "destination.img", DISK_MIB)
-    screen.say(f"{source.name}       1 GiB, ext4, {PHOTOS_MIB + LOAD_MIB} MiB of files on it")
     screen.say(f"{destination.name}  1 GiB, empty")
     return source, destination
-
-
-def show_counts(screen: Screen, backend: Vhostsync, load: Load) -> None:
-    """The five counts after each of some syncs of the guest."""
-    load.drain()
-    screen.say("")
-    screen.say("          source              |         destination          |  guest")
-    screen.say("  writes done     of these    |  writes held    of these     |  last sync")
-    screen.say("                  durable     |                 durable      |  covers")
-    for _ in range(6):
-        load.next_report()
-        counts: Counts = backend.status()["counts"]
-        done, safe = counts["source-generation"], counts["source-flushed"]
-        held, held_safe = counts["writes-mirrored"], counts["writes-flushed"]
-        row = f"  {done:>11,}  {safe:>11,}    |  {held:>11,}  {held_safe:>11,}    |"
-        screen.say(f"{row}  {counts['flush-request']:>9,}")
-    screen.say("")
 
 
 def run_guest(screen: Screen, assets: GuestAssets, work: Path, source: Path, destination: Path) -> Outcome:
@@ -191,19 +113,12 @@ def run_guest(screen: Screen, assets: GuestAssets, work: Path, source: Path, des
             guest.run("echo 'written after the switch' >/mnt/late.txt && sync")
             load.fresh_report()
             last = guest.stop_load(load)
-            if trouble := guest.io_trouble():
-                raise GuestError("the guest's kernel log tells of trouble:\n" + "\n".join(trouble))
+            check_log(guest)
             guest.power_off()
             screen.good(f"{last.synced:,} writes synced in all; no I/O error in the guest's kernel log")
         backend.stop()
         screen.good("the backend ended cleanly")
     return Outcome(load, before, after, last, pause_ms, slowest)
-
-
-def switch_pause_ms(backend: Vhostsync) -> float:
-    """The pause of the switch, from the event about it."""
-    data = backend.qmp.wait_event("SWITCH_COMPLETED", 10)
-    return float(data["pause-us"]) / 1000
 
 
 def verify(screen: Screen, assets: GuestAssets, work: Path, disks: tuple[Path, Path], told: Outcome) -> None:
@@ -246,43 +161,29 @@ def summarise(screen: Screen, told: Outcome) -> None:
         f"took {told.slowest_ms:.0f} ms. Everything that it had synced before the switch is on both disks, "
         "everything that it synced after it on the new one."
     )
-    print(textwrap.fill(text, 98))
+    screen.paragraph(text)
     print(f"\nIt took {screen.seconds:.0f} s. Next: README.md; `./run serve --help` for a disk of your own.")
 
 
-@contextlib.contextmanager
-def work_folder() -> Iterator[Path]:
-    """A folder for the two disks, gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="vhs-demo-", dir="/var/tmp"))
-    try:
-        if shutil.disk_usage(folder).free < 3 * DISK_MIB * MIB:
-            raise ImageError("/var/tmp has less than the 3 GiB free that the demo needs")
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def story(screen: Screen, work: Path) -> None:
+    screen.step("Make two disks")
+    assets = guest_assets()
+    disks = make_disks(screen, work)
+    told = run_guest(screen, assets, work, *disks)
+    verify(screen, assets, work, disks, told)
+    summarise(screen, told)
 
 
 def main() -> int:
-    def terminated(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminated)  # so that the guest and the folder go, too
-    screen = Screen()
-    try:
-        with work_folder() as work:
-            screen.step("Make two disks")
-            assets = guest_assets()
-            disks = make_disks(screen, work)
-            told = run_guest(screen, assets, work, *disks)
-            verify(screen, assets, work, disks, told)
-            summarise(screen, told)
-    except (AssetError, GuestError, ImageError, ProcessError, QmpError, OSError) as error:
-        screen.bad(str(error))
-        return 1
-    except KeyboardInterrupt:
-        screen.bad("interrupted")
-        return 130
-    return 0
+    parser = argparse.ArgumentParser(prog="./run demo", description=(__doc__ or "").partition("\n\n")[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--two-hosts", action="store_true", help="to a second host; then the first one dies (as root)"
+    )
+    given = parser.parse_args()
+    if given.two_hosts:
+        return tell(demo_hosts.STEPS, demo_hosts.story)
+    return tell(STEPS, story)
 
 
 if __name__ == "__main__":

@@ -97,10 +97,14 @@ class Process:
         self.kill()
 
 
-def is_listening(path: Path) -> bool:
-    """Whether somebody accepts connections on this Unix socket. Asks the kernel, so that no connection is
-    spent."""
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+def is_listening(process: Process, path: Path) -> bool:
+    """Whether somebody accepts connections on this Unix socket, in the process's network namespace. Asks the
+    kernel, so that no connection is spent."""
+    try:
+        sockets = Path(f"/proc/{process.pid}/net/unix").read_text()
+    except OSError:
+        return False  # it is gone
+    for line in sockets.splitlines()[1:]:
         fields = line.split(maxsplit=7)
         if len(fields) == 8 and fields[7] == str(path) and int(fields[3], 16) & 0x10000:  # __SO_ACCEPTCON
             return True
@@ -119,7 +123,7 @@ def wait_listening(process: Process, path: Path, timeout_s: float = 30.0) -> Non
     """Return when the process listens there. Linux has no event for this, so it is looked at every 10 ms.
     Time in which it was ready to run, and others did, does not count."""
     began = time.monotonic()
-    while not is_listening(path):
+    while not is_listening(process, path):
         if not process.running:
             raise ProcessError(
                 f"{process.name} ended instead of listening on {path}:\n{process.last_output()}"
