@@ -130,7 +130,7 @@ def test_a_late_server_that_limits_its_connections_is_attached_when_it_lets_us_i
     assert_holds(held, {1: 2})
 
 
-@pytest.mark.parametrize("sandbox", ["off", "auto"])
+@pytest.mark.parametrize("sandbox", ["off", "auto", "require"])
 def test_a_command_ends_the_late_server(tmp_path: Path, server: DiskServer, sandbox: str) -> None:
     held, command = server.disks["far:b"], kill_command(tmp_path, server)
     options = (*QUICKLY, "--fence-command", command, "--sandbox", sandbox)
@@ -152,8 +152,8 @@ def test_a_command_that_fails_fences_nothing(tmp_path: Path, server: DiskServer)
     with serve(tmp_path, server, *QUICKLY, "--fence-command", said) as served, served.guest() as guest:
         served.start_mirror("far:b")
         lose_with_a_write_under_way(served, guest, held)
-        error = served.qmp.wait_event("DESTINATION_RETRY", 30, what="failed")["error"]
-        assert "once --fence-command succeeds; it ended with exit code 1: it runs on" in error
+        why = "once --fence-command succeeds; it ended with exit code 1: it runs on"
+        await_true(lambda: why in served.mirror()["last-error"], "the command has failed")
         assert served.state == "degraded" and served.mirror()["fence"] == "command"
         held.let_go()
         guest.close()
