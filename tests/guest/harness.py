@@ -36,6 +36,9 @@ IO_TROUBLE = re.compile(
 # A guest that takes longer has hung: on a machine whose processors others want, everything takes many times
 # as long as it should. A test's own time limit may come first.
 ANSWER_S = 180.0
+# init_on_alloc=0: only the backend writes what is read from the disk, and so a migration without its dirty
+# log shows. no_timer_check: on a busy host the kernel may see no tick while it looks for one, and panic.
+KERNEL_OPTIONS = "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog init_on_alloc=0 no_timer_check"
 
 
 class GuestError(Exception):
@@ -348,9 +351,7 @@ class Guest:
         command = [
             *machine,
             "-kernel", str(self._assets.kernel), "-initrd", str(self._assets.initramfs),
-            # Memory is not zeroed when it is allocated: only the backend writes what is read from the disk,
-            # and so a migration without its dirty log shows.
-            "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog init_on_alloc=0",
+            "-append", KERNEL_OPTIONS,
             "-qmp", f"unix:{monitor},server=on,wait=off",
             "-serial", f"file:{console}",
             *more,
