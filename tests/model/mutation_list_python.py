@@ -394,7 +394,7 @@ PYTHON = [
     _m(
         "what-is-under-way-is-not-recorded",
         "rule 8: the record says that requests may be under way before the first one",
-        "mirror/record_keeper.py",
+        "mirror/under_way.py",
         "return record if kind_of(place.name).fences_itself else record.with_unfenced(place.identity)",
         "return record",
         "daemon/test_fence.py::test_a_backend_that_was_killed_leaves_it_unknown_what_is_under_way",
@@ -402,7 +402,7 @@ PYTHON = [
     _m(
         "closed-is-answered",
         "rule 8: a connection that was closed may have left requests unanswered",
-        "mirror/record_keeper.py",
+        "mirror/under_way.py",
         "        if place is not None and not unanswered:\n",
         "        if place is not None:\n",
         "daemon/test_fence.py::test_a_late_server_is_attached_when_the_operator_says_so",

@@ -296,7 +296,7 @@ class Mirror:
             record = former.with_peer(marked.identity, former.bitmap if resync else None)
             if not resync:
                 record = record.with_difference(None)
-            record = self._keeper.to_unfenced(record, place)
+            record = self._keeper.with_requests(record, place)
             await self._keeper.write(record.with_wanted(wanted))
             marked = await self._bearing_its_mark(marked)
             place = Place.of(marked)

@@ -41,11 +41,11 @@ from vhostsync.errors import (
 from vhostsync.events import EventHub
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.roles import Roles
+from vhostsync.mirror.under_way import CLOSED, UnderWay
 from vhostsync.record.bitmap import BitmapFile
 from vhostsync.record.record_store import Prepared, RecordStore
 from vhostsync.record.state_record import StateRecord, Worth, timestamp
-from vhostsync.storage.identity import DiskIdentity, same
-from vhostsync.storage.kinds import kind_of
+from vhostsync.storage.identity import DiskIdentity
 
 log = structlog.get_logger(__name__)
 
@@ -88,8 +88,7 @@ class RecordKeeper:
         self._unsettled = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
-        self._answered: list[DiskIdentity] = []  # all that went there; the record is still to be told
-        self._left_sources: list[Place | None] = []  # by a switch, and not closed yet
+        self._under_way = UnderWay(roles)
         self._steady = anyio.Event()
         self._verified = anyio.Event()
         engine.on_event(self._on_event)
@@ -244,23 +243,11 @@ class RecordKeeper:
             peer = look_again(self._roles.destination)
             if peer is None:
                 return
-        record = self._fenced_by_the_end(self.record)
+        record = self._under_way.after_the_end(self.record, self._engine.unanswered)
         try:
             self._store.change(record.detached(current, peer, self._spared))
         except StateRecordError as error:
             log.error("the state record could not note the clean end", error=str(error))
-
-    def _fenced_by_the_end(self, record: StateRecord) -> StateRecord:
-        """Without the disks that have answered all that they were sent."""
-        for role, place in (
-            ("source", self._roles.source),
-            ("destination", self._roles.destination or self._roles.fenced),
-        ):
-            if place is not None and role not in self._engine.unanswered:
-                record = record.with_fenced(place.identity)
-        for disk in self._answered:
-            record = record.with_fenced(disk)
-        return record
 
     # ---- following the engine ----------------------------------------------------
 
@@ -276,15 +263,12 @@ class RecordKeeper:
                 self.record, self._announced = self._announced, None
                 self.different_since = self.record.different_since
                 if self.record.peer is None:
-                    self._left_sources.append(self._roles.source)
+                    self._under_way.note_left(self._roles.source)
                 self._roles.exchange(keep_mirror=self.record.peer is not None)
         elif event.kind is EventKind.IO_ERROR and event.role == "source":
             self._source_failed.set()
-        elif event.kind is EventKind.FENCE_CLEAR:
-            self._note_closed(self._roles.fenced, unanswered=bool(event.value))
-            self._fence_clear.set()
-        elif event.kind is EventKind.SOURCE_CLOSED:
-            self._note_closed(self._take_left_source(), unanswered=bool(event.value))
+        elif event.kind in CLOSED:
+            self._under_way.note_closed(event)
             self._fence_clear.set()
         if event.kind in _TO_RECORD:
             self._to_record[event.kind].append(event)
@@ -332,45 +316,28 @@ class RecordKeeper:
             await anyio.to_thread.run_sync(self._roles.peer.look)
             await self._until_written(self._record_answered, "a restart would want a fence without need")
 
-    def _take_left_source(self) -> Place | None:
-        """None: there are several, and it is not told which of them was closed."""
-        if len(self._left_sources) > 1:
-            self._left_sources = [None] * len(self._left_sources)
-        return self._left_sources.pop(0)
-
-    def _note_closed(self, place: Place | None, *, unanswered: bool) -> None:
-        if place is not None and not unanswered:
-            self._answered.append(place.identity)
-
     def is_unfenced(self, name: str) -> bool:
         """Requests of a lost connection may still be carried out at the disk that is called so."""
-        return any(
-            disk.path == name and not any(same(disk, each) for each in self._answered)
-            for disk in self.record.unfenced
-        )
+        return self._under_way.is_unfenced(self.record, name)
 
     def unfenced_name(self, identity: DiskIdentity) -> str | None:
         """The same of a disk, however it is called: its name then."""
-        known = [disk.path for disk in self.record.unfenced if same(disk, identity)]
-        return next((name for name in known if self.is_unfenced(name)), None)
+        return self._under_way.unfenced_name(self.record, identity)
 
-    def to_unfenced(self, record: StateRecord, place: Place) -> StateRecord:
+    def with_requests(self, record: StateRecord, place: Place) -> StateRecord:
         """For the record to be written before the first request there."""
         assert self.lock.locked()
-        self._answered = [each for each in self._answered if not same(each, place.identity)]
-        return record if kind_of(place.name).fences_itself else record.with_unfenced(place.identity)
+        return self._under_way.with_requests(record, place)
 
     async def _record_answered(self) -> str | None:
         async with self.lock:
-            record, answered = self.record, self._answered
-            for disk in answered:
-                record = record.with_fenced(disk)
+            record = self._under_way.without_answered(self.record)
             try:
                 if record != self.record:
                     await self.write(record)
             except StateRecordError as error:
                 return str(error)
-            self._answered = [each for each in self._answered if each not in answered]
+            self._under_way.note_written(record)
             return None
 
     async def _follow_doubt(self) -> None:
