@@ -3,9 +3,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 
 from bench.bulk_copy import measure_copy, measure_holes
+from bench.ceph import measure_copy_to_rbd, measure_from_rbd, measure_mirrored_to_rbd
 from bench.contenders import Contender
 from bench.disk_sizes import measure_sizes
 from bench.idle import measure_idle
@@ -198,6 +200,12 @@ _FOOTPRINT = (
 )
 
 
+def _from_rbd(number: str, kind: str) -> Row:
+    targets = (Target("of raw", ratio("ours", "raw"), 0.9), Target("of rival", ratio("ours", "rival"), 1))
+    title = f"pass-through, source in Ceph RBD, depth 32, {kind} (raw: fio's RBD engine)"
+    return Row(number, title, "memory", (), targets, alone=partial(measure_from_rbd, rw=f"rand{kind}"))
+
+
 _OURS_OF_RAW = ratio("ours mirrored", "raw")
 _NETWORK = (
     Row(
@@ -220,6 +228,18 @@ _NETWORK = (
         (Target("of raw", _OURS_OF_RAW, 1 / 1.3), Target("of rival", ratio("ours mirrored", "rival"), None)),
         alone=measure_far_flushed,
     ),
+    Row(
+        "N5", "mirrored writes, memory, depth 32, to Ceph RBD (raw: fio's RBD engine)", "memory", (),
+        (Target("of raw", _OURS_OF_RAW, 0.9), Target("of rival", ratio("ours mirrored", "rival"), 1)),
+        alone=measure_mirrored_to_rbd,
+    ),
+    Row(
+        "N5c", "bulk copy, memory, to Ceph RBD (raw: rbd import)", "memory", (),
+        (Target("of raw", ratio("ours", "raw", name="mb_per_s"), 0.9),),
+        "mb_per_s", "MB/s", alone=measure_copy_to_rbd,
+    ),
+    _from_rbd("N6r", "read"),
+    _from_rbd("N6w", "write"),
     Row(
         "N7", "bulk copy, memory, to NBD (raw: nbdcopy)", "memory", (),
         (Target("of raw", ratio("ours", "raw", name="mb_per_s"), 0.9),),

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest import demo_hosts
+from tests.guest import demo_ceph, demo_hosts
 from tests.guest.assets import GuestAssets, guest_assets
 from tests.guest.backends import Vhostsync
 from tests.guest.harness import Guest, GuestDisk, Load, Report, machine_command, verify_blocks
@@ -32,7 +32,7 @@ from tests.guest.story import (
     check_log,
     make_source,
     show_counts,
-    switch_pause_ms,
+    switch,
     tell,
     vhostsync,
 )
@@ -102,8 +102,7 @@ def run_guest(screen: Screen, assets: GuestAssets, work: Path, source: Path, des
 
             screen.step("Switch: the guest moves to the destination while it writes")
             before = load.fresh_report()
-            vhostsync(screen, backend.control, "switch")
-            pause_ms = switch_pause_ms(backend)
+            pause_ms = switch(screen, backend)
             first = load.next_report()
             after = load.fresh_report()
             slowest = max(first.slowest_ms, after.slowest_ms)
@@ -177,10 +176,13 @@ def story(screen: Screen, work: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./run demo", description=(__doc__ or "").partition("\n\n")[0])
     which = parser.add_mutually_exclusive_group()
+    which.add_argument("--ceph", action="store_true", help="into Ceph RBD and back, on a cluster of its own")
     which.add_argument(
         "--two-hosts", action="store_true", help="to a second host; then the first one dies (as root)"
     )
     given = parser.parse_args()
+    if given.ceph:
+        return tell(demo_ceph.STEPS, demo_ceph.story)
     if given.two_hosts:
         return tell(demo_hosts.STEPS, demo_hosts.story)
     return tell(STEPS, story)

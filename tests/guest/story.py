@@ -118,8 +118,10 @@ def show_counts(screen: Screen, backend: Vhostsync, load: Load) -> None:
     screen.say("")
 
 
-def switch_pause_ms(backend: Vhostsync) -> float:
-    """The pause of the switch, from the event about it."""
+def switch(screen: Screen, backend: Vhostsync) -> float:
+    """Have a user move the guest to the destination; the pause in milliseconds, from the event about it."""
+    assert backend.status()["state"] == "steady"  # and from here on events are heard
+    vhostsync(screen, backend.control, "switch")
     data = backend.qmp.wait_event("SWITCH_COMPLETED", 10)
     return float(data["pause-us"]) / 1000
 

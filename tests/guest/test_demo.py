@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.backends import storage_daemon_wanted
+from tests.network.ceph_cluster import lacking
 
 pytestmark = [
     pytest.mark.guest,
@@ -34,6 +35,11 @@ def tell(steps: int, *options: str) -> None:
 
 def test_demo() -> None:
     tell(9)
+
+
+@pytest.mark.skipif(lacking() is not None, reason=f"a Ceph cluster {lacking()}")
+def test_into_ceph_and_back() -> None:
+    tell(7, "--ceph")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")

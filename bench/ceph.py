@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows N5 and N6: mirrored to, and served from, Ceph RBD. The cluster is the tests': a monitor and an OSD, in
+memory. An image has one owner, so each contender has its own; the limit is fio's RBD engine."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.contenders import Contender, Ours, Raw, Rival
+from bench.files import make_file, require
+from bench.network import bench_folder
+from bench.plan import Plan
+from bench.sample import BenchError, Round, Sample, Work
+from tests.network import ceph_cluster
+from tests.network.ceph_cluster import POOL, CephCluster
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[CephCluster]:
+    if why := ceph_cluster.lacking():
+        raise BenchError(f"a Ceph cluster {why}")
+    require("fio")
+    before = os.environ.get("CEPH_CONF")
+    with CephCluster() as cluster:
+        os.environ |= cluster.environment  # of the contenders
+        try:
+            yield cluster
+        finally:
+            if before is None:
+                del os.environ["CEPH_CONF"]
+            else:
+                os.environ["CEPH_CONF"] = before
+
+
+class RawRbd(Raw):
+    """fio with its RBD engine, and no cache."""
+
+    def __init__(self, image: str) -> None:
+        super().__init__(Path(image), direct=False)
+        self._image = image
+
+    def target(self) -> list[str]:
+        return ["--ioengine=rbd", f"--pool={POOL}", f"--rbdname={self._image}", "--clientname=admin"]
+
+
+def _image(cluster: CephCluster, name: str, file: Path) -> str:
+    """As large as that file, and full of it: nobody pays for objects that are not there yet."""
+    cluster.rbd("import", "--no-progress", str(file), f"{POOL}/{name}")
+    return name
+
+
+def _in_turn(plan: Plan, running: dict[str, Contender], work: Work) -> list[Round]:
+    return [
+        {name: who.measure(work, plan.seconds, plan.mirrored_ramp_s) for name, who in running.items()}
+        for _ in range(plan.pairs)
+    ]
+
+
+def _node(cluster: CephCluster, image: str) -> dict[str, object]:
+    return {"driver": "rbd", "pool": POOL, "image": image, "conf": str(cluster.conf)}
+
+
+def measure_mirrored_to_rbd(plan: Plan) -> list[Round]:
+    size = plan.bytes_of["memory"]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(bench_folder(plan, "memory"))
+        cluster = stack.enter_context(_cluster())
+        source = make_file(folder / "source.img", size, direct=False)
+        images = {name: _image(cluster, name, source) for name in ("raw", "rival", "ours")}
+        running: dict[str, Contender] = {"raw": RawRbd(images["raw"])}
+        running["rival"] = Rival(
+            "rival", folder, source, direct=False, destination=_node(cluster, images["rival"])
+        )
+        stack.callback(running["rival"].close)
+        running["ours mirrored"] = Ours(
+            "ours mirrored", folder, source, direct=False, destination=f"rbd:{POOL}/{images['ours']}"
+        )
+        stack.callback(running["ours mirrored"].close)
+        return _in_turn(plan, running, Work("randwrite", 32))
+
+
+def measure_from_rbd(plan: Plan, rw: str) -> list[Round]:
+    size = plan.bytes_of["memory"]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(bench_folder(plan, "memory"))
+        cluster = stack.enter_context(_cluster())
+        content = make_file(folder / "content.img", size, direct=False)
+        images = {name: _image(cluster, name, content) for name in ("raw", "rival", "ours")}
+        running: dict[str, Contender] = {"raw": RawRbd(images["raw"])}
+        running["rival"] = Rival("rival", folder, _node(cluster, images["rival"]), direct=False)
+        stack.callback(running["rival"].close)
+        running["ours"] = Ours("ours", folder, f"rbd:{POOL}/{images['ours']}", direct=False)
+        stack.callback(running["ours"].close)
+        return _in_turn(plan, running, Work(rw, 32))
+
+
+def measure_copy_to_rbd(plan: Plan) -> list[Round]:
+    """All of a disk in memory to an image: `rbd import`, and ours from mirror-start to steady."""
+    size = plan.bytes_of["memory"]
+    rounds = []
+    with bench_folder(plan, "memory") as folder, _cluster() as cluster:
+        source = make_file(folder / "source.img", size, direct=False)
+        with contextlib.closing(Ours("ours", folder, source, direct=False)) as ours:
+            for number in range(plan.pairs):
+                begin = time.monotonic()
+                try:
+                    _image(cluster, f"imported-{number}", source)
+                except subprocess.CalledProcessError as error:
+                    raise BenchError(f"rbd import: {error.stderr}") from error
+                imported_s = time.monotonic() - begin
+                name = f"mirrored-{number}"
+                cluster.rbd("create", "--size", f"{size}B", f"{POOL}/{name}")
+                begin = time.monotonic()
+                ours.start_mirror(f"rbd:{POOL}/{name}")
+                copied_s = time.monotonic() - begin
+                ours.leave_mirror()
+                rounds.append({
+                    "raw": Sample({"mb_per_s": size / imported_s / 1e6}),
+                    "ours": Sample({"mb_per_s": size / copied_s / 1e6}),
+                })
+    return rounds
