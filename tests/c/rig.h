@@ -28,10 +28,10 @@
 #define F_VERSION_1 (1ull << 32)
 #define F_USUAL (F_BLK_FLUSH | F_VERSION_1)
 
-/* A queue as its driver sees it. A request in slot s uses the descriptors from 3 s on. */
 /* For the next rig; its flushes come by themselves. */
 static uint64_t rig_checkpoint_us = 50000;
 
+/* A queue as its driver sees it. A request in slot s uses the descriptors from 3 s on. */
 struct lane {
     struct ring ring;
     int kick_fd, call_fd;
@@ -171,23 +171,40 @@ static inline struct rig rig_make(const struct vs_engine_config *config, vs_disk
     return r;
 }
 
-static inline void lane_setup(struct rig *r, unsigned i, uint16_t base)
+struct ring_place {
+    uint32_t num;
+    uint64_t desc_at, avail_at, used_at; /* in the guest's memory, as all places here */
+    int kick_fd, call_fd;                /* copies of them are sent */
+};
+
+static inline void rig_start_ring(struct rig *r, unsigned i, const struct ring_place *p, uint16_t base)
 {
-    struct lane *l = &r->lane[i];
     struct vs_command addr = {.kind = VS_CMD_VRING_ADDR,
                               .attachment = r->attachment,
                               .queue = i,
                               .fd = -1,
-                              .ring.desc = USER_ADDR + l->ring.desc_at,
-                              .ring.avail = USER_ADDR + l->ring.avail_at,
-                              .ring.used = USER_ADDR + l->ring.used_at,
+                              .ring.desc = USER_ADDR + p->desc_at,
+                              .ring.avail = USER_ADDR + p->avail_at,
+                              .ring.used = USER_ADDR + p->used_at,
                               .ring.log = UINT64_MAX};
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_NUM, i, l->ring.num, -1), 0);
+    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_NUM, i, p->num, -1), 0);
     CHECK_EQUAL(rig_command(r, addr), 0);
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_BASE, i, base, -1), 0);
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_CALL, i, 0, dup(l->call_fd)), 0);
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_KICK, i, 0, dup(l->kick_fd)), 0);
+    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_CALL, i, 0, dup(p->call_fd)), 0);
+    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_KICK, i, 0, dup(p->kick_fd)), 0);
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_ENABLE, i, 1, -1), 0);
+}
+
+static inline void lane_setup(struct rig *r, unsigned i, uint16_t base)
+{
+    struct lane *l = &r->lane[i];
+    struct ring_place place = {.num = l->ring.num,
+                               .desc_at = l->ring.desc_at,
+                               .avail_at = l->ring.avail_at,
+                               .used_at = l->ring.used_at,
+                               .kick_fd = l->kick_fd,
+                               .call_fd = l->call_fd};
+    rig_start_ring(r, i, &place, base);
 }
 
 static inline void rig_attach(struct rig *r, unsigned lanes, uint64_t features)

@@ -18,16 +18,12 @@
 #define _GNU_SOURCE
 #include "toctou.h"
 
+static struct contest contest;
+
 static void attach(struct rig *r)
 {
     r->lanes = RACED_LANES;
-    r->guest = malloc(sizeof *r->guest);
-    CHECK(r->guest);
-    *r->guest = guest_make(FILE_BYTES);
-    hide_secret(r->guest);
-    CHECK_EQUAL(rig_simple(r, VS_CMD_ATTACH, 0), 0);
-    CHECK_EQUAL(rig_simple(r, VS_CMD_SET_FEATURES, F_USUAL | F_INDIRECT), 0);
-    set_table(r);
+    attach_guest(r, F_USUAL | F_INDIRECT);
     for (unsigned i = 0; i < RACED_LANES; i++) {
         struct lane *l = &r->lane[i];
         r->guest->taken = i ? HIGH_AT : LOW_AT; /* a ring in each region */
@@ -69,7 +65,7 @@ static void rewrite_descriptor(struct racer *x, struct vring_desc *d)
 /* A table at the very end of a region, whose first descriptor goes on far beyond its length; and the length. */
 static void hammer_table(struct racer *x)
 {
-    struct lane *l = &x->rig->lane[1];
+    struct lane *l = &contest.rig.lane[1];
     struct vring_desc *d = &l->ring.desc[3 * pick(x, LANE_DEPTH)];
     uint64_t end = part[1].at + part[1].bytes;
     struct vring_desc last = {.addr = GUEST_ADDR + LOW_AT, .len = 16, .flags = VRING_DESC_F_NEXT, .next = 65000};
@@ -84,7 +80,7 @@ static void hammer_table(struct racer *x)
 
 static void rewrite(struct racer *x)
 {
-    struct lane *l = &x->rig->lane[pick(x, RACED_LANES)];
+    struct lane *l = &contest.rig.lane[pick(x, RACED_LANES)];
     unsigned slot = (unsigned)pick(x, LANE_DEPTH);
     uint8_t *header = lane_header(l, slot);
     switch (pick(x, 16)) {
@@ -96,14 +92,9 @@ static void rewrite(struct racer *x)
             __atomic_store_n(&l->ring.avail->idx, (uint16_t)test_random(&x->seed), __ATOMIC_RELAXED);
         break;
     case 2:
-        FLICKER(x, *(uint32_t *)(void *)header, pick(x, 16));
-        break;
     case 3:
-        FLICKER(x, *(uint64_t *)(void *)(header + 8),
-                pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed));
-        break;
     case 4:
-        __atomic_store_n((uint64_t *)(void *)(lane_data(l, slot) + 8 * pick(x, 512)), pick(x, 0x7f), __ATOMIC_RELAXED);
+        rewrite_request(x, header, lane_data(l, slot));
         break;
     case 5:
         if (pick(x, 8) == 0)
@@ -117,14 +108,6 @@ static void rewrite(struct racer *x)
     }
 }
 
-static void *race(void *argument)
-{
-    struct racer *x = argument;
-    while (!atomic_load_explicit(&x->stop, memory_order_relaxed))
-        rewrite(x);
-    return NULL;
-}
-
 /* ---- the driver -------------------------------------------------------------- */
 
 static void take_answers(struct lane *l)
@@ -136,8 +119,9 @@ static void take_answers(struct lane *l)
 
 /* As a driver does that resets its ring. All of the ring: reads whose descriptors were rewritten may have put the
  * disk's bytes anywhere into the guest's memory, its rings' flags and indices included, as it asked for. */
-static void set_up_anew(struct rig *r, unsigned i)
+static void set_up_anew(struct contest *c, unsigned i)
 {
+    struct rig *r = &c->rig;
     struct lane *l = &r->lane[i];
     CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_STOP, i, 0, -1), 0);
     take_answers(l);
@@ -151,75 +135,44 @@ static void set_up_anew(struct rig *r, unsigned i)
 
 static void put_requests(struct lane *l, uint64_t *seed)
 {
-    static const uint32_t types[] = {VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH};
     while ((uint16_t)(l->ring.published - l->ring.reaped) < LANE_DEPTH) {
-        unsigned slot = l->ring.published % LANE_DEPTH;
-        uint32_t type = types[test_random(seed) % 4], bytes = 512u * (1 + (uint32_t)(test_random(seed) % 8));
-        lane_put(l, slot, type, test_random(seed) % (DISK_BYTES / 512 - 8), type == VIRTIO_BLK_T_FLUSH ? 0 : bytes);
+        struct good_request q = some_request(seed);
+        lane_put(l, l->ring.published % LANE_DEPTH, q.type, q.sector, q.bytes);
     }
     ring_publish(&l->ring);
     lane_kick(l);
 }
 
-/* One turn: requests out, answers in; when a ring breaks, both are set up anew (which of them it was may have been
- * told while something else was awaited). No answer and no breach for long is a hang. */
-static void turn(struct rig *r, unsigned i, uint64_t *seed, unsigned *breaches)
+/* No answer and no breach for long is a hang. */
+static void turn(struct contest *c, unsigned i, uint64_t *seed)
 {
+    struct rig *r = &c->rig;
     struct lane *l = &r->lane[i];
     struct vs_event e;
     uint64_t until = now_ms() + PATIENCE_MS, before = l->done;
     put_requests(l, seed);
-    while (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == *breaches) {
+    while (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == c->breaches) {
         CHECK(now_ms() < until);
         take_answers(l);
         (void)rig_event(r, &e, l->done == before ? 1 : 0);
-    }
-    while (*breaches != r->seen[VS_EV_QUEUE_BROKEN]) {
-        *breaches = r->seen[VS_EV_QUEUE_BROKEN];
-        for (unsigned k = 0; k < RACED_LANES; k++)
-            set_up_anew(r, k);
     }
 }
 
 static void nothing_outside_is_touched_and_nothing_hangs(void)
 {
-    const char *wanted = getenv("VHOSTSYNC_TOCTOU_S");
     struct vs_engine_config config = rig_config();
-    struct rig r = rig_make(&config, rig_test_disk());
-    struct racer x = {.rig = &r, .seed = 77};
-    uint64_t seed = 5, end;
-    unsigned breaches = 0;
-    attach(&r);
-    rig_mirror(&r);
-    CHECK_EQUAL(pthread_create(&x.thread, NULL, race, &x), 0);
-    end = now_ms() + 1000 * (wanted ? strtoull(wanted, NULL, 10) : 3);
-    for (unsigned n = 0; now_ms() < end; n++) {
-        turn(&r, n % RACED_LANES, &seed, &breaches);
-        if (n % 500 == 0)
-            set_table(&r); /* while requests of the former table are under way */
-    }
-    atomic_store(&x.stop, true);
-    pthread_join(x.thread, NULL);
-    for (unsigned i = 0; i < RACED_LANES; i++)
-        set_up_anew(&r, i);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
-    CHECK_EQUAL(r.state, VS_STEADY);
-    CHECK(disks_equal(r.source, r.destination, CUT_NONE));
-    check_secret(&r);
-    printf("# %" PRIu64 " stores, %" PRIu64 " answers, %u broken rings\n", x.stores, r.lane[0].done + r.lane[1].done,
-           r.seen[VS_EV_QUEUE_BROKEN]);
-    CHECK(r.lane[0].done > 0 && r.lane[1].done > 0 && r.seen[VS_EV_QUEUE_BROKEN] > 0);
-    CHECK_EQUAL(lane_fill(&r.lane[0], 8, 4096, 0x42), VIRTIO_BLK_S_OK); /* and a good guest is served as ever */
-    rig_end(&r);
+    struct rig *r = &contest.rig;
+    contest = (struct contest){.rig = rig_make(&config, rig_test_disk()), .racer = {.rewrite = rewrite}};
+    attach(r);
+    run_contest(&contest, turn, set_up_anew);
+    printf("# %" PRIu64 " stores, %" PRIu64 " answers, %u broken rings\n", contest.racer.stores,
+           r->lane[0].done + r->lane[1].done, contest.breaches);
+    CHECK(r->lane[0].done > 0 && r->lane[1].done > 0);
+    CHECK_EQUAL(lane_fill(&r->lane[0], 8, 4096, 0x42), VIRTIO_BLK_S_OK); /* and a good guest is served as ever */
+    rig_end(r);
 }
 
 int main(void)
 {
-#if defined(__SANITIZE_THREAD__)
-    printf("1..0 # SKIP the races are the test\n");
-    return 0;
-#else
-    test("nothing outside is touched and nothing hangs", nothing_outside_is_touched_and_nothing_hangs);
-    return tests_end();
-#endif
+    return toctou_main(nothing_outside_is_touched_and_nothing_hangs);
 }

@@ -28,69 +28,50 @@ struct packed_lane {
     uint64_t done;
 };
 
-struct stage {
-    struct rig rig;
-    struct packed_lane lane[RACED_LANES];
-    struct racer racer;
-    unsigned breaches;
-    uint64_t lost;
-};
+static struct contest contest;
+static struct packed_lane lanes[RACED_LANES];
+static uint64_t standstills;
 
 static uint8_t *slot_at(struct packed_lane *l, unsigned slot)
 {
     return l->ring.guest->base + l->at + slot * 12288ull;
 }
 
-static void start_ring(struct stage *s, unsigned i)
+static void start_ring(struct rig *r, unsigned i)
 {
-    struct packed_lane *l = &s->lane[i];
-    struct rig *r = &s->rig;
-    struct vs_command addr = {.kind = VS_CMD_VRING_ADDR,
-                              .attachment = r->attachment,
-                              .queue = i,
-                              .fd = -1,
-                              .ring.desc = USER_ADDR + l->ring.desc_at,
-                              .ring.avail = USER_ADDR + l->ring.driver_at,
-                              .ring.used = USER_ADDR + l->ring.device_at,
-                              .ring.log = UINT64_MAX};
+    struct packed_lane *l = &lanes[i];
+    struct ring_place place = {.num = RING,
+                               .desc_at = l->ring.desc_at,
+                               .avail_at = l->ring.driver_at,
+                               .used_at = l->ring.device_at,
+                               .kick_fd = l->kick_fd,
+                               .call_fd = l->call_fd};
     memset(l->ring.desc, 0, RING * sizeof *l->ring.desc);
     memset(l->ring.driver, 0, sizeof *l->ring.driver);
     l->ring.avail = l->ring.used = WRAP;
     l->ring.hidden = RING;
     l->busy = 0;
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_NUM, i, RING, -1), 0);
-    CHECK_EQUAL(rig_command(r, addr), 0);
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_BASE, i, WRAP, -1), 0);
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_CALL, i, 0, dup(l->call_fd)), 0);
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_KICK, i, 0, dup(l->kick_fd)), 0);
-    CHECK_EQUAL(rig_vring(r, VS_CMD_VRING_ENABLE, i, 1, -1), 0);
+    rig_start_ring(r, i, &place, WRAP);
 }
 
-static void set_up_anew(struct stage *s, unsigned i)
+static void set_up_anew(struct contest *c, unsigned i)
 {
-    CHECK_EQUAL(rig_vring(&s->rig, VS_CMD_VRING_STOP, i, 0, -1), 0);
-    start_ring(s, i);
+    CHECK_EQUAL(rig_vring(&c->rig, VS_CMD_VRING_STOP, i, 0, -1), 0);
+    start_ring(&c->rig, i);
 }
 
-static void attach(struct stage *s)
+static void attach(struct rig *r)
 {
-    struct rig *r = &s->rig;
-    r->guest = malloc(sizeof *r->guest);
-    CHECK(r->guest);
-    *r->guest = guest_make(FILE_BYTES);
-    hide_secret(r->guest);
-    CHECK_EQUAL(rig_simple(r, VS_CMD_ATTACH, 0), 0);
-    CHECK_EQUAL(rig_simple(r, VS_CMD_SET_FEATURES, F_USUAL | F_INDIRECT | 1ull << VIRTIO_F_RING_PACKED), 0);
-    set_table(r);
+    attach_guest(r, F_USUAL | F_INDIRECT | 1ull << VIRTIO_F_RING_PACKED);
     for (unsigned i = 0; i < RACED_LANES; i++) {
-        struct packed_lane *l = &s->lane[i];
+        struct packed_lane *l = &lanes[i];
         r->guest->taken = i ? HIGH_AT : LOW_AT; /* a ring in each region */
         l->ring = packed_make(r->guest, RING, WRAP);
         l->indirect = i == 1;
         l->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         l->call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         l->at = guest_take(r->guest, DEPTH * 12288ull, 4096);
-        start_ring(s, i);
+        start_ring(r, i);
     }
 }
 
@@ -133,39 +114,29 @@ static void hammer_table(struct racer *x, struct packed_lane *l)
     x->stores += 16000;
 }
 
-static void *race(void *argument)
+static void rewrite(struct racer *x)
 {
-    struct stage *s = argument;
-    struct racer *x = &s->racer;
-    while (!atomic_load_explicit(&x->stop, memory_order_relaxed)) {
-        struct packed_lane *l = &s->lane[pick(x, RACED_LANES)];
-        uint8_t *header = slot_at(l, (unsigned)pick(x, DEPTH));
-        switch (pick(x, 16)) {
-        case 0:
-            FLICKER(x, *(uint32_t *)(void *)l->ring.driver, test_random(&x->seed));
-            break;
-        case 1:
-            FLICKER(x, *(uint32_t *)(void *)header, pick(x, 16));
-            break;
-        case 2:
-            FLICKER(x, *(uint64_t *)(void *)(header + 8),
-                    pick(x, 4) ? pick(x, 2 * DISK_BYTES / 512) : test_random(&x->seed));
-            break;
-        case 3:
-            __atomic_store_n((uint64_t *)(void *)(header + 4096 + 8 * pick(x, 512)), pick(x, 0x7f), __ATOMIC_RELAXED);
-            break;
-        case 4:
-            if (pick(x, 8) == 0)
-                hammer_table(x, &s->lane[1]);
-            break;
-        default:
-            if (l->indirect && pick(x, 2))
-                rewrite_descriptor(x, (struct vring_packed_desc *)(void *)(header + 64) + pick(x, 3));
-            else
-                rewrite_descriptor(x, &l->ring.desc[pick(x, RING)]);
-        }
+    struct packed_lane *l = &lanes[pick(x, RACED_LANES)];
+    uint8_t *header = slot_at(l, (unsigned)pick(x, DEPTH));
+    switch (pick(x, 16)) {
+    case 0:
+        FLICKER(x, *(uint32_t *)(void *)l->ring.driver, test_random(&x->seed));
+        break;
+    case 1:
+    case 2:
+    case 3:
+        rewrite_request(x, header, header + 4096);
+        break;
+    case 4:
+        if (pick(x, 8) == 0)
+            hammer_table(x, &lanes[1]);
+        break;
+    default:
+        if (l->indirect && pick(x, 2))
+            rewrite_descriptor(x, (struct vring_packed_desc *)(void *)(header + 64) + pick(x, 3));
+        else
+            rewrite_descriptor(x, &l->ring.desc[pick(x, RING)]);
     }
-    return NULL;
 }
 
 /* ---- the driver -------------------------------------------------------------- */
@@ -196,13 +167,11 @@ static void put_request(struct packed_lane *l, unsigned slot, uint32_t type, uin
 
 static void put_requests(struct packed_lane *l, uint64_t *seed)
 {
-    static const uint32_t types[] = {VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH};
     uint64_t one = 1;
     for (unsigned slot = 0; slot < DEPTH; slot++) {
-        uint32_t type = types[test_random(seed) % 4], bytes = 512u * (1 + (uint32_t)(test_random(seed) % 8));
+        struct good_request q = some_request(seed);
         if (!(l->busy & 1u << slot))
-            put_request(l, slot, type, test_random(seed) % (DISK_BYTES / 512 - 8),
-                        type == VIRTIO_BLK_T_FLUSH ? 0 : bytes);
+            put_request(l, slot, q.type, q.sector, q.bytes);
     }
     packed_publish(&l->ring);
     if (write(l->kick_fd, &one, sizeof one) < 0)
@@ -220,31 +189,26 @@ static void take_answers(struct packed_lane *l)
     }
 }
 
-static void turn(struct stage *s, unsigned i, uint64_t *seed)
+static void turn(struct contest *c, unsigned i, uint64_t *seed)
 {
-    struct packed_lane *l = &s->lane[i];
-    struct rig *r = &s->rig;
+    struct packed_lane *l = &lanes[i];
+    struct rig *r = &c->rig;
     struct vs_event e;
     uint64_t until = now_ms() + STANDSTILL_MS, before = l->done;
     put_requests(l, seed);
-    while (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == s->breaches && now_ms() < until) {
+    while (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == c->breaches && now_ms() < until) {
         take_answers(l);
         (void)rig_event(r, &e, l->done == before ? 1 : 0);
     }
-    if (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == s->breaches) {
-        s->lost++;
-        set_up_anew(s, i);
-    }
-    while (s->breaches != r->seen[VS_EV_QUEUE_BROKEN]) {
-        s->breaches = r->seen[VS_EV_QUEUE_BROKEN];
-        for (unsigned k = 0; k < RACED_LANES; k++)
-            set_up_anew(s, k);
+    if (l->done == before && r->seen[VS_EV_QUEUE_BROKEN] == c->breaches) {
+        standstills++;
+        set_up_anew(c, i);
     }
 }
 
-static void good_request(struct stage *s)
+static void serve_good_request(void)
 {
-    struct packed_lane *l = &s->lane[0];
+    struct packed_lane *l = &lanes[0];
     uint64_t until = now_ms() + PATIENCE_MS, before = l->done, one = 1;
     memset(slot_at(l, 0) + 4096, 0x42, 4096);
     put_request(l, 0, VIRTIO_BLK_T_OUT, 8, 4096);
@@ -259,46 +223,22 @@ static void good_request(struct stage *s)
 
 static void nothing_outside_is_touched_and_nothing_hangs(void)
 {
-    const char *wanted = getenv("VHOSTSYNC_TOCTOU_S");
     struct vs_engine_config config = rig_config();
-    static struct stage s;
-    uint64_t seed = 5, end;
-    s = (struct stage){.rig = rig_make(&config, rig_test_disk()), .racer = {.seed = 77}};
-    attach(&s);
-    rig_mirror(&s.rig);
-    CHECK_EQUAL(pthread_create(&s.racer.thread, NULL, race, &s), 0);
-    end = now_ms() + 1000 * (wanted ? strtoull(wanted, NULL, 10) : 3);
-    for (unsigned n = 0; now_ms() < end; n++) {
-        turn(&s, n % RACED_LANES, &seed);
-        if (n % 500 == 0)
-            set_table(&s.rig); /* while requests of the former table are under way */
-    }
-    atomic_store(&s.racer.stop, true);
-    pthread_join(s.racer.thread, NULL);
-    for (unsigned i = 0; i < RACED_LANES; i++)
-        set_up_anew(&s, i);
-    CHECK_EQUAL(rig_simple(&s.rig, VS_CMD_MIRROR_DRAIN, 0), 0);
-    CHECK_EQUAL(s.rig.state, VS_STEADY);
-    CHECK(disks_equal(s.rig.source, s.rig.destination, CUT_NONE));
-    check_secret(&s.rig);
-    printf("# %" PRIu64 " stores, %" PRIu64 " answers, %u broken rings, %" PRIu64 " set up anew\n", s.racer.stores,
-           s.lane[0].done + s.lane[1].done, s.rig.seen[VS_EV_QUEUE_BROKEN], s.lost);
-    CHECK(s.lane[0].done > 0 && s.lane[1].done > 0 && s.rig.seen[VS_EV_QUEUE_BROKEN] > 0);
-    good_request(&s);
+    contest = (struct contest){.rig = rig_make(&config, rig_test_disk()), .racer = {.rewrite = rewrite}};
+    attach(&contest.rig);
+    run_contest(&contest, turn, set_up_anew);
+    printf("# %" PRIu64 " stores, %" PRIu64 " answers, %u broken rings, %" PRIu64 " set up anew\n",
+           contest.racer.stores, lanes[0].done + lanes[1].done, contest.breaches, standstills);
+    CHECK(lanes[0].done > 0 && lanes[1].done > 0);
+    serve_good_request();
     for (unsigned i = 0; i < RACED_LANES; i++) {
-        close(s.lane[i].kick_fd);
-        close(s.lane[i].call_fd);
+        close(lanes[i].kick_fd);
+        close(lanes[i].call_fd);
     }
-    rig_end(&s.rig); /* which has no lanes of its own */
+    rig_end(&contest.rig); /* which has no lanes of its own */
 }
 
 int main(void)
 {
-#if defined(__SANITIZE_THREAD__)
-    printf("1..0 # SKIP the races are the test\n");
-    return 0;
-#else
-    test("nothing outside is touched and nothing hangs", nothing_outside_is_touched_and_nothing_hangs);
-    return tests_end();
-#endif
+    return toctou_main(nothing_outside_is_touched_and_nothing_hangs);
 }
