@@ -36,8 +36,8 @@ from tests.crash.fault_figures import Figures
 from tests.crash.fault_rig import BLOCK_BYTES, DESTINATION_TIMEOUT_S, LOAD_BLOCKS, LOG_MIB, WAIT_S, Rig
 from tests.daemon.rig import await_true
 from tests.guest.assets import guest_assets
-from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 DISK_MIB = 48
 CHUNK_BYTES = 64 << 10

@@ -17,7 +17,8 @@ from tests.crash.chaos import Chaos
 from tests.crash.habits import HABITS, Unconnected
 from tests.crash.load import BLOCK_BYTES, VerifiedLoad
 from tests.frontend import Frontend
-from tests.guest.images import MIB, digest, new_image
+from tests.guest.images import digest, new_image
+from tests.sizes import MIB
 
 TIME_S = float(os.environ.get("VHOSTSYNC_CHAOS_S", "15"))
 SEED = int(os.environ.get("VHOSTSYNC_CRASH_SEED", "1"))

@@ -21,7 +21,8 @@ from tests.crash.habits import HABITS, Habits, Unconnected
 from tests.crash.killer import Killer
 from tests.crash.load import BLOCK_BYTES, VerifiedLoad
 from tests.frontend import DEFAULT_FEATURES, Feature, Frontend
-from tests.guest.images import MIB, digest, new_image
+from tests.guest.images import digest, new_image
+from tests.sizes import MIB
 
 KILLS = int(os.environ.get("VHOSTSYNC_CRASH_KILLS", "12"))
 TIME_S = float(os.environ.get("VHOSTSYNC_CRASH_S", "60"))

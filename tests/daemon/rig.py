@@ -21,10 +21,11 @@ import pytest
 
 from tests.frontend import DEFAULT_FEATURES, Frontend, Request
 from tests.guest.backends import vhostsync_command
-from tests.guest.images import MIB, fill_random, new_image
+from tests.guest.images import fill_random, new_image
 from tests.guest.processes import Process, ProcessError, wait_listening
 from tests.guest.qmp_client import Qmp
 from tests.guest_ring import GuestMemory
+from tests.sizes import MIB
 from tests.vhost_client import VhostUserTransport
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord

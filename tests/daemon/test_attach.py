@@ -21,8 +21,9 @@ from tests.daemon.rig import (
     same_content,
     write_block,
 )
-from tests.guest.images import MIB, new_image
+from tests.guest.images import new_image
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import ext4_image, loop_device, mounted, overlay
+from tests.sizes import MIB
 from vhostsync.config import Answer, ServeConfig
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.errors import DiskError, StateRecordError
@@ -26,7 +27,6 @@ from vhostsync.storage import identify
 from vhostsync.storage.file import create_image
 from vhostsync.storage.identity import DiskIdentity, Likeness
 
-MIB = 1 << 20
 SIZE = 4 * MIB
 DOUBT = ((4096, 512),)
 THEN = "2026-01-02T03:04:05Z"

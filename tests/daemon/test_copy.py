@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from tests.daemon.rig import Load, Served, flush, image, lacking, same_content
-from tests.guest.images import MIB, fill_random, new_image
+from tests.guest.images import fill_random, new_image
+from tests.sizes import MIB
 
 
 def test_the_copy_ends_under_the_guests_writes(work: Path) -> None:

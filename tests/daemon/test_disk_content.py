@@ -22,7 +22,7 @@ from tests.daemon.rig import (
 from tests.daemon.test_attach import refused
 from tests.daemon.test_start import refusal
 from tests.frontend import Frontend
-from tests.guest.images import MIB
+from tests.sizes import MIB
 from vhostsync.record.state_record import Worth
 
 QCOW2 = b"QFI\xfb\x00\x00\x00\x03"

@@ -26,8 +26,9 @@ from tests.daemon.rig import (
     write_block,
 )
 from tests.frontend import Frontend, Request, Status
-from tests.guest.images import MIB, new_image
+from tests.guest.images import new_image
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 from vhostsync.record.state_record import Worth
 
 NO_SPACE = "No space left on device"

@@ -13,9 +13,10 @@ import pytest
 
 from tests.daemon.rig import WAIT_S, Served, await_true, image, overlay
 from tests.daemon.test_hanging import assert_both_go_on, hanging, running
-from tests.guest.images import MIB, new_image
+from tests.guest.images import new_image
 from tests.guest_ring import Region
 from tests.hanging_disk import HangingDisk, Op
+from tests.sizes import MIB
 from tests.vhost_client import (
     INFLIGHT,
     LOG,

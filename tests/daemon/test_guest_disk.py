@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import Served, image, loop_device, refused_start
-from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 
 def shown(served: Served) -> tuple[int, int]:

@@ -24,9 +24,9 @@ from tests.daemon.rig import (
     write_block,
 )
 from tests.frontend import Frontend
-from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
 from tests.hanging_disk import HangingDisk, Op, hanging_disk
+from tests.sizes import MIB
 
 TIMEOUT = ("--destination-timeout", "1s")
 

@@ -16,10 +16,10 @@ import pytest
 from tests.crash.habits import HABITS, Habits, Kept, Returning, Unconnected
 from tests.daemon.rig import Served, await_true, flush, image, write_block
 from tests.frontend import DEFAULT_FEATURES, Feature, Frontend
-from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
 from tests.guest_ring import GuestMemory
 from tests.holding import Holding, holding
+from tests.sizes import MIB
 from tests.vhost_client import LOG, ConnectionLostError, Message, VhostUserClient
 
 CYCLES = int(os.environ.get("VHOSTSYNC_LEAK_CYCLES", "20"))

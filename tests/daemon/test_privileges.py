@@ -29,9 +29,9 @@ from tests.daemon.rig import (
     refused_start,
     write_block,
 )
-from tests.guest.images import MIB
 from tests.guest.processes import Process, ProcessError, wait_listening
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 NOBODY = "nobody"
 LAST = 24 * MIB // BLOCK - 1

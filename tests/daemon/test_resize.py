@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import BLOCK, Served, block_of, flush, image, lacking, same_content, write_block
-from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 LAST = 24 * MIB // BLOCK - 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import BLOCK, Served, await_true, block_of, ext4, flush, image, write_block
-from tests.guest.images import MIB
+from tests.sizes import MIB
 
 IDLE_S = 3.0
 """What is measured here is that nothing happens: this time has to be waited."""

@@ -26,8 +26,9 @@ from tests.daemon.rig import (
     write_block,
 )
 from tests.frontend import Status
-from tests.guest.images import MIB, fill_random, new_image
+from tests.guest.images import fill_random, new_image
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 from vhostsync.record.state_record import decode_record
 
 SIZE_MIB = 16

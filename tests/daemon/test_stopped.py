@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import WAIT_S, Load, Served, flush, image, lacking, need_root, write_block
-from tests.guest.images import MIB, new_image
+from tests.guest.images import new_image
 from tests.hanging_disk import Op, hanging_disk
+from tests.sizes import MIB
 
 STOPPED_S = 2.0  # there is nothing to wait for: what is tested is that this time passes
 TIMEOUT_S = 4.0  # of a request that is under way all the time: what is left of it is the machine's to lose

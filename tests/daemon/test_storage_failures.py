@@ -29,8 +29,9 @@ from tests.daemon.rig import (
 )
 from tests.daemon.test_start import refusal
 from tests.frontend import Status
-from tests.guest.images import MIB, new_image
+from tests.guest.images import new_image
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), fs/ext4/ext4.h
 WITHOUT_LOG = struct.pack("=I", 2)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import Load, Served, await_true, image, same_content
-from tests.guest.images import MIB
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 ROTTEN = 9 * MIB
 

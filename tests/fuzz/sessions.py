@@ -27,6 +27,7 @@ import anyio.lowlevel
 
 from tests.engine_options import engine_options
 from tests.fuzz.odd_descriptors import ODD, memory
+from tests.sizes import MIB
 from vhostsync.engine.engine import Engine, EngineConfig
 from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.events import FRONTEND_DISCONNECTED
@@ -53,7 +54,6 @@ from vhostsync.vhost_user.rules import INFLIGHT_RING_BYTES, OFFERED
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape, Feature
 
-MIB = 1 << 20
 DISK_BYTES = 8 * MIB
 MEMORY_BYTES = 2 * MIB
 QUEUES = 2

@@ -8,7 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-MIB = 1 << 20
+from tests.sizes import MIB as MIB
 
 
 class ImageError(Exception):

@@ -20,8 +20,8 @@ from typing import Any, Self
 from tests.guest.harness import Guest
 from tests.guest.processes import wait_listening
 from tests.guest.qmp_client import Qmp
+from tests.sizes import MIB
 
-MIB = 1 << 20
 _FAST_BYTES_PER_S = 24 * MIB
 _SLOW_BYTES_PER_S = 64 << 10
 _REST_BYTES = 24 * MIB

@@ -17,8 +17,9 @@ import pytest
 from tests.guest.assets import AssetError, GuestAssets, cache_folder, run, unpack_package
 from tests.guest.backends import start_backend
 from tests.guest.harness import Guest
-from tests.guest.images import MIB, make_ext2, new_image
+from tests.guest.images import make_ext2, new_image
 from tests.guest.processes import Process
+from tests.sizes import MIB
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 

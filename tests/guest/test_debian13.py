@@ -13,7 +13,8 @@ from tests.guest.assets import AssetError, GuestAssets
 from tests.guest.backends import start_backend
 from tests.guest.debian13 import inside, run_inside, tree
 from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
-from tests.guest.images import MIB, digest, new_image
+from tests.guest.images import digest, new_image
+from tests.sizes import MIB
 
 pytestmark = [pytest.mark.guest, pytest.mark.debian13, pytest.mark.timeout(240)]
 

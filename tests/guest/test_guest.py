@@ -19,7 +19,8 @@ from tests.guest.harness import (
     rings_are_packed,
     verify_blocks,
 )
-from tests.guest.images import MIB, digest, new_image
+from tests.guest.images import digest, new_image
+from tests.sizes import MIB
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 

@@ -14,7 +14,8 @@ import pytest
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import Vhostsync
 from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command
-from tests.guest.images import MIB, digest, new_image
+from tests.guest.images import digest, new_image
+from tests.sizes import MIB
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 

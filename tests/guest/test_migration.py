@@ -19,8 +19,9 @@ from tests.guest.harness import (
     rings_are_packed,
     verify_blocks,
 )
-from tests.guest.images import MIB, digest, fill_random, new_image
+from tests.guest.images import digest, fill_random, new_image
 from tests.guest.migration import Migration
+from tests.sizes import MIB
 
 pytestmark = [
     pytest.mark.guest,

@@ -12,7 +12,8 @@ import pytest
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import Vhostsync, start_backend, storage_daemon_wanted, vhostsync_command
 from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
-from tests.guest.images import MIB, check_clean, digest, fill_random, make_ext4, new_image
+from tests.guest.images import check_clean, digest, fill_random, make_ext4, new_image
+from tests.sizes import MIB
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 

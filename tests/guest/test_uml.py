@@ -11,8 +11,9 @@ import pytest
 from tests.guest.assets import GuestAssets
 from tests.guest.backends import start_backend
 from tests.guest.harness import IO_TROUBLE
-from tests.guest.images import MIB, digest, fill_random, new_image
+from tests.guest.images import digest, fill_random, new_image
 from tests.guest.uml import run_uml, uml_missing
+from tests.sizes import MIB
 
 # It takes whatever is offered, and sends 0 as the base of a packed ring, where a new one's wrap counter is 1.
 BEGINS_PACKED_RINGS_WRONGLY = ("--packed-rings", "off")

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import pytest
 
 from tests.engine_driver import Cut, MemoryDisk
-from tests.model.rig import BLOCK, MIB, pattern
+from tests.model.rig import BLOCK, pattern
+from tests.sizes import MIB
 from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
 from vhostsync.host import kernel

@@ -21,9 +21,9 @@ from tests.engine_driver import (
 )
 from tests.frontend import DEFAULT_FEATURES, Frontend, Request
 from tests.guest_ring import GuestMemory
+from tests.sizes import MIB as MIB
 from vhostsync._shim import ffi, lib
 
-MIB = 1 << 20
 BLOCK = 4096
 """What the tests count in; the disks' logical blocks are smaller."""
 

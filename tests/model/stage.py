@@ -20,7 +20,7 @@ from tests.engine_driver import MemoryDisk
 from tests.engine_options import engine_options
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory, Region, RingAddresses
-from tests.model.rig import MIB
+from tests.sizes import MIB
 from vhostsync.config import MirrorTarget
 from vhostsync.engine.engine import Engine, EngineConfig
 from vhostsync.engine.engine_attachment import EngineAttachment

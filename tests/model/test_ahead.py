@@ -16,7 +16,8 @@ import pytest
 from tests.engine_driver import CommandError, Cut, DiskOp, EventKind, Reason, State
 from tests.frontend import Request
 from tests.model import rig as rigs
-from tests.model.rig import BLOCK, MIB, Rig, pattern
+from tests.model.rig import BLOCK, Rig, pattern
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 WRITE, FLUSH, READ = DiskOp.WRITE, DiskOp.FLUSH, DiskOp.READ

@@ -15,7 +15,8 @@ import pytest
 
 from tests.engine_driver import EventKind
 from tests.model import rig as rigs
-from tests.model.rig import BLOCK, MIB, Rig
+from tests.model.rig import BLOCK, Rig
+from tests.sizes import MIB
 from vhostsync._shim import ffi, lib
 
 SIZE, ROOM = 4 * MIB, 8 * MIB

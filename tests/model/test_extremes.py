@@ -24,7 +24,8 @@ from tests.engine_driver import (
 )
 from tests.frontend import HEADER, Frontend, Op, Request
 from tests.guest_ring import GuestMemory, Segment
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
+from tests.sizes import MIB
 from vhostsync._shim import ffi, lib
 
 READ, WRITE, FLUSH = DiskOp.READ, DiskOp.WRITE, DiskOp.FLUSH

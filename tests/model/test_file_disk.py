@@ -14,7 +14,8 @@ import pytest
 from tests.engine_driver import DiskOp, EngineDriver, EngineOptions, EngineTransport, MemoryDisk
 from tests.frontend import Frontend, Status
 from tests.guest_ring import GuestMemory
-from tests.model.rig import BLOCK, MIB, pattern
+from tests.model.rig import BLOCK, pattern
+from tests.sizes import MIB
 from vhostsync._shim import ffi, lib
 
 

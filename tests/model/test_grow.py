@@ -14,8 +14,9 @@ import pytest
 
 from tests.engine_driver import Cut, DiskOp, State
 from tests.frontend import Status
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
 from tests.model.test_bitmap_lost import Bits
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 OLD, NEW = 4 * MIB, 6 * MIB - 4096

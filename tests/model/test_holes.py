@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from tests.engine_driver import DiskOp, State
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
+from tests.sizes import MIB
 
 READ, ZERO = DiskOp.READ, DiskOp.ZERO
 SIZE = 32 * MIB

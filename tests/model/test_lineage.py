@@ -31,9 +31,9 @@ import pytest
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory
 from tests.model.lineage_world import BLOCKS, STORAGES, Image, Storage, World, arrange
-from tests.model.rig import MIB
 from tests.model.stage import AsyncTransport
 from tests.model.test_policy import Gone, Guest
+from tests.sizes import MIB
 from vhostsync.config import Answer, MirrorTarget, ServeConfig
 from vhostsync.device.device import engine_config
 from vhostsync.device.opening import Opened, open_device

@@ -12,7 +12,8 @@ import pytest
 
 from tests.engine_driver import DiskOp, State
 from tests.frontend import Request
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 READ, WRITE, FLUSH, ZERO = DiskOp.READ, DiskOp.WRITE, DiskOp.FLUSH, DiskOp.ZERO

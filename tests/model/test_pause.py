@@ -17,7 +17,8 @@ from tests.engine_driver import DiskOp, EventKind, Reason, State
 from tests.frontend import Request, Status
 from tests.guest_ring import Region
 from tests.model import rig as rigs
-from tests.model.rig import BLOCK, MIB, Rig, pattern
+from tests.model.rig import BLOCK, Rig, pattern
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 WRITE, FLUSH = DiskOp.WRITE, DiskOp.FLUSH

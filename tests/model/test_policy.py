@@ -30,8 +30,9 @@ from tests.engine_driver import Cut, DiskOp, MemoryDisk
 from tests.engine_options import engine_options
 from tests.frontend import Frontend, Request
 from tests.guest_ring import GuestMemory
-from tests.model.rig import BLOCK, MIB, pattern
+from tests.model.rig import BLOCK, pattern
 from tests.model.stage import AsyncTransport
+from tests.sizes import MIB
 from vhostsync.config import MirrorTarget
 from vhostsync.device.opening import Opened, begin_record, check_record
 from vhostsync.engine.engine import Engine, EngineConfig, bitmap_file_bytes

@@ -15,7 +15,8 @@ import pytest
 from tests.engine_driver import DiskOp, EventKind, Reason, State
 from tests.frontend import Request
 from tests.model import rig as rigs
-from tests.model.rig import BLOCK, MIB, Rig
+from tests.model.rig import BLOCK, Rig
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 READ, WRITE, FLUSH, ZERO = DiskOp.READ, DiskOp.WRITE, DiskOp.FLUSH, DiskOp.ZERO

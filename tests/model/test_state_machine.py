@@ -36,9 +36,9 @@ from tests.engine_driver import (
 from tests.frontend import Frontend, Op, Request, Status
 from tests.model.guest_model import Floors, History, Version
 from tests.model.mirror_model import MirrorModel
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
-MIB = 1 << 20
 BLOCK = 512
 CAPACITY = 2 * MIB + 65536 + BLOCK
 BLOCKS = CAPACITY // BLOCK

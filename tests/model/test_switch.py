@@ -10,7 +10,8 @@ import pytest
 
 from tests.engine_driver import DiskOp, EventKind, Reason, State
 from tests.frontend import Status
-from tests.model.rig import BLOCK, MIB, Rig, flushes, pattern, rig
+from tests.model.rig import BLOCK, Rig, flushes, pattern, rig
+from tests.sizes import MIB
 from vhostsync._shim import ffi, lib
 
 READ, WRITE, FLUSH = DiskOp.READ, DiskOp.WRITE, DiskOp.FLUSH

@@ -27,6 +27,7 @@ from tests.guest_ring import GuestMemory
 from tests.model.stage import AsyncTransport
 from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
+from tests.sizes import MIB
 from tests.testing_library import lib
 from vhostsync.config import MirrorTarget
 from vhostsync.device import opening
@@ -52,7 +53,6 @@ from vhostsync.storage.native import probe
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape
 
-MIB = 1 << 20
 SIZE = 1 * MIB
 SECTORS = SIZE // 512
 REGION = 4096

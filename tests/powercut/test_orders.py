@@ -27,7 +27,8 @@ from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory
 from tests.model.rig import BLOCK, Rig, pattern, rig
 from tests.powercut.checker import BITS_AT
-from tests.powercut.machine import EXTENT, MIB, REGION, SHAPE, SIZE, Site, booted
+from tests.powercut.machine import EXTENT, REGION, SHAPE, SIZE, Site, booted
+from tests.sizes import MIB
 from tests.testing_library import ffi, lib
 from vhostsync.engine.engine import _engine_bitmap, bitmap_file_bytes
 from vhostsync.record.bitmap import HEADER_BYTES, BitmapFile, Header, Trust

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 
+from tests.sizes import MIB
 from vhostsync.errors import EngineError
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.vhost_user.attachment import MemoryRegion
@@ -18,7 +19,6 @@ from vhostsync.vhost_user.messages import HEADER, Message, Request, encode_reque
 from vhostsync.vhost_user.payloads import Empty, Payload, encode_payload
 from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape, Feature
 
-MIB = 1024 * 1024
 SHAPE = DeviceShape(capacity_bytes=64 * MIB, num_queues=4)
 WANTED = Feature.VERSION_1 | Feature.PROTOCOL_FEATURES | Feature.FLUSH | Feature.CONFIG_WCE | Feature.SEG_MAX
 REGION = MemoryRegion(guest_addr=0, bytes=16 * MIB, user_addr=0x7F00_0000_0000, mmap_offset=0)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.sizes import GIB
 from vhostsync.vhost_user import messages, payloads, rules, server, virtio_blk
 from vhostsync.vhost_user.virtio_blk import (
     CONFIG_BYTES,
@@ -22,7 +23,6 @@ from vhostsync.vhost_user.virtio_blk import (
     physical_block_exponent,
 )
 
-GIB = 1 << 30
 FIELDS = {
     "capacity": (0, "<Q"),
     "size_max": (8, "<I"),

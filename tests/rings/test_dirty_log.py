@@ -20,7 +20,8 @@ import pytest
 from tests.engine_driver import DiskOp, EventKind
 from tests.frontend import DEFAULT_FEATURES, HEADER, Feature, Op, Request, Status
 from tests.guest_ring import Region, Segment
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 PAGE = 4096

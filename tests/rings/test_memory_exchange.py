@@ -12,7 +12,8 @@ import pytest
 from tests.engine_driver import DiskOp
 from tests.frontend import DEFAULT_FEATURES, Feature
 from tests.guest_ring import Region
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 EACH_LAYOUT = pytest.mark.parametrize(

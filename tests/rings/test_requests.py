@@ -8,7 +8,8 @@ import pytest
 from tests.engine_driver import EngineDriver, EngineOptions, EngineTransport, MemoryDisk
 from tests.frontend import DEFAULT_FEATURES, Feature, Frontend, Op, Status
 from tests.guest_ring import GuestMemory, Segment
-from tests.model.rig import BLOCK, MIB, pattern, rig
+from tests.model.rig import BLOCK, pattern, rig
+from tests.sizes import MIB
 
 SHAPES = {
     "all": DEFAULT_FEATURES,

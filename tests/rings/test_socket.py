@@ -13,9 +13,9 @@ import pytest
 from tests.frontend import DEFAULT_FEATURES, Feature, Frontend
 from tests.guest.backends import Vhostsync
 from tests.guest_ring import GuestMemory
+from tests.sizes import MIB
 from tests.vhost_client import VhostUserTransport
 
-MIB = 1 << 20
 DISK_BYTES = 16 * MIB
 WRITEBACK_AT = 32
 """Where the config space has the byte that says write-back or write-through (virtio 1.2, 5.2.4)."""

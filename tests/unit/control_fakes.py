@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import anyio
 import anyio.abc
 
+from tests.sizes import GIB
 from vhostsync import events
 from vhostsync.config import MirrorTarget
 from vhostsync.control.commands import dispatcher
@@ -18,8 +19,6 @@ from vhostsync.control.server import serve_control
 from vhostsync.errors import MirrorError, SwitchError
 from vhostsync.events import EventHub
 from vhostsync.mirror.mirror_status import MirrorStatus
-
-GIB = 1 << 30
 
 
 def status(**changes: Any) -> MirrorStatus:

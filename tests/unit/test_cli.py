@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sizes import GIB
 from tests.unit.command_line import ROOT, Run, Served, run, served, start
-from tests.unit.control_fakes import GIB
 from vhostsync.cli import main as cli
 from vhostsync.cli import operate
 from vhostsync.config import Answer, ServeConfig

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_disks import MIB, opened
+from tests.sizes import MIB
+from tests.unit.test_disks import opened
 from vhostsync.errors import DiskError
 from vhostsync.mirror.destination import check_holds_nothing
 from vhostsync.storage.file import create_image

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sizes import MIB
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import DiskError
 from vhostsync.mirror.destination import Place, check_destination, check_distinct, open_destination
@@ -22,8 +23,6 @@ from vhostsync.storage.identity import Likeness
 from vhostsync.storage.layers import layers
 from vhostsync.storage.local import LocalDisk, open_disk
 from vhostsync.storage.native import DiskProbe
-
-MIB = 1 << 20
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="block devices need root")
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="needs qemu-io and qemu-img")

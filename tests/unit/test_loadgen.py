@@ -15,8 +15,7 @@ import pytest
 
 from bench.generator import find_loadgen
 from bench.sample import BenchError
-
-MIB = 1 << 20
+from tests.sizes import MIB
 
 
 def _missing() -> str | None:

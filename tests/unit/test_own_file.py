@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sizes import MIB
 from tests.unit.disk_fakes import A, B
 from vhostsync.config import ServeConfig
 from vhostsync.engine.engine import bitmap_file_bytes
@@ -21,7 +22,6 @@ from vhostsync.record.state_record import StateRecord, encode_checked, encode_re
 from vhostsync.storage import local as disks
 from vhostsync.storage.native import probe
 
-MIB = 1 << 20
 SHAPE = Shape(16 * MIB, 65536, 4 * MIB, 1024)
 RECORD = encode_record(StateRecord.first(A))
 

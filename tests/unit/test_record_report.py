@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_disks import MIB, opened
+from tests.sizes import MIB
+from tests.unit.test_disks import opened
 from vhostsync.errors import StateRecordError
 from vhostsync.record import record_report
 from vhostsync.record.record_report import advise, find, forget, good_copy, lock_holder, report

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.control_fakes import GIB, status
+from tests.sizes import GIB
+from tests.unit.control_fakes import status
 from vhostsync.cli import show
 from vhostsync.printable import size
 
