@@ -95,6 +95,12 @@ def assets() -> GuestAssets:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    """The daemon runs on asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture
 def work() -> Iterator[Path]:
     """A folder on a real disk (direct I/O works there) with a name short enough for sockets; removed at the
     end."""

@@ -484,7 +484,7 @@ def fill(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def loop_device(backing: Path, block_bytes: int, *options: str) -> Iterator[Path]:
+def loop_device(backing: Path, block_bytes: int = 512, *options: str) -> Iterator[Path]:
     need_root()
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     words = ["losetup", "--find", "--show", *options, "-b", str(block_bytes), str(backing)]
@@ -496,3 +496,7 @@ def loop_device(backing: Path, block_bytes: int, *options: str) -> Iterator[Path
         yield device
     finally:
         _root("losetup", "--detach", device)
+        # Whoever looks through the block devices just now (other tests do) keeps it for a moment.
+        ends_s = time.monotonic() + 20
+        while Path(f"/sys/block/{device.name}/loop").exists() and time.monotonic() < ends_s:
+            time.sleep(0.01)

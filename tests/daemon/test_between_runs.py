@@ -481,19 +481,25 @@ def two_mounted(first: Path, second: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def two_loops(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """On the files a and b."""
+    for file in (work / "a", work / "b"):
+        create_image(file, SIZE)
+    with loop_device(work / "a") as a, loop_device(work / "b") as b:
+        machine = Machine(a, b, work / "state", monkeypatch)
+        machine.boot()
+        yield machine
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("left", LEFT)
 def test_loop_devices_in_another_order(work: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
     """A block device is what lies beneath it or names itself."""
-    files = [work / "a", work / "b"]
-    for file in files:
-        create_image(file, SIZE)
-    with loop_device(files[0], 512) as a, loop_device(files[1], 512) as b:
-        machine = Machine(a, b, work / "state", monkeypatch)
-        machine.boot()
+    with two_loops(work, monkeypatch) as machine:
         machine.leave(left)
     machine.boot()
-    with loop_device(files[1], 512) as b, loop_device(files[0], 512) as a:
+    with loop_device(work / "b") as b, loop_device(work / "a") as a:
         machine.a, machine.b = a, b
         disk = machine.current(left)
         with machine.serve(disk) as opened:
@@ -511,12 +517,7 @@ def test_a_block_device_that_does_not_name_itself(
 ) -> None:
     monkeypatch.setattr(identify, "_loop_file", lambda _device: None)
     monkeypatch.setattr(identify, "lasting_place", lambda _device, _path: None)
-    files = [work / "a", work / "b"]
-    for file in files:
-        create_image(file, SIZE)
-    with loop_device(files[0], 512) as a, loop_device(files[1], 512) as b:
-        machine = Machine(a, b, work / "state", monkeypatch)
-        machine.boot()
+    with two_loops(work, monkeypatch) as machine:
         machine.leave(left)
         disk = machine.current(left)
         machine.goes_on(disk, left)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,21 @@ class Disks:
         served.start_mirror(self.destination)
         mirror = served.mirror()
         return mirror["copy-bytes-total"], mirror["full-copy-reason"]
+
+    @contextmanager
+    def settled_mirror(self) -> Iterator[Served]:
+        with self.serve() as served:
+            self.attach(served)
+            self.settled(served)
+            yield served
+
+    def copied_at_the_next_start(self) -> tuple[int, str | None]:
+        """And then both disks hold the same."""
+        with self.serve() as served:
+            copied = self.attach(served)
+            served.stop()
+        assert self.equal()
+        return copied
 
     def mirrored_once(self) -> None:
         with self.serve() as served:
@@ -91,9 +108,7 @@ def test_after_an_end_in_order_only_what_was_written_is_copied(disks: Disks) -> 
 
 
 def test_after_a_kill_only_what_may_differ_is_copied(disks: Disks) -> None:
-    with disks.serve() as served, served.guest() as guest:
-        disks.attach(served)
-        disks.settled(served)
+    with disks.settled_mirror() as served, served.guest() as guest:
         for number in (0, 100, 2000):
             write_block(guest, number, 1)
         flush(guest)
@@ -109,9 +124,7 @@ def test_after_a_kill_only_what_may_differ_is_copied(disks: Disks) -> None:
 @pytest.mark.parametrize("changed", ["source", "destination"])
 def test_what_somebody_else_writes_after_a_crash_is_noticed(disks: Disks, changed: str) -> None:
     """Later than what the last run itself can have brought about."""
-    with disks.serve() as served:
-        disks.attach(served)
-        disks.settled(served)
+    with disks.settled_mirror() as served:
         served.kill()
     path = disks.source if changed == "source" else disks.destination
     write_later(path, disks.last_beat())
@@ -126,26 +139,19 @@ def test_what_somebody_else_writes_after_a_crash_is_noticed(disks: Disks, change
 
 def test_what_is_written_before_the_peer_is_attached_again_stays_noticed(disks: Disks) -> None:
     """The guest's writes to the current disk say nothing of a peer that is not attached."""
-    with disks.serve() as served:
-        disks.attach(served)
-        disks.settled(served)
+    with disks.settled_mirror() as served:
         served.kill()
     write_later(disks.destination, disks.last_beat())
     with disks.serve() as served, served.guest() as guest:
         write_block(guest, 7, 1)
         flush(guest)
         served.kill()
-    with disks.serve() as served:
-        copied, why = disks.attach(served)
-        assert copied == SIZE and why is not None and str(disks.destination) in why
-        served.stop()
-    assert disks.equal()
+    copied, why = disks.copied_at_the_next_start()
+    assert copied == SIZE and why is not None and str(disks.destination) in why
 
 
 def test_starts_that_are_cut_off_are_nobody_else_s_changes(disks: Disks) -> None:
-    with disks.serve() as served, served.guest() as guest:
-        disks.attach(served)
-        disks.settled(served)
+    with disks.settled_mirror() as served, served.guest() as guest:
         write_block(guest, 5, 1)
         flush(guest)
         served.kill()
@@ -156,10 +162,7 @@ def test_starts_that_are_cut_off_are_nobody_else_s_changes(disks: Disks) -> None
         copied, why = disks.attach(served)
         assert why is None and copied <= REGION
         served.kill()
-    with disks.serve() as served:
-        assert disks.attach(served)[1] is None
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start()[1] is None
 
 
 def test_a_kill_under_load_leaves_it_believed(disks: Disks) -> None:
@@ -170,10 +173,7 @@ def test_a_kill_under_load_leaves_it_believed(disks: Disks) -> None:
             for number in range(0, 4096, 3):
                 write_block(guest, number, turn + 1)
             served.kill()
-    with disks.serve() as served:
-        assert disks.attach(served)[1] is None
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start()[1] is None
 
 
 def test_a_kill_amid_the_first_copy_does_not_begin_it_anew(disks: Disks) -> None:
@@ -181,19 +181,14 @@ def test_a_kill_amid_the_first_copy_does_not_begin_it_anew(disks: Disks) -> None
         served.qmp.execute("mirror-start", destination=str(disks.destination), speed=2 << 20)
         await_true(lambda: served.mirror()["differing-bytes"] <= SIZE - (2 << 20), "a part is settled")
         served.kill()
-    with disks.serve() as served:
-        copied, why = disks.attach(served)
-        assert why is None and copied < SIZE
-        served.stop()
-    assert disks.equal()
+    copied, why = disks.copied_at_the_next_start()
+    assert why is None and copied < SIZE
 
 
 def test_after_a_host_crash_the_active_extents_are_copied(disks: Disks) -> None:
     """What the page cache held of the bits is gone: here the blocks of the bitmap as they were before."""
     disks.mirrored_once()
-    with disks.serve() as served, served.guest() as guest:
-        disks.attach(served)
-        disks.settled(served)
+    with disks.settled_mirror() as served, served.guest() as guest:
         before = disks.bitmap.read_bytes()
         write_block(guest, 1500, 1)  # in the second extent
         flush(guest)
@@ -203,11 +198,8 @@ def test_after_a_host_crash_the_active_extents_are_copied(disks: Disks) -> None:
     bits_at = len(now) - 4096
     disks.bitmap.write_bytes(now[:bits_at] + before[bits_at:])
     disks.put_header(replace(disks.header(), boot_id="another"))
-    with disks.serve() as served:
-        copied, why = disks.attach(served)
-        assert why is None and copied == EXTENT
-        served.stop()
-    assert disks.equal()
+    copied, why = disks.copied_at_the_next_start()
+    assert why is None and copied == EXTENT
 
 
 def test_a_damaged_block_differs_as_a_whole(disks: Disks) -> None:
@@ -215,10 +207,7 @@ def test_a_damaged_block_differs_as_a_whole(disks: Disks) -> None:
     with disks.bitmap.open("r+b") as file:
         file.seek(-100, os.SEEK_END)
         file.write(b"x")
-    with disks.serve() as served:
-        assert disks.attach(served) == (SIZE, None)
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start() == (SIZE, None)
 
 
 def test_a_run_without_it_makes_it_stale(disks: Disks) -> None:
@@ -228,10 +217,7 @@ def test_a_run_without_it_makes_it_stale(disks: Disks) -> None:
         flush(guest)
         guest.close()
         served.stop()
-    with disks.serve() as served:
-        assert disks.attach(served) == (SIZE, "no earlier copy of it is known")
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start() == (SIZE, "no earlier copy of it is known")
 
 
 def test_yesterday_s_copy_of_it_is_not_believed(disks: Disks) -> None:
@@ -244,10 +230,7 @@ def test_yesterday_s_copy_of_it_is_not_believed(disks: Disks) -> None:
             guest.close()
             served.stop()
     shutil.copy(disks.work / "yesterday", disks.bitmap)
-    with disks.serve() as served:
-        assert disks.attach(served)[0] == SIZE
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start()[0] == SIZE
 
 
 def test_a_disk_that_somebody_changed_meanwhile_gets_everything(disks: Disks) -> None:
@@ -270,35 +253,24 @@ def test_a_file_that_is_of_no_use(disks: Disks, damage: str) -> None:
     whole = disks.bitmap.read_bytes()
     damaged = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
     disks.bitmap.write_bytes({"cut": whole[:9000], "cut to nothing": b"", "damaged": damaged}[damage])
-    with disks.serve() as served:
-        assert disks.attach(served)[0] == SIZE
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start()[0] == SIZE
 
 
 def test_another_destination_gets_everything(disks: Disks) -> None:
     disks.mirrored_once()
     disks.destination = image(disks.work / "c.img")
-    with disks.serve() as served:
-        assert disks.attach(served)[0] == SIZE
-        served.stop()
-    assert disks.equal()
+    assert disks.copied_at_the_next_start()[0] == SIZE
 
 
 def test_a_switch_that_keeps_the_mirror_keeps_it(disks: Disks) -> None:
-    with disks.serve() as served, served.guest() as guest:
-        disks.attach(served)
-        disks.settled(served)
+    with disks.settled_mirror() as served, served.guest() as guest:
         served.qmp.execute("switch", **{"keep-mirror": True})
         write_block(guest, 3, 1)
         flush(guest)
         served.kill()
     disks.source, disks.destination = disks.destination, disks.source
-    with disks.serve() as served:
-        copied, why = disks.attach(served)
-        assert why is None and copied <= REGION
-        served.stop()
-    assert disks.equal()
+    copied, why = disks.copied_at_the_next_start()
+    assert why is None and copied <= REGION
 
 
 def test_a_file_that_is_cut_short_while_in_use(disks: Disks) -> None:

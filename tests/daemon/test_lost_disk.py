@@ -19,18 +19,20 @@ def refusal(work: Path, disk: Path, *answer: str) -> str:
     return stderr
 
 
-def killed_in_steady(work: Path, source: Path, other: Path) -> None:
+def killed_in_steady(work: Path) -> tuple[Path, Path]:
+    """Source and destination of a mirror whose backend is gone; the guest has flushed a block."""
+    source, other = image(work / "a.img"), image(work / "b.img")
     with Served(work, source) as served, served.guest() as guest:
         served.start_mirror(other)
         write_block(guest, 1, 1)
         flush(guest)
         served.kill()
+    return source, other
 
 
 def test_an_old_backup_at_the_sources_path_is_a_question(work: Path) -> None:
     """The destination has all that was flushed, and nothing says otherwise before the operator does."""
-    source, other = image(work / "a.img"), image(work / "b.img")
-    killed_in_steady(work, source, other)
+    source, other = killed_in_steady(work)
     source.unlink()
     image(source)
     records = {path: path.read_bytes() for path in (work / "state").glob("*.json")}
@@ -45,8 +47,7 @@ def test_an_old_backup_at_the_sources_path_is_a_question(work: Path) -> None:
 
 
 def test_a_lost_disk_that_comes_back_is_told_so(work: Path) -> None:
-    source, other = image(work / "a.img"), image(work / "b.img")
-    killed_in_steady(work, source, other)
+    source, other = killed_in_steady(work)
     away = source.rename(work / "away.img")
     assert "up-to-date" in refusal(work, other)
     with Served(work, other, "--promote") as served, served.guest() as guest:
@@ -80,8 +81,7 @@ def test_the_old_disk_under_a_new_name_is_refused(work: Path) -> None:
 
 def test_a_record_that_is_missing_is_no_licence(work: Path) -> None:
     """Moved away or lost: neither disk is served on trust, for both would be."""
-    source, other = image(work / "a.img"), image(work / "b.img")
-    killed_in_steady(work, source, other)
+    source, other = killed_in_steady(work)
     (record,) = (work / "state").glob("*.record.json")
     kept = record.rename(work / "kept")
     for disk in (source, other):

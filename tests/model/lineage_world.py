@@ -20,8 +20,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.engine_driver import Cut, MemoryDisk
-from tests.model.rig import BLOCK, pattern
-from tests.sizes import MIB
+from tests.model.random_guest import BLOCKS, SIZE, check_flushed, sector, sectors_found
 from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
 from vhostsync.host import kernel
@@ -33,10 +32,6 @@ from vhostsync.record.who_may_serve import check_start
 from vhostsync.storage import identify
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.local import LocalDisk
-
-SIZE = 4 * MIB
-BLOCKS = 24
-SPREAD = SIZE // BLOCK // BLOCKS
 
 
 @dataclass(frozen=True)
@@ -294,10 +289,12 @@ class World:
         assert len(may) <= 1, f"{what} two disks may serve: {may}"
         assert may or not self.storage.is_certain, f"{what} no disk may serve; the record has {record}"
         for image in may:
-            self._check_flushed(image, f"{what} the disk that may serve", cut)
+            check_flushed(image.memory, self.allowed, f"{what} the disk that may serve, {image},", cut)
         if record.peer_worth is Worth.UP_TO_DATE:
             assert record.peer is not None
-            self._check_flushed(self.is_of(record.peer), f"{what} the peer that is up to date", cut)
+            peer = self.is_of(record.peer)
+            what_it_is = f"{what} the peer that is up to date, {peer},"
+            check_flushed(peer.memory, self.allowed, what_it_is, cut)
         for image in self.there:
             if image.used and image not in may and self._may_serve(left, image, Answer.PROMOTE):
                 self._check_whole(image, what, cut)
@@ -317,20 +314,9 @@ class World:
         if record is not None:
             check_start(record, identity, path, answer)
 
-    def _found(self, image: Image, block: int, cut: Cut) -> set[bytes]:
-        found = image.memory.read(block * SPREAD * BLOCK, BLOCK, cut)
-        return {found[at : at + 512] for at in range(0, BLOCK, 512)}  # a write that failed may be torn
-
-    def _check_flushed(self, image: Image, what: str, cut: Cut) -> None:
-        for block, seeds in self.allowed.items():
-            strange = self._found(image, block, cut) - {sector(seed) for seed in seeds}
-            assert not strange, (
-                f"{what}, {image}, lacks block {block}: {[each[:8] for each in strange]}, not of {seeds}"
-            )
-
     def _check_whole(self, image: Image, what: str, cut: Cut) -> None:
         """`--promote` is never of a copy that did not end: it is what the guest's disk was once."""
-        found = {block: self._found(image, block, cut) for block in self.allowed}
+        found = {block: sectors_found(image.memory, block, cut) for block in self.allowed}
         assert any(
             all(found[block] <= {sector(seed) for seed in seeds} for block, seeds in moment.items())
             for moment in reversed(self.moments)
@@ -339,7 +325,8 @@ class World:
     def promote(self, image: Image) -> None:
         """From here on the guest has what is on this disk."""
         for block, seeds in self.allowed.items():
-            found = self._found(image, block, Cut.NONE) | self._found(image, block, Cut.EVERYTHING)
+            cuts = (Cut.NONE, Cut.EVERYTHING)
+            found = set().union(*(sectors_found(image.memory, block, cut) for cut in cuts))
             seeds[:] = [seed for seed in range(self.seeds[0] + 1) if sector(seed) in found]
         self.note_moment()
 
@@ -351,10 +338,6 @@ def looking(boot: Boot) -> Iterator[None]:
         yield
     finally:
         LOOKING.reset(token)
-
-
-def sector(seed: int) -> bytes:
-    return pattern(seed)[:512] if seed else bytes(512)
 
 
 def arrange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

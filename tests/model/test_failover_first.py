@@ -67,6 +67,24 @@ async def moved(it: Stage) -> None:
     await until(lambda: it.mirror.source_path == str(it.paths[1]))
 
 
+async def a_write_fails(
+    it: Stage, command: Callable[[], Awaitable[Any]], held: MemoryDisk, op: DiskOp
+) -> None:
+    """The source fails a write while the command waits for `held`: the command is given up, and the guest,
+    which sees no error, is on the other disk."""
+    over = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(given_up, command, over)
+        await until(lambda: held.held(op) > 0)
+        it.first.fault(WRITE, errno.EIO, count=-1)
+        write = it.guest.write(0, pattern(1))
+        await over.wait()
+        held.release_all()
+        await it.guest_does(partial(it.guest.wait, write))
+        assert write.ok
+    await moved(it)
+
+
 @pytest.mark.parametrize("op", [WRITE, FLUSH])
 def test_before_a_switch_that_keeps_the_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: DiskOp
@@ -108,17 +126,7 @@ def test_before_a_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     async def scene(it: Stage) -> None:
         await it.guest_does(partial(it.guest.write_now, BLOCK, pattern(2)))
         it.second.hold(FLUSH)
-        over = anyio.Event()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(given_up, partial(it.mirror.cancel, force=False), over)
-            await until(lambda: it.second.held(FLUSH) > 0)
-            it.first.fault(WRITE, errno.EIO, count=-1)
-            write = it.guest.write(0, pattern(1))
-            await over.wait()
-            it.second.release_all()
-            await it.guest_does(partial(it.guest.wait, write))
-            assert write.ok
-        await moved(it)
+        await a_write_fails(it, partial(it.mirror.cancel, force=False), it.second, FLUSH)
 
     play(scene, tmp_path, monkeypatch)
 
@@ -146,22 +154,12 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("roomy")
 def test_before_a_growth_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(it: Stage) -> None:
-        over = anyio.Event()
         it.first.load(SIZE, b"new" * 4096)
         it.first.hold(READ)
         keeper = it.mirror._keeper
         async with keeper.lock:
             keeper.record = replace(keeper.record, guest=GuestDisk(SIZE, 512, 512, 512))
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(given_up, partial(resizer(it).resize, None), over)
-            await until(lambda: it.first.held(READ) > 0)
-            it.first.fault(WRITE, errno.EIO, count=-1)
-            write = it.guest.write(0, pattern(1))
-            await over.wait()
-            it.first.release_all()
-            await it.guest_does(partial(it.guest.wait, write))
-            assert write.ok
-        await moved(it)
+        await a_write_fails(it, partial(resizer(it).resize, None), it.first, READ)
         assert it.engine.config.capacity_bytes == SIZE
         guest = it.record().guest
         assert guest is not None and guest.capacity_bytes == SIZE, "a restart would show the new size"

@@ -30,9 +30,9 @@ import pytest
 
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory
-from tests.model.lineage_world import BLOCKS, STORAGES, Image, Storage, World, arrange
+from tests.model.lineage_world import STORAGES, Image, Storage, World, arrange
+from tests.model.random_guest import BLOCKS, Guest, end_process, let_go
 from tests.model.stage import AsyncTransport
-from tests.model.test_policy import Gone, Guest
 from tests.sizes import MIB
 from vhostsync.config import Answer, MirrorTarget, ServeConfig
 from vhostsync.device.device import engine_config
@@ -161,24 +161,12 @@ async def run_of(world: World, image: Image, answer: Answer | None) -> AsyncIter
                 serving.cancel_scope.cancel()
             world.record_fails = False
             if not world.killed:
-                with anyio.fail_after(PATIENCE_S):
-                    await anyio.to_thread.run_sync(frontend.stop)
-                    guest.listen()
-                    await anyio.to_thread.run_sync(frontend.close)
+                await let_go(guest, PATIENCE_S)
                 await mirror.detach(force=False)
             lasting.cancel_scope.cancel()
     finally:
-        with anyio.CancelScope(shield=True):
-            await engine.close()
-            if world.killed:
-                guest.listen()
-                frontend.transport = Gone()
-                frontend.close()
-            else:
-                await anyio.to_thread.run_sync(mirror.record_clean)
-            if found.bitmap is not None:
-                found.bitmap.close(clean=not world.killed)
-            found.store.close()
+        await end_process(engine, mirror, guest, found.bitmap, killed=world.killed)
+        found.store.close()
     world.note_moment()
     world.check()
 

@@ -28,9 +28,10 @@ import pytest
 
 from tests.engine_driver import Cut, DiskOp, MemoryDisk
 from tests.engine_options import engine_options
-from tests.frontend import Frontend, Request
+from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory
-from tests.model.rig import BLOCK, pattern
+from tests.model.random_guest import BLOCKS, SIZE, Guest, check_flushed, end_process, let_go
+from tests.model.rig import BLOCK
 from tests.model.stage import AsyncTransport
 from tests.sizes import MIB
 from vhostsync.config import MirrorTarget
@@ -52,9 +53,6 @@ from vhostsync.storage.disk import Disk
 from vhostsync.storage.native import probe
 from vhostsync.vhost_user.virtio_blk import DeviceShape
 
-SIZE = 4 * MIB
-BLOCKS = 24
-SPREAD = SIZE // BLOCK // BLOCKS
 STEPS = 60
 RUNS = 3
 PATIENCE_S = 20.0
@@ -71,47 +69,6 @@ class UnrulyStateFile(StateFile):
         if self.fails:
             raise StateRecordError("the state record cannot be written: No space left on device")
         return super().prepare(record)
-
-
-@dataclass
-class Guest:
-    """What it has been told: `allowed` has, by block, what the block may hold after a power cut."""
-
-    frontend: Frontend
-    allowed: dict[int, list[int]]
-    seeds: list[int]
-    writes: dict[Request, tuple[int, int]] = field(default_factory=dict, hash=False)
-    flushes: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
-    done: dict[int, int] = field(default_factory=dict)  # the last write of a block that was completed
-
-    def write(self, block: int) -> None:
-        if any(block == at for at, _ in self.writes.values()):
-            return  # in flight: which of the two would be the last is nobody's promise
-        self.seeds[0] += 1
-        self.allowed[block].append(self.seeds[0])
-        request = self.frontend.write(block * SPREAD * BLOCK, pattern(self.seeds[0]))
-        self.writes[request] = (block, self.seeds[0])
-
-    def flush(self) -> None:
-        if len(self.flushes) < 8:
-            self.flushes.append((self.frontend.flush(), dict(self.done)))
-
-    def listen(self) -> None:
-        self.frontend.poll()
-        for request in [each for each in self.writes if each.done]:
-            block, seed = self.writes.pop(request)
-            if request.ok:
-                self.done[block] = seed
-            self.frontend.recycle(request)
-        for flush, covers in [each for each in self.flushes if each[0].done]:
-            self.flushes.remove((flush, covers))
-            for block, seed in covers.items() if flush.ok else ():
-                kept = self.allowed[block]
-                if seed in kept:
-                    self.allowed[block] = kept[kept.index(seed):]
-
-    def is_idle(self) -> bool:
-        return not self.writes and not self.flushes
 
 
 @dataclass
@@ -153,13 +110,7 @@ class World:
             self.check_disk(Path(record.peer.path), "the peer that is up to date")
 
     def check_disk(self, path: Path, what: str) -> None:
-        for block, seeds in self.allowed.items():
-            found = self.held[path].read(block * SPREAD * BLOCK, BLOCK, Cut.EVERYTHING)
-            sectors = {found[at : at + 512] for at in range(0, BLOCK, 512)}  # a write that failed may be torn
-            strange = sectors - {(pattern(seed) if seed else bytes(BLOCK))[:512] for seed in seeds}
-            assert not strange, (
-                f"{what}, {path.name}, lacks block {block}: {[each[:8] for each in strange]}, not of {seeds}"
-            )
+        check_flushed(self.held[path], self.allowed, f"{what}, {path.name},", Cut.EVERYTHING)
 
 
 @dataclass
@@ -224,35 +175,13 @@ async def run_of(world: World, path: Path, *, resume: bool) -> AsyncIterator[tup
                         for disk in world.held.values():
                             disk.release_all()
                         if not world.killed:
-                            with anyio.fail_after(PATIENCE_S):
-                                await anyio.to_thread.run_sync(frontend.stop)
-                                guest.listen()
-                                await anyio.to_thread.run_sync(frontend.close)
+                            await let_go(guest, PATIENCE_S)
             if not world.killed:
                 await mirror.detach(force=False)
             lasting.cancel_scope.cancel()
     finally:
-        with anyio.CancelScope(shield=True):
-            await engine.close()
-            if world.killed:
-                guest.listen()
-                frontend.transport = Gone()
-                frontend.close()
-            else:
-                await anyio.to_thread.run_sync(mirror.record_clean)
-            if bitmap is not None:
-                bitmap.close(clean=not world.killed)
+        await end_process(engine, mirror, guest, bitmap, killed=world.killed)
     world.check()
-
-
-class Gone(AsyncTransport):
-    """The backend was killed."""
-
-    def __init__(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 async def command(run: Run, name: str, do: Callable[[], Any], over: anyio.Event) -> None:

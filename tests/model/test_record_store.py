@@ -36,10 +36,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.engine_driver import DiskOp
 from tests.frontend import Request
 from tests.model import test_policy
+from tests.model.random_guest import BLOCKS, SPREAD
 from tests.model.remote_store import Outcome, RemoteStore, Server
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import until
-from tests.model.test_policy import BLOCKS, SPREAD, Run, World, disks_in, run_of
+from tests.model.test_policy import Run, World, disks_in, run_of
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import (
     MirrorError,

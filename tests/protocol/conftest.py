@@ -10,12 +10,6 @@ from tests.protocol.desk import Desk
 from vhostsync.host.owned_fd import close_all
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """The daemon runs on asyncio."""
-    return "asyncio"
-
-
 def open_fds() -> set[str]:
     """The numbers of this process's open descriptors."""
     listed = [entry.name for entry in Path("/proc/self/fd").iterdir()]

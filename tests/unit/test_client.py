@@ -24,11 +24,6 @@ NEGOTIATED: dict[str, Any] = {"return": {}, "id": 1}
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "control"
 

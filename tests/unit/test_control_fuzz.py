@@ -8,11 +8,6 @@ from tests.fuzz.python_targets import run
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_conversations_made_from_numbers() -> None:
     """Always the same ones; `./run fuzz` makes others."""
     assert await run("control", 6, 0, lambda seed: None) > 20

@@ -6,12 +6,12 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.daemon.rig import loop_device
 from tests.sizes import MIB
 from vhostsync.config import MirrorTarget
 from vhostsync.errors import DiskError
@@ -45,23 +45,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "image"
     create_image(path, MIB)
     return path
-
-
-@contextlib.contextmanager
-def loop_device(path: Path, *options: str) -> Iterator[Path]:
-    command = ["losetup", "--find", "--show", *options, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        pytest.skip(f"no loop device: {result.stderr.strip()}")
-    device = Path(result.stdout.strip())
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", str(device)], check=True)
-        # Whoever looks through the block devices just now (other tests do) keeps it for a moment.
-        ends_s = time.monotonic() + 20
-        while Path(f"/sys/block/{device.name}/loop").exists() and time.monotonic() < ends_s:
-            time.sleep(0.01)
 
 
 # ---- opening --------------------------------------------------------------------
@@ -393,8 +376,8 @@ def test_a_disk_that_has_the_sources_former_name_is_a_destination(image: Path, t
 def test_loop_devices_of_the_source_are_no_destination(image: Path, tmp_path: Path) -> None:
     half = MIB // 2
     with (
-        loop_device(image, "--sizelimit", str(half)) as low,
-        loop_device(image, "--offset", str(half)) as high,
+        loop_device(image, 512, "--sizelimit", str(half)) as low,
+        loop_device(image, 512, "--offset", str(half)) as high,
         loop_device(image) as whole,
     ):
         for one, other in ((image, whole), (whole, image), (low, whole), (whole, high), (image, low)):
@@ -463,7 +446,7 @@ def test_an_image_that_a_loop_device_shows_is_in_use(image: Path, tmp_path: Path
                 opened(tmp_path / name)
         with pytest.raises(DiskError, match="in use"):
             opened(image, read_only=True)  # the loop device writes
-    with loop_device(image, "--read-only"):
+    with loop_device(image, 512, "--read-only"):
         opened(image, read_only=True).close()
         with pytest.raises(DiskError, match="in use"):
             opened(image)

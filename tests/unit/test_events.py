@@ -10,11 +10,6 @@ from vhostsync.events import MIRROR_PROGRESS, MIRROR_STATE_CHANGE, Event, EventH
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def received(subscription: Subscription) -> list[Event]:
     subscription.close()
     return [event async for event in subscription]

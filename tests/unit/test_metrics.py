@@ -25,11 +25,6 @@ pytestmark = pytest.mark.anyio
 SAMPLE = re.compile(r'(vhostsync_[a-z0-9_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)')
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def page_of(backend: FakeBackend) -> str:
     return metrics.render(
         dashed(await backend.query_status()),

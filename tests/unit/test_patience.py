@@ -13,11 +13,6 @@ from vhostsync.host import patience
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_time_that_was_not_lived_through_does_not_count() -> None:
     with patience.fail_after(2.0) as scope:
         await anyio.sleep(0)

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,7 @@ EVIL = "/x\x1b]0;title\x07\x9b2J\r\nvhostsync: all is well\u202e\udcff"
 SHOWN = r"/x\x1b]0;title\x07\x9b2J\x0d\x0avhostsync: all is well\u202e\xff"
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 def harmless(text: str) -> bool:

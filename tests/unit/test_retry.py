@@ -15,11 +15,6 @@ from vhostsync.mirror.retry import DestinationRetry
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class LostMirror:
     """One that is wanted; `resume` fails as nobody foresaw, then succeeds."""
 
