@@ -13,8 +13,9 @@ import pytest
 
 from tests.daemon.disk_server import DiskServer, HeldDisk
 from tests.daemon.rig import Served, await_true, flush, image, refused_start, write_block
-from tests.daemon.test_other_kind import MIB, SIZE, assert_holds, program, refusal
+from tests.daemon.test_other_kind import SIZE, assert_holds, program, refusal
 from tests.frontend import Frontend
+from tests.sizes import MIB
 
 QUICKLY = ("--destination-timeout", "300ms", "--destination-retry", "50ms")
 

@@ -25,7 +25,6 @@ from tests.frontend import Frontend, FrontendTimeout, Request
 from tests.guest.images import new_image
 from tests.network.servers import Nbdkit, QemuNbd, Server, StorageDaemon, descriptors, threads
 
-MIB = 1 << 20
 MIBS = 16
 BLOCKS = 256
 REGION = 64 << 10

@@ -15,6 +15,7 @@ import pytest
 
 from tests import testing_library
 from tests.guest.processes import Process, wait_listening
+from tests.sizes import MIB
 from vhostsync import _shim
 
 EXTENSION = Path(_shim.__file__)
@@ -43,7 +44,6 @@ def test_a_wheel_is_made_of_the_package_alone() -> None:
 
 
 REPOSITORY = Path(__file__).parents[2]
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
