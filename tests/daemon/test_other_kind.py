@@ -24,8 +24,8 @@ from tests.daemon.rig import (
     refused_start,
     write_block,
 )
+from tests.sizes import MIB
 
-MIB = 1 << 20
 SIZE = 4 * MIB
 BLOCKS = 64
 

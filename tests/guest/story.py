@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 from tests.guest.assets import AssetError
 from tests.guest.backends import Vhostsync, vhostsync_command
 from tests.guest.harness import Guest, GuestError, Load
-from tests.guest.images import MIB, ImageError, fill_random, make_ext4, new_image
+from tests.guest.images import ImageError, fill_random, make_ext4, new_image
 from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import QmpError
+from tests.sizes import MIB
 
 DISK_MIB = 1024
 PHOTOS_MIB = 256

@@ -12,8 +12,9 @@ import pytest
 
 from tests.engine_driver import DiskOp, Event, EventKind, Reason, State
 from tests.frontend import Request
-from tests.model.rig import BLOCK, MIB, Rig, rig
+from tests.model.rig import BLOCK, Rig, rig
 from tests.model.test_resync import differing, settled
+from tests.sizes import MIB
 from vhostsync._shim import lib
 
 WRITE, FLUSH, ZERO = DiskOp.WRITE, DiskOp.FLUSH, DiskOp.ZERO

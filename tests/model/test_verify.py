@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.engine_driver import DiskOp, Errand, Event, EventKind, State
-from tests.model.rig import BLOCK, MIB, Rig, pattern, rig
+from tests.model.rig import BLOCK, Rig, pattern, rig
 from tests.model.stage import Stage, play, until
+from tests.sizes import MIB
 from vhostsync._shim import ffi, lib
 from vhostsync.errors import MirrorError
 from vhostsync.events import EventHub

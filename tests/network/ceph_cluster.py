@@ -28,13 +28,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.guest.processes import Process
+from tests.sizes import GIB
 
 PACKAGES = ("ceph-mon", "ceph-osd", "ceph-common")
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "rbd", "rados", "ceph-authtool", "monmaptool")
 POOL = "rbd"
 PORTS = 60  # of one cluster
 START_S = 60.0
-GIB = 1 << 30
 
 CONFIGURATION = """\
 [global]

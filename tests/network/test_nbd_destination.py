@@ -24,6 +24,7 @@ from tests.daemon.rig import (
 from tests.frontend import Frontend, FrontendTimeout, Request
 from tests.guest.images import new_image
 from tests.network.servers import Nbdkit, QemuNbd, Server, StorageDaemon, descriptors, threads
+from tests.sizes import MIB
 
 MIBS = 16
 BLOCKS = 256

@@ -15,11 +15,10 @@ import pytest
 from tests.daemon.rig import Served, flush, image, refused_start, write_block
 from tests.guest.qmp_client import QmpError
 from tests.network.servers import Nbdkit, free_port
+from tests.sizes import MIB
 from vhostsync.errors import ConfigError
 from vhostsync.storage import kinds
 from vhostsync.storage.nbd_uri import NbdUri
-
-MIB = 1 << 20
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from tests.network.ceph_cluster import CephCluster
 
 pytestmark = [pytest.mark.xdist_group("ceph"), pytest.mark.timeout(180)]
 
-MIB = 1 << 20
 SIZE_MIB = 16
 BLOCKS = 64
 _numbers = itertools.count()

@@ -16,10 +16,10 @@ import pytest
 from tests.daemon.rig import await_true, image, refused_start
 from tests.guest.backends import vhostsync_command
 from tests.network.receivers import Authority, Data, Owner, Receiving, RefusedError, children, needs_programs
+from tests.sizes import MIB
 
 pytestmark = [*needs_programs, pytest.mark.timeout(240)]  # each start of a process takes its time
 
-MIB = 1 << 20
 SIZE = 8 * MIB
 
 

@@ -24,11 +24,11 @@ from tests.network.receivers import (
     children,
     needs_programs,
 )
+from tests.sizes import MIB
 from vhostsync.receive.owners import CONNECTIONS_MAX
 
 pytestmark = [*needs_programs, pytest.mark.timeout(240)]  # each start of a process takes its time
 
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 
 from tests.daemon.rig import Load, Served, await_true, flush, image, lacking, same_content, write_block
 from tests.network.receivers import Authority, Owner, Receiving, children, needs_programs
+from tests.sizes import MIB
 from vhostsync.record.state_file import StateFile
 
 pytestmark = [
@@ -26,7 +27,6 @@ pytestmark = [
     ),
 ]
 
-MIB = 1 << 20
 MIBS = 16
 BLOCKS = 256
 RETRY = ("--destination-retry", "200ms", "--sandbox", "off")
