@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Connects to an NBD server, within a bound of time, and asks what its disk can do. See nbd_connection.h.
+ */
 #include "nbd_connection.h"
 
 #include <errno.h>

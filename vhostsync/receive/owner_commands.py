@@ -33,7 +33,7 @@ async def _query(of: Asked, _: Arguments) -> Any:
     return await of.receiver.query()
 
 
-async def _begin(of: Asked, given: Arguments) -> Any:
+async def _begin_generation(of: Asked, given: Arguments) -> Any:
     begun = await of.receiver.begin(
         disk=given["disk"], token=given["token"], instance=given["instance"], generation=given["generation"],
         owner=of.owner,
@@ -80,7 +80,7 @@ OWNER_COMMANDS: Final[Mapping[str, Command]] = {
         Command(
             "begin",
             "End the former generation, and begin the next one.",
-            _begin,
+            _begin_generation,
             (
                 Argument("disk", "string", "The disk that is meant; none: whichever is here."),
                 _TOKEN,

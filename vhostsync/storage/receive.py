@@ -285,7 +285,7 @@ class Receive:
         uri = ReceiveUri.parse(name)
         with Receiver(uri) as receiver:
             disk = receiver.ask("query").get("disk")
-            begun, token = _begin(receiver, disk, _tokens_of(disk, known))
+            begun, token = _begin_generation(receiver, disk, _tokens_of(disk, known))
         try:
             disk, generation, size = str(begun["disk"]), int(begun["generation"]), int(begun["bytes"])
             user, key, port, export = (begun[each] for each in ("user", "key", "port", "export"))
@@ -381,7 +381,7 @@ def _tokens_of(disk: object, known: Iterable[DiskIdentity]) -> list[str | None]:
     return list(dict.fromkeys([*told, *recorded])) or [None]
 
 
-def _begin(
+def _begin_generation(
     receiver: Receiver, disk: object, tokens: list[str | None]
 ) -> tuple[dict[str, Any], str | None]:
     """What the receiver answers, and the token that it has taken. DiskError."""
