@@ -146,7 +146,7 @@ class Reach:
             if not self._within(real_path(file)) and file not in self.network.files:
                 raise MirrorError(
                     f"{file} lies outside the directories that this backend may use, and {disk} needs it; "
-                    f"start it with --allow-path {file.parent}"
+                    f"start it with --allow-path {file if file.is_dir() else file.parent}"
                 )
 
 
