@@ -292,6 +292,13 @@ class ServeConfig:
         "--allow-plaintext", NETWORK, FLAG,
         "the data of disks may go to other hosts without TLS: for a network that is trusted", False,
     )
+    reconnect_timeout_s: float = option(
+        "--reconnect-timeout", NETWORK, SECONDS,
+        "so long a guest waits when the connection to its disk's server (NBD) is lost; then it gets errors",
+        30.0, least=TIMEOUT_S_MIN, most=TIMEOUT_S_MAX,
+        detail="What was not answered is sent again, and not before it is certain that the server has "
+        "nothing of it under way any more (`--fence`).",
+    )
     ceph_conf: Path | None = option(
         "--ceph-conf", NETWORK, PATH, "of `rbd:` disks: the cluster's configuration file",
         default_text="CEPH_CONF, CEPH_ARGS, or /etc/ceph/ceph.conf",
@@ -475,7 +482,7 @@ class ServeConfig:
     @property
     def network_use(self) -> NetworkUse:
         return NetworkUse(
-            self.connections, self.allow_plaintext,
+            self.connections, self.allow_plaintext, self.reconnect_timeout_s,
             ceph_conf=str(self.ceph_conf) if self.ceph_conf is not None else None,
             ceph_user=self.ceph_user,
             ceph_keyring=str(self.ceph_keyring) if self.ceph_keyring is not None else None,

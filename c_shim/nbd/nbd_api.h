@@ -41,5 +41,21 @@ void vs_nbd_close(vs_nbd *nbd);
 void vs_nbd_release(vs_nbd *nbd);
 /* A disk for the engine, which has the connections from here on. NULL: no memory, or no thread; they stay. */
 vs_disk *vs_nbd_disk(vs_nbd *nbd);
-/* For as long as that disk is there. 1: the connection was lost, and why (VS_NBD_WHY_BYTES); 0: it was closed. */
-int vs_nbd_await_end(vs_nbd *nbd, char *why);
+
+enum vs_nbd_state {
+    VS_NBD_CONNECTED,
+    VS_NBD_CLOSED,
+    VS_NBD_LOST,     /* what was under way has failed, and so does all that comes */
+    VS_NBD_HELD,     /* lost, and it is the guest's disk: what was under way, and what comes, waits for a connection */
+    VS_NBD_UNCERTAIN /* the same, and the server may still carry out a change that it has not answered */
+};
+
+/* Of that disk: waits until it is not connected. Which state that is, and why (VS_NBD_WHY_BYTES). */
+enum vs_nbd_state vs_nbd_await_loss(vs_nbd *nbd, char *why);
+/* It is still held. */
+int vs_nbd_is_held(vs_nbd *nbd);
+/* The connections of "fresh" take the place of those that were lost, and what was held goes there. 0: it is not held any
+ * more, and "fresh" stays as it is. */
+int vs_nbd_replace(vs_nbd *nbd, vs_nbd *fresh);
+/* Nobody will: what is held fails. */
+void vs_nbd_give_up(vs_nbd *nbd);

@@ -26,6 +26,11 @@ static struct nbd_disk *disk_of(const struct disk_io *io)
     return (struct nbd_disk *)io->work.disk;
 }
 
+static struct nbd_handle *next_handle(struct nbd_disk *d)
+{
+    return d->nbd->handle[d->next_handle++ % d->nbd->connections];
+}
+
 /* ---- answers -------------------------------------------------------------------- */
 
 /* What the server says in a protocol's word, in those of a disk that fails: the engine takes these for its own. */
@@ -99,6 +104,18 @@ static int flushed(void *arg, int *error)
     return 1;
 }
 
+static int durable_now(void *arg, int *error)
+{
+    struct nbd_disk *d = arg;
+    d->durable = d->served && !*error;
+    return 1;
+}
+
+void nbd_begin_durable(struct nbd_disk *d)
+{
+    (void)nbd_aio_flush(next_handle(d), (nbd_completion_callback){.callback = durable_now, .user_data = d}, 0);
+}
+
 /* Of base:allocation: what reads as zeroes counts as a hole. */
 static int extents_told(void *arg, const char *context, uint64_t offset, uint32_t *entries, size_t count, int *error)
 {
@@ -136,11 +153,6 @@ static int extents_over(void *arg, int *error)
 }
 
 /* ---- commands ---------------------------------------------------------------------- */
-
-static struct nbd_handle *next_handle(struct nbd_disk *d)
-{
-    return d->nbd->handle[d->next_handle++ % d->nbd->connections];
-}
 
 static uint64_t part_of(const struct nbd_disk *d, uint64_t bytes, uint64_t most)
 {

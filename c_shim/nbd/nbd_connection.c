@@ -5,12 +5,19 @@
 #include "nbd_connection.h"
 
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
 #include <time.h>
+#include <unistd.h>
 
 #define GOODBYE_MS 1000
+/* So long the kernel waits for the other host's. */
+#define SILENCE_S 24
 /* Where the server does not say (the NBD specification, "Block size constraints"). */
 #define MAXIMUM_BYTES (32u << 20)
 
@@ -70,6 +77,22 @@ static bool begin_connecting(struct nbd_handle *handle, const char *uri)
            nbd_aio_connect_uri(handle, uri) == 0;
 }
 
+/* A host that has gone without a word is noticed, also where nothing is under way. Of a Unix socket nothing is set. */
+static void watch_silence(int fd)
+{
+    static const struct {
+        int level, name, value;
+    } options[] = {
+        {SOL_SOCKET, SO_KEEPALIVE, 1},
+        {IPPROTO_TCP, TCP_KEEPIDLE, SILENCE_S / 2},
+        {IPPROTO_TCP, TCP_KEEPINTVL, SILENCE_S / 6},
+        {IPPROTO_TCP, TCP_KEEPCNT, 3},
+        {IPPROTO_TCP, TCP_USER_TIMEOUT, SILENCE_S * 1000},
+    };
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++)
+        (void)setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof options[i].value);
+}
+
 static struct nbd_handle *connect_one(const char *uri, uint64_t deadline_ms, char *why)
 {
     struct nbd_handle *handle = nbd_create();
@@ -85,8 +108,10 @@ static struct nbd_handle *connect_one(const char *uri, uint64_t deadline_ms, cha
     keep_reason(why, "the server has ended the connection");
     while (is_connecting(handle) && await_something(handle, deadline_ms, why))
         ;
-    if (nbd_aio_is_ready(handle) > 0)
+    if (nbd_aio_is_ready(handle) > 0) {
+        watch_silence(nbd_aio_get_fd(handle));
         return handle;
+    }
     nbd_close(handle);
     return NULL;
 }
@@ -146,6 +171,7 @@ vs_nbd *vs_nbd_connect(const char *uri, uint32_t connections, uint32_t timeout_m
     pthread_mutex_init(&nbd->lock, NULL);
     pthread_cond_init(&nbd->told, NULL);
     nbd->references = 1;
+    nbd->wake_fd = -1;
     nbd->handle[0] = connect_one(uri, deadline_ms, why);
     if (!nbd->handle[0]) {
         vs_nbd_release(nbd);
@@ -240,28 +266,93 @@ void vs_nbd_release(vs_nbd *nbd)
     free(nbd);
 }
 
-/* ---- telling of it ------------------------------------------------------------------ */
+/* ---- one that was lost ------------------------------------------------------------------ */
 
-void nbd_tell_end(struct vs_nbd *nbd, const char *why)
+void nbd_wake_by(struct vs_nbd *nbd, int wake_fd)
 {
     pthread_mutex_lock(&nbd->lock);
-    if (!nbd->ended && why) {
-        nbd->lost = true;
+    nbd->wake_fd = wake_fd;
+    pthread_mutex_unlock(&nbd->lock);
+}
+
+void nbd_tell(struct vs_nbd *nbd, enum vs_nbd_state state, const char *why)
+{
+    pthread_mutex_lock(&nbd->lock);
+    if (nbd->state != VS_NBD_LOST) {
+        nbd->state = state;
         keep_reason(nbd->why_lost, why);
     }
-    nbd->ended = true;
     pthread_cond_broadcast(&nbd->told);
     pthread_mutex_unlock(&nbd->lock);
 }
 
-int vs_nbd_await_end(vs_nbd *nbd, char *why)
+enum vs_nbd_state vs_nbd_await_loss(vs_nbd *nbd, char *why)
 {
-    bool lost;
+    enum vs_nbd_state state;
     pthread_mutex_lock(&nbd->lock);
-    while (!nbd->ended)
+    while (nbd->state == VS_NBD_CONNECTED)
         pthread_cond_wait(&nbd->told, &nbd->lock);
-    lost = nbd->lost;
+    state = nbd->state;
     keep_reason(why, nbd->why_lost);
     pthread_mutex_unlock(&nbd->lock);
-    return lost;
+    return state;
+}
+
+static bool is_held(const struct vs_nbd *nbd)
+{
+    return nbd->state == VS_NBD_HELD || nbd->state == VS_NBD_UNCERTAIN;
+}
+
+int vs_nbd_is_held(vs_nbd *nbd)
+{
+    bool held;
+    pthread_mutex_lock(&nbd->lock);
+    held = is_held(nbd);
+    pthread_mutex_unlock(&nbd->lock);
+    return held;
+}
+
+static void wake(const struct vs_nbd *nbd)
+{
+    uint64_t one = 1;
+    if (nbd->wake_fd >= 0 && write(nbd->wake_fd, &one, sizeof one) < 0 && errno != EAGAIN && errno != EINTR)
+        abort();
+}
+
+int vs_nbd_replace(vs_nbd *nbd, vs_nbd *fresh)
+{
+    bool held;
+    pthread_mutex_lock(&nbd->lock);
+    held = is_held(nbd);
+    if (held) {
+        memcpy(nbd->fresh, fresh->handle, sizeof nbd->fresh);
+        nbd->fresh_count = fresh->connections;
+        fresh->connections = 0;
+        nbd->state = VS_NBD_CONNECTED;
+        wake(nbd);
+    }
+    pthread_mutex_unlock(&nbd->lock);
+    return held;
+}
+
+void vs_nbd_give_up(vs_nbd *nbd)
+{
+    pthread_mutex_lock(&nbd->lock);
+    nbd->given_up = true;
+    wake(nbd);
+    pthread_mutex_unlock(&nbd->lock);
+}
+
+enum vs_nbd_state nbd_look_for_fresh(struct vs_nbd *nbd)
+{
+    enum vs_nbd_state state;
+    pthread_mutex_lock(&nbd->lock);
+    if (nbd->fresh_count > 0) {
+        memcpy(nbd->handle, nbd->fresh, sizeof nbd->handle);
+        nbd->connections = nbd->fresh_count;
+        nbd->fresh_count = 0;
+    }
+    state = nbd->given_up ? VS_NBD_LOST : nbd->state;
+    pthread_mutex_unlock(&nbd->lock);
+    return state;
 }

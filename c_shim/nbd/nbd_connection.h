@@ -15,12 +15,16 @@ struct vs_nbd {
     struct nbd_handle *handle[VS_NBD_CONNECTIONS_MAX];
     uint32_t connections;
     struct vs_nbd_export export;
-    /* For whoever waits for its end. */
+    /* Between the disk's thread and whoever looks after its connection. */
     pthread_mutex_t lock; /* guards the rest */
     pthread_cond_t told;
     unsigned references;
-    bool ended, lost;
+    int wake_fd; /* of the disk's thread; -1: there is none */
+    enum vs_nbd_state state;
     char why_lost[VS_NBD_WHY_BYTES];
+    bool given_up;
+    struct nbd_handle *fresh[VS_NBD_CONNECTIONS_MAX]; /* to take the place of those that were lost */
+    uint32_t fresh_count;
 };
 
 /* What the core does for disks of this kind. */
@@ -33,8 +37,11 @@ static inline bool nbd_is_lost(struct nbd_handle *handle)
 }
 
 void nbd_keep(struct vs_nbd *nbd);
-/* Once. why: it is lost; NULL: it was closed in order. */
-void nbd_tell_end(struct vs_nbd *nbd, const char *why);
+/* The disk's thread is woken by this descriptor; -1: not any more. */
+void nbd_wake_by(struct vs_nbd *nbd, int wake_fd);
+void nbd_tell(struct vs_nbd *nbd, enum vs_nbd_state state, const char *why);
+/* What has become of one that is held. */
+enum vs_nbd_state nbd_look_for_fresh(struct vs_nbd *nbd);
 /* Says goodbye, as long as something is heard of the server within the time; then they are closed. */
 void nbd_say_goodbye(struct vs_nbd *nbd);
 /* Closed as they are. What is under way is forgotten: no callback is called any more. */

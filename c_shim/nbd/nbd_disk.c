@@ -8,8 +8,14 @@
  * the data thread submits it again for the rest (DISK_GO_ON), which is also how it sees that a long zeroing
  * comes on.
  *
- * Lost is lost: when one connection is, all are closed, and whatever is under way or comes later fails with ENOTCONN.
- * What was under way the server may still carry out, also after another connection began: it is "unanswered".
+ * When one connection is lost, all are closed, and whatever is under way or comes later fails with ENOTCONN: a lost
+ * connection is a lost disk. What was under way the server may still carry out, also after another connection began: it
+ * is "unanswered".
+ *
+ * But the disk that a guest is on is held: all of that waits until whoever looks after it has made other connections
+ * (vs_nbd_replace), behind the fence where a change is unanswered, and is sent again; or until that is given up. It is so
+ * only once nothing can be forgotten that was answered: each write that a guest waits for is durable when it is answered
+ * (work.durable), and what came before, by a flush.
  *
  * A buffer goes to libnbd as it is, so it has to be one piece (DISK_ONE_BUFFER): no copy is made here. The commands are
  * in nbd_command.c.
@@ -28,58 +34,144 @@
 
 /* ---- the end of a connection ------------------------------------------------------------ */
 
-/* What libnbd has given up has an error by then; the rest is still under way. Neither has an answer. */
+/* What libnbd has given up has an error by now; the rest is under way. Neither has an answer: all of it is under way
+ * again. True: changes are among it. */
+static bool gather_unanswered(struct nbd_disk *d)
+{
+    bool changes = false;
+    list_each_safe(node, &d->over) {
+        const struct disk_io *io = nbd_io_at(node);
+        if (io->result != -ENOTCONN && io->result != -ESHUTDOWN)
+            continue;
+        list_remove(node);
+        list_append(&d->under_way, node);
+    }
+    list_each(node, &d->under_way) {
+        struct disk_io *io = nbd_io_at(node);
+        io->work.unanswered = true;
+        changes |= io->kind == VS_DISK_WRITE || io->kind == VS_DISK_ZERO;
+    }
+    return changes;
+}
+
+static void fail_all(struct nbd_disk *d)
+{
+    while (!list_empty(&d->under_way))
+        nbd_fail(d, nbd_io_at(d->under_way.next), -ENOTCONN);
+}
+
+/* The guest's own disk may come back, if nothing that was answered can be forgotten meanwhile. */
+static bool may_come_back(const struct nbd_disk *d)
+{
+    return d->served && d->durable;
+}
+
 static void lose(struct nbd_disk *d, const char *why)
 {
-    if (d->lost)
+    bool uncertain;
+    if (d->lost || d->holding)
         return;
-    d->lost = d->disk.lost = true;
-    nbd_tell_end(d->nbd, why);
+    d->disk.lost = true;
+    uncertain = gather_unanswered(d);
     nbd_drop(d->nbd);
-    list_each(node, &d->over) {
-        struct disk_io *io = nbd_io_at(node);
-        io->work.unanswered = io->result == -ENOTCONN || io->result == -ESHUTDOWN;
-        io->result = io->work.unanswered ? -ENOTCONN : io->result;
+    d->holding = may_come_back(d);
+    d->lost = !d->holding;
+    if (d->holding) {
+        list_splice(&d->held, &d->under_way);
+        nbd_tell(d->nbd, uncertain ? VS_NBD_UNCERTAIN : VS_NBD_HELD, why);
+    } else {
+        fail_all(d);
+        nbd_tell(d->nbd, VS_NBD_LOST, why);
     }
-    while (!list_empty(&d->under_way)) {
-        struct disk_io *io = nbd_io_at(d->under_way.next);
-        io->work.unanswered = true;
-        nbd_fail(d, io, -ENOTCONN);
-    }
+}
+
+/* Nobody waits for another connection any more. */
+static void stop_holding(struct nbd_disk *d, const char *why)
+{
+    d->holding = false;
+    d->lost = true;
+    list_splice(&d->under_way, &d->held);
+    fail_all(d);
+    nbd_tell(d->nbd, VS_NBD_LOST, why);
 }
 
 /* ---- the thread -------------------------------------------------------------------------- */
 
 static void issue(struct nbd_disk *d, struct disk_io *io)
 {
-    list_append(&d->under_way, &io->work.remote_link);
+    list_append(d->holding ? &d->held : &d->under_way, &io->work.remote_link);
     if (d->lost)
         nbd_fail(d, io, -ENOTCONN);
-    else
+    else if (!d->holding)
         nbd_command(d, io);
 }
 
-/* What was handed over since. True: the thread is to end. */
-static bool take(struct nbd_disk *d)
+static void issue_all(struct nbd_disk *d, struct list *ios)
 {
-    struct list handed_over, *node;
-    bool cut_off, ending;
-    list_init(&handed_over);
-    pthread_mutex_lock(&d->lock);
-    d->asleep = false;
-    list_splice(&handed_over, &d->todo);
-    cut_off = d->cut_off;
-    ending = d->ending;
-    pthread_mutex_unlock(&d->lock);
-    while ((node = list_pop(&handed_over))) {
+    struct list *node;
+    while ((node = list_pop(ios))) {
         struct disk_io *io = nbd_io_at(node);
         if (io->kind == VS_DISK_CLOSE)
             d->closing = io;
         else
             issue(d, io);
     }
+}
+
+/* Another connection may have come. */
+static void look_for_fresh(struct nbd_disk *d)
+{
+    struct list held;
+    enum vs_nbd_state state = nbd_look_for_fresh(d->nbd);
+    if (state == VS_NBD_LOST)
+        stop_holding(d, "no other connection came in time");
+    if (state != VS_NBD_CONNECTED)
+        return;
+    d->holding = d->disk.lost = false;
+    d->why[0] = '\0';
+    list_init(&held);
+    list_splice(&held, &d->held);
+    list_each(node, &held)
+        nbd_io_at(node)->work.unanswered = false;
+    issue_all(d, &held);
+}
+
+/* From now on, or not any more, an answered write has to be durable. */
+static void note_service(struct nbd_disk *d, bool serves)
+{
+    if (serves == d->served)
+        return;
+    d->served = serves;
+    d->durable = false;
+    if (serves && !d->lost && !d->holding)
+        nbd_begin_durable(d);
+}
+
+/* What was handed over since. True: the thread is to end. */
+static bool take(struct nbd_disk *d)
+{
+    struct list handed_over;
+    bool cut_off, ending, serves;
+    list_init(&handed_over);
+    pthread_mutex_lock(&d->lock);
+    d->asleep = false;
+    list_splice(&handed_over, &d->todo);
+    cut_off = d->cut_off;
+    ending = d->ending;
+    serves = d->serves;
+    pthread_mutex_unlock(&d->lock);
+    note_service(d, serves);
+    if (d->holding)
+        look_for_fresh(d);
+    issue_all(d, &handed_over);
     if (cut_off)
+        d->durable = false; /* nobody waits for it any more */
+    if (cut_off && d->holding)
+        stop_holding(d, "it was not waited for any longer");
+    else if (cut_off)
         lose(d, "the server does not answer in time");
+    else if (nbd_any_lost(d))
+        lose(d, d->why[0] ? d->why : "the server has ended the connection");
     return ending || d->closing;
 }
 
@@ -133,8 +225,6 @@ static void look_around(struct nbd_disk *d)
     for (uint32_t i = 0; i < count; i++)
         if (fds[i].revents)
             serve_socket(d, d->nbd->handle[i], fds[i].revents);
-    if (nbd_any_lost(d))
-        lose(d, d->why[0] ? d->why : "the server has ended the connection");
 }
 
 static void give_back(struct nbd_disk *d)
@@ -154,7 +244,7 @@ static void *run(void *arg)
         give_back(d);
     }
     nbd_say_goodbye(d->nbd);
-    nbd_tell_end(d->nbd, NULL);
+    nbd_tell(d->nbd, VS_NBD_CLOSED, "");
     if (d->closing)
         nbd_core->complete_remote(d->closing, 0); /* then *d may be gone */
     return NULL;
@@ -181,6 +271,7 @@ static void nbd_submit(struct vs_disk *disk, struct disk_io *io)
     }
     pthread_mutex_lock(&d->lock);
     list_append(&d->todo, &io->work.remote_link);
+    d->serves = disk->serves;
     asleep = d->asleep;
     d->asleep = false;
     pthread_mutex_unlock(&d->lock);
@@ -214,6 +305,7 @@ static void nbd_close_disk(struct vs_disk *disk)
         wake(d);
         pthread_join(d->thread, NULL);
     }
+    nbd_wake_by(d->nbd, -1);
     vs_nbd_release(d->nbd);
     free_disk(d);
 }
@@ -236,6 +328,7 @@ vs_disk *vs_nbd_disk(vs_nbd *nbd)
     list_init(&d->todo);
     list_init(&d->under_way);
     list_init(&d->over);
+    list_init(&d->held);
     pthread_mutex_init(&d->lock, NULL);
     d->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (d->wake_fd < 0) {
@@ -244,7 +337,9 @@ vs_disk *vs_nbd_disk(vs_nbd *nbd)
         return NULL;
     }
     nbd_keep(nbd);
+    nbd_wake_by(nbd, d->wake_fd);
     if (pthread_create(&d->thread, NULL, run, d) != 0) {
+        nbd_wake_by(nbd, -1);
         vs_nbd_release(nbd);
         free_disk(d);
         return NULL;

@@ -14,18 +14,24 @@ struct nbd_disk {
     struct vs_nbd *nbd;
     pthread_t thread;
     int wake_fd;
-    pthread_mutex_t lock; /* guards todo, asleep, cut_off and ending */
+    pthread_mutex_t lock; /* guards the next five */
     struct list todo;     /* of disk_io, by work.remote_link */
     bool asleep;          /* the thread is, or is about to be */
     bool cut_off, ending;
+    bool serves; /* as vs_disk.serves was at the last submission */
     bool closed; /* or being closed by the thread, which ends with that */
     /* The thread's own. */
     struct list under_way; /* libnbd has them */
     struct list over;      /* to be given back */
+    struct list held;      /* waits for another connection */
     struct disk_io *closing;
     uint32_t next_handle;
     bool no_fast_zero;
     bool lost;
+    bool holding;
+    bool served; /* so far it knows of serves */
+    bool
+        durable; /* a flush since then was answered, and each write since then is durable when it is: none is forgotten */
     char why[VS_NBD_WHY_BYTES]; /* what libnbd has said last */
 };
 
@@ -33,6 +39,8 @@ struct nbd_disk {
 void nbd_plan_zero(const struct nbd_disk *d, struct disk_io *io);
 /* The rest are the thread's. Sends the next part of io, which is under way then; or it is over at once. */
 void nbd_command(struct nbd_disk *d, struct disk_io *io);
+/* Asks for the flush after which "durable" holds. */
+void nbd_begin_durable(struct nbd_disk *d);
 /* io, which is under way, is over without an answer. */
 void nbd_fail(struct nbd_disk *d, struct disk_io *io, int result);
 bool nbd_any_lost(const struct nbd_disk *d);

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
 
 from tests.daemon.rig import BLOCK, Load, Served, await_true, block_of, flush, image, lacking, write_block
-from tests.frontend import Frontend, Request
+from tests.frontend import Frontend, FrontendTimeout, Request
 from tests.network.servers import Nbdkit, QemuNbd
 
 MIB = 1 << 20
@@ -107,7 +108,8 @@ def test_the_record_knows_it_again(tmp_path: Path, disk: Path, raw: Path) -> Non
 
 
 def test_one_that_is_lost_is_an_error_of_the_disk(tmp_path: Path, raw: Path) -> None:
-    with Nbdkit(tmp_path, "file", str(raw)) as server, Served(tmp_path, server.uri) as served:
+    patience = ("--reconnect-timeout", "500ms")
+    with Nbdkit(tmp_path, "file", str(raw)) as server, Served(tmp_path, server.uri, *patience) as served:
         with served.guest() as guest:
             write_block(guest, 1, 1)
             server.kill()
@@ -121,7 +123,7 @@ def test_the_guest_goes_to_the_other_disk_when_it_is_lost(tmp_path: Path, raw: P
     back = image(tmp_path / "c.img", MIBS, filled_mib=0)
     with (
         Nbdkit(tmp_path, "file", str(raw)) as server,
-        Served(tmp_path, server.uri, "--on-source-error", "switch") as served,
+        Served(tmp_path, server.uri, "--on-source-error", "switch", "--reconnect-timeout", "1s") as served,
     ):
         with Load(served, blocks=BLOCKS) as load:
             served.start_mirror(back)
@@ -132,3 +134,101 @@ def test_the_guest_goes_to_the_other_disk_when_it_is_lost(tmp_path: Path, raw: P
             expected = load.stop()
         served.stop()
     assert lacking(back, expected) == []
+
+
+@pytest.mark.parametrize("connections", ["1", "3"])
+def test_an_idle_guest_does_not_notice_a_server_that_is_started_again(
+    tmp_path: Path, raw: Path, connections: str
+) -> None:
+    with (
+        Nbdkit(tmp_path, "file", str(raw)) as server,
+        Served(tmp_path, server.uri, "--connections", connections) as served,
+        served.guest() as guest,
+    ):
+        write_block(guest, 1, 1)
+        flush(guest)
+        server.kill()
+        write = guest.write(2 * BLOCK, block_of(2, 2))
+        read = guest.read(BLOCK, BLOCK)
+        flushed = guest.flush()
+        with pytest.raises(FrontendTimeout):
+            guest.wait(write, timeout_s=0.3)
+        server.start()
+        guest.wait(write, read, flushed)
+        assert write.ok and flushed.ok and read.data == block_of(1, 1)
+        guest.close()
+        served.stop()
+    assert lacking(raw, {1: 1, 2: 2}) == []
+
+
+@pytest.mark.parametrize("fence", ["limit", "command"])
+def test_a_guest_at_work_waits_for_its_server_and_loses_nothing(
+    tmp_path: Path, raw: Path, fence: str
+) -> None:
+    """Its requests are sent again behind the fence."""
+    said = tmp_path / "fenced"
+    script = tmp_path / "fence.sh"
+    script.write_text(f'#!/bin/sh\necho "$VHOSTSYNC_DISK" >>{said}\n')
+    script.chmod(0o755)
+    options = ("--fence", "limit") if fence == "limit" else ("--fence-command", str(script))
+    with (
+        Nbdkit(tmp_path, "file", str(raw), "limit=1", filters=["limit"]) as server,
+        Served(tmp_path, server.uri, *options) as served,
+        Load(served, blocks=BLOCKS) as load,
+    ):
+        for _ in range(3):
+            load.go_on(3)
+            server.kill()
+            server.start()
+        load.go_on()
+        expected = load.stop()
+        assert fence == "limit" or set(said.read_text().split()) == {server.uri}
+        served.stop()
+    assert lacking(raw, expected) == []
+
+
+def test_what_is_unanswered_is_not_sent_again_without_a_fence(tmp_path: Path, raw: Path) -> None:
+    control = tmp_path / "pause.sock"
+    words = ["file", str(raw), f"pause-control={control}"]
+    with Nbdkit(tmp_path, *words, filters=["pause"]) as server, Served(tmp_path, server.uri) as served:
+        with served.guest() as guest, socket.socket(socket.AF_UNIX) as pause:
+            write_block(guest, 1, 1)
+            pause.connect(str(control))
+            pause.sendall(b"p")
+            assert pause.recv(1) == b"P"
+            write = guest.write(2 * BLOCK, block_of(2, 2))
+            with pytest.raises(FrontendTimeout):
+                guest.wait(write, timeout_s=0.3)
+            server.kill()
+            server.start()
+            guest.wait(write)
+            assert not write.ok
+        assert "may still be carried out" in served.process.last_output()
+        served.stop()
+
+
+def test_another_size_is_another_disk(tmp_path: Path, raw: Path) -> None:
+    with Nbdkit(tmp_path, "file", str(raw)) as server, Served(tmp_path, server.uri) as served:
+        with served.guest() as guest:
+            write_block(guest, 1, 1)
+            server.kill()
+            with raw.open("r+b") as file:
+                file.truncate(2 * MIB)
+            server.start()
+            assert not answered(guest, guest.write(0, block_of(0, 2)))
+        assert "has 2097152 since its server is back" in served.process.last_output()
+        served.stop()
+
+
+def test_a_backend_ends_while_a_guest_waits_for_its_server(tmp_path: Path, raw: Path) -> None:
+    """It waits as long as the guest."""
+    with (
+        Nbdkit(tmp_path, "file", str(raw)) as server,
+        Served(tmp_path, server.uri, "--reconnect-timeout", "2s") as served,
+        served.guest() as guest,
+    ):
+        write_block(guest, 1, 1)
+        server.kill()
+        guest.write(0, block_of(0, 2))
+        served.qmp.execute("quit", force=True)
+        assert served.process.wait(30) == 0

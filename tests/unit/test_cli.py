@@ -306,7 +306,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --poll-us 25 --threads 2 --packed-rings off
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause --fence-command /bin/fence --fenced
-        --connections 4 --allow-plaintext
+        --connections 4 --allow-plaintext --reconnect-timeout 5s
         --ceph-conf /c.conf --ceph-user vm --ceph-keyring /c.keyring --break-lock
         --dirty-region-size 128K
         --bitmap /m.bits --al-extents 256 --al-extent-size 16M
@@ -330,7 +330,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.read_fallback, settings.on_source_error) == (True, "switch")
     assert settings.on_destination_error == "pause"
     assert (settings.fence_words, settings.fenced) == (("/bin/fence",), True)
-    assert settings.connections == 4 and settings.allow_plaintext
+    assert settings.connections == 4 and settings.allow_plaintext and settings.reconnect_timeout_s == 5
     assert (settings.ceph_conf, settings.ceph_keyring) == (Path("/c.conf"), Path("/c.keyring"))
     assert (settings.ceph_user, settings.break_lock) == ("vm", True)
     assert settings.network_use.break_lock_of == "/a.img"

@@ -181,7 +181,7 @@ def test_only_the_ports_of_disks_may_be_connected_to(tmp_path: Path) -> None:
         confinement.reach.check(name)
     with pytest.raises(MirrorError, match="--allow-port 9"):
         confinement.reach.check("nbd://host:9/")
-    with pytest.raises(MirrorError, match="--allow-path /other$"):
+    with pytest.raises(MirrorError, match=r"--allow-path /other$"):
         confinement.reach.check("nbds://host/?tls-certificates=/other/tls")
 
 

@@ -349,6 +349,10 @@ def _read_places(files_of_etc: tuple[str, ...] = SYSTEM_FILES) -> tuple[Path, ..
     interpreter = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path)
     found = {Path(place).resolve() for place in (*SYSTEM_PLACES, *interpreter) if place}
     found |= {(Path("/etc") / name).resolve() for name in files_of_etc}
+    extension = sys.modules.get("vhostsync._shim")
+    if extension is not None and extension.__file__ is not None:
+        # So are others; in a tree that is worked on not within the package.
+        found.add(Path(extension.__file__).resolve().parent)
     with suppress(OSError):  # it may have been removed
         # `python -m` puts the current directory, perhaps /, where modules are looked for.
         found.discard(Path.cwd())

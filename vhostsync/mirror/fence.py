@@ -59,6 +59,13 @@ class Fence:
         if self.means is Means.COMMAND:
             await anyio.to_thread.run_sync(self.make_certain_blocking, disk, abandon_on_cancel=True)
 
+    def make_certain_of_source(self, disk: str) -> None:
+        """`make_certain`, for a disk that a guest waits for. Blocks."""
+        if self.means is Means.HAND:
+            raise FenceError(sentence(disk, self.means))
+        if self.means is Means.COMMAND:
+            self.make_certain_blocking(disk)
+
     def make_certain_blocking(self, disk: str) -> None:
         """`make_certain` by the command."""
         assert self.command is not None

@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import structlog
 
-from vhostsync.errors import DiskError, EngineError
+from vhostsync.errors import DiskError, EngineError, VhostsyncError
 from vhostsync.storage import signatures as looking
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot
@@ -72,6 +72,16 @@ class Export:
     connections: int
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Of a connection. `held`: a guest waits for another one. `uncertain`: the server may still carry out a
+    change that it has not answered."""
+
+    why: str
+    held: bool
+    uncertain: bool
+
+
 class Connection:
     """Of a disk that is not the engine's yet."""
 
@@ -108,10 +118,27 @@ class Connection:
         """A vs_disk, or NULL."""
         return self._lib.vs_nbd_disk(self.handle)
 
-    def await_end(self) -> str | None:
-        """Of what `to_disk` has made: why it was lost, or None where it was closed."""
+    # Of what `to_disk` has made:
+
+    def await_loss(self) -> Loss | None:
+        """None: it was closed."""
         why = self._ffi.new("char[]", self._lib.VS_NBD_WHY_BYTES)
-        return _words(self._ffi, why) if self._lib.vs_nbd_await_end(self.handle, why) else None
+        state = self._lib.vs_nbd_await_loss(self.handle, why)
+        if state == self._lib.VS_NBD_CLOSED:
+            return None
+        held = state in (self._lib.VS_NBD_HELD, self._lib.VS_NBD_UNCERTAIN)
+        return Loss(_words(self._ffi, why), held, state == self._lib.VS_NBD_UNCERTAIN)
+
+    @property
+    def is_held(self) -> bool:
+        return bool(self._lib.vs_nbd_is_held(self.handle))
+
+    def replace(self, fresh: "Connection") -> bool:
+        """By another one, which is the disk's from here on; False: it does not wait for one any more."""
+        return bool(self._lib.vs_nbd_replace(self.handle, fresh.handle))
+
+    def give_up(self) -> None:
+        self._lib.vs_nbd_give_up(self.handle)
 
     def close(self) -> None:
         self._lib.vs_nbd_close(self.handle)
@@ -179,14 +206,41 @@ class NbdDisk:
         handle = self.connection.to_disk()
         if not handle:
             raise EngineError.from_errno(f"starting the thread of {self.name}", errno.ENOMEM)
-        watch = threading.Thread(target=self._tell_of_loss, name="nbd-loss", daemon=True)
-        watch.start()
+        threading.Thread(target=self._look_after, name="nbd-connection", daemon=True).start()
         return handle
 
-    def _tell_of_loss(self) -> None:
-        why = self.connection.await_end()
-        if why is not None:
-            log.warning("the connection to an NBD server is lost", disk=self.name, reason=why)
+    def _look_after(self) -> None:
+        """For as long as the engine has it."""
+        while (loss := self.connection.await_loss()) is not None:
+            log.warning(
+                "the connection to an NBD server is lost", disk=self.name, reason=loss.why,
+                guest_waits=loss.held,
+            )  # fmt: skip
+            if not loss.held:
+                return
+            try:
+                self._connect_again(loss)
+            except VhostsyncError as error:
+                log.error("the guest does not wait any longer", disk=self.name, reason=str(error))
+                self.connection.give_up()
+            else:
+                log.warning("connected to an NBD server again", disk=self.name)
+
+    def _connect_again(self, loss: Loss) -> None:
+        """VhostsyncError: in vain."""
+        deadline = time.monotonic() + network_use().reconnect_s
+        if loss.uncertain:
+            network_use().make_certain(self.name)
+        while self.connection.is_held:
+            fresh = _connect_waiting(
+                NbdUri.parse(self.name), deadline - time.monotonic(), lambda: self.connection.is_held
+            )
+            try:
+                _check_same(self.name, self.connection.export, fresh.export)
+                if self.connection.replace(fresh):
+                    return
+            finally:
+                fresh.close()
 
     def close(self) -> None:
         self.connection.close()
@@ -308,16 +362,27 @@ def _identity(uri: NbdUri, size_bytes: int) -> DiskIdentity:
     return DiskIdentity(uri.text, "nbd", 0, 0, size_bytes, serial=uri.place)
 
 
-def _connect_waiting(uri: NbdUri, timeout_s: float) -> Connection:
-    """A server may let nobody in until a former connection is over."""
+def _connect_waiting(
+    uri: NbdUri, timeout_s: float, is_wanted: Callable[[], bool] = lambda: True
+) -> Connection:
+    """A server may let nobody in until a former connection is over. DiskError."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return Connection(uri, network_use().connections, CONNECT_S)
         except OSError as error:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or not is_wanted():
                 raise DiskError(f"{uri.text} cannot be reached: {error.strerror}") from error
             time.sleep(RETRY_S)
+
+
+def _check_same(name: str, former: Export, now: Export) -> None:
+    """DiskError where a guest cannot go on there."""
+    _check_export(name, now, read_only=former.read_only)
+    if now.bytes != former.bytes:
+        raise DiskError(f"{name} had {former.bytes} bytes and has {now.bytes} since its server is back")
+    if not now.can_fua or now.minimum_bytes > max(former.minimum_bytes, BLOCK_BYTES):
+        raise DiskError(f"the server of {name} is back and can do less than before")
 
 
 def _check_export(name: str, export: Export, *, read_only: bool) -> None:

@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """How this process uses disks over the network: said once, before the first one is opened."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from vhostsync.errors import FenceError
+
+
+def _nobody_says_so(disk: str) -> None:
+    raise FenceError(f"requests of a lost connection may still be carried out at {disk}")
 
 
 @dataclass(frozen=True)
 class NetworkUse:
     connections: int = 1  # to one disk, where its server lets several work together
     allow_plaintext: bool = False  # to other hosts
+    reconnect_s: float = 0.0  # so long a guest waits for its own disk's server
+    # Before that disk is connected to again: that nothing is carried out any more that the lost connection
+    # had under way there. Blocks. FenceError.
+    make_certain: Callable[[str], None] = _nobody_says_so
     ceph_conf: str | None = None  # a path; None: what Ceph's own programs would take, also of the next two
     ceph_user: str | None = None
     ceph_keyring: str | None = None
