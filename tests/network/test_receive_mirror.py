@@ -29,7 +29,7 @@ pytestmark = [
 
 MIBS = 16
 BLOCKS = 256
-RETRY = ("--destination-retry", "200ms", "--sandbox", "off")
+RETRY = ("--destination-retry", "200ms")
 
 
 @pytest.fixture(scope="module")
