@@ -142,6 +142,7 @@ def test_both_sides_are_killed_and_go_on_with_what_differs(hosts: Hosts) -> None
                 served.await_state("degraded")
                 with hosts.receiving(port=receiving.port) as receiving:
                     await_resumed(served)
+                    assert served.mirror()["full-copy-reason"] is None
                     write_block(guest, 4, 4)
                     flush(guest)
                     assert lacking(hosts.copy, {1: 1, 2: 2, 3: 3, 4: 4}) == []
