@@ -17,6 +17,7 @@ import pytest
 from tests.daemon.rig import WAIT_S, Served, await_true, image, need_root
 from tests.guest.backends import vhostsync_command
 from tests.guest.processes import Process, wait_listening
+from vhostsync.cli.arguments import make_parser
 from vhostsync.host.service_manager import ServiceManager
 
 UNITS = Path(__file__).parents[2] / "share" / "systemd"
@@ -118,6 +119,16 @@ def analyze(units: Path, *words: str) -> subprocess.CompletedProcess[str]:
         ["systemd-analyze", *words], capture_output=True, text=True, check=False, timeout=WAIT_S,
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:"},
     )  # fmt: skip
+
+
+def test_the_unit_of_a_receiver_is_in_order(units: Path) -> None:
+    text = (UNITS / "vhostsync-receive@.service").read_text().replace("/usr/bin/vhostsync", sys.executable)
+    (units / "vhostsync-receive@vm.service").write_text(text)
+    found = analyze(units, "verify", "--man=no", str(units / "vhostsync-receive@vm.service"))
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    words = text[text.index("ExecStart=") :].split("\n")[0].split()[1:]
+    given = {"${DISK}": "/d.img", "${LISTEN}": "0.0.0.0:7070", "$OPTIONS": "--create"}
+    make_parser().parse_args([given.get(word, word).replace("%i", "vm") for word in words])
 
 
 def add_drop_ins(units: Path) -> None:
