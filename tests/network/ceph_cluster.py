@@ -10,6 +10,7 @@ No manager: RBD needs none. `ceph` as a program of this module starts one by han
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from typing import Any, Self
 
 from tests.guest.processes import Process
 from tests.sizes import GIB
+from vhostsync.storage.ceph_client import Access, Client
 
 PACKAGES = ("ceph-mon", "ceph-osd", "ceph-common")
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "rbd", "rados", "ceph-authtool", "monmaptool")
@@ -90,6 +92,8 @@ pid file =
 
 def lacking() -> str | None:
     """Why there can be no cluster here, in words."""
+    if importlib.util.find_spec("vhostsync._rbd") is None:
+        return "vhostsync was built without librbd (package librbd-dev)"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"needs the packages {' '.join(PACKAGES)} (no {missing[0]})" if missing else None
 
@@ -135,12 +139,11 @@ class CephCluster:
         try:
             self._make()
             self.start_monitor()
-            self._await(lambda: self._monitor_answers(), "the monitor")
             for osd in self.osds:
                 self._make_osd(osd)
             self._await_osds()
-            self.ceph("osd", "pool", "create", POOL, "8", "8", "replicated")
-            self.ceph("osd", "pool", "application", "enable", POOL, "rbd")
+            self.command("osd pool create", pool=POOL, pg_num=8, pgp_num=8, pool_type="replicated")
+            self.command("osd pool application enable", pool=POOL, app="rbd")
             return self
         except BaseException:
             self._end()
@@ -183,14 +186,12 @@ class CephCluster:
     def _make_osd(self, osd: Osd) -> None:
         data = self.folder / f"osd{osd.number}"
         data.mkdir()
-        known = str(uuid.uuid4())
-        self.ceph("osd", "new", known, str(osd.number))
+        known, name = str(uuid.uuid4()), f"osd.{osd.number}"
+        self.command("osd new", uuid=known, id=osd.number)
+        caps = ["osd", "allow *", "mon", "allow profile osd"]
+        (data / "keyring").write_text(self.command("auth get-or-create", entity=name, caps=caps))
         words = ("ceph-osd", "-i", str(osd.number), "-c", self.conf)
         self._run(*words, "--mkfs", "--osd-uuid", known, "--no-mon-config")
-        key = data / "keyring"
-        self._run("ceph-authtool", "--create-keyring", key, "--gen-key", "-n", f"osd.{osd.number}")
-        caps = ("osd", "allow *", "mon", "allow profile osd")
-        self.ceph("auth", "add", f"osd.{osd.number}", *caps, "-i", str(key))
         self.start_osd(osd)
 
     # ---- its daemons -------------------------------------------------------------------
@@ -240,7 +241,20 @@ class CephCluster:
             yield
         finally:
             self.start_monitor()
-            self._await(lambda: self._monitor_answers(), "the monitor")
+            self.status()
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """Nothing more may be written, as soon as the OSDs have noticed: so little counts as full."""
+        self._set_full(1e-9, 1e-9, 1e-9)
+        try:
+            yield
+        finally:
+            self._set_full(0.85, 0.9, 0.95)
+
+    def _set_full(self, *ratios: float) -> None:
+        for word, ratio in zip(("nearfull", "backfillfull", "full"), ratios, strict=True):
+            self.command(f"osd set-{word}-ratio", ratio=ratio)
 
     def _signal_osds(self, number: signal.Signals) -> None:
         for osd in self.osds:
@@ -278,21 +292,21 @@ class CephCluster:
     def ceph(self, *words: str) -> str:
         return self._run("ceph", "-c", self.conf, "--connect-timeout", "15", *words)
 
-    def ask(self, *words: str) -> Any:
-        return json.loads(self.ceph(*words, "--format", "json"))
-
     def rbd(self, *words: str) -> str:
         return self._run("rbd", "-c", self.conf, *words)
 
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask("osd", "stat")
-        return found
-
-    def _monitor_answers(self) -> bool:
+    def command(self, prefix: str, **arguments: Any) -> str:
+        """What the monitor answers; waits for one that begins. CephError."""
+        client = Client(Access(conf=str(self.conf)))
         try:
-            return bool(self.ask("mon", "stat"))
-        except subprocess.CalledProcessError:
-            return False
+            client.connect()
+            return client.command(prefix, **arguments)
+        finally:
+            client.close()
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.command("osd stat", format="json"))
+        return found
 
     def add_user(self, name: str, *caps: str) -> Path:
         """A user with these capabilities; its keyring."""

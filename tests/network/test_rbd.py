@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.daemon.rig import (
     same_content,
     write_block,
 )
+from tests.guest.qmp_client import QmpError
 from tests.network.ceph_cluster import CephCluster
 
 pytestmark = [pytest.mark.xdist_group("ceph"), pytest.mark.timeout(180)]
@@ -58,6 +60,12 @@ def assert_holds(path: Path, expected: dict[int, int]) -> None:
             if file.read(BLOCK) != block_of(number, seed):
                 wrong.append(number)
     assert wrong == []
+
+
+def refusal(served: Served, command: str, **arguments: Any) -> str:
+    with pytest.raises(QmpError) as refused:
+        served.qmp.execute(command, **arguments)
+    return str(refused.value)
 
 
 def test_a_guest_moves_into_the_cluster_and_back(folder: Path, cluster: CephCluster, name: str) -> None:

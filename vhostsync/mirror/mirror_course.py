@@ -23,6 +23,7 @@ from vhostsync.mirror.record_keeper import RecordKeeper
 from vhostsync.mirror.roles import Roles
 from vhostsync.record.state_record import Worth
 from vhostsync.statistic import figures_of
+from vhostsync.storage.network import meaning_of_error
 
 log = structlog.get_logger(__name__)
 
@@ -68,16 +69,19 @@ class Course:
         self.changed = anyio.Event()
 
     def _note_io_error(self, event: EngineEvent) -> None:
-        path = self._roles.source.name if event.role == "source" else self._roles.destination_path
+        roles = self._roles
+        place = roles.source if event.role == "source" else roles.destination or roles.fenced
+        path = place.name if place is not None else roles.destination_path
         name = EngineError.from_errno(f"{event.op} of {path} at byte {event.offset}", event.error)
-        self.last_error = str(name)
+        meaning = meaning_of_error(place.identity.kind, event.error) if place is not None else None
+        self.last_error = f"{name}; {meaning}" if meaning is not None else str(name)
         data = {
             "disk": event.role,
             "path": path,
             "operation": event.op,
             "offset": event.offset,
             "length": event.length,
-            "error": str(name),
+            "error": self.last_error,
         }
         log.error("I/O error", **data)
         self._hub.publish(events.IO_ERROR, data)

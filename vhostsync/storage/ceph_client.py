@@ -205,9 +205,9 @@ class Pool(Client):
     """A pool (or a namespace of it) and the client that has it open. CephError."""
 
     def __init__(self, access: Access, name: ImageName) -> None:
-        super().__init__(access)
-        self.name = name
         self.pool: Any = None
+        self.name = name
+        super().__init__(access)
         try:
             self.connect()
             self.pool = self._ioctx()

@@ -45,3 +45,16 @@ def network_use() -> NetworkUse:
 def use_network(use: NetworkUse) -> None:
     global _use
     _use = use
+
+
+# By the kind of a disk's identity and the error number.
+_meanings: dict[tuple[str, int], str] = {}
+
+
+def error_means(kind: str, number: int, words: str) -> None:
+    """By a kind of disks: what this error of one of them means, and what to do."""
+    _meanings[kind, number] = words
+
+
+def meaning_of_error(kind: str, number: int) -> str | None:
+    return _meanings.get((kind, abs(number)))

@@ -18,7 +18,7 @@ from vhostsync.storage.ceph_client import CALL_S, Access, CephError, ImageName, 
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot
 from vhostsync.storage.identity import DiskIdentity
-from vhostsync.storage.network import Remote, network_use
+from vhostsync.storage.network import Remote, error_means, network_use
 from vhostsync.storage.rbd_image import Image, InUseError, UnfitError, opened
 
 log = structlog.get_logger(__name__)
@@ -94,6 +94,7 @@ class RbdDisk:
         except MemoryError as error:
             raise EngineError.from_errno(f"opening {self.name}", errno.ENOMEM) from error
         self._image = None
+        KIND.note_begun()
         return handle
 
     def close(self) -> None:
@@ -112,6 +113,7 @@ class Rbd:
 
     def __init__(self) -> None:
         self._kept: Access | None = None
+        self._begun = False  # an engine has a disk: --break-lock is over
 
     @property
     def _access(self) -> Access:
@@ -177,7 +179,7 @@ class Rbd:
             try:
                 image.check_fit()
                 if not read_only:
-                    image.lock(lock_timeout_s, break_foreign=network_use().break_lock_of == name)
+                    image.lock(lock_timeout_s, break_foreign=self._may_break_lock_of(name))
             except BaseException:
                 image.close()
                 raise
@@ -191,6 +193,12 @@ class Rbd:
             ) from error
         except UnfitError as error:
             raise DiskError(f"{name} cannot be used: {error}") from error
+
+    def _may_break_lock_of(self, name: str) -> bool:
+        return not self._begun and network_use().break_lock_of == name
+
+    def note_begun(self) -> None:
+        self._begun = True
 
     def create(self, name: str, size_bytes: int) -> object:
         where = parsed(name)
@@ -321,3 +329,8 @@ def parsed(name: str) -> ImageName:
 
 
 KIND: Final = Rbd()
+error_means(
+    "rbd", errno.ESHUTDOWN,
+    "this backend was shut out of the Ceph cluster (blocklisted), as is done when another one takes the "
+    "disk: see who has it (rbd status, ceph osd blocklist ls), and end this backend",
+)  # fmt: skip
