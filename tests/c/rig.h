@@ -21,6 +21,7 @@
 #define LANE_RING (4 * LANE_DEPTH)
 #define SLOT_BYTES 65536u
 #define DISK_BYTES (8ull << 20)
+#define UNHURRIED_US 600000000ull /* of a time limit that the test is not about, however starved it is */
 
 #define F_BLK_FLUSH (1ull << VIRTIO_BLK_F_FLUSH)
 #define F_INDIRECT (1ull << VIRTIO_RING_F_INDIRECT_DESC)
@@ -147,8 +148,8 @@ static inline struct vs_engine_config rig_config(void)
 {
     return (struct vs_engine_config){.capacity_bytes = DISK_BYTES,
                                      .log_bytes = VS_REQUEST_BYTES_MAX,
-                                     .destination_timeout_us = 10000000,
-                                     .stop_timeout_us = 1000000,
+                                     .destination_timeout_us = UNHURRIED_US,
+                                     .stop_timeout_us = UNHURRIED_US,
                                      .max_lag_us = 500000,
                                      .block_bytes = 512,
                                      .queues_max = LANES,

@@ -146,7 +146,7 @@ static void source_faults(void)
     CHECK_EQUAL(s.doubt_count, 1); /* and no switch while it is there */
     CHECK(s.doubt[0].offset == 0 && s.doubt[0].length == 4096);
     CHECK(disk_holds(r.destination, 0, 8192, 2, CUT_ALL));
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
     CHECK_EQUAL(rig_exchange(&r, 0), -EBUSY);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     CHECK_EQUAL(lane_fill(l, 0, 4096, 4), VIRTIO_BLK_S_OK);

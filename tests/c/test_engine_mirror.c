@@ -211,7 +211,7 @@ static void switched(bool keep)
         CHECK_EQUAL(lane_fill(l, 0, 4096, mark), VIRTIO_BLK_S_OK);
         CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
         CHECK_EQUAL(lane_fill(l, 8, 4096, mark), VIRTIO_BLK_S_OK);
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
         memset(lane_data(l, 0), mark + 1, 4096);
         lane_send(l, 0, VIRTIO_BLK_T_OUT, 16, 4096);
         CHECK(rig_snapshot(&r).gated);
@@ -258,7 +258,7 @@ static void leaving_a_bad_source(void)
     CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_IOERR);
     CHECK(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1) < 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 0), 0);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
     CHECK_EQUAL(rig_exchange(&r, 1), -EBUSY); /* not as a mirror */
     CHECK_EQUAL(rig_exchange(&r, 0), 0);
     CHECK(disk_holds(r.destination, 0, 4096, 1, CUT_ALL));
@@ -281,7 +281,7 @@ static void a_gate_that_times_out(void)
     CHECK_EQUAL(lane_fill(l, 0, 4096, 2), VIRTIO_BLK_S_OK);
     vs_test_disk_hold(r.destination, VS_DISK_WRITE, 0);
     vs_test_disk_release(r.destination, VS_DISK_WRITE, 100);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_UNGATE, 0), 0);
     CHECK_EQUAL(lane_fill(l, 0, 4096, 3), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(r.state, VS_STEADY);
@@ -295,7 +295,7 @@ static void a_drain_behind_the_gate(void)
     rig_mirror(&r);
     CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
     CHECK_EQUAL(lane_fill(&r.lane[0], 0, 4096, 1), VIRTIO_BLK_S_OK);
-    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
     vs_test_disk_hold(r.source, VS_DISK_FLUSH, 1);
     rig_submit(&r, &(struct vs_command){.kind = VS_CMD_MIRROR_DRAIN, .fd = -1, .value = 1});
     while (vs_test_disk_held(r.source, VS_DISK_FLUSH) == 0)

@@ -214,7 +214,7 @@ static void a_whole_life(void)
         wait_for_writes(&r, 500);
         CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
         wait_for_writes(&r, 100);
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 5000000), 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
         struct vs_snapshot s = rig_snapshot(&r);
         CHECK(s.gated);
         CHECK_EQUAL(s.counts.writes_mirrored, s.counts.source_generation);
@@ -363,7 +363,7 @@ static void on_files(const int fd[2], int direct, uint32_t poll_us, uint32_t thr
     wait_for_writes(&r, 500);
     for (unsigned round = 0; round < 4; round++) {
         CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_DRAIN, 1), 0);
-        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, 10000000), 0);
+        CHECK_EQUAL(rig_simple(&r, VS_CMD_GATE, UNHURRIED_US), 0);
         CHECK_EQUAL(pread(fd[0], one, DISK_BYTES, 0), DISK_BYTES);
         CHECK_EQUAL(pread(fd[1], other, DISK_BYTES, 0), DISK_BYTES);
         CHECK(memcmp(one, other, DISK_BYTES) == 0);
