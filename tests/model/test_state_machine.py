@@ -103,6 +103,7 @@ class Contract(RuleBasedStateMachine):
         self.growing: tuple[int, int] | None = None
         """The token of a grow under way, and what is visible after it."""
         self.read_errors: set[int] = set()  # that a disk was told to give
+        self.tracked: MemoryDisk | None = None  # of which the engine knows where it differs
         self.extent: dict[MemoryDisk, int] = {}
         """Blocks of a destination that were visible when it was last equal."""
         self.driver: EngineDriver | None = None
@@ -218,7 +219,11 @@ class Contract(RuleBasedStateMachine):
         self.mode += 2 - self.mode % 2
         self.guest.start()
 
-    @rule(what=st.sampled_from(["write mode", "write mode", "reboot", "cancel", "force cancel", "time out"]))
+    @rule(
+        what=st.sampled_from(
+            ["write mode", "write mode", "reboot", "cancel", "force cancel", "time out", "lose", "lose"]
+        )
+    )
     def now_and_then(self, what: str) -> None:
         if what == "write mode":
             self._change_write_mode()
@@ -230,6 +235,8 @@ class Contract(RuleBasedStateMachine):
             self._stop_mirror()
         elif what == "time out":
             self._let_the_destination_time_out()
+        elif what == "lose":
+            self._lose_the_connection()
 
     @rule(blocks=st.integers(1, 24), slowly=st.booleans())
     def grow(self, blocks: int, slowly: bool) -> None:
@@ -287,6 +294,8 @@ class Contract(RuleBasedStateMachine):
         if disk < len(self.all_disks):
             self.all_disks[disk].hold(op, False)
             self.all_disks[disk].release(op)
+            if self.all_disks[disk] is not self.model.peer:
+                self.all_disks[disk].land(1)
 
     @rule(role=roles, op=ops, error=errors, skip=st.integers(0, 2), count=st.integers(1, 2))
     def fault(self, role: str, op: DiskOp, error: int, skip: int, count: int) -> None:
@@ -311,9 +320,13 @@ class Contract(RuleBasedStateMachine):
         if rubbish and former is None:
             disk.load(0, b"\xdd" * disk.bytes)
         free = self.settle()
-        result = driver.start_mirror(disk)
+        if self.model.state in (State.DEGRADED, State.PASSTHROUGH) and not free.fenced:
+            disk.land()  # the fence is the control plane's: what a lost connection has left is over
+            disk.connect()
+        result = driver.start_mirror(disk, resync=rubbish and disk is self.tracked)
         if result == 0:
             self.model.attached(disk)
+            self.tracked = disk
             self.lacking[disk] = set()
             self.extent[disk] = self.visible
             return
@@ -368,6 +381,18 @@ class Contract(RuleBasedStateMachine):
         if any(disk.held(op) for op in DiskOp):
             self._driver().until(lambda: self._state() == State.DEGRADED, "the destination is given up")
 
+    def _lose_the_connection(self) -> None:
+        """Its server forgets what was not flushed, and may carry out later what was under way."""
+        disk = self.model.peer
+        if disk is None or self.model.state not in (State.SYNCING, State.STEADY) or self.gated_at:
+            return
+        disk.cut(forget_seed=self.step + 1)
+        for op in DiskOp:
+            disk.hold(op, False)
+        self._write(0, 1, 0, scribble=False)
+        if self._state() in (State.SYNCING, State.STEADY):
+            self._stop_mirror()  # nobody has noticed
+
     @rule()
     def gate(self) -> None:
         if self.gated_at or self.growing is not None:  # the control plane keeps the two apart
@@ -412,6 +437,7 @@ class Contract(RuleBasedStateMachine):
         assert not before.doubt and not before.unreadable
         self.model.exchanged(self.source, keep=keep, ceiling=ceiling)
         self.extent[self.source] = self.visible
+        self.tracked = self.source if keep else None
         self.source = peer
 
     # -- everything comes to an end ----------------------------------------------
