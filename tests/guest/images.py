@@ -8,7 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.sizes import MIB as MIB
+from tests.sizes import MIB
 
 
 class ImageError(Exception):

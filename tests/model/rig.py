@@ -21,7 +21,7 @@ from tests.engine_driver import (
 )
 from tests.frontend import DEFAULT_FEATURES, Frontend, Request
 from tests.guest_ring import GuestMemory
-from tests.sizes import MIB as MIB
+from tests.sizes import MIB
 from vhostsync._shim import ffi, lib
 
 BLOCK = 4096
