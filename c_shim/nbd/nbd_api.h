@@ -54,8 +54,8 @@ enum vs_nbd_state {
 enum vs_nbd_state vs_nbd_await_loss(vs_nbd *nbd, char *why);
 /* It is still held. */
 int vs_nbd_is_held(vs_nbd *nbd);
-/* The connections of "fresh" take the place of those that were lost, and what was held goes there. 0: it is not held any
- * more, and "fresh" stays as it is. */
+/* The connections of "fresh" take the place of those that were lost, and what was held goes there. 0: it is not held
+ * any more, and "fresh" stays as it is. */
 int vs_nbd_replace(vs_nbd *nbd, vs_nbd *fresh);
 /* Nobody will: what is held fails. */
 void vs_nbd_give_up(vs_nbd *nbd);

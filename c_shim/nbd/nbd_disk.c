@@ -13,9 +13,9 @@
  * is "unanswered".
  *
  * But the disk that a guest is on is held: all of that waits until whoever looks after it has made other connections
- * (vs_nbd_replace), behind the fence where a change is unanswered, and is sent again; or until that is given up. It is so
- * only once nothing can be forgotten that was answered: each write that a guest waits for is durable when it is answered
- * (work.durable), and what came before, by a flush.
+ * (vs_nbd_replace), behind the fence where a change is unanswered, and is sent again; or until that is given up. It is
+ * so only once nothing can be forgotten that was answered: each write that a guest waits for is durable when it is
+ * answered (work.durable), and what came before, by a flush.
  *
  * A buffer goes to libnbd as it is, so it has to be one piece (DISK_ONE_BUFFER): no copy is made here. The commands are
  * in nbd_command.c.

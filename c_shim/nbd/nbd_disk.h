@@ -30,8 +30,8 @@ struct nbd_disk {
     bool lost;
     bool holding;
     bool served; /* so far it knows of serves */
-    bool
-        durable; /* a flush since then was answered, and each write since then is durable when it is: none is forgotten */
+    /* A flush since then was answered, and each write since then is durable when it is: none is forgotten. */
+    bool durable;
     char why[VS_NBD_WHY_BYTES]; /* what libnbd has said last */
 };
 
