@@ -122,6 +122,12 @@ class Osd:
     process: Process | None = None
 
 
+def _is_stopped(osd: Osd) -> bool:
+    assert osd.process is not None
+    stats = [path.read_text() for path in Path(f"/proc/{osd.process.pid}/task").glob("*/stat")]
+    return all(text.rpartition(")")[2].split()[0] == "T" for text in stats)
+
+
 class CephCluster:
     """A context manager. Its pool is called `rbd`."""
 
@@ -217,6 +223,8 @@ class CephCluster:
     def osds_stopped(self) -> Iterator[None]:
         """None of them does anything meanwhile (SIGSTOP)."""
         self._signal_osds(signal.SIGSTOP)
+        # On a busy machine its threads may go on for a while.
+        self._await(lambda: all(map(_is_stopped, self.osds)), "the stop")
         try:
             yield
         finally:
