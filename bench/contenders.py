@@ -114,7 +114,9 @@ class Backend(Contender):
         self.rest()
         result["rest_s"] = time.monotonic() - rest_from
         used = cpu_seconds(self._process.pid) - before
-        side = result["operations"]["read" if "read" in work.rw else "write"]
+        side = result["operations"].get("read" if "read" in work.rw else "write")
+        if side is None:
+            raise BenchError(f"{self.name}: no request was completed within {seconds:g} s (--seconds)")
         latency = side["latency_ns"]
         figures = {
             "per_s": side["per_s"],
