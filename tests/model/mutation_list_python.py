@@ -389,7 +389,7 @@ PYTHON = [
         "mirror/mirror.py",
         "        if self._keeper.is_unfenced(target.name) and not target.fenced:\n",
         "        if self._keeper.is_unfenced(target.name) and target.fenced:\n",
-        "powercut/test_powercut.py::test_no_power_cut_and_no_kill_breaks_a_promise[connection]",
+        "daemon/test_fence.py::test_a_late_server_is_attached_when_the_operator_says_so",
     ),
     _m(
         "what-is-under-way-is-not-recorded",

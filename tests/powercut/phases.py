@@ -75,13 +75,26 @@ async def lose_destination(running: Running, chance: random.Random) -> None:
 
 async def lose_connection(running: Running, chance: random.Random) -> None:
     """With writes under way, which the server may carry out later; or it begins anew, and has forgotten."""
-    other = running.other
     if chance.random() < 0.7:
-        other.hold(DiskOp.WRITE)
-        other.hold(DiskOp.ZERO)
-        with anyio.move_on_after(0.02):
-            while other.held(DiskOp.WRITE) + other.held(DiskOp.ZERO) < 3:
-                await anyio.sleep(0.001)
+        await _with_writes_under_way(running.other, 0.02)
+    await _cut(running, chance)
+
+
+async def lose_connection_amid_writes(running: Running, chance: random.Random) -> None:
+    await _with_writes_under_way(running.other, 2.0)
+    await _cut(running, chance)
+
+
+async def _with_writes_under_way(other: MemoryDisk, within_s: float) -> None:
+    other.hold(DiskOp.WRITE)
+    other.hold(DiskOp.ZERO)
+    with anyio.move_on_after(within_s):
+        while other.held(DiskOp.WRITE) + other.held(DiskOp.ZERO) < 3:
+            await anyio.sleep(0.001)
+
+
+async def _cut(running: Running, chance: random.Random) -> None:
+    other = running.other
     other.cut(forget_seed=chance.choice((0, chance.getrandbits(32) | 1)))
     other.hold(DiskOp.WRITE, False)
     other.hold(DiskOp.ZERO, False)
@@ -89,6 +102,12 @@ async def lose_connection(running: Running, chance: random.Random) -> None:
         await running.until(MirrorState.DEGRADED)
     if running.mirror.state is not MirrorState.DEGRADED:
         await running.mirror.cancel(force=True)  # the guest has been still, so nobody has noticed
+
+
+async def land_late(running: Running, chance: random.Random) -> None:
+    """All that lost connections have left under way is carried out now."""
+    for disk in running.disks:
+        disk.land()
 
 
 async def attach_again(running: Running, chance: random.Random) -> None:

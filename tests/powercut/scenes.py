@@ -30,9 +30,11 @@ from tests.powercut.phases import (
     grow_and_lose_connection,
     grow_slowly,
     idle,
+    land_late,
     leave,
     leave_what_is_bad,
     lose_connection,
+    lose_connection_amid_writes,
     lose_destination,
     resume,
     rot,
@@ -110,6 +112,15 @@ SCENES = (
         ),
         remote=True,
         afterwards=(resume, lose_connection, attach_again, idle),
+    ),
+    Scene(
+        "late",
+        (
+            attach, lose_connection_amid_writes, idle, attach_again, idle, land_late,
+            lose_connection_amid_writes, idle, attach_again, idle, land_late, idle,
+        ),
+        remote=True,
+        afterwards=(resume, lose_connection_amid_writes, attach_again, idle, land_late),
     ),
     Scene(
         "connection-ahead",

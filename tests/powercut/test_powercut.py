@@ -99,5 +99,5 @@ def test_a_destination_that_is_called_up_to_date_too_early_is_noticed(
 def test_a_fence_that_is_left_out_is_noticed(where: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server carries out writes of a lost connection when the next one has written there already."""
     monkeypatch.setattr(RecordKeeper, "is_unfenced", lambda keeper, name: False)
-    assert _one_of_the_seeds_finds_it(where, "connection")
+    assert _one_of_the_seeds_finds_it(where, "late")
 
