@@ -122,6 +122,20 @@ class Osd:
     process: Process | None = None
 
 
+def _roomy() -> Path:
+    """In memory, where there is enough and files there can be opened for direct I/O (Linux 6.6): that is
+    several times as fast on a busy machine."""
+    memory = Path("/dev/shm")
+    try:
+        if shutil.disk_usage(memory).free < 4 * GIB:
+            return Path("/var/tmp")
+        with tempfile.NamedTemporaryFile(dir=memory) as file:
+            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return Path("/var/tmp")
+    return memory
+
+
 def _is_stopped(osd: Osd) -> bool:
     assert osd.process is not None
     stats = [path.read_text() for path in Path(f"/proc/{osd.process.pid}/task").glob("*/stat")]
@@ -131,8 +145,8 @@ def _is_stopped(osd: Osd) -> bool:
 class CephCluster:
     """A context manager. Its pool is called `rbd`."""
 
-    def __init__(self, osds: int = 1, *, store_bytes: int = 8 * GIB, parent: Path = Path("/dev/shm")) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir=parent))
+    def __init__(self, osds: int = 1, *, store_bytes: int = 8 * GIB, parent: Path | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir=parent or _roomy()))
         self.fsid = str(uuid.uuid4())
         self.osds = [Osd(number) for number in range(osds)]
         self._store_bytes = store_bytes
