@@ -5,12 +5,8 @@ A value is checked here and nowhere else, so whoever holds a `ServeConfig` or a 
 What a value only *names* (a disk, a directory) is checked by whoever opens that. A check that fails raises
 ConfigError, whose sentence names the option and can be shown as it stands."""
 
-import ipaddress
-import os
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -33,29 +29,26 @@ from .option import (
     one_of,
     option,
     options_of,
-    out_of_range,
+)
+from .option_values import (
+    Answer,
+    Cache,
+    DiskFormat,
+    LogFormat,
+    LogLevel,
+    OnCongestion,
+    OnDestinationError,
+    OnSourceError,
+    Sandbox,
+    TcpAddress,
+    absolute,
+    check_socket_paths,
+    parse_metrics,
+    within,
 )
 from .quantities import BYTES_MAX, GIB, KIB, MIB
-from .storage.disk import absolute_path
 from .storage.kinds import absolute_name, is_absolute
 from .storage.network import NetworkUse
-
-Cache = Literal["none", "writeback"]
-DiskFormat = Literal["raw"]
-LogFormat = Literal["auto", "text", "json"]
-LogLevel = Literal["debug", "info", "warning", "error"]
-OnCongestion = Literal["block", "pull-ahead"]
-Sandbox = Literal["auto", "off", "require"]
-OnSourceError = Literal["report", "switch"]
-OnDestinationError = Literal["degrade", "pause"]
-
-class Answer(StrEnum):
-    """What the operator says of the disk that is given."""
-
-    PROMOTE = "promote"  # it is the truth from here on, and the recorded current disk is lost
-    SAME_DISK = "same-disk"  # it is the recorded current disk
-    NEW_DISK = "new-disk"  # it is none that a record knows
-
 
 # The limits that the engine has are in c_shim/shim_api.h (enum vs_limit); a unit test compares.
 QUEUES_MAX: Final = 64
@@ -74,43 +67,8 @@ DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
 DIRTY_REGIONS: Final = 1 << 25  # so many need no larger regions: 4 MiB a map
 AL_EXTENTS_MIN: Final = 64
 AL_EXTENTS_MAX: Final = 65536
-SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
 SPEED_BYTES_PER_S_MAX: Final = BYTES_MAX
 CONNECTIONS_MAX: Final = 16
-
-
-@dataclass(frozen=True)
-class TcpAddress:
-    """A loopback address and a port (0: the kernel chooses)."""
-
-    host: str
-    port: int
-
-    def __post_init__(self) -> None:
-        try:
-            address = ipaddress.ip_address(self.host)
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.host!r} is not an IP address; metrics want 127.0.0.1, [::1] or a unix socket."
-            ) from error
-        if not address.is_loopback:
-            raise ConfigError(
-                f"{self.host} is not a loopback address; put a proxy in front to show metrics to a network."
-            )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"{self.port} is not a TCP port.")
-
-
-def parse_metrics(text: str) -> Path | TcpAddress:
-    """Where metrics are served: "/run/x.sock", "unix:/run/x.sock", "127.0.0.1:9100", "[::1]:9100"."""
-    if text.startswith("unix:") or "/" in text:
-        return _absolute(Path(text.removeprefix("unix:")), "--metrics")
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
-        raise ConfigError(
-            f"{text!r} is no place for metrics; write the path of a unix socket, or 127.0.0.1:PORT."
-        )
-    return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
 
 
 # The headings under which options are shown.
@@ -376,13 +334,13 @@ class ServeConfig:
         for each, declared in options_of(self):
             value = getattr(self, each.name)
             if declared.kind is PATH and value is not None:
-                object.__setattr__(self, each.name, _absolute(value, declared.flag))
+                object.__setattr__(self, each.name, absolute(value, declared.flag))
             elif declared.kind is DISK_NAME:
                 object.__setattr__(self, each.name, absolute_name(value, declared.flag))
-        places = tuple(_absolute(path, "--allow-path") for path in self.allow_paths)
+        places = tuple(absolute(path, "--allow-path") for path in self.allow_paths)
         object.__setattr__(self, "allow_paths", places)
         for port in self.allow_ports:
-            _within("--allow-port", port, 1, 65535)
+            within("--allow-port", port, 1, 65535)
         check_options(self)
         self._check_places()
         self._check_device()
@@ -447,7 +405,7 @@ class ServeConfig:
         if self.fence_command is not None and self.fence == "limit":
             raise ConfigError("Give --fence-command or --fence limit, not both.")
         if self.congestion_fill_bytes is not None:
-            _within("--congestion-fill", self.congestion_fill_bytes, CONGESTION_FILL_MIN, self.log_bytes)
+            within("--congestion-fill", self.congestion_fill_bytes, CONGESTION_FILL_MIN, self.log_bytes)
             if self.on_congestion == "block":
                 raise ConfigError("--congestion-fill needs --on-congestion pull-ahead.")
         for flag, size in (
@@ -529,23 +487,5 @@ class MirrorTarget:
 
 def check_speed(bytes_per_s: int) -> int:
     """`bytes_per_s` if it is a speed limit (0: none); else ConfigError."""
-    _within("speed", bytes_per_s, 0, SPEED_BYTES_PER_S_MAX, " bytes per second")
+    within("speed", bytes_per_s, 0, SPEED_BYTES_PER_S_MAX, " bytes per second")
     return bytes_per_s
-
-
-def check_socket_paths(sockets: Iterable[tuple[str, Path | None]]) -> None:
-    """Each with its option. ConfigError."""
-    for flag, path in sockets:
-        if path is not None and len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
-            raise ConfigError(
-                f"{flag}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
-            )
-
-
-def _absolute(path: Path, option: str) -> Path:
-    return Path(absolute_path(str(path), option))
-
-
-def _within(name: str, value: float, least: float, most: float, unit: str = "") -> None:
-    if wrong := out_of_range(name, value, least, most, unit):
-        raise ConfigError(wrong)

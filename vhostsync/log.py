@@ -17,8 +17,8 @@ from typing import Any, Final, TextIO, cast
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
-from .config import LogFormat, LogLevel
 from .log_writer import KindLimit, LineWriter
+from .option_values import LogFormat, LogLevel
 from .printable import printable, printable_lines
 
 _LEVELS: dict[LogLevel, int] = {

@@ -13,11 +13,11 @@ from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import MirrorStatus
 from vhostsync.record.state_record import Worth
 
-from .config import TcpAddress
 from .control.command import dashed
 from .control.commands import Backend
 from .control.scrape import serve_page
 from .metrics_page import Latency, Page
+from .option_values import TcpAddress
 
 
 def render(status: Mapping[str, Any], mirror: Mapping[str, Any], stats: Mapping[str, Any]) -> str:

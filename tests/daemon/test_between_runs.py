@@ -16,10 +16,11 @@ import pytest
 
 from tests.daemon.rig import ext4_image, loop_device, mounted, overlay
 from tests.sizes import MIB
-from vhostsync.config import Answer, ServeConfig
+from vhostsync.config import ServeConfig
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.errors import DiskError, StateRecordError
 from vhostsync.host import kernel
+from vhostsync.option_values import Answer
 from vhostsync.record import heartbeat
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, Wanted, Worth

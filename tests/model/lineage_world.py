@@ -21,9 +21,9 @@ import pytest
 
 from tests.engine_driver import Cut, MemoryDisk
 from tests.model.random_guest import BLOCKS, SIZE, check_flushed, sector, sectors_found
-from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
 from vhostsync.host import kernel
+from vhostsync.option_values import Answer
 from vhostsync.record import bitmap, who_may_serve
 from vhostsync.record.state_file import RealFileSystem, StateFile
 from vhostsync.record.state_index import Index

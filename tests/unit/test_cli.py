@@ -14,8 +14,9 @@ from tests.sizes import GIB
 from tests.unit.command_line import ROOT, Run, Served, run, served, start
 from vhostsync.cli import main as cli
 from vhostsync.cli import operate
-from vhostsync.config import Answer, ServeConfig
+from vhostsync.config import ServeConfig
 from vhostsync.errors import DiskError, SwitchError
+from vhostsync.option_values import Answer
 
 __all__ = ["run", "served"]  # fixtures
 

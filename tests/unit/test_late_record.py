@@ -9,9 +9,9 @@ import pytest
 
 from tests.unit.disk_fakes import B
 from tests.unit.test_state_record import failing
-from vhostsync.config import Answer
 from vhostsync.device.opening import check_record, follow_record
 from vhostsync.errors import StateRecordError
+from vhostsync.option_values import Answer
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, Wanted, Worth
 from vhostsync.storage import local as disks

@@ -56,6 +56,7 @@ AT_THE_TOP = {
     "__init__": "words", "errors": "words", "events": "words", "log_writer": "words",
     "metrics_page": "words", "option": "words",
     "printable": "words", "quantities": "words", "statistic": "words", "config": "config", "log": "config",
+    "option_values": "config",
     "metrics": "metrics", "daemon": "daemon", "__main__": "cli", "_shim": "binding",
     "_source_hash": "binding",
 }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from vhostsync import log, log_writer
-from vhostsync.config import LogFormat
+from vhostsync.option_values import LogFormat
 
 
 class Terminal(io.StringIO):

@@ -14,11 +14,11 @@ import pytest
 from tests.guest.assets import AssetError, cache_folder, fetch_promtool
 from tests.unit.control_fakes import FakeBackend
 from vhostsync import metrics
-from vhostsync.config import TcpAddress
 from vhostsync.control import scrape
 from vhostsync.control.command import dashed
 from vhostsync.errors import ConfigError
 from vhostsync.metrics_page import Page
+from vhostsync.option_values import TcpAddress
 
 pytestmark = pytest.mark.anyio
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import structlog
 
-from vhostsync.config import ServeConfig, TcpAddress
+from vhostsync.config import ServeConfig
 from vhostsync.confine import landlock, privileges
 from vhostsync.confine.privileges import Confinement, Network, Reach, network_of, places_of
 from vhostsync.errors import ConfigError, MirrorError
 from vhostsync.host.kernel import PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_SET_NO_NEW_PRIVS, Kernel
+from vhostsync.option_values import TcpAddress
 from vhostsync.storage.identity import DiskIdentity
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem
-from vhostsync.config import Answer
 from vhostsync.errors import DamagedRecordError, StateRecordError
+from vhostsync.option_values import Answer
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import Index, default_directory, open_state_file
 from vhostsync.record.state_record import StateRecord, Worth

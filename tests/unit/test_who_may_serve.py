@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.disk_fakes import A, B, C, disk
-from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
+from vhostsync.option_values import Answer
 from vhostsync.record.state_record import StateRecord, Wanted, Worth
 from vhostsync.record.who_may_serve import check_start, claims
 

@@ -6,7 +6,8 @@ from typing import Final
 
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.option_arguments import add_options, given_options
-from vhostsync.config import SOCKET, STATE_RECORD, Answer, ServeConfig
+from vhostsync.config import SOCKET, STATE_RECORD, ServeConfig
+from vhostsync.option_values import Answer
 
 _SERVE_EXAMPLES: Final = """\
 examples:

@@ -30,7 +30,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from vhostsync.config import Sandbox, ServeConfig, TcpAddress
+from vhostsync.config import ServeConfig
 from vhostsync.confine import landlock
 from vhostsync.confine.seccomp import Filter
 from vhostsync.errors import ConfigError, MirrorError
@@ -45,6 +45,7 @@ from vhostsync.host.kernel import (
     PR_SET_NO_NEW_PRIVS,
     Kernel,
 )
+from vhostsync.option_values import Sandbox, TcpAddress
 from vhostsync.storage import kinds
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.network import Remote

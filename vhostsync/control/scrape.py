@@ -23,8 +23,8 @@ import structlog
 
 from vhostsync.host import unix_socket
 
-from ..config import TcpAddress
 from ..errors import ConfigError
+from ..option_values import TcpAddress
 from . import sockets
 
 log = structlog.get_logger(__name__)

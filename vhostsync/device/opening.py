@@ -8,10 +8,11 @@ from pathlib import Path
 
 import structlog
 
-from vhostsync.config import Answer, ServeConfig
+from vhostsync.config import ServeConfig
 from vhostsync.engine.engine import bitmap_file_bytes
 from vhostsync.errors import DamagedRecordError, DiskError, FenceError, StateRecordError, SupersededError
 from vhostsync.mirror.fence import Fence, Means
+from vhostsync.option_values import Answer
 from vhostsync.record import record_report
 from vhostsync.record.bitmap import BitmapFile, Shape, Trust
 from vhostsync.record.record_store import RecordStore

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vhostsync.config import (
+from vhostsync.errors import ConfigError
+from vhostsync.option import FLAG, NUMBER, PATH, Kind, check_options, one_of, option, options_of
+from vhostsync.option_values import (
     LogFormat,
     LogLevel,
     Sandbox,
@@ -14,8 +16,6 @@ from vhostsync.config import (
     check_socket_paths,
     parse_metrics,
 )
-from vhostsync.errors import ConfigError
-from vhostsync.option import FLAG, NUMBER, PATH, Kind, check_options, one_of, option, options_of
 from vhostsync.storage.disk import absolute_path
 
 OWNER: Final = "the owner (of another host)"

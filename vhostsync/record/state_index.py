@@ -23,8 +23,8 @@ from typing import Any
 
 import structlog
 
-from vhostsync.config import Answer
 from vhostsync.errors import DamagedRecordError, StateRecordError
+from vhostsync.option_values import Answer
 from vhostsync.record.state_file import FileSystem, RealFileSystem, StateFile
 from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked, named
 from vhostsync.record.who_may_serve import claims

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import structlog
 
-from vhostsync.config import Answer
 from vhostsync.errors import StateRecordError
+from vhostsync.option_values import Answer
 from vhostsync.record.state_record import StateRecord, Superseded, Worth, named, timestamp
 from vhostsync.storage.identity import DiskIdentity, Likeness, same
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the values of options may be: words, addresses, paths. ConfigError where one is not."""
+
+import ipaddress
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Literal
+
+from .errors import ConfigError
+from .option import out_of_range
+from .storage.disk import absolute_path
+
+SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
+
+Cache = Literal["none", "writeback"]
+DiskFormat = Literal["raw"]
+LogFormat = Literal["auto", "text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+OnCongestion = Literal["block", "pull-ahead"]
+Sandbox = Literal["auto", "off", "require"]
+OnSourceError = Literal["report", "switch"]
+OnDestinationError = Literal["degrade", "pause"]
+
+
+class Answer(StrEnum):
+    """What the operator says of the disk that is given."""
+
+    PROMOTE = "promote"  # it is the truth from here on, and the recorded current disk is lost
+    SAME_DISK = "same-disk"  # it is the recorded current disk
+    NEW_DISK = "new-disk"  # it is none that a record knows
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """A loopback address and a port (0: the kernel chooses)."""
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.host!r} is not an IP address; metrics want 127.0.0.1, [::1] or a unix socket."
+            ) from error
+        if not address.is_loopback:
+            raise ConfigError(
+                f"{self.host} is not a loopback address; put a proxy in front to show metrics to a network."
+            )
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"{self.port} is not a TCP port.")
+
+
+def parse_metrics(text: str) -> Path | TcpAddress:
+    """Where metrics are served: "/run/x.sock", "unix:/run/x.sock", "127.0.0.1:9100", "[::1]:9100"."""
+    if text.startswith("unix:") or "/" in text:
+        return absolute(Path(text.removeprefix("unix:")), "--metrics")
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
+        raise ConfigError(
+            f"{text!r} is no place for metrics; write the path of a unix socket, or 127.0.0.1:PORT."
+        )
+    return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
+
+
+def check_socket_paths(sockets: Iterable[tuple[str, Path | None]]) -> None:
+    """Each with its option. ConfigError."""
+    for flag, path in sockets:
+        if path is not None and len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            raise ConfigError(
+                f"{flag}: {path} is longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path."
+            )
+
+
+def absolute(path: Path, option: str) -> Path:
+    return Path(absolute_path(str(path), option))
+
+
+def within(name: str, value: float, least: float, most: float, unit: str = "") -> None:
+    if wrong := out_of_range(name, value, least, most, unit):
+        raise ConfigError(wrong)
