@@ -125,8 +125,8 @@ def test_what_is_no_request_ends_the_connection(receiving: Receiving, nonsense: 
         with contextlib.suppress(OSError):  # it may be closed before all of it is sent
             asking.send(nonsense)
         with contextlib.suppress(OSError):
-            line = asking.line()
-            assert "error" in json.loads(line)
+            if line := asking.line():  # what is sent on into a closed connection may take the answer with it
+                assert "error" in json.loads(line)
             assert asking.line() == b""
     assert receiving.ask("query")["generation"] == 0
 
