@@ -335,18 +335,22 @@ static void scout(struct verifier *v, struct vs_disk *disk, uint64_t end)
     disk_submit(disk, &v->scout);
 }
 
+/* A hole may end anywhere: a disk's blocks may be smaller than the guest's, and a server may say what it likes. The
+ * other disk is asked in whole blocks. */
 static void scouted(struct disk_io *io)
 {
     struct verifier *v = container_of(io, struct verifier, scout);
+    uint64_t block = v->rooms.source->block_bytes, holes_end;
     v->scouting = false;
     if (!v->running || v->scout_epoch != v->rooms.destination->epoch || v->rooms.state->now != VS_STEADY)
         return;
-    if (io->data_at == io->offset)
+    holes_end = io->data_at / block * block;
+    if (holes_end == io->offset)
         know(v, io->data_end, false);
     else if (v->scout_disk == v->rooms.source->disk)
-        scout(v, v->rooms.destination->disk, io->data_at);
+        scout(v, v->rooms.destination->disk, holes_end);
     else
-        know(v, io->data_at, true);
+        know(v, holes_end, true);
 }
 
 static void begin_compare(struct verifier *v, struct compare *c)
@@ -369,20 +373,14 @@ static void begin_compare(struct verifier *v, struct compare *c)
 /* Passes over what both disks have as holes; whether it is known that there is something to compare at the cursor. */
 static bool pass_holes(struct verifier *v)
 {
-    uint64_t holes;
     if (v->cursor >= v->known_end) {
         scout(v, v->rooms.source->disk, v->rooms.source->capacity_bytes);
         return false;
     }
     if (!v->known_holes)
         return true;
-    holes = (v->known_end - v->cursor) / v->rooms.source->block_bytes * v->rooms.source->block_bytes;
-    if (holes == 0) {
-        v->known_holes = false;
-        return true;
-    }
-    v->cursor += holes;
-    v->bytes_done += holes;
+    v->bytes_done += v->known_end - v->cursor;
+    v->cursor = v->known_end;
     know(v, v->cursor, false);
     v->more = true;
     return false;

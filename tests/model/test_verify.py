@@ -165,6 +165,18 @@ def test_a_repair_that_does_not_stay_is_not_counted() -> None:
         assert found(r)[2] == BLOCK == repaired_bytes(r)
 
 
+def test_a_hole_that_ends_within_a_block_of_the_guests() -> None:
+    """As servers tell of them, and disks with smaller blocks than the guest's."""
+    with rig(size_bytes=SIZE, block_bytes=4096) as r:
+        destination = r.other_disk(block_bytes=4096)
+        content = bytes(512) + pattern(1, 1)[512:]
+        assert r.guest.write_now(8 * BLOCK, content).ok
+        r.driver.mirror(destination)
+        verify(r)
+        assert ended(r).result == 0
+        assert found(r) == (SIZE, 0, 0, ())
+
+
 @pytest.mark.parametrize("repair", [False, True])
 def test_a_guest_that_writes_all_over_is_no_difference(repair: bool) -> None:
     """Writes are on their way at every moment; none of them may be taken for a mismatch, nor undone."""
