@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -91,6 +92,22 @@ def test_what_takes_too_long_is_killed_with_all_that_it_has_started(tmp_path: Pa
             time.sleep(0.01)
         with pytest.raises(CommandError, match="killed"):
             it.run({})
+
+
+def test_what_it_leaves_behind_goes_on(tmp_path: Path) -> None:
+    """The server that it has started anew, with the same stdout."""
+    pid = tmp_path / "pid"
+    lines = (
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])",
+        f"print(child.pid, file=open({str(pid)!r}, 'w'), flush=True)",
+    )
+    with runner(*python(*lines), timeout_s=10.0) as it:
+        it.run({})
+    left = int(pid.read_text())
+    try:
+        assert is_alive(left)
+    finally:
+        os.kill(left, signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:

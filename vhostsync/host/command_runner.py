@@ -84,22 +84,27 @@ class CommandRunner:
 
 
 def _why_not(words: Sequence[str], timeout_s: float, environment: Mapping[str, str]) -> str | None:
-    try:
-        process = subprocess.Popen(  # noqa: S603 what the operator has written
-            words, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )
-    except OSError as error:
-        return f"it cannot be run: {error.strerror}"
-    try:
-        said, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return f"it was not over within {timeout_s:g} s and was killed"
+    # What it says goes to a file in memory. It may leave a process behind on purpose, the server that it has
+    # started anew, say: of a pipe nobody would see the end as long as that lives, nor might that speak later.
+    with os.fdopen(os.memfd_create("said", os.MFD_CLOEXEC), "r+b") as output:
+        try:
+            process = subprocess.Popen(  # noqa: S603 what the operator has written
+                words, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )
+        except OSError as error:
+            return f"it cannot be run: {error.strerror}"
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"it was not over within {timeout_s:g} s and was killed"
+        output.seek(max(0, output.seek(0, os.SEEK_END) - SAID_BYTES))
+        said = output.read()
     if process.returncode == 0:
         return None
-    last = said[-SAID_BYTES:].decode(errors="replace").strip()
+    last = said.decode(errors="replace").strip()
     ended = f"exit code {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
     return f"it ended with {ended}" + (f": {last}" if last else "")
 
