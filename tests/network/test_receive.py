@@ -268,6 +268,25 @@ def test_an_image_is_made_for_an_owner_and_taken_back(tmp_path: Path, certificat
         receiving.stop()
 
 
+def is_locked(disk: Path) -> bool:
+    opened = subprocess.run(["qemu-io", "-f", "raw", "-c", "quit", disk], check=False, capture_output=True)
+    return opened.returncode != 0
+
+
+def test_an_image_that_was_there_before_is_neither_removed_nor_let_go(
+    tmp_path: Path, disk: Path, certificates: Path
+) -> None:
+    """Also where images may be made, and nobody owns it yet."""
+    with Receiving(tmp_path, disk, certificates, "--create") as receiving:
+        receiving.ask("remove", disk=receiving.ask("query")["disk"])
+        assert disk.exists()
+        with pytest.raises(RefusedError, match="exists already and is not overwritten"):
+            receiving.ask("create", bytes=SIZE)
+        assert is_locked(disk)
+        receiving.stop()
+    assert not is_locked(disk)
+
+
 def test_it_grows_and_the_next_generation_has_it_all(tmp_path: Path, disk: Path, certificates: Path) -> None:
     with Receiving(tmp_path, disk, certificates) as receiving:
         owner = Owner("a")

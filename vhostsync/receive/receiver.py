@@ -77,6 +77,7 @@ class Receiver:
         self._may_create = may_create
         self._turn = anyio.Lock()
         self._held: Disk | None = None
+        self._made: DiskIdentity | None = None  # the image that this process has made
         self._server: NbdServer | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self.figures = Figures()
@@ -247,26 +248,36 @@ class Receiver:
             return self._ownership.disk
 
     def _make(self, size_bytes: int) -> None:
+        kind, name = kinds.kind_of(str(self.image)), str(self.image)
+        made = kind.create(name, size_bytes)
+        disk = None
+        try:
+            disk = kinds.open_disk(name, read_only=False, cache="none", lock_timeout_s=LOCK_S)
+            if not kind.is_made(disk, made):
+                raise ReceiverError(f"another file has taken the place of {self.image}; try again")
+            disk = self._dedicate(disk)
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            kind.remove(name, made)
+            raise
         self._let_go()
-        made = kinds.kind_of(str(self.image)).create(str(self.image), size_bytes)
-        disk = kinds.open_disk(str(self.image), read_only=False, cache="none", lock_timeout_s=LOCK_S)
-        if not kinds.kind_of(str(self.image)).is_made(disk, made):
-            disk.close()
-            raise ReceiverError(f"another file has taken the place of {self.image}; try again")
-        self._held = self._dedicate(disk)
-        log.info("image made", path=str(self.image), bytes=size_bytes)
+        self._held = disk
+        self._made = disk.identity
+        log.info("image made", path=name, bytes=size_bytes)
 
     async def remove(self, disk: str) -> None:
-        """One that was made and that nobody owns."""
+        """One that this process has made and that nobody owns."""
         async with self._alone():
             known = self._ownership
-            if known is None or known.disk != disk or known.token is not None or not self._may_create:
+            if known is None or known.disk != disk or known.token is not None or self._made is None:
                 return
             await self._end_server(kill=True)
             held = await anyio.to_thread.run_sync(self._hold)
-            if self._ownership == known and _is(known.image, held):
+            if self._ownership == known and _is(known.image, held) and _is(self._made, held):
                 await anyio.to_thread.run_sync(self.image.unlink)
                 self._let_go()
+                self._made = None
                 log.info("image removed", path=str(self.image))
 
     async def grow(self, size_bytes: int, *, disk: str | None = None, token: str | None = None) -> int:
