@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import Load, Served, await_true, flush, image, lacking, same_content, write_block
+from tests.guest.processes import wait_said
 from tests.guest.qmp_client import QmpError
 from tests.network.links import NbdkitThere, OtherHost
+from tests.network.played_server import WRITE, Answer, PlayedServer
 from tests.network.servers import Nbdkit, QemuNbd
 from tests.network.unit import QemuNbdUnit
 
@@ -145,3 +147,28 @@ def test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost(tmp_path: Pat
             write_block(guest, 1, 1)
             flush(guest)
         assert served.mirror()["source"] == str(disk) and lacking(disk, {1: 1}) == []
+
+
+@pytest.mark.timeout(60)
+def test_what_had_no_answer_is_known_where_the_loss_shows_when_something_is_sent(tmp_path: Path) -> None:
+    """The server has read the first write, has not answered it, and may carry it out yet."""
+    disk, _ = disks(tmp_path)
+    deaf = False
+
+    def answer(command: int, offset: int) -> Answer:
+        return Answer.DEAF if deaf and command == WRITE else Answer.SUCCESS
+
+    with (
+        PlayedServer(tmp_path / "played.sock", MIBS << 20, answer) as server,
+        Served(tmp_path, disk, *QUICKLY) as served,
+        served.guest() as guest,
+    ):
+        served.start_mirror(server.uri, force=True)
+        deaf = True
+        write_block(guest, 1, 1)
+        await_true(lambda: server.is_deaf, "the server has read it")
+        write_block(guest, 2, 2)
+        served.await_state("degraded")
+        assert '"unanswered": true' in wait_said(served.process, "the former destination is closed")
+        await_true(lambda: served.mirror()["fence"] == "hand", "it waits for the operator")
+        served.stop()

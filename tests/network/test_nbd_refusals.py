@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from tests.daemon.rig import Served, flush, image, refused_start, write_block
 from tests.guest.qmp_client import QmpError
 from tests.network.servers import Nbdkit, free_port
 from tests.sizes import MIB
-from vhostsync.errors import ConfigError
+from vhostsync.errors import ConfigError, DiskError
 from vhostsync.storage import kinds
+from vhostsync.storage.nbd import NBD, Export, check_same
 from vhostsync.storage.nbd_uri import NbdUri
 
 
@@ -182,6 +184,37 @@ def test_a_name_that_names_nothing(name: str, expected: str) -> None:
 )
 def test_which_names_name_one_export(one: str, other: str, same: bool) -> None:
     assert (NbdUri.parse(one).place == NbdUri.parse(other).place) is same
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("nbd://localhost/b", "nbd://127.0.0.1/b", True),
+        ("nbd://localhost/b", "nbd://127.0.0.1/c", False),
+        ("nbd://localhost/b", "nbd://127.0.0.1:1/b", False),
+        ("nbd://127.0.0.1/b", "nbd://127.0.0.2/b", False),
+        ("nbd://no-such-host.invalid/b", "nbd://127.0.0.1/b", False),
+        ("nbd://127.0.0.1/b", "nbd+unix:///b?socket=/tmp/s", False),
+    ],
+)
+def test_two_names_of_one_host(one: str, other: str, same: bool) -> None:
+    """As source and destination they are one disk; they are not known as one disk else."""
+    assert (NBD.overlap(one, other) is not None) is same
+    assert NbdUri.parse(one).place != NbdUri.parse(other).place
+
+
+def test_a_guest_does_not_go_on_where_a_server_comes_back_with_less() -> None:
+    before = Export(
+        bytes=MIB, minimum_bytes=1, preferred_bytes=4096, maximum_bytes=32 * MIB, read_only=False,
+        can_flush=True, can_fua=True, encrypted=False, connections=1,
+    )  # fmt: skip
+    check_same("nbd://a", before, before)
+    for less in (
+        replace(before, bytes=2 * MIB), replace(before, maximum_bytes=MIB), replace(before, can_fua=False),
+        replace(before, minimum_bytes=4096), replace(before, can_flush=False),
+    ):  # fmt: skip
+        with pytest.raises(DiskError):
+            check_same("nbd://a", before, less)
 
 
 def test_paths_in_a_name_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ forgotten when the server ends (docs/network.md).
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -236,7 +237,7 @@ class NbdDisk:
                 NbdUri.parse(self.name), deadline - time.monotonic(), lambda: self.connection.is_held
             )
             try:
-                _check_same(self.name, self.connection.export, fresh.export)
+                check_same(self.name, self.connection.export, fresh.export)
                 if self.connection.replace(fresh):
                     return
             finally:
@@ -322,8 +323,13 @@ class Nbd:
         return False
 
     def overlap(self, one: str, other: str) -> str | None:
-        same = NbdUri.parse(one).place == NbdUri.parse(other).place
-        return "one export of one server" if same else None
+        first, second = NbdUri.parse(one), NbdUri.parse(other)
+        if first.place == second.place:
+            return "one export of one server"
+        alike = (first.port, first.export) == (second.port, second.export)
+        if first.host and second.host and alike and _addresses(first) & _addresses(second):
+            return "one export of one server, by two names of its host"
+        return None
 
     def is_named(self, name: str, disk: DiskIdentity) -> bool:
         return NbdUri.parse(name).place == disk.serial
@@ -358,6 +364,15 @@ class Nbd:
 NBD: Final = Nbd()
 
 
+def _addresses(uri: NbdUri) -> set[str]:
+    """None where nobody knows the host."""
+    try:
+        found = socket.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return set()
+    return {str(address[0]) for *_, address in found}
+
+
 def _identity(uri: NbdUri, size_bytes: int) -> DiskIdentity:
     return DiskIdentity(uri.text, "nbd", 0, 0, size_bytes, serial=uri.place)
 
@@ -376,12 +391,13 @@ def _connect_waiting(
             time.sleep(RETRY_S)
 
 
-def _check_same(name: str, former: Export, now: Export) -> None:
+def check_same(name: str, former: Export, now: Export) -> None:
     """DiskError where a guest cannot go on there."""
     _check_export(name, now, read_only=former.read_only)
     if now.bytes != former.bytes:
         raise DiskError(f"{name} had {former.bytes} bytes and has {now.bytes} since its server is back")
-    if not now.can_fua or now.minimum_bytes > max(former.minimum_bytes, BLOCK_BYTES):
+    less_at_once = now.maximum_bytes < former.maximum_bytes
+    if not now.can_fua or less_at_once or now.minimum_bytes > max(former.minimum_bytes, BLOCK_BYTES):
         raise DiskError(f"the server of {name} is back and can do less than before")
 
 
