@@ -6,12 +6,15 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tests.daemon.rig import BLOCK, Load, Served, await_true, block_of, flush, image, lacking, write_block
 from tests.frontend import Frontend, FrontendTimeout, Request
 from tests.network.servers import Nbdkit, QemuNbd
+from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.nbd import Connection, Loss, NbdDisk
 
 MIB = 1 << 20
 MIBS = 16
@@ -211,6 +214,7 @@ def test_another_size_is_another_disk(tmp_path: Path, raw: Path) -> None:
     with Nbdkit(tmp_path, "file", str(raw)) as server, Served(tmp_path, server.uri) as served:
         with served.guest() as guest:
             write_block(guest, 1, 1)
+            flush(guest)  # before that nothing is held: it might be forgotten
             server.kill()
             with raw.open("r+b") as file:
                 file.truncate(2 * MIB)
@@ -232,3 +236,26 @@ def test_a_backend_ends_while_a_guest_waits_for_its_server(tmp_path: Path, raw: 
         guest.write(0, block_of(0, 2))
         served.qmp.execute("quit", force=True)
         assert served.process.wait(30) == 0
+
+
+class HeldConnection:
+    """Which takes note of nothing: neither that it is given up, nor of another one."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def await_loss(self) -> Loss:
+        assert self.told.count("lost") < 3
+        self.told.append("lost")
+        return Loss("the server is gone", held=True, uncertain=True)
+
+    def give_up(self) -> None:
+        self.told.append("given up")
+
+
+def test_what_is_given_up_is_not_connected_again_nor_fenced_once_more() -> None:
+    """The disk's own thread may take its time to see it."""
+    connection = HeldConnection()
+    disk = NbdDisk("nbd://a", cast(Connection, connection), DiskIdentity("nbd://a", "nbd", 0, 0, MIB), False)
+    disk._look_after()
+    assert connection.told == ["lost", "given up"]

@@ -220,15 +220,16 @@ class NbdDisk:
             if not loss.held:
                 return
             try:
-                self._connect_again(loss)
+                connected = self._connect_again(loss)
             except VhostsyncError as error:
                 log.error("the guest does not wait any longer", disk=self.name, reason=str(error))
                 self.connection.give_up()
-            else:
+                return  # for good, though the disk's thread may still have to take note of it
+            if connected:
                 log.warning("connected to an NBD server again", disk=self.name)
 
-    def _connect_again(self, loss: Loss) -> None:
-        """VhostsyncError: in vain."""
+    def _connect_again(self, loss: Loss) -> bool:
+        """False: nobody waits for it any more. VhostsyncError: in vain."""
         deadline = time.monotonic() + network_use().reconnect_s
         if loss.uncertain:
             network_use().make_certain(self.name)
@@ -239,9 +240,10 @@ class NbdDisk:
             try:
                 check_same(self.name, self.connection.export, fresh.export)
                 if self.connection.replace(fresh):
-                    return
+                    return True
             finally:
                 fresh.close()
+        return False
 
     def close(self) -> None:
         self.connection.close()
