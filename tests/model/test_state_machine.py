@@ -34,38 +34,28 @@ from tests.engine_driver import (
     State,
 )
 from tests.frontend import Frontend, Op, Request, Status
+from tests.model.chores import (
+    AT_THE_END,
+    BLOCK,
+    BLOCKS,
+    CAPACITY,
+    GROWS_BY,
+    QUEUES,
+    WINDOWS,
+    Chore,
+    chores,
+    errors,
+    ops,
+    queues,
+    roles,
+)
 from tests.model.guest_model import Floors, History, Version
 from tests.model.mirror_model import MirrorModel
 from tests.sizes import MIB
 from vhostsync._shim import lib
 
-BLOCK = 512
-CAPACITY = 2 * MIB + 65536 + BLOCK
-BLOCKS = CAPACITY // BLOCK
-GROWS_BY = 56
-"""Blocks, in all; at first the guest sees a disk without them, which ends amid a region."""
-# Where the guest writes: the ends of the disk, and both sides of where one region copy ends and the next one
-# begins.
-AT_THE_END = (BLOCKS - GROWS_BY - 16, BLOCKS)
-WINDOWS = [(0, 24), (2040, 2056), (4088, 4104), AT_THE_END]
-QUEUES = 3
 LONG_US, SHORT_US = 30_000_000, 40_000
 EXAMPLES = int(os.environ.get("VHOSTSYNC_MODEL_EXAMPLES", "60"))
-
-Chore = tuple[str, tuple[int, int], int, int, int]
-"""What, in which window, from which block of it, how many blocks, on which queue."""
-
-queues = st.integers(0, QUEUES - 1)
-roles = st.sampled_from(["source", "destination"])
-ops = st.sampled_from(list(DiskOp))
-chores = st.tuples(
-    st.sampled_from(["write", "write", "scribble", "discard", "zeroes", "read", "flush"]),
-    st.sampled_from(WINDOWS),
-    st.integers(0, 15),
-    st.integers(1, 12),
-    queues,
-)
-errors = st.sampled_from([0, errno.EIO, errno.ENOSPC])
 
 
 @dataclass
