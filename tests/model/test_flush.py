@@ -29,8 +29,8 @@ def test_passthrough_flush_waits_for_the_source() -> None:
 
 @pytest.mark.parametrize("slow", ["source", "destination"])
 def test_flush_is_held_back_with_either_disk(slow: str) -> None:
-    # No checkpoint flushes the disks meanwhile.
-    with rig(mirrored=True, checkpoint_us=60_000_000) as r:
+    # No checkpoint flushes the disks meanwhile, nor is the mirror given up, which has the source flushed.
+    with rig(mirrored=True, checkpoint_us=600_000_000, destination_timeout_us=600_000_000) as r:
         held = r.source if slow == "source" else r.destination
         held.hold(FLUSH)
         r.write_now(3, 7)
