@@ -148,7 +148,6 @@ void disk_submit(struct vs_disk *disk, struct disk_io *io)
     io->work.disk = disk;
     io->result = 0;
     io->work.unanswered = false;
-    io->work.durable = disk->serves && disk->can & DISK_WRITES_DURABLY && changes(io);
     io->work.transferred = 0;
     io->work.iov_taken = 0;
     io->work.step = 0;
@@ -220,6 +219,13 @@ static void check_extents(struct disk_io *io)
     io->result = 0;
 }
 
+static void note_failure(struct vs_disk *disk, const struct disk_io *io)
+{
+    if (io->kind == VS_DISK_FLUSH && disk->can & DISK_FORGETS_FAILED_FLUSH)
+        disk->flush_failed = true;
+    disk->unanswered |= may_land_late(io);
+}
+
 static void finish_io(struct disk_io *io)
 {
     struct vs_disk *disk = io->work.disk;
@@ -229,11 +235,10 @@ static void finish_io(struct disk_io *io)
     if (io->kind < VS_DISK_OPS)
         op_stats_add(&disk->stats.op[io->kind], io->kind == VS_DISK_FLUSH ? 0 : io->length,
                      disk_io_age_ns(io, disk->host->now_ns), io->result < 0);
-    if (io->kind == VS_DISK_FLUSH && io->result < 0 && disk->can & DISK_FORGETS_FAILED_FLUSH)
-        disk->flush_failed = true;
-    disk->unanswered |= may_land_late(io);
-    if (io->kind == VS_DISK_EXTENTS)
+    else if (io->kind == VS_DISK_EXTENTS)
         check_extents(io);
+    if (io->result < 0)
+        note_failure(disk, io);
     disk_io_restore(io);
     io->done(io); /* the last thing: the disk may be gone after that */
 }

@@ -35,7 +35,7 @@ struct disk_work {
     size_t iov_taken; /* off the first of the iov that are left */
     int step;
     uint64_t step_bytes; /* at most so much is zeroed in this step */
-    bool durable;        /* a write or zeroing that is done only when it is durable (DISK_WRITES_DURABLY) */
+    bool durable;        /* a write or zeroing is done only when it is durable: for kinds that DISK_WRITES_DURABLY */
     bool unanswered;     /* set with a failure: the connection was lost after it was sent; it may land yet (rule 8) */
 };
 

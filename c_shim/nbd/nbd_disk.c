@@ -263,6 +263,7 @@ static void nbd_submit(struct vs_disk *disk, struct disk_io *io)
 {
     struct nbd_disk *d = (struct nbd_disk *)disk;
     bool asleep;
+    io->work.durable = disk->serves && disk->can & DISK_WRITES_DURABLY;
     if (io->kind == VS_DISK_ZERO)
         nbd_plan_zero(d, io);
     if (io->kind == VS_DISK_CLOSE) {

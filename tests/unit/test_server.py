@@ -6,6 +6,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ async def test_the_peer_is_who_connected(path: Path) -> None:
 
 async def test_a_command_under_way_holds_up_only_its_own_client(path: Path, connect: Connect) -> None:
     backend = FakeBackend()
-    backend.mirror.now = backend.mirror.now.__class__(state="steady", destination="/disks/b.img")
+    backend.mirror.now = replace(backend.mirror.now, state="steady", destination="/disks/b.img")
     backend.mirror.hold_switch = anyio.Event()
     async with running(path, backend):
         slow, other = await connect(), await connect()
@@ -153,7 +154,7 @@ async def test_a_client_that_goes_away_does_not_cancel_its_switch(
     path: Path, connect: Connect, how: str
 ) -> None:
     backend = FakeBackend()
-    backend.mirror.now = backend.mirror.now.__class__(state="steady", destination="/disks/b.img")
+    backend.mirror.now = replace(backend.mirror.now, state="steady", destination="/disks/b.img")
     backend.mirror.hold_switch = anyio.Event()
     async with running(path, backend):
         client = await connect()
@@ -258,7 +259,7 @@ async def test_quit_is_answered_and_announced(path: Path, connect: Connect) -> N
 
 async def test_a_command_that_the_end_cuts_short_is_answered(path: Path, connect: Connect) -> None:
     backend = FakeBackend()
-    backend.mirror.now = backend.mirror.now.__class__(state="steady", destination="/disks/b.img")
+    backend.mirror.now = replace(backend.mirror.now, state="steady", destination="/disks/b.img")
     backend.mirror.hold_switch = anyio.Event()
     async with running(path, backend) as scope:
         client = await connect()
