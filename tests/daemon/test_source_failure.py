@@ -176,8 +176,7 @@ def test_where_no_switch_is_possible_the_error_is_the_guests(work: Path) -> None
         with served.guest() as guest:
             served.start_mirror(other)
             (record,) = served.state_directory.glob("*.record.json")
-            aside = record.with_name("aside")
-            record.rename(aside)
+            record.rename(record.with_name("aside"))
             record.mkdir()  # no file can take its place
             failed = []
             for number in range(0, 4096, 256):
@@ -188,8 +187,7 @@ def test_where_no_switch_is_possible_the_error_is_the_guests(work: Path) -> None
             found = served.qmp.wait_event("SOURCE_FAILOVER")
             assert not found["switched"] and found["source"] == str(device) and found["reason"]
             assert served.state == "steady" and served.mirror()["doubt"]
-            record.rmdir()
-            aside.rename(record)
+            record.rmdir()  # nothing is put back: it may be written anew at any moment from here on
             result = served.qmp.execute("switch", accept_unreadable=True)
             assert result["source-path"] == str(other) and result["accepted"]["doubt"]
             guest.close()
