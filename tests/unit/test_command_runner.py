@@ -18,12 +18,12 @@ import pytest
 from vhostsync.config import ServeConfig
 from vhostsync.errors import ConfigError, FenceError
 from vhostsync.host.command_runner import CommandError, CommandRunner
-from vhostsync.mirror.fence import Fence, Means
+from vhostsync.mirror.fence import DISK_VARIABLE, Fence, Means
 
 
 @contextmanager
 def runner(*words: str, timeout_s: float = 30.0) -> Iterator[CommandRunner]:
-    made = CommandRunner(words, timeout_s)
+    made = CommandRunner(words, timeout_s, DISK_VARIABLE)
     try:
         yield made
     finally:
@@ -38,9 +38,20 @@ def python(*lines: str) -> tuple[str, ...]:
 def test_it_runs_each_time_it_is_asked_and_knows_of_which_disk(tmp_path: Path) -> None:
     said = tmp_path / "said"
     with runner(*python(f"print(os.environ['VHOSTSYNC_DISK'], file=open({str(said)!r}, 'a'))")) as it:
-        it.run({"VHOSTSYNC_DISK": "nbd://a/; rm *"})
-        it.run({"VHOSTSYNC_DISK": "nbd://b"})
+        it.run("nbd://a/; rm *")
+        it.run("nbd://b")
     assert said.read_text() == "nbd://a/; rm *\nnbd://b\n"
+
+
+def test_who_took_the_backend_over_sets_no_other_variable(tmp_path: Path) -> None:
+    """LD_PRELOAD, say: the command runs outside of the sandbox."""
+    said = tmp_path / "said"
+    with runner(*python(f"print(*os.environ.values(), file=open({str(said)!r}, 'w'))")) as it:
+        theirs = {"environment": {"LD_PRELOAD": "theirs.so"}, "variable": "PATH"}
+        assert it._ask({"number": 1, "value": "one", **theirs}) is None
+        assert "one" in said.read_text() and "theirs.so" not in said.read_text()
+        with pytest.raises(CommandError, match="cannot be told"):
+            it.run("a\0b")
 
 
 def test_it_has_no_descriptor_of_ours(tmp_path: Path) -> None:
@@ -53,7 +64,7 @@ def test_it_has_no_descriptor_of_ours(tmp_path: Path) -> None:
     with disk.open("wb") as file:
         os.set_inheritable(file.fileno(), True)
         with runner(*python(*lines)) as it:
-            it.run({})
+            it.run("nbd://a")
             held = [os.path.realpath(each) for each in Path(f"/proc/{it._process.pid}/fd").iterdir()]
     assert held and str(disk) not in held
     assert str(disk) not in said.read_text().split()
@@ -68,12 +79,12 @@ def test_it_has_no_descriptor_of_ours(tmp_path: Path) -> None:
 )
 def test_what_fails_says_why(lines: tuple[str, ...], why: str) -> None:
     with runner(*python(*lines)) as it, pytest.raises(CommandError, match=why):
-        it.run({})
+        it.run("nbd://a")
 
 
 def test_what_cannot_be_run_says_so() -> None:
     with runner("/no/such/program") as it, pytest.raises(CommandError, match="cannot be run: No such file"):
-        it.run({})
+        it.run("nbd://a")
 
 
 def test_what_takes_too_long_is_killed_with_all_that_it_has_started(tmp_path: Path) -> None:
@@ -85,13 +96,13 @@ def test_what_takes_too_long_is_killed_with_all_that_it_has_started(tmp_path: Pa
     )
     with runner(*python(*lines), timeout_s=5.0) as it:
         with pytest.raises(CommandError, match="not over within 5 s and was killed"):
-            it.run({})
+            it.run("nbd://a")
         deadline = time.monotonic() + 20
         while is_alive(int(pid.read_text())):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with pytest.raises(CommandError, match="killed"):
-            it.run({})
+            it.run("nbd://a")
 
 
 def test_what_it_leaves_behind_goes_on(tmp_path: Path) -> None:
@@ -102,7 +113,7 @@ def test_what_it_leaves_behind_goes_on(tmp_path: Path) -> None:
         f"print(child.pid, file=open({str(pid)!r}, 'w'), flush=True)",
     )
     with runner(*python(*lines), timeout_s=10.0) as it:
-        it.run({})
+        it.run("nbd://a")
     left = int(pid.read_text())
     try:
         assert is_alive(left)
@@ -118,11 +129,11 @@ def is_alive(pid: int) -> bool:
 
 
 def test_it_ends_with_the_backend() -> None:
-    made = CommandRunner(("true",), 5.0)
+    made = CommandRunner(("true",), 5.0, DISK_VARIABLE)
     made.close()
     assert made._process.wait(30) == 0
     with pytest.raises(CommandError):
-        made.run({})
+        made.run("nbd://a")
 
 
 def config(*words: str) -> ServeConfig:

@@ -21,6 +21,7 @@ from vhostsync.host.command_runner import CommandError, CommandRunner
 
 log = structlog.get_logger(__name__)
 
+DISK_VARIABLE: Final = "VHOSTSYNC_DISK"
 COMMAND_S: Final = 30.0
 """How long --fence-command may take."""
 
@@ -46,7 +47,7 @@ class Fence:
         if not config.fence_words:
             return cls(Means(config.fence))
         try:
-            return cls(Means.COMMAND, CommandRunner(config.fence_words, COMMAND_S))
+            return cls(Means.COMMAND, CommandRunner(config.fence_words, COMMAND_S, DISK_VARIABLE))
         except OSError as error:
             raise ConfigError(
                 f"The process that runs --fence-command cannot be started: {error.strerror}."
@@ -70,7 +71,7 @@ class Fence:
         """`make_certain` by the command."""
         assert self.command is not None
         try:
-            self.command.run({"VHOSTSYNC_DISK": disk})
+            self.command.run(disk)
         except CommandError as error:
             raise FenceError(f"{sentence(disk, self.means)}; {error}") from error
         log.info("fenced by --fence-command", disk=disk)
