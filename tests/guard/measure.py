@@ -14,7 +14,7 @@ from pathlib import Path
 FEW, MANY = 20, 220
 BATCH = 32
 TRACE_FEW, TRACE_MANY = 10, 60
-RUNS_MAX = 12
+RUNS_MAX = 80
 
 _CALL = re.compile(r"^(\d+) +(?:<\.\.\. )?(\w+)(?:\(| resumed)")
 

@@ -5,6 +5,7 @@ same script is the backend's --fence-command. (docs/network.md has it in words.)
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import shlex
@@ -93,10 +94,13 @@ def end(pid_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    end(Path(sys.argv[1]))
-    # Whoever runs this waits for the end of its output: the server gets none.
-    sys.exit(
-        subprocess.run(
+    pid_of_server = Path(sys.argv[1])
+    # The operator and the backend may both run this: one after the other, as a service manager would have it.
+    with pid_of_server.with_suffix(".lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        end(pid_of_server)
+        # Whoever runs this waits for the end of its output: the server gets none.
+        code = subprocess.run(
             sys.argv[2:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
         ).returncode
-    )
+    sys.exit(code)
