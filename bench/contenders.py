@@ -106,6 +106,17 @@ class Backend(Contender):
             self.close()
             raise BenchError(f"{self.name} does not start ({error}): {said}") from error
 
+    def _mirror_or_end(self, destination: Any) -> None:
+        """Nobody would end a backend that was not made to the end."""
+        try:
+            self.start_mirror(destination)
+        except BaseException:
+            self.close()
+            raise
+
+    def start_mirror(self, destination: Any) -> None:
+        raise NotImplementedError
+
     def measure(self, work: Work, seconds: float, ramp: float) -> Sample:
         assert self._process is not None
         before = cpu_seconds(self._process.pid)
@@ -179,9 +190,8 @@ class Rival(Backend):
             "--blockdev", json.dumps(self._node("source", source)),
             "--export", export,
         ])
-        assert self.qmp is not None
         if destination is not None:
-            self.start_mirror(destination)
+            self._mirror_or_end(destination)
 
     def start_mirror(self, destination: Path | Mapping[str, Any]) -> None:
         """Returns when it is ready."""
@@ -254,9 +264,8 @@ class Ours(Backend):
             "--control", str(self._monitor_path),
             "--state-file", str(self._directory / "state"), *options,
         ])
-        assert self.qmp is not None
         if destination is not None:
-            self.start_mirror(destination)
+            self._mirror_or_end(destination)
 
     def begin_mirror(self, destination: Path | str, *, full: bool = True) -> None:
         assert self.qmp is not None
