@@ -96,7 +96,7 @@ def _start(config: ServeConfig) -> Started:
             config, state_directory, lambda: change_user(user) if user is not None else None
         )
         undo.callback(opened.close)
-        use_network(replace(config.network_use, make_certain=opened.fence.make_certain_of_source))
+        use_network(replace(config.network_use, make_certain=opened.fence.make_certain_blocking))
         endpoint = _open_endpoint(config)
         undo.callback(endpoint.close)
         peer = opened.record.peer if opened.record is not None else None

@@ -54,22 +54,15 @@ class Fence:
             ) from error
 
     async def make_certain(self, disk: str) -> None:
+        """`make_certain_blocking`, in a thread."""
+        await anyio.to_thread.run_sync(self.make_certain_blocking, disk, abandon_on_cancel=True)
+
+    def make_certain_blocking(self, disk: str) -> None:
         """Before the disk is opened. With Means.LIMIT that it can be opened is the proof. FenceError."""
         if self.means is Means.HAND:
             raise FenceError(sentence(disk, self.means))
-        if self.means is Means.COMMAND:
-            await anyio.to_thread.run_sync(self.make_certain_blocking, disk, abandon_on_cancel=True)
-
-    def make_certain_of_source(self, disk: str) -> None:
-        """`make_certain`, for a disk that a guest waits for. Blocks."""
-        if self.means is Means.HAND:
-            raise FenceError(sentence(disk, self.means))
-        if self.means is Means.COMMAND:
-            self.make_certain_blocking(disk)
-
-    def make_certain_blocking(self, disk: str) -> None:
-        """`make_certain` by the command."""
-        assert self.command is not None
+        if self.command is None:
+            return
         try:
             self.command.run(disk)
         except CommandError as error:
