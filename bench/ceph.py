@@ -6,12 +6,12 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.contenders import Contender, Ours, Raw, Rival
 from bench.files import make_file, require
-from bench.network import bench_folder
+from bench.network import bench_folder, in_turn
 from bench.plan import Plan
 from bench.sample import BenchError, Round, Sample, Work
 from tests.network import ceph_cluster
@@ -52,11 +52,8 @@ def _image(cluster: CephCluster, name: str, file: Path) -> str:
     return name
 
 
-def _in_turn(plan: Plan, running: dict[str, Contender], work: Work) -> list[Round]:
-    return [
-        {name: who.measure(work, plan.seconds, plan.mirrored_ramp_s) for name, who in running.items()}
-        for _ in range(plan.pairs)
-    ]
+def _name(image: str) -> str:
+    return f"rbd:{POOL}/{image}"
 
 
 def _node(cluster: CephCluster, image: str) -> dict[str, object]:
@@ -64,37 +61,41 @@ def _node(cluster: CephCluster, image: str) -> dict[str, object]:
 
 
 def measure_mirrored_to_rbd(plan: Plan) -> list[Round]:
-    size = plan.bytes_of["memory"]
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(bench_folder(plan, "memory"))
-        cluster = stack.enter_context(_cluster())
-        source = make_file(folder / "source.img", size, direct=False)
-        images = {name: _image(cluster, name, source) for name in ("raw", "rival", "ours")}
-        running: dict[str, Contender] = {"raw": RawRbd(images["raw"])}
-        running["rival"] = Rival(
-            "rival", folder, source, direct=False, destination=_node(cluster, images["rival"])
-        )
-        stack.callback(running["rival"].close)
-        running["ours mirrored"] = Ours(
-            "ours mirrored", folder, source, direct=False, destination=f"rbd:{POOL}/{images['ours']}"
-        )
-        stack.callback(running["ours mirrored"].close)
-        return _in_turn(plan, running, Work("randwrite", 32))
+    with _bench_images(plan) as (folder, cluster, source, images):
+        return _measure(
+            plan, Work("randwrite", 32), images,
+            lambda: Rival("rival", folder, source, direct=False, destination=_node(cluster, images["rival"])),
+            lambda: Ours("ours mirrored", folder, source, direct=False, destination=_name(images["ours"])),
+        )  # fmt: skip
 
 
 def measure_from_rbd(plan: Plan, rw: str) -> list[Round]:
-    size = plan.bytes_of["memory"]
+    with _bench_images(plan) as (folder, cluster, _, images):
+        return _measure(
+            plan, Work(rw, 32), images,
+            lambda: Rival("rival", folder, _node(cluster, images["rival"]), direct=False),
+            lambda: Ours("ours", folder, _name(images["ours"]), direct=False),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _bench_images(plan: Plan) -> Iterator[tuple[Path, CephCluster, Path, dict[str, str]]]:
+    """A folder, a cluster, a file, and images that are full of it: one for each contender."""
+    with bench_folder(plan, "memory") as folder, _cluster() as cluster:
+        file = make_file(folder / "source.img", plan.bytes_of["memory"], direct=False)
+        yield folder, cluster, file, {name: _image(cluster, name, file) for name in ("raw", "rival", "ours")}
+
+
+def _measure(
+    plan: Plan, work: Work, images: dict[str, str], *start: Callable[[], Contender]
+) -> list[Round]:
+    running: dict[str, Contender] = {"raw": RawRbd(images["raw"])}
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(bench_folder(plan, "memory"))
-        cluster = stack.enter_context(_cluster())
-        content = make_file(folder / "content.img", size, direct=False)
-        images = {name: _image(cluster, name, content) for name in ("raw", "rival", "ours")}
-        running: dict[str, Contender] = {"raw": RawRbd(images["raw"])}
-        running["rival"] = Rival("rival", folder, _node(cluster, images["rival"]), direct=False)
-        stack.callback(running["rival"].close)
-        running["ours"] = Ours("ours", folder, f"rbd:{POOL}/{images['ours']}", direct=False)
-        stack.callback(running["ours"].close)
-        return _in_turn(plan, running, Work(rw, 32))
+        for each in start:
+            started = each()
+            stack.callback(started.close)
+            running[started.name] = started
+        return in_turn(plan, running, work)
 
 
 def measure_copy_to_rbd(plan: Plan) -> list[Round]:
@@ -114,7 +115,7 @@ def measure_copy_to_rbd(plan: Plan) -> list[Round]:
                 name = f"mirrored-{number}"
                 cluster.rbd("create", "--size", f"{size}B", f"{POOL}/{name}")
                 begin = time.monotonic()
-                ours.start_mirror(f"rbd:{POOL}/{name}")
+                ours.start_mirror(_name(name))
                 copied_s = time.monotonic() - begin
                 ours.leave_mirror()
                 rounds.append({

@@ -135,10 +135,14 @@ def _measure(plan: Plan, place: str, work: Work, names: tuple[str, ...], **how: 
         for name in (each for each in names if each not in plan.without):
             running[name] = start(name)
             stack.callback(running[name].close)
-        return [
-            {name: who.measure(work, plan.seconds, plan.mirrored_ramp_s) for name, who in running.items()}
-            for _ in range(plan.pairs)
-        ]
+        return in_turn(plan, running, work)
+
+
+def in_turn(plan: Plan, running: dict[str, Contender], work: Work) -> list[Round]:
+    return [
+        {name: who.measure(work, plan.seconds, plan.mirrored_ramp_s) for name, who in running.items()}
+        for _ in range(plan.pairs)
+    ]
 
 
 class RawNbd(Contender):
