@@ -244,6 +244,12 @@ def write_block(guest: Frontend, number: int, seed: int) -> Request:
     return request
 
 
+def answered(guest: Frontend, request: Request) -> bool:
+    """Waits for it; whether it went well."""
+    guest.wait(request)
+    return request.ok
+
+
 def flush(guest: Frontend) -> None:
     assert guest.flush_now().ok
 

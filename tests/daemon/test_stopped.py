@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import WAIT_S, Load, Served, flush, image, lacking, need_root, write_block
+from tests.frontend import Frontend
 from tests.guest.images import new_image
-from tests.hanging_disk import Op, hanging_disk
+from tests.hanging_disk import HangingDisk, Op, hanging_disk
 from tests.sizes import MIB
 
 STOPPED_S = 2.0  # there is nothing to wait for: what is tested is that this time passes
@@ -49,15 +50,16 @@ def test_a_healthy_mirror_is_kept(work: Path, threads: str) -> None:
     assert not lacking(other, expected)
 
 
-def test_a_request_that_is_under_way_meanwhile_grows_no_older(work: Path) -> None:
-    """Whatever is reaped first when the backend goes on: this request has not been answered."""
+@contextmanager
+def a_write_that_hangs(work: Path, timeout_s: float) -> Iterator[tuple[Served, Frontend, HangingDisk]]:
+    """At the destination of a mirror, which is given up after so long."""
     need_root()
     if not Path("/dev/fuse").exists():
         pytest.skip("this machine has no FUSE")
     source = image(work / "a.img", 16)
     with (
         hanging_disk(work / "hanging", 16 * MIB) as destination,
-        Served(work, source, "--destination-timeout", f"{TIMEOUT_S:g}s") as served,
+        Served(work, source, "--destination-timeout", f"{timeout_s:g}s") as served,
         served.guest(queues=2) as guest,
         destination.goes_on_at_the_end(),
     ):
@@ -65,6 +67,12 @@ def test_a_request_that_is_under_way_meanwhile_grows_no_older(work: Path) -> Non
         destination.hang(Op.WRITE)
         write_block(guest, 0, 1)
         destination.await_hanging(Op.WRITE, WAIT_S)
+        yield served, guest, destination
+
+
+def test_a_request_that_is_under_way_meanwhile_grows_no_older(work: Path) -> None:
+    """Whatever is reaped first when the backend goes on: this request has not been answered."""
+    with a_write_that_hangs(work, TIMEOUT_S) as (served, guest, destination):
         with stopped(served):
             time.sleep(TIMEOUT_S + 1)
         guest.read_now(0, 512)  # so the engine has made a pass
@@ -76,20 +84,7 @@ def test_a_request_that_is_under_way_meanwhile_grows_no_older(work: Path) -> Non
 
 def test_a_backend_that_is_stopped_again_and_again_gives_up_a_destination_all_the_same(work: Path) -> None:
     """Of such gaps only some are forgiven (clock.h): who is slow at every pass is not stopped."""
-    need_root()
-    if not Path("/dev/fuse").exists():
-        pytest.skip("this machine has no FUSE")
-    source = image(work / "a.img", 16)
-    with (
-        hanging_disk(work / "hanging", 16 * MIB) as destination,
-        Served(work, source, "--destination-timeout", "6s") as served,
-        served.guest(queues=2) as guest,
-        destination.goes_on_at_the_end(),
-    ):
-        served.start_mirror(destination.path)
-        destination.hang(Op.WRITE)
-        write_block(guest, 0, 1)
-        destination.await_hanging(Op.WRITE, WAIT_S)
+    with a_write_that_hangs(work, 6) as (served, guest, _):
         for _ in range(16):  # of each it lives through 0.25 s, at most
             with stopped(served):
                 time.sleep(0.8)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon.rig import image
 from tests.network import ceph_cluster
 from tests.network.ceph_cluster import CephCluster
+from tests.network.servers import MIBS
 
 HERE = Path(__file__).parent
 
@@ -22,6 +24,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE and "nbd" in item.path.name:
             item.add_marker(lacking)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """The guest's."""
+    return image(tmp_path / "a.img", MIBS)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """For a server to have: an image of the same size, with nothing in it."""
+    return image(tmp_path / "b.img", MIBS, filled_mib=0)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An NBD server that does not keep to the protocol, or not to what it has said. One thread a connection."""
+"""An NBD server of the tests' own, which does with a request what no real server would: it does not keep to
+the protocol, or not to what it has said. One thread a connection."""
 
 from __future__ import annotations
 
@@ -8,22 +9,32 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from enum import Enum, auto
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-MIB = 1 << 20
+from tests.sizes import MIB
+
 FLAGS = 1 | 1 << 2 | 1 << 3 | 1 << 6  # has flags, flush, FUA, write zeroes
 READ, WRITE, DISCONNECT, FLUSH, TRIM, _CACHE, ZERO, STATUS = range(8)
 EIO, EINVAL, ENOSPC = 5, 22, 28
 GO, INFO, STRUCTURED, META = 7, 6, 8, 10
 ACK, INFO_REPLY, UNSUPPORTED, META_REPLY = 1, 3, (1 << 31) + 1, 4
 
-# (type, offset, length) of a command -> its error, or None: never answered; or bytes, sent as they are.
-Behaviour = Callable[[int, int, int], int | bytes | None]
+
+class Silence(Enum):
+    """What is answered to a command: nothing."""
+
+    NO_ANSWER = auto()
+    DEAF = auto()  # and nothing more is taken: the client sees that when it sends again, and not before
 
 
-def well(kind: int, offset: int, length: int) -> int | bytes | None:
+# (type, offset, length) of a command -> its error, or silence; or bytes, sent as they are.
+Behaviour = Callable[[int, int, int], int | bytes | Silence]
+
+
+def well(kind: int, offset: int, length: int) -> int:
     return 0
 
 
@@ -41,6 +52,8 @@ class HostileServer:
         self.behave = behave
         self.extents = extents
         self.content = bytearray(size)
+        self.is_deaf = False
+        self._end = threading.Event()
         self._connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX)
@@ -58,6 +71,7 @@ class HostileServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self.cut()
@@ -121,13 +135,18 @@ class HostileServer:
         if kind == DISCONNECT:
             return False
         answer = self.behave(kind, offset, length)
+        if answer is Silence.DEAF:
+            connection.shutdown(socket.SHUT_RD)
+            self.is_deaf = True
+            self._end.wait()
+            return False
         if answer == 0 and kind == WRITE:
             self.content[offset : offset + length] = data
         if answer == 0 and kind == ZERO:
             self.content[offset : offset + length] = bytes(length)
         if isinstance(answer, bytes):
             connection.sendall(answer)
-        elif answer is not None:
+        elif not isinstance(answer, Silence):
             connection.sendall(self._answer(kind, cookie, offset, length, answer))
         return True
 

@@ -20,6 +20,7 @@ import pytest
 from tests.guest.processes import Process, ProcessError
 
 WAIT_S = 20.0
+MIBS = 16  # of the disks that conftest.py makes
 PACKAGES = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",

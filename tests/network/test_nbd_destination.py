@@ -14,6 +14,7 @@ import pytest
 from tests.daemon.rig import (
     Load,
     Served,
+    answered,
     await_true,
     flush,
     image,
@@ -21,12 +22,11 @@ from tests.daemon.rig import (
     same_content,
     write_block,
 )
-from tests.frontend import Frontend, FrontendTimeout, Request
+from tests.frontend import Frontend, FrontendTimeout
 from tests.guest.images import new_image
-from tests.network.servers import Nbdkit, QemuNbd, Server, StorageDaemon, descriptors, threads
+from tests.network.servers import MIBS, Nbdkit, QemuNbd, Server, StorageDaemon, descriptors, threads
 from tests.sizes import MIB
 
-MIBS = 16
 BLOCKS = 256
 REGION = 64 << 10
 
@@ -37,21 +37,6 @@ def servers(folder: Path, raw: Path) -> dict[str, Server]:
         "qemu-nbd": QemuNbd(folder, raw),
         "qemu-storage-daemon": StorageDaemon(folder, raw),
     }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    return image(tmp_path / "a.img", MIBS)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return image(tmp_path / "b.img", MIBS, filled_mib=0)
-
-
-def done(guest: Frontend, request: Request) -> bool:
-    guest.wait(request)
-    return request.ok
 
 
 def wait_settled(served: Served) -> None:
@@ -155,8 +140,8 @@ def test_zeroes_and_holes(tmp_path: Path, raw: Path) -> None:
         served.start_mirror(server.uri)
         assert raw.stat().st_blocks * 512 <= 9 * MIB
         with served.guest() as guest:
-            assert done(guest, guest.discard(0, 4 * MIB))
-            assert done(guest, guest.write_zeroes(4 * MIB, 2 * MIB))
+            assert answered(guest, guest.discard(0, 4 * MIB))
+            assert answered(guest, guest.write_zeroes(4 * MIB, 2 * MIB))
             flush(guest)
         served.stop()
     assert same_content(disk, raw)
@@ -180,7 +165,7 @@ def test_what_a_server_lacks_is_done_otherwise(
     ):
         served.start_mirror(server.uri)
         assert guest.write_now(MIB, bytes(range(256)) * 4096).ok
-        assert done(guest, guest.write_zeroes(2 * MIB, MIB))
+        assert answered(guest, guest.write_zeroes(2 * MIB, MIB))
         flush(guest)
         guest.close()
         served.stop()

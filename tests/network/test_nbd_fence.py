@@ -12,8 +12,8 @@ import pytest
 from tests.daemon.rig import Load, Served, await_true, flush, image, lacking, same_content, write_block
 from tests.guest.processes import wait_said
 from tests.guest.qmp_client import QmpError
+from tests.network.hostile_server import WRITE, HostileServer, Silence
 from tests.network.links import NbdkitThere, OtherHost
-from tests.network.played_server import WRITE, Answer, PlayedServer
 from tests.network.servers import Nbdkit, QemuNbd
 from tests.network.unit import QemuNbdUnit
 
@@ -155,11 +155,11 @@ def test_what_had_no_answer_is_known_where_the_loss_shows_when_something_is_sent
     disk, _ = disks(tmp_path)
     deaf = False
 
-    def answer(command: int, offset: int) -> Answer:
-        return Answer.DEAF if deaf and command == WRITE else Answer.SUCCESS
+    def answer(command: int, offset: int, length: int) -> int | Silence:
+        return Silence.DEAF if deaf and command == WRITE else 0
 
     with (
-        PlayedServer(tmp_path / "played.sock", MIBS << 20, answer) as server,
+        HostileServer(tmp_path / "played.sock", size=MIBS << 20, behave=answer) as server,
         Served(tmp_path, disk, *QUICKLY) as served,
         served.guest() as guest,
     ):

@@ -15,9 +15,20 @@ import pytest
 from tests.daemon.rig import Served, await_true, flush, image, write_block
 from tests.guest.qmp_client import QmpError
 from tests.network import hostile_server as hostile
-from tests.network.hostile_server import EINVAL, EIO, ENOSPC, FLUSH, READ, STATUS, WRITE, ZERO, HostileServer
+from tests.network.hostile_server import (
+    EINVAL,
+    EIO,
+    ENOSPC,
+    FLUSH,
+    READ,
+    STATUS,
+    WRITE,
+    ZERO,
+    HostileServer,
+    Silence,
+)
+from tests.sizes import MIB
 
-MIB = 1 << 20
 HOLE, DATA = 3, 0
 
 
@@ -51,7 +62,7 @@ def test_an_error_for_every_command(tmp_path: Path, served: Served, kind: int, e
 
 @pytest.mark.parametrize("kind", [WRITE, FLUSH])
 def test_an_answer_that_is_never_given(tmp_path: Path, served: Served, kind: int) -> None:
-    behave = lambda what, *_: None if what == kind else 0  # noqa: E731
+    behave = lambda what, *_: Silence.NO_ANSWER if what == kind else 0  # noqa: E731
     with HostileServer(tmp_path / "h.sock", behave=behave) as server:
         degrades(served, server)
         other = image(tmp_path / "c.img", 16, filled_mib=0)
@@ -68,7 +79,7 @@ def test_an_answer_that_nobody_asked_for(tmp_path: Path, served: Served) -> None
 def test_noise(tmp_path: Path, served: Served, seed: int) -> None:
     chance = random.Random(seed)
 
-    def behave(kind: int, *_: int) -> int | bytes | None:
+    def behave(kind: int, *_: int) -> int | bytes:
         return chance.randbytes(chance.randrange(1, 64)) if kind == WRITE and chance.random() < 0.3 else 0
 
     with HostileServer(tmp_path / "h.sock", behave=behave) as server:

@@ -10,30 +10,25 @@ from typing import cast
 
 import pytest
 
-from tests.daemon.rig import BLOCK, Load, Served, await_true, block_of, flush, image, lacking, write_block
-from tests.frontend import Frontend, FrontendTimeout, Request
-from tests.network.servers import Nbdkit, QemuNbd
+from tests.daemon.rig import (
+    BLOCK,
+    Load,
+    Served,
+    answered,
+    await_true,
+    block_of,
+    flush,
+    image,
+    lacking,
+    write_block,
+)
+from tests.frontend import FrontendTimeout
+from tests.network.servers import MIBS, Nbdkit, QemuNbd
+from tests.sizes import MIB
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.nbd import Connection, Loss, NbdDisk
 
-MIB = 1 << 20
-MIBS = 16
 BLOCKS = 256
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    return image(tmp_path / "a.img", MIBS)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return image(tmp_path / "b.img", MIBS, filled_mib=0)
-
-
-def answered(guest: Frontend, request: Request) -> bool:
-    guest.wait(request)
-    return request.ok
 
 
 def test_a_guest_passes_through_it_and_comes_back(tmp_path: Path, disk: Path, raw: Path) -> None:

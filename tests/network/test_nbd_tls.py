@@ -11,22 +11,11 @@ import pytest
 from tests.daemon.rig import Load, Served, flush, image, same_content, write_block
 from tests.guest.qmp_client import QmpError
 from tests.network.certificates import Authority, pre_shared_key
-from tests.network.servers import Nbdkit, free_port
+from tests.network.servers import MIBS, Nbdkit, free_port
 from vhostsync.confine import landlock
 from vhostsync.host.kernel import Kernel
 
-MIBS = 16
 HERE = "ip_address = 127.0.0.1"
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    return image(tmp_path / "a.img", MIBS)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return image(tmp_path / "b.img", MIBS, filled_mib=0)
 
 
 def by_certificates(folder: Path, raw: Path, server: Path, trusted: Path) -> Nbdkit:

@@ -20,13 +20,6 @@ from vhostsync.receive.receiver import Begun, Receiver
 
 pytestmark = [*needs_programs, pytest.mark.anyio, pytest.mark.timeout(120)]
 
-MIB = 1 << 20
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
 
 @pytest.fixture
 def there(tmp_path: Path) -> Iterator[Mounted]:
