@@ -313,7 +313,8 @@ enum vs_reason {
     VS_REASON_STOP_TIMEOUT,
     VS_REASON_SWITCH,
     VS_REASON_CONGESTION, /* the destination is too slow, and the guest is not to wait */
-    VS_REASON_CATCH_UP
+    VS_REASON_CATCH_UP,
+    VS_REASON_DESTINATION_LOST /* its connection */
 };
 
 enum vs_event_kind {

@@ -77,6 +77,7 @@ class Reason(IntEnum):
     SWITCH = 6
     CONGESTION = 7
     CATCH_UP = 8
+    DESTINATION_LOST = 9
 
 
 class Cut(IntEnum):

@@ -49,6 +49,10 @@
 /* Verification: bytes of one comparison, and how many at most at once. */
 #define VERIFY_BYTES (1u << 20)
 #define VERIFY_DEPTH 4
+/* A destination over a network that nothing was asked of for so long is asked for a block; and for the next one so much
+ * later where it had an error there, for it does answer. */
+#define IDLE_PROBE_NS 3000000000u
+#define IDLE_PROBE_AFTER_ERROR_NS 60000000000u
 /* Requests taken up in one pass: from one queue before the next one has its turn, and from all. With more, what was
  * captured has left the processor's cache before it is replicated. */
 #define PASS_BUDGET 64

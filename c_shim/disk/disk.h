@@ -81,6 +81,7 @@ enum disk_can {
     DISK_CAN_BE_CUT_OFF = 1u << 4,       /* ops->cut_off() */
     DISK_ONE_BUFFER = 1u << 5,           /* the data of an operation has to be one piece of memory */
     DISK_WRITES_DURABLY = 1u << 6, /* each write, where a guest is served from it: it may forget what was not flushed */
+    DISK_IS_FAR = 1u << 7,         /* over a network: while nothing is asked of it, it may go without a word */
 };
 
 /* In place of a result, from another thread: a part is done, and the disk is to be given the rest. */

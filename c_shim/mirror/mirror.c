@@ -140,6 +140,12 @@ static void init_high_rooms(struct mirror *m, const struct vs_engine_config *con
                                              .mailbox = m->given.mailbox});
 }
 
+static void init_probe(struct mirror *m)
+{
+    idle_probe_init(&m->probe, &(struct idle_probe_rooms){
+                                   .destination = &m->destination, .load = m->given.load, .host = m->given.disks});
+}
+
 int mirror_init(struct mirror *m, const struct mirror_host *host, const struct vs_engine_config *config)
 {
     uint32_t region = config->dirty_region_bytes < COPY_BYTES ? config->dirty_region_bytes : COPY_BYTES;
@@ -154,6 +160,7 @@ int mirror_init(struct mirror *m, const struct mirror_host *host, const struct v
         (rc = init_replicator(m)) < 0 || (rc = init_copier(m, config)) < 0 || (rc = init_verifier(m)) < 0)
         return rc;
     init_high_rooms(m, config);
+    init_probe(m);
     return dirty_map_init(&m->uncopied.regions, config->capacity_bytes, region); /* a region is copied as a whole */
 }
 
@@ -197,6 +204,7 @@ int mirror_start(struct mirror *m, vs_disk *disk, uint32_t flags)
     if (disk->block_bytes > m->source.block_bytes || (resync && !m->difference.tracked))
         return -EINVAL;
     destination_attach(&m->destination, disk, m->given.disks);
+    idle_probe_begin(&m->probe);
     tap_begin(&m->tap);
     difference_attach(&m->difference, resync);
     pull_ahead_reset(&m->ahead);
@@ -221,6 +229,7 @@ static void close_former(struct mirror *m)
 static void give_up(struct mirror *m)
 {
     destination_give_up(&m->destination);
+    idle_probe_begin(&m->probe);
     m->steady.in_flight = false;
     replicator_drop(&m->replicator);
     copier_drop(&m->copier);
@@ -345,16 +354,20 @@ void mirror_pump(struct mirror *m)
         destination_cut_off_former(&m->destination);
     close_former(m);
     bad_ranges_pump(&m->bad, &m->counts);
+    if (destination_attached(&m->destination) && m->destination.disk->lost)
+        mirror_degrade(m, VS_REASON_DESTINATION_LOST, -ENOTCONN);
     if (lost_ns(m) <= now_ns(m))
         mirror_degrade(m, VS_REASON_DESTINATION_TIMEOUT, -ETIMEDOUT);
+    idle_probe_pump(&m->probe);
     if (may_begin_steady(m))
         begin_steady(m);
 }
 
 uint64_t mirror_deadline_ns(const struct mirror *m)
 {
-    uint64_t lost = lost_ns(m), cut_off = former_cut_off_ns(m);
-    return lost < cut_off ? lost : cut_off;
+    uint64_t lost = lost_ns(m), cut_off = former_cut_off_ns(m), probe = idle_probe_deadline_ns(&m->probe);
+    lost = lost < cut_off ? lost : cut_off;
+    return lost < probe ? lost : probe;
 }
 
 /* ---- the exchange ------------------------------------------------------ */
@@ -401,6 +414,7 @@ int mirror_exchange(struct mirror *m, uint32_t flags, bool gated)
     assert((m->given.load->in_flight == 0 || m->given.load->holds & GUEST_HOLD_SOURCE_FAILED) && log_drained(&m->log));
     counts_exchange(&m->counts, keep);
     m->source.disk = destination_exchange(&m->destination, keep ? old : NULL);
+    idle_probe_begin(&m->probe);
     disk_serve(old, false);
     disk_serve(m->source.disk, true);
     if (keep) {

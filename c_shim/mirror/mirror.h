@@ -17,6 +17,7 @@
 #include "grow.h"
 #include "guest_flush.h"
 #include "guest_side.h"
+#include "idle_probe.h"
 #include "mirror_state.h"
 #include "pull_ahead.h"
 #include "repl_log.h"
@@ -63,6 +64,7 @@ struct mirror {
     struct verifier verifier;
     struct pull_ahead ahead;
     struct grow grow;
+    struct idle_probe probe;
     struct steady_flush steady;
     unsigned left_sources; /* that are being closed, after a switch */
 };

@@ -107,13 +107,21 @@ static int flushed(void *arg, int *error)
 static int durable_now(void *arg, int *error)
 {
     struct nbd_disk *d = arg;
-    d->durable = d->served && !*error;
+    d->durable_failed |= *error != 0;
+    d->durable = --d->durable_asked == 0 && d->served && !d->durable_failed;
     return 1;
 }
 
 void nbd_begin_durable(struct nbd_disk *d)
 {
-    (void)nbd_aio_flush(next_handle(d), (nbd_completion_callback){.callback = durable_now, .user_data = d}, 0);
+    nbd_completion_callback answer = {.callback = durable_now, .user_data = d};
+    if (d->durable_asked == 0)
+        d->durable_failed = false;
+    d->durable_asked++;
+    if (nbd_aio_flush(next_handle(d), answer, 0) < 0) {
+        d->durable_asked--;
+        d->durable_failed = true;
+    }
 }
 
 /* Of base:allocation: what reads as zeroes counts as a hole. */

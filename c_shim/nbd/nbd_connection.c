@@ -266,6 +266,15 @@ void vs_nbd_release(vs_nbd *nbd)
     free(nbd);
 }
 
+/* Others may have come until nothing is held any more. */
+void nbd_end(struct vs_nbd *nbd)
+{
+    nbd_say_goodbye(nbd);
+    nbd_tell(nbd, VS_NBD_CLOSED, "");
+    (void)nbd_look_for_fresh(nbd);
+    nbd_say_goodbye(nbd);
+}
+
 /* ---- one that was lost ------------------------------------------------------------------ */
 
 void nbd_wake_by(struct vs_nbd *nbd, int wake_fd)

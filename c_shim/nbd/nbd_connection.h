@@ -44,6 +44,8 @@ void nbd_tell(struct vs_nbd *nbd, enum vs_nbd_state state, const char *why);
 enum vs_nbd_state nbd_look_for_fresh(struct vs_nbd *nbd);
 /* Says goodbye, as long as something is heard of the server within the time; then they are closed. */
 void nbd_say_goodbye(struct vs_nbd *nbd);
+/* The disk's thread ends: so does whatever it has, also what has just come to take the place of what was lost. */
+void nbd_end(struct vs_nbd *nbd);
 /* Closed as they are. What is under way is forgotten: no callback is called any more. */
 void nbd_drop(struct vs_nbd *nbd);
 

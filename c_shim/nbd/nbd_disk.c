@@ -60,6 +60,19 @@ static void fail_all(struct nbd_disk *d)
         nbd_fail(d, nbd_io_at(d->under_way.next), -ENOTCONN);
 }
 
+/* Where nothing is under way, the engine would learn of it with its next request. */
+static void wake_engine(struct nbd_disk *d)
+{
+    struct disk_host *host;
+    struct list none;
+    pthread_mutex_lock(&d->lock);
+    host = d->host;
+    pthread_mutex_unlock(&d->lock);
+    list_init(&none);
+    if (host)
+        nbd_core->complete_remote_all(host, &none);
+}
+
 /* The guest's own disk may come back, if nothing that was answered can be forgotten meanwhile. */
 static bool may_come_back(const struct nbd_disk *d)
 {
@@ -73,7 +86,8 @@ static void lose(struct nbd_disk *d, const char *why)
         return;
     d->disk.lost = true;
     uncertain = gather_unanswered(d);
-    nbd_drop(d->nbd);
+    nbd_drop(d->nbd); /* and no answer comes any more */
+    d->durable_asked = 0;
     d->holding = may_come_back(d);
     d->lost = !d->holding;
     if (d->holding) {
@@ -83,6 +97,7 @@ static void lose(struct nbd_disk *d, const char *why)
         fail_all(d);
         nbd_tell(d->nbd, VS_NBD_LOST, why);
     }
+    wake_engine(d);
 }
 
 /* Nobody waits for another connection any more. */
@@ -243,8 +258,7 @@ static void *run(void *arg)
         end = take(d);
         give_back(d);
     }
-    nbd_say_goodbye(d->nbd);
-    nbd_tell(d->nbd, VS_NBD_CLOSED, "");
+    nbd_end(d->nbd);
     if (d->closing)
         nbd_core->complete_remote(d->closing, 0); /* then *d may be gone */
     return NULL;
@@ -273,6 +287,7 @@ static void nbd_submit(struct vs_disk *disk, struct disk_io *io)
     pthread_mutex_lock(&d->lock);
     list_append(&d->todo, &io->work.remote_link);
     d->serves = disk->serves;
+    d->host = disk->host;
     asleep = d->asleep;
     d->asleep = false;
     pthread_mutex_unlock(&d->lock);
@@ -313,7 +328,7 @@ static void nbd_close_disk(struct vs_disk *disk)
 
 static uint32_t abilities(const struct vs_nbd_export *export)
 {
-    return DISK_CLOSES_LATER | DISK_CAN_BE_CUT_OFF | DISK_ONE_BUFFER |
+    return DISK_CLOSES_LATER | DISK_CAN_BE_CUT_OFF | DISK_ONE_BUFFER | DISK_IS_FAR |
            (export->tells_extents ? DISK_TELLS_EXTENTS : 0) | (export->can_fua ? DISK_WRITES_DURABLY : 0);
 }
 

@@ -14,12 +14,13 @@ struct nbd_disk {
     struct vs_nbd *nbd;
     pthread_t thread;
     int wake_fd;
-    pthread_mutex_t lock; /* guards the next five */
+    pthread_mutex_t lock; /* guards the next six */
     struct list todo;     /* of disk_io, by work.remote_link */
     bool asleep;          /* the thread is, or is about to be */
     bool cut_off, ending;
-    bool serves; /* as vs_disk.serves was at the last submission */
-    bool closed; /* or being closed by the thread, which ends with that */
+    bool serves;            /* as vs_disk.serves was at the last submission */
+    struct disk_host *host; /* whose disk it is, once something was submitted */
+    bool closed;            /* or being closed by the thread, which ends with that */
     /* The thread's own. */
     struct list under_way; /* libnbd has them */
     struct list over;      /* to be given back */
@@ -30,8 +31,11 @@ struct nbd_disk {
     bool lost;
     bool holding;
     bool served; /* so far it knows of serves */
-    /* A flush since then was answered, and each write since then is durable when it is: none is forgotten. */
+    /* A flush since then was answered, and each write since then is durable when it is: none is forgotten. Not the
+     * answer of a flush of an earlier time as the guest's disk: so all that were sent have to be answered. */
     bool durable;
+    unsigned durable_asked;     /* such flushes that are under way */
+    bool durable_failed;        /* one of them has */
     char why[VS_NBD_WHY_BYTES]; /* what libnbd has said last */
 };
 

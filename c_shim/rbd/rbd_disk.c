@@ -289,7 +289,8 @@ vs_disk *vs_rbd_disk(rbd_image_t image, rados_ioctx_t pool, rados_t cluster, uin
     struct rbd_disk *d = calloc(1, sizeof *d);
     if (!d)
         return NULL;
-    core->init(&d->disk, &ops, bytes, BLOCK_BYTES, 1, DISK_TELLS_EXTENTS | DISK_TELLS_SIZE | DISK_CLOSES_LATER);
+    core->init(&d->disk, &ops, bytes, BLOCK_BYTES, 1,
+               DISK_TELLS_EXTENTS | DISK_TELLS_SIZE | DISK_CLOSES_LATER | DISK_IS_FAR);
     d->image = image;
     d->pool = pool;
     d->cluster = cluster;

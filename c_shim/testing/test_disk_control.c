@@ -37,7 +37,7 @@ void vs_test_disk_buffered(vs_disk *disk)
 void vs_test_disk_remote(vs_disk *disk)
 {
     assert(!disk->host);
-    disk->can |= DISK_CAN_BE_CUT_OFF;
+    disk->can |= DISK_CAN_BE_CUT_OFF | DISK_IS_FAR;
 }
 
 void vs_test_disk_record(vs_disk *disk, vs_test_record *record, uint32_t number)

@@ -38,7 +38,7 @@ int vs_test_disk_read(vs_disk *disk, uint64_t offset, uint64_t length, int cut, 
 int vs_test_disk_load(vs_disk *disk, uint64_t offset, uint64_t length, const void *bytes);
 /* Before the engine has it: behave as a file behind the page cache does, whose failed flush stays failed. */
 void vs_test_disk_buffered(vs_disk *disk);
-/* Before the engine has it: it can be cut off (which forgets nothing). */
+/* Before the engine has it: it can be cut off (which forgets nothing), and is far. */
 void vs_test_disk_remote(vs_disk *disk);
 /* Its connection is lost: what is held fails and is kept, to land later; what is submitted from here on fails,
  * until it is connected again, for the next engine that gets it. forget_seed not 0: of what was not flushed, what

@@ -22,6 +22,7 @@ FAILURES = {
     Reason.DESTINATION_FLUSH,
     Reason.DESTINATION_TIMEOUT,
     Reason.STOP_TIMEOUT,
+    Reason.DESTINATION_LOST,
 }
 
 TRANSITIONS: dict[tuple[State, State], set[Reason]] = {

@@ -147,19 +147,48 @@ def test_one_that_hangs_is_cut_off_and_its_requests_come_back() -> None:
         resynced(r)
 
 
-def test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost() -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost(keep: bool) -> None:
     """No request has met with the loss, and the guest's would be the first."""
     with rig(mirrored=True) as r:
         r.write_now(1, 1)
         r.flush_now()
-        for keep in (True, False):
-            r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=int(keep))
-            r.gate()
-            r.destination.cut()
-            r.exchange(keep=keep, expect=errno.ENOTCONN)
-            r.driver.call(lib.VS_CMD_UNGATE)
-            r.destination.connect()
-        r.switch(keep=False)
+        r.driver.call(lib.VS_CMD_MIRROR_DRAIN, value=int(keep))
+        r.gate()
+        r.destination.cut()
+        r.exchange(keep=keep, expect=errno.ENOTCONN)
+        r.driver.call(lib.VS_CMD_UNGATE)
+        assert r.await_degraded() == Reason.DESTINATION_LOST
+        r.record_written()
+        closed(r)
+        resynced(r)
+        r.switch(keep=keep)
+
+
+def test_the_loss_is_noticed_though_nothing_is_asked_of_it() -> None:
+    """As soon as the engine's thread does anything, whatever that is."""
+    with rig(mirrored=True) as r:
+        r.flush_now()
+        r.destination.cut()
+        assert r.guest.read_now(0, BLOCK) == bytes(BLOCK)
+        assert r.await_degraded() == Reason.DESTINATION_LOST
+        r.record_written()
+        assert closed(r).value == 0, "nothing was under way"
+        resynced(r)
+
+
+def test_one_that_falls_silent_while_nothing_is_asked_of_it_is_given_up() -> None:
+    """It is asked for a block now and then; that it does not answer is what loses it."""
+    with rig(destination_timeout_us=100_000) as r:
+        r.destination.make_remote()
+        r.mirror()
+        settled(r)
+        r.destination.hold(DiskOp.READ)
+        assert r.await_degraded() == Reason.DESTINATION_TIMEOUT
+        r.record_written()
+        assert closed(r).value == 0, "what it has not answered is no change"
+        r.destination.hold(DiskOp.READ, False)
+        resynced(r)
 
 
 def test_a_cancel_that_flushes_nothing_leaves_what_a_server_may_forget_marked() -> None:

@@ -119,6 +119,28 @@ def test_a_destination_that_fails_during_a_cancel_by_force(
     play(scene, tmp_path, monkeypatch)
 
 
+def test_a_start_right_after_a_loss_waits_for_the_record_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is being written: that is no reason to say that it cannot be."""
+
+    async def scene(it: Stage) -> None:
+        await it.steady()
+        it.state_file.hold = True
+        it.second.fault(DiskOp.WRITE, errno.EIO, count=1)
+        await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
+        await until(lambda: it.mirror.state is MirrorState.DEGRADED)
+        await until(it.state_file.reached.is_set)
+        await until(lambda: not it.mirror.fenced)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(it.mirror.start, MirrorTarget(str(it.paths[1]), cache="writeback"))
+            await anyio.sleep(0.05)  # it may only wait
+            it.state_file.release.set()
+        await until(lambda: it.mirror.state is MirrorState.STEADY)
+
+    play(scene, tmp_path, monkeypatch)
+
+
 def looks_of(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
     """Where the mirror has noted how a lost destination looks, from here on."""
     looks: list[Place] = []

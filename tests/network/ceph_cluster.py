@@ -317,6 +317,9 @@ class CephCluster:
     def rbd(self, *words: str) -> str:
         return self._run("rbd", "-c", self.conf, *words)
 
+    def rados(self, *words: str) -> str:
+        return self._run("rados", "-c", self.conf, "--pool", POOL, *words)
+
     def command(self, prefix: str, **arguments: Any) -> str:
         """What the monitor answers; waits for one that begins. CephError."""
         client = Client(Access(conf=str(self.conf)))

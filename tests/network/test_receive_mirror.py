@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from tests.daemon.rig import Load, Served, await_true, flush, image, lacking, same_content, write_block
+from tests.daemon.rig import (
+    Load,
+    Served,
+    answered,
+    await_true,
+    flush,
+    image,
+    lacking,
+    same_content,
+    write_block,
+)
 from tests.network.receivers import Authority, Owner, Receiving, children, needs_programs
 from tests.sizes import MIB
 from vhostsync.record.state_file import StateFile
@@ -248,6 +258,44 @@ def test_it_is_switched_to_and_served_after_a_restart(hosts: Hosts) -> None:
         record = StateFile(next((hosts.one / "state").glob("*.record.json"))).load()
         assert record is not None and record.current.kind == "receive"
         receiving.stop()
+
+
+def test_a_guest_on_it_waits_for_it_and_loses_nothing(hosts: Hosts) -> None:
+    """Its server is killed, then the whole receiver: a generation is begun anew, which is the fence."""
+    with mirrored(hosts) as (receiving, served):
+        served.qmp.execute("switch")
+        with Load(served, blocks=BLOCKS) as load:
+            load.go_on()
+            generation = receiving.status()["generation"]
+            os.kill(receiving.status()["server"], signal.SIGKILL)
+            load.go_on(timeout_s=60)
+            assert receiving.status()["generation"] > generation
+            receiving.process.kill()
+            with hosts.receiving(port=receiving.port) as receiving:
+                load.go_on(timeout_s=60)
+                expected = load.stop()
+                served.stop()
+                receiving.stop()
+    assert lacking(hosts.copy, expected) == []
+
+
+def test_a_guest_on_it_gets_errors_once_another_has_gone_on_with_it(hosts: Hosts) -> None:
+    """Whoever has begun a later generation may have written: what this one has not answered is not sent again
+    there."""
+    with mirrored(hosts) as (receiving, served):
+        served.qmp.execute("switch")
+        record = served.record()
+        assert record is not None and record.current.mark is not None
+        with served.guest(timeout_s=60) as guest:
+            write_block(guest, 1, 1)
+            flush(guest)
+            disk = receiving.status()["disk"]
+            receiving.begin(Owner("the successor", token=record.current.mark, disk=disk))
+            content = hosts.copy.read_bytes()
+            assert not answered(guest, guest.write(4096, bytes(4096)))
+        assert "has gone on without this backend" in served.process.last_output()
+        assert hosts.copy.read_bytes() == content
+        served.qmp.execute("quit", force=True)
 
 
 def test_it_grows_with_the_guests_disk(hosts: Hosts) -> None:

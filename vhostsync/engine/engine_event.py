@@ -21,6 +21,7 @@ class Reason(IntEnum):
     SWITCH = lib.VS_REASON_SWITCH
     CONGESTION = lib.VS_REASON_CONGESTION
     CATCH_UP = lib.VS_REASON_CATCH_UP
+    DESTINATION_LOST = lib.VS_REASON_DESTINATION_LOST
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may never come back: calls to a file system that may wait for its server for ever. They are made in
-threads that nobody has to wait for."""
+"""What may never come back: calls to a file system that may wait for its server for ever, to a name server,
+to another host. They are made in threads that nobody has to wait for."""
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from pathlib import Path
 from typing import Final, TypeVar
+
+import anyio
 
 from vhostsync.host import patience
 
@@ -69,3 +74,65 @@ class Errands:
         self.give(work)
         with patience.fail_after(patience_s):
             return await answer
+
+
+# ---- what leaves something open when nobody has waited for it ------------------------------
+
+
+def bring_in_time(bring: Callable[[], T], undo: Callable[[T], None], timeout_s: float) -> T:
+    """What `bring` returns or raises, in a thread of its own. TimeoutError where it takes longer: what it
+    brings then is undone there. Blocks."""
+    brought, thread = _bring(bring, undo)
+    try:
+        return brought.result(timeout_s)
+    except TimeoutError:
+        if not brought.cancel():
+            return brought.result()  # it was just in time, or this was its own error
+        raise
+    finally:
+        if not brought.cancelled():
+            _await_end(thread)
+
+
+async def bring_unless_cancelled(bring: Callable[[], T], undo: Callable[[T], None]) -> T:
+    """The same for as long as it takes; who is cancelled does not wait for it."""
+    brought, _ = _bring(bring, undo)
+    try:
+        return await asyncio.wrap_future(brought)
+    except anyio.get_cancelled_exc_class():
+        if not brought.cancel() and brought.exception() is None:
+            _in_thread(lambda: undo(brought.result()))
+        raise
+
+
+def _await_end(thread: threading.Thread) -> None:
+    """Of what the kernel has of it, too: whoever confines this process next is to find no other thread."""
+    thread.join()
+    while Path(f"/proc/self/task/{thread.native_id}").exists():
+        time.sleep(0.0005)
+
+
+def _bring(bring: Callable[[], T], undo: Callable[[T], None]) -> "tuple[Future[T], threading.Thread]":
+    """Who does not want it any more cancels the future; that it was too late for that, cancel() says."""
+    brought: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            found = bring()
+        except BaseException as error:
+            with suppress(InvalidStateError):  # nobody waits for it any more
+                brought.set_exception(error)
+            return
+        try:
+            brought.set_result(found)
+        except InvalidStateError:
+            undo(found)
+
+    return brought, _in_thread(work)
+
+
+def _in_thread(work: Callable[[], None]) -> threading.Thread:
+    """The process does not wait for it at its end."""
+    thread = threading.Thread(target=work, name="vhostsync-errand", daemon=True)
+    thread.start()
+    return thread

@@ -14,6 +14,7 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import anyio
@@ -26,7 +27,7 @@ from vhostsync.confine.privileges import Reach
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, FenceError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.host.errands import Errands
+from vhostsync.host.errands import Errands, bring_unless_cancelled
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.destination import (
     DESTINATION_LOCK_S,
@@ -54,7 +55,7 @@ from vhostsync.record.record_store import RecordStore
 from vhostsync.record.state_record import GuestDisk, StateRecord, Wanted, Worth
 from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, same
-from vhostsync.storage.kinds import is_named
+from vhostsync.storage.kinds import is_named, kind_of
 
 log = structlog.get_logger(__name__)
 
@@ -218,34 +219,44 @@ class Mirror:
         await self._await_fence()
         if self._keeper.is_unfenced(target.name) and not target.fenced:
             await self._fence.make_certain(target.name)
-        engine = self._engine.config
-        disk, made = await anyio.to_thread.run_sync(
-            open_destination, target, self._roles.source, engine.capacity_bytes, engine.block_bytes,
-            DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S, self._keeper.record.disks,
-        )  # fmt: skip
+        disk, made = await self._open(target, DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S)
         obeyed = False
         try:
-            self._check_fenced(disk, target)
+            unfenced = await anyio.to_thread.run_sync(self._keeper.unfenced_as, disk.identity)
+            self._check_fenced(unfenced, target)
             if former is not None:
                 check_former(disk, former)
                 await self._keeper.check_unclaimed(disk.identity)
             elif not (target.create or target.force or await self._is_ours(disk.identity)):
                 await anyio.to_thread.run_sync(check_holds_nothing, disk)
-            await self._attach(disk, target)
+            await self._attach(disk, target, unfenced)
             obeyed = True
         finally:
             if not obeyed:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(discard, disk, made)
 
-    def _check_fenced(self, disk: Disk, target: MirrorTarget) -> None:
+    async def _open(self, target: MirrorTarget, lock_timeout_s: float) -> tuple[Disk, object | None]:
+        """`open_destination`, in a thread. Another host may keep it waiting for minutes: the end of the
+        backend does not wait for that."""
+        engine = self._engine.config
+        open_it = partial(
+            open_destination, target, self._roles.source, engine.capacity_bytes, engine.block_bytes,
+            lock_timeout_s, self._keeper.record.disks,
+        )  # fmt: skip
+        if not kind_of(target.name).over_network:
+            return await anyio.to_thread.run_sync(open_it)
+        return await bring_unless_cancelled(open_it, lambda opened: discard(*opened))
+
+    def _check_fenced(self, unfenced: list[DiskIdentity], target: MirrorTarget) -> None:
         """That it was made certain before by this name. FenceError."""
-        name = self._keeper.unfenced_name(disk.identity)
-        if target.fenced or name in (None, target.name) or self._fence.means is Means.LIMIT:
+        names = [each.path for each in unfenced]
+        if not names or target.fenced or target.name in names or self._fence.means is Means.LIMIT:
             return
         raise FenceError(
             f"requests of a lost connection may still be carried out at {target.name}, which was called "
-            f"{name} then; start the mirror to {name}, or, once they are certainly over, with --fenced"
+            f"{names[0]} then; start the mirror to {names[0]}, or, once they are certainly over, with "
+            f"--fenced"
         )
 
     async def _is_ours(self, disk: DiskIdentity) -> bool:
@@ -263,6 +274,8 @@ class Mirror:
                 f"requests to the former destination {self._roles.fenced_path} are not over yet and could "
                 f"still write there; wait until it has answered, or restart the backend"
             )
+        with anyio.move_on_after(FENCE_WAIT_S):
+            await self._keeper.wait_recorded()
         if (await self._engine.snapshot()).record_pending:
             raise MirrorError(
                 "the state record does not say yet that the former destination is outdated, because it "
@@ -278,9 +291,10 @@ class Mirror:
             why_full = bitmap.changed or why_full
         return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity))
 
-    async def _attach(self, disk: Disk, target: MirrorTarget) -> None:
+    async def _attach(self, disk: Disk, target: MirrorTarget, fenced: list[DiskIdentity]) -> None:
         """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
-        restart goes by the record."""
+        restart goes by the record. `fenced`: the same disk by the names under which requests may have been
+        under way there, which are over."""
         why_full, now, marked = await anyio.to_thread.run_sync(self._judge, disk)
         if self._course.resuming and why_full == NO_EARLIER_COPY:
             why_full = "what the last run's copy lacks is not known, for no --bitmap has kept it"
@@ -296,7 +310,7 @@ class Mirror:
             record = former.with_peer(marked.identity, former.bitmap if resync else None)
             if not resync:
                 record = record.with_difference(None)
-            record = self._keeper.with_requests(record, place)
+            record = self._keeper.with_requests(record, place, fenced)
             await self._keeper.write(record.with_wanted(wanted))
             marked = await self._bearing_its_mark(marked)
             place = Place.of(marked)

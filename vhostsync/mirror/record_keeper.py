@@ -85,6 +85,8 @@ class RecordKeeper:
         self._state = State.PASSTHROUGH
         self._to_record: dict[EventKind, deque[EngineEvent]] = {kind: deque() for kind in _TO_RECORD}
         self._came = anyio.Event()
+        self._outdating = 0  # losses that are not recorded yet
+        self._outdated = anyio.Event()  # set when one is, or cannot be
         self._unsettled = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
@@ -270,6 +272,8 @@ class RecordKeeper:
         elif event.kind in CLOSED:
             self._under_way.note_closed(event)
             self._fence_clear.set()
+        if event.kind is EventKind.DEGRADED:
+            self._outdating += 1
         if event.kind in _TO_RECORD:
             self._to_record[event.kind].append(event)
             self._came.set()
@@ -320,14 +324,14 @@ class RecordKeeper:
         """Requests of a lost connection may still be carried out at the disk that is called so."""
         return self._under_way.is_unfenced(self.record, name)
 
-    def unfenced_name(self, identity: DiskIdentity) -> str | None:
-        """The same of a disk, however it is called: its name then."""
-        return self._under_way.unfenced_name(self.record, identity)
+    def unfenced_as(self, identity: DiskIdentity) -> list[DiskIdentity]:
+        """The same of a disk, however it is called: what it was then. May ask a name server. Blocks."""
+        return self._under_way.unfenced_as(self.record, identity)
 
-    def with_requests(self, record: StateRecord, place: Place) -> StateRecord:
-        """For the record to be written before the first request there."""
+    def with_requests(self, record: StateRecord, place: Place, fenced: list[DiskIdentity]) -> StateRecord:
+        """For the record to be written before the first request there; of `unfenced_as` all is over."""
         assert self.lock.locked()
-        return self._under_way.with_requests(record, place)
+        return self._under_way.with_requests(record, place, fenced)
 
     async def _record_answered(self) -> str | None:
         async with self.lock:
@@ -436,6 +440,11 @@ class RecordKeeper:
                 return str(error)
             return None
 
+    async def wait_recorded(self) -> None:
+        """Returns when the engine waits for no record of a loss, or that cannot be written."""
+        while self._outdating and not self.flushes_fail:
+            await self._outdated.wait()
+
     async def _record_outdated(self, _: EngineEvent) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
         durable, they fail."""
@@ -451,6 +460,9 @@ class RecordKeeper:
                 log.error("flushes fail until the state record can be written", error=str(error))
             self.flushes_fail = error_number != 0
             await self._engine.record_written(error_number)
+            self._outdating -= error_number == 0
+            self._outdated.set()
+            self._outdated = anyio.Event()
             if not error_number:
                 return
             await anyio.sleep(RETRY_S)

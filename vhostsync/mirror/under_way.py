@@ -4,12 +4,14 @@ of them (`StateRecord.unfenced`), less what is known better. The record is told 
 to such a disk; that all were answered is known when the engine has closed it, and the record follows.
 """
 
+from collections.abc import Sequence
+
 from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.mirror.destination import Place
 from vhostsync.mirror.roles import Roles
 from vhostsync.record.state_record import StateRecord
+from vhostsync.storage import kinds
 from vhostsync.storage.identity import DiskIdentity, same
-from vhostsync.storage.kinds import kind_of
 
 CLOSED = (EventKind.FENCE_CLEAR, EventKind.SOURCE_CLOSED)
 
@@ -46,15 +48,19 @@ class UnderWay:
             for disk in record.unfenced
         )
 
-    def unfenced_name(self, record: StateRecord, identity: DiskIdentity) -> str | None:
-        """The same of a disk, however it is called: its name then."""
-        known = [disk.path for disk in record.unfenced if same(disk, identity)]
-        return next((name for name in known if self.is_unfenced(record, name)), None)
+    def unfenced_as(self, record: StateRecord, identity: DiskIdentity) -> list[DiskIdentity]:
+        """The same of a disk, however it is called: what it was then. Blocks."""
+        known = [disk for disk in record.unfenced if is_one_disk(disk, identity)]
+        return [disk for disk in known if self.is_unfenced(record, disk.path)]
 
-    def with_requests(self, record: StateRecord, place: Place) -> StateRecord:
-        """To be written before the first request goes there."""
+    def with_requests(
+        self, record: StateRecord, place: Place, fenced: Sequence[DiskIdentity] = ()
+    ) -> StateRecord:
+        """To be written before the first request goes there. `fenced`: of `unfenced_as`."""
+        for disk in fenced:
+            record = record.with_fenced(disk)
         self._answered = [each for each in self._answered if not same(each, place.identity)]
-        return record if kind_of(place.name).fences_itself else record.with_unfenced(place.identity)
+        return record if kinds.kind_of(place.name).fences_itself else record.with_unfenced(place.identity)
 
     def without_answered(self, record: StateRecord) -> StateRecord:
         for disk in self._answered:
@@ -74,3 +80,11 @@ class UnderWay:
             if place is not None and role not in unanswered:
                 record = record.with_fenced(place.identity)
         return self.without_answered(record)
+
+
+def is_one_disk(one: DiskIdentity, other: DiskIdentity) -> bool:
+    """Also where its kind knows disks by their names alone, and this one has two. May ask a name server.
+    Blocks."""
+    if same(one, other):
+        return True
+    return one.kind == other.kind and kinds.overlap(one.path, other.path) is not None

@@ -25,6 +25,7 @@ import structlog
 from vhostsync.errors import DiskError
 from vhostsync.host.kernel import why_denied
 from vhostsync.printable import printable
+from vhostsync.receive.seldom import Seldom
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +71,7 @@ class NbdServer:
         self._over = anyio.Event()
         self.code: int | None = None  # how it ended; less than 0: by that signal
         self.last_words = ""
+        self._say = Seldom(log.warning)  # it has a line for each client that cannot show the key
 
     @classmethod
     async def start(
@@ -113,6 +115,7 @@ class NbdServer:
         _, status = os.waitpid(self.pid, os.WNOHANG)  # noqa: ASYNC222 it is dead
         self.code = os.waitstatus_to_exitcode(status)
         self._log_rest()
+        self._say.end()
         os.close(self._pidfd)
         os.close(self._stderr)
         await anyio.to_thread.run_sync(_empty, self._export.folder)
@@ -136,7 +139,7 @@ class NbdServer:
                 return False
             for line in said.decode(errors="replace").splitlines():
                 self.last_words = printable(line.strip()).removeprefix("qemu-nbd: ")
-                log.warning("qemu-nbd says", pid=self.pid, line=self.last_words)
+                self._say("qemu-nbd says", pid=self.pid, line=self.last_words)
 
     async def end(self, *, kill: bool = False) -> None:
         """It is dead on return: told to write back and close first, unless `kill`. DiskError: it does not "

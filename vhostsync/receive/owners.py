@@ -23,6 +23,7 @@ from vhostsync.host import tls
 from vhostsync.printable import printable
 from vhostsync.receive.owner_commands import OWNER_COMMANDS, Asked
 from vhostsync.receive.receiver import Receiver
+from vhostsync.receive.seldom import Seldom
 from vhostsync.receive.tls_connection import TlsConnection
 
 log = structlog.get_logger(__name__)
@@ -71,6 +72,7 @@ class Owners:
         self._certificates = certificates
         self._waiting: deque[anyio.CancelScope] = deque()  # connections that wait for their other side
         self._open = 0
+        self._say_ended = Seldom(log.info)
         self._left = anyio.Event()  # the next one has ended
 
     async def run(self, listener: socket.socket) -> None:
@@ -97,7 +99,7 @@ class Owners:
                     name = printable(stream.peer_name or "an owner without a name")
                     await self._converse(stream, f"{name} at {peer}")
         except OSError as error:
-            log.info("a connection has ended", peer=peer, reason=tls.why(error))
+            self._say_ended("a connection has ended", peer=peer, reason=tls.why(error))
         except Exception:
             log.exception("a connection failed in a way that nobody foresaw", peer=peer)
         finally:

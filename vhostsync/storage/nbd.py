@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from typing import Any, Final
 import structlog
 
 from vhostsync.errors import DiskError, EngineError, VhostsyncError
+from vhostsync.host.errands import bring_in_time
 from vhostsync.storage import signatures as looking
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot
@@ -34,6 +35,7 @@ from vhostsync.storage.network import Remote, network_use
 log = structlog.get_logger(__name__)
 
 CONNECT_S: Final = 5.0
+NAME_S: Final = 5.0  # more, where a name server has to be asked for the host's address
 READ_S: Final = 5.0
 RETRY_S: Final = 0.1
 BLOCK_BYTES: Final = 512  # at least, whatever the server could do
@@ -149,6 +151,10 @@ def _words(ffi: Any, why: Any) -> str:
     return str(ffi.string(why).decode(errors="replace"))
 
 
+IsWanted = Callable[[], bool]
+ConnectAgain = Callable[[float, IsWanted], Connection]
+
+
 @dataclass(frozen=True)
 class NbdDisk:
     """One that is connected."""
@@ -158,6 +164,9 @@ class NbdDisk:
     identity: DiskIdentity
     read_only: bool
     direct: bool = True
+    # How its server is connected to again, within so many seconds, as long as that is wanted (DiskError),
+    # where that is itself a fence; None: as it was the first time.
+    connect_again: "ConnectAgain | None" = field(default=None, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -231,14 +240,18 @@ class NbdDisk:
     def _connect_again(self, loss: Loss) -> bool:
         """False: nobody waits for it any more. VhostsyncError: in vain."""
         deadline = time.monotonic() + network_use().reconnect_s
-        if loss.uncertain:
-            network_use().make_certain(self.name)
+        connect = self.connect_again
+        if connect is None:
+            if loss.uncertain:
+                network_use().make_certain(self.name)
+            connect = partial(_connect_waiting, NbdUri.parse(self.name))
         while self.connection.is_held:
-            fresh = _connect_waiting(
-                NbdUri.parse(self.name), deadline - time.monotonic(), lambda: self.connection.is_held
-            )
+            fresh = connect(deadline - time.monotonic(), lambda: self.connection.is_held)
             try:
-                check_same(self.name, self.connection.export, fresh.export)
+                # What begins a generation of its own knows by more than its size that it is the same disk.
+                check_same(
+                    self.name, self.connection.export, fresh.export, may_grow=self.connect_again is not None
+                )
                 if self.connection.replace(fresh):
                     return True
             finally:
@@ -338,7 +351,7 @@ class Nbd:
 
     def identify(self, name: str) -> DiskIdentity:
         uri = NbdUri.parse(name)
-        connection = Connection(uri, 1, CONNECT_S)
+        connection = _connect(uri, 1)
         connection.close()
         return _identity(uri, connection.export.bytes)
 
@@ -379,24 +392,35 @@ def _identity(uri: NbdUri, size_bytes: int) -> DiskIdentity:
     return DiskIdentity(uri.text, "nbd", 0, 0, size_bytes, serial=uri.place)
 
 
-def _connect_waiting(
-    uri: NbdUri, timeout_s: float, is_wanted: Callable[[], bool] = lambda: True
-) -> Connection:
+def _connect(uri: NbdUri, connections: int) -> Connection:
+    """OSError. libnbd asks a name server without a bound of time: that has to be over in time, too."""
+    try:
+        return bring_in_time(
+            lambda: Connection(uri, connections, CONNECT_S), Connection.close, CONNECT_S + NAME_S
+        )
+    except TimeoutError as error:
+        if error.errno is not None:
+            raise
+        why = f"no address of {uri.host} was found within {NAME_S:g} s"
+        raise ConnectionError(errno.ETIMEDOUT, why, uri.text) from error
+
+
+def _connect_waiting(uri: NbdUri, timeout_s: float, is_wanted: IsWanted = lambda: True) -> Connection:
     """A server may let nobody in until a former connection is over. DiskError."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return Connection(uri, network_use().connections, CONNECT_S)
+            return _connect(uri, network_use().connections)
         except OSError as error:
             if time.monotonic() >= deadline or not is_wanted():
                 raise DiskError(f"{uri.text} cannot be reached: {error.strerror}") from error
             time.sleep(RETRY_S)
 
 
-def check_same(name: str, former: Export, now: Export) -> None:
+def check_same(name: str, former: Export, now: Export, *, may_grow: bool = False) -> None:
     """DiskError where a guest cannot go on there."""
     _check_export(name, now, read_only=former.read_only)
-    if now.bytes != former.bytes:
+    if now.bytes < former.bytes or (now.bytes > former.bytes and not may_grow):
         raise DiskError(f"{name} had {former.bytes} bytes and has {now.bytes} since its server is back")
     less_at_once = now.maximum_bytes < former.maximum_bytes
     if not now.can_fua or less_at_once or now.minimum_bytes > max(former.minimum_bytes, BLOCK_BYTES):

@@ -16,10 +16,12 @@ import json
 import os
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -27,11 +29,12 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vhostsync.errors import ConfigError, DiskError, EngineError
 from vhostsync.host import tls
+from vhostsync.host.errands import bring_in_time
 from vhostsync.printable import printable
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot, absolute_path
 from vhostsync.storage.identity import DiskIdentity
-from vhostsync.storage.nbd import NBD, NbdDisk
+from vhostsync.storage.nbd import NAME_S, NBD, RETRY_S, Connection, IsWanted, NbdDisk
 from vhostsync.storage.network import Remote
 
 CERTIFICATES: Final = Path("/etc/pki/vhostsync")
@@ -100,6 +103,16 @@ class ReceiveUri:
         return f"receive://{self.authority}:{self.port}{'?' if words else ''}{'&'.join(words)}"
 
 
+def _connect(uri: ReceiveUri, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """OSError. A name server may take its time, and whoever answers there as well."""
+    plain = socket.create_connection((uri.host, uri.port), CONNECT_S)
+    try:
+        return context.wrap_socket(plain, server_hostname=uri.host)
+    except BaseException:
+        plain.close()
+        raise
+
+
 class RefusalError(DiskError):
     """The receiver's sentence."""
 
@@ -108,19 +121,16 @@ class Receiver:
     """A connection to one. Every failure is a DiskError."""
 
     def __init__(self, uri: ReceiveUri) -> None:
-        self._uri = uri
+        self.uri = uri
         self._buffer = b""
         try:
             context = tls.client_context(uri.certificates)
         except ConfigError as error:
             raise DiskError(f"{uri.text} cannot be asked: {error}") from error
         try:
-            plain = socket.create_connection((uri.host, uri.port), CONNECT_S)
-            try:
-                self._socket = context.wrap_socket(plain, server_hostname=uri.host)
-            except BaseException:
-                plain.close()
-                raise
+            self._socket = bring_in_time(
+                lambda: _connect(uri, context), ssl.SSLSocket.close, CONNECT_S + NAME_S
+            )
         except OSError as error:
             raise self._failed(error) from error
 
@@ -133,7 +143,7 @@ class Receiver:
         self._socket.close()
 
     def _failed(self, error: OSError) -> DiskError:
-        return DiskError(f"the receiver {self._uri.text} cannot be asked: {tls.why(error)}")
+        return DiskError(f"the receiver {self.uri.text} cannot be asked: {tls.why(error)}")
 
     def ask(self, command: str, *, timeout_s: float = ANSWER_S, **arguments: Any) -> dict[str, Any]:
         """RefusalError, DiskError. What is None is not told."""
@@ -143,7 +153,7 @@ class Receiver:
             self._socket.sendall(json.dumps({"execute": command, "arguments": told}).encode() + b"\n")
             answer = json.loads(self._line(time.monotonic() + timeout_s))
             if isinstance(error := answer.get("error"), dict):
-                raise RefusalError(f"{self._uri.text}: {printable(str(error.get('desc', '?')))}")
+                raise RefusalError(f"{self.uri.text}: {printable(str(error.get('desc', '?')))}")
             found = answer["return"]
             if not isinstance(found, dict):
                 raise ValueError("no object")
@@ -151,7 +161,7 @@ class Receiver:
         except OSError as error:
             raise self._failed(error) from error
         except (ValueError, KeyError, AttributeError) as error:
-            raise DiskError(f"{self._uri.text} is no receiver: it answers with what is no reply") from error
+            raise DiskError(f"{self.uri.text} is no receiver: it answers with what is no reply") from error
 
     def _line(self, deadline: float) -> bytes:
         while b"\n" not in self._buffer:
@@ -285,20 +295,14 @@ class Receive:
         uri = ReceiveUri.parse(name)
         with Receiver(uri) as receiver:
             disk = receiver.ask("query").get("disk")
-            begun, token = _begin_generation(receiver, disk, _tokens_of(disk, known))
-        try:
-            disk, generation, size = str(begun["disk"]), int(begun["generation"]), int(begun["bytes"])
-            user, key, port, export = (begun[each] for each in ("user", "key", "port", "export"))
-        except (KeyError, ValueError, TypeError) as error:
-            raise DiskError(f"{uri.text} is no receiver: it begins a generation with what is none") from error
-        _begun[disk] = generation
-        if token is not None:
-            _tokens[disk] = token
-        place = f"{user}@{uri.authority}:{port}/{export}"
-        data = _connected(uri, place, f"{user}:{key}\n", read_only, lock_timeout_s)
-        borne = token is not None
-        identity = DiskIdentity(uri.text, KIND, 0, 0, size, serial=disk, mark=token, mark_is_set=borne)
-        return ReceiveDisk(uri, data, identity, generation, token)
+            begun = _begin_generation(receiver, disk, _tokens_of(disk, known), BEGIN_S)
+        token, borne = begun.token, begun.token is not None
+        data = _connected(uri, begun, read_only, lock_timeout_s)
+        data = replace(data, name=uri.text, connect_again=partial(_connect_again, uri, begun.disk))
+        identity = DiskIdentity(
+            uri.text, KIND, 0, 0, begun.bytes, serial=begun.disk, mark=token, mark_is_set=borne
+        )
+        return ReceiveDisk(uri, data, identity, begun.number, token)
 
     def create(self, name: str, size_bytes: int) -> object:
         with Receiver(ReceiveUri.parse(name)) as receiver:
@@ -381,35 +385,76 @@ def _tokens_of(disk: object, known: Iterable[DiskIdentity]) -> list[str | None]:
     return list(dict.fromkeys([*told, *recorded])) or [None]
 
 
+@dataclass(frozen=True)
+class Generation:
+    """What its receiver tells of it. `token`: what it has taken; None: it has no owner yet."""
+
+    disk: str
+    number: int
+    bytes: int
+    place: str  # of the server, as in an NBD URI
+    key: str = field(repr=False)
+    token: str | None = field(repr=False)
+
+
 def _begin_generation(
-    receiver: Receiver, disk: object, tokens: list[str | None]
-) -> tuple[dict[str, Any], str | None]:
-    """What the receiver answers, and the token that it has taken. DiskError."""
+    receiver: Receiver, disk: object, tokens: list[str | None], timeout_s: float
+) -> Generation:
+    """From here on nothing of the former one lands. DiskError."""
     while True:
         token = tokens.pop(0)
         try:
-            begun = receiver.ask(
-                "begin", timeout_s=BEGIN_S, disk=disk, token=token, instance=INSTANCE,
+            told = receiver.ask(
+                "begin", timeout_s=timeout_s, disk=disk, token=token, instance=INSTANCE,
                 generation=_begun.get(str(disk)),
             )  # fmt: skip
-            return begun, token
+            break
         except RefusalError:
             if not tokens:
                 raise
+    begun = _told(receiver.uri, told, token)
+    _begun[begun.disk] = max(begun.number, _begun.get(begun.disk, 0))
+    if token is not None:
+        _tokens[begun.disk] = token
+    return begun
 
 
-def _connected(uri: ReceiveUri, place: str, key: str, read_only: bool, timeout_s: float) -> NbdDisk:
+def _told(uri: ReceiveUri, told: dict[str, Any], token: str | None) -> Generation:
+    try:
+        user, key, port, export = (told[each] for each in ("user", "key", "port", "export"))
+        disk, number, size = str(told["disk"]), int(told["generation"]), int(told["bytes"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise DiskError(f"{uri.text} is no receiver: it begins a generation with what is none") from error
+    place = f"{user}@{uri.authority}:{port}/{export}"
+    return Generation(disk, number, size, place, f"{user}:{key}\n", token)
+
+
+def _connected(uri: ReceiveUri, begun: Generation, read_only: bool, timeout_s: float) -> NbdDisk:
     """To the server of a generation; the key is in memory alone. DiskError."""
     fd = os.memfd_create("receive-key", os.MFD_CLOEXEC)
     try:
-        os.write(fd, key.encode())
-        name = f"nbds://{place}?tls-psk-file=/proc/self/fd/{fd}"
+        os.write(fd, begun.key.encode())
+        name = f"nbds://{begun.place}?tls-psk-file=/proc/self/fd/{fd}"
         return NBD.open(name, read_only=read_only, cache="none", lock_timeout_s=timeout_s)
     except (DiskError, ConfigError) as error:
         raise DiskError(
             f"{uri.text} has begun a generation, and its data cannot be reached: {error}; two ports have "
-            "to be open, "
-            f"that of the receiver and that of the data"
+            f"to be open, that of the receiver and that of the data"
         ) from error
     finally:
         os.close(fd)
+
+
+def _connect_again(uri: ReceiveUri, disk: str, timeout_s: float, is_wanted: IsWanted) -> Connection:
+    """For a guest whose own disk it is: to a generation that is begun for that. DiskError."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = max(deadline - time.monotonic(), ANSWER_S)
+        try:
+            with Receiver(uri) as receiver:
+                begun = _begin_generation(receiver, disk, _tokens_of(disk, ()), min(left_s, BEGIN_S))
+            return _connected(uri, begun, read_only=False, timeout_s=1.0).connection
+        except DiskError:
+            if time.monotonic() >= deadline or not is_wanted():
+                raise
+            time.sleep(RETRY_S)
