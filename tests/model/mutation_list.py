@@ -1270,6 +1270,23 @@ MUTATIONS = [
         "daemon/test_stopped.py::"
         "test_a_backend_that_is_stopped_again_and_again_gives_up_a_destination_all_the_same",
     ),
+    # -- destinations over a network ------------------------------------------------
+    _m(
+        "a-loss-is-not-looked-for",
+        "a connection that is lost loses the mirror, though nothing is asked of the destination",
+        "mirror.c",
+        "if (destination_attached(&m->destination) && m->destination.disk->lost)",
+        "if (false)",
+        "lost_connection.py::test_the_loss_is_noticed_though_nothing_is_asked_of_it",
+    ),
+    _m(
+        "an-idle-destination-is-never-asked",
+        "a destination over a network that nothing else is asked of is asked whether it is there",
+        "idle_probe.c",
+        "    p->look_ns = p->rooms.host->now_ns + IDLE_PROBE_NS;\n}\n\n/* What the disk says",
+        "}\n\n/* What the disk says",
+        "lost_connection.py::test_one_that_falls_silent_while_nothing_is_asked_of_it_is_given_up",
+    ),
     # -- which disk may be served, and what is known of it --------------------------
     *PYTHON,
 ]

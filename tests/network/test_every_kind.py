@@ -251,7 +251,11 @@ def test_a_guest_is_migrated_while_it_is_mirrored_to_it_and_while_it_is_on_it(wo
         write_block(guest, 4, 4)
         flush(guest)
         assert (served.state, served.mirror()["source"]) == ("steady", other.name)
+        served.qmp.execute("switch", keep_mirror=True)
+        write_block(guest, 5, 5)
+        flush(guest)
+        assert (served.state, served.mirror()["source"]) == ("steady", str(source))
         guest.close()
         served.stop()
-    written = {number: number for number in (1, 2, 3, 4)}
+    written = {number: number for number in (1, 2, 3, 4, 5)}
     assert lacking(source, written) == [] and lacking(other.content(), written) == []

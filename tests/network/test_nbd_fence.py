@@ -14,7 +14,7 @@ from tests.guest.processes import wait_said
 from tests.guest.qmp_client import QmpError
 from tests.network.hostile_server import WRITE, HostileServer, Silence
 from tests.network.links import NbdkitThere, OtherHost
-from tests.network.servers import Nbdkit, QemuNbd
+from tests.network.servers import Nbdkit, QemuNbd, free_port
 from tests.network.unit import QemuNbdUnit
 
 MIBS = 8
@@ -130,6 +130,31 @@ def test_a_link_that_is_cut(tmp_path: Path, how: str) -> None:
         guest.close()
         served.stop()
     assert lacking(raw, {1: 1, 2: 2, 3: 3}) == [] and same_content(disk, raw)
+
+
+@pytest.mark.timeout(120)
+def test_another_name_of_its_host_is_no_way_around_the_fence(tmp_path: Path) -> None:
+    disk, raw = disks(tmp_path)
+    server = QemuNbd(tmp_path, raw, port=free_port())
+    other_name = server.uri.replace("127.0.0.1", "localhost")
+    with server, Served(tmp_path, disk, *QUICKLY, "--destination-timeout", "1s") as served:
+        with served.guest() as guest:
+            served.start_mirror(server.uri)
+            server.signal(signal.SIGSTOP)
+            write_block(guest, 1, 1)
+            served.await_state("degraded")
+            await_true(lambda: served.mirror()["fence"] == "hand", "it waits for the operator")
+            server.kill()
+            server.start()
+            with pytest.raises(QmpError, match=f"which was called {server.uri} then"):
+                served.qmp.execute("mirror-start", destination=other_name, force=True)
+            served.start_mirror(other_name, force=True, fenced=True)
+            record = served.record()
+            assert record is not None and [each.path for each in record.unfenced] == [other_name]
+            served.qmp.execute("mirror-cancel")  # all is answered: neither name needs a fence
+            served.start_mirror(server.uri, force=True)
+        served.stop()
+    assert same_content(disk, raw)
 
 
 @pytest.mark.timeout(60)

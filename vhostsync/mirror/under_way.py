@@ -10,8 +10,8 @@ from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.mirror.destination import Place
 from vhostsync.mirror.roles import Roles
 from vhostsync.record.state_record import StateRecord
-from vhostsync.storage import kinds
 from vhostsync.storage.identity import DiskIdentity, same
+from vhostsync.storage.kinds import kind_of, overlap
 
 CLOSED = (EventKind.FENCE_CLEAR, EventKind.SOURCE_CLOSED)
 
@@ -60,7 +60,7 @@ class UnderWay:
         for disk in fenced:
             record = record.with_fenced(disk)
         self._answered = [each for each in self._answered if not same(each, place.identity)]
-        return record if kinds.kind_of(place.name).fences_itself else record.with_unfenced(place.identity)
+        return record if kind_of(place.name).fences_itself else record.with_unfenced(place.identity)
 
     def without_answered(self, record: StateRecord) -> StateRecord:
         for disk in self._answered:
@@ -87,4 +87,4 @@ def is_one_disk(one: DiskIdentity, other: DiskIdentity) -> bool:
     Blocks."""
     if same(one, other):
         return True
-    return one.kind == other.kind and kinds.overlap(one.path, other.path) is not None
+    return one.kind == other.kind and overlap(one.path, other.path) is not None
