@@ -324,6 +324,10 @@ class Load:
                 raise self._failure
             assert done, f"the guest did {self._rounds - wanted + rounds} of {rounds} rounds"
 
+    def widen(self, blocks: int) -> None:
+        """From here on so many are written: the disk has grown."""
+        self._range = range(self._range.start, self._range.start + blocks)
+
     def stop(self) -> dict[int, int]:
         """Ends after the current round; what each block must hold."""
         self._end.set()

@@ -76,7 +76,7 @@ def test_a_certificate_that_has_expired(tmp_path: Path, disk: Path, raw: Path) -
     authority = Authority(tmp_path)
     server = authority.server(tmp_path / "server", HERE, expired=True)
     said = refusal(tmp_path, disk, by_certificates(tmp_path, raw, server, authority.trusted))
-    assert "certificate" in said
+    assert "the certificate of its server is refused: it has expired" in said
 
 
 def test_a_certificate_of_an_authority_that_is_not_trusted(tmp_path: Path, disk: Path, raw: Path) -> None:

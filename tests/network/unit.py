@@ -71,17 +71,20 @@ class QemuNbdUnit(Unit):
 
 
 class NbdkitUnit(Unit):
-    """nbdkit over a raw image, on another host in plain text. It forgets what was not flushed when it ends:
-    its cache writes nothing before."""
+    """nbdkit over a raw image, on another host, behind TLS. It forgets what was not flushed when it ends: its
+    cache writes nothing before."""
 
-    def __init__(self, folder: Path, image: Path, host: OtherHost) -> None:
+    def __init__(
+        self, folder: Path, image: Path, host: OtherHost, certificates: Path, trusted: Path
+    ) -> None:
+        """`certificates`: its own; `trusted`: those of whoever asks it."""
         _needs("nbdkit", "nbdkit")
         pid_file = folder / "server.pid"
         words = host.inside(
-            "nbdkit", "--pidfile", pid_file, "--ipaddr", host.address, "--filter=cache", "file", image,
-            "cache=writeback",
+            "nbdkit", "--pidfile", pid_file, "--ipaddr", host.address, "--tls=require",
+            f"--tls-certificates={certificates}", "--filter=cache", "file", image, "cache=writeback",
         )  # fmt: skip
-        super().__init__(pid_file, words, f"nbd://{host.address}")
+        super().__init__(pid_file, words, f"nbds://{host.address}/?tls-certificates={trusted}")
 
 
 def end(pid_file: Path) -> None:

@@ -413,8 +413,19 @@ def _connect_waiting(uri: NbdUri, timeout_s: float, is_wanted: IsWanted = lambda
             return _connect(uri, network_use().connections)
         except OSError as error:
             if time.monotonic() >= deadline or not is_wanted():
-                raise DiskError(f"{uri.text} cannot be reached: {error.strerror}") from error
+                why = _in_words(uri, str(error.strerror))
+                raise DiskError(f"{uri.text} cannot be reached: {why}") from error
             time.sleep(RETRY_S)
+
+
+def _in_words(uri: NbdUri, said: str) -> str:
+    """libnbd says that a certificate is refused, and not why."""
+    if "certificate verification" not in said:
+        return said
+    return (
+        "the certificate of its server is refused: it has expired or is not valid yet, it is not for "
+        f"{uri.host or 'this name'}, or ca-cert.pem of this side has not signed it ({said})"
+    )
 
 
 def check_same(name: str, former: Export, now: Export, *, may_grow: bool = False) -> None:
