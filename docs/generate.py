@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -13,10 +13,14 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from docs.structure import c_arrows, picture, python_arrows  # noqa: E402
+from vhostsync import metrics, receive_metrics  # noqa: E402
 from vhostsync.cli.serve_arguments import ANSWERS  # noqa: E402
 from vhostsync.config import ServeConfig  # noqa: E402
 from vhostsync.engine.snapshot import EngineFigures, QueueFigures  # noqa: E402
 from vhostsync.events import EVENTS  # noqa: E402
+from vhostsync.exporter import process as exporter  # noqa: E402
+from vhostsync.exporter.exporter_config import ExporterConfig  # noqa: E402
+from vhostsync.metrics_page import PREFIX, Family  # noqa: E402
 from vhostsync.mirror.mirror_status import MirrorStatus  # noqa: E402
 from vhostsync.option import FLAG, Option, options_of  # noqa: E402
 from vhostsync.receive.receive_config import ReceiveConfig  # noqa: E402
@@ -26,7 +30,7 @@ OPTIONS_HEAD = """\
 # The options of `serve`
 
 Made by docs/generate.py from the declarations in vhostsync/config.py. Sizes are bytes, or have a unit: 64M,
-1GiB. Times are seconds, or have a unit: 500ms, 10s. Those of `receive` stand at the end.
+1GiB. Times are seconds, or have a unit: 500ms, 10s. Those of `receive` and `exporter` stand at the end.
 """
 
 RECEIVE_HEAD = """\
@@ -35,9 +39,20 @@ RECEIVE_HEAD = """\
 From vhostsync/receive/receive_config.py.
 """
 
+EXPORTER_HEAD = """\
+# The options of `exporter`
+
+From vhostsync/exporter/exporter_config.py.
+"""
+
 
 def options_page() -> str:
-    return "\n".join([OPTIONS_HEAD, *_groups(ServeConfig), RECEIVE_HEAD, *_groups(ReceiveConfig)])
+    return "\n".join(
+        [
+            OPTIONS_HEAD, *_groups(ServeConfig), RECEIVE_HEAD, *_groups(ReceiveConfig),
+            EXPORTER_HEAD, *_groups(ExporterConfig),
+        ]
+    )  # fmt: skip
 
 
 def _groups(config: type) -> list[str]:
@@ -78,11 +93,23 @@ def events_table() -> str:
     return "| event | when | data |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
 
 
+def metrics_table(families: Iterable[Family]) -> str:
+    rows = [
+        f"| `{PREFIX}{each.name}` | {each.kind} | {', '.join(f'`{label}`' for label in each.labels)} "
+        f"| {each.help} |"
+        for each in families
+    ]
+    return "| metric | type | labels | meaning |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "query-mirror": lambda: statistics_table(MirrorStatus),
     "queues": lambda: statistics_table(QueueFigures),
     "engine": lambda: statistics_table(EngineFigures),
     "events": events_table,
+    "metrics of a disk": lambda: metrics_table(metrics.FAMILIES),
+    "metrics of a receiver": lambda: metrics_table(receive_metrics.FAMILIES),
+    "metrics of the exporter": lambda: metrics_table(exporter.FAMILIES),
     "c floors": lambda: picture(c_arrows()),
     "python layers": lambda: picture(python_arrows()),
 }
@@ -102,6 +129,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "options.md": options_page,
     "control-protocol.md": lambda: filled("control-protocol.md"),
     "architecture.md": lambda: filled("architecture.md"),
+    "metrics.md": lambda: filled("metrics.md"),
 }
 
 

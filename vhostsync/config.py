@@ -293,7 +293,7 @@ class ServeConfig:
     )
     metrics: Path | TcpAddress | None = option(
         "--metrics", OPERATION, Kind("PLACE", lambda text: parse_metrics(text)),
-        "serve Prometheus metrics on this unix socket or 127.0.0.1:PORT",
+        "serve Prometheus metrics on this unix socket, or on ADDRESS:PORT",
     )
     name: str = option(
         "--name", OPERATION, TEXT, "the machine's name: the label vm of every metric", "",

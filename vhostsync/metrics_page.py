@@ -2,12 +2,38 @@
 """A page of metrics in Prometheus' text exposition format (version 0.0.4). Pure."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 from .statistic import MetricKind, statistics_of
 
 Labels = Mapping[str, str]
+
+PREFIX: Final = "vhostsync_"
+INTEGER_MAX: Final = 1 << 64
+
+# Of powers of two of nanoseconds; a bucket ends where the next power begins. What took less than a
+# microsecond lies in the first one, what took more than two seconds in the last.
+FINE_BUCKETS: Final = range(9, 31)
+COARSE_BUCKETS: Final = range(12, 31, 2)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Samples of one name, which has PREFIX before it on the page. `labels` are those that it has beside the
+    page's own."""
+
+    name: str
+    kind: MetricKind
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+def families_of(shown: type, *labels: str) -> tuple[Family, ...]:
+    """Those that are declared of the statistics of `shown`."""
+    metrics = (declared.metric for _, declared in statistics_of(shown) if declared.metric is not None)
+    return tuple(Family(each.name, each.kind, each.help, labels) for each in metrics)
 
 
 class Page:
@@ -16,57 +42,78 @@ class Page:
     def __init__(self, common: Labels | None = None) -> None:
         """`common`: labels that every sample has."""
         self._families: dict[str, list[str]] = {}
-        self._common = dict(common or {})
+        self._common = _inner(common or {})
 
-    def family(self, name: str, kind: MetricKind, text: str) -> Callable[[Any, Labels], None]:
-        """Begin a family; the result adds a sample, or nothing where the value is None."""
-        lines = self._families.setdefault(
-            name, [f"# HELP vhostsync_{name} {text}", f"# TYPE vhostsync_{name} {kind}"]
-        )
+    def family(self, family: Family) -> Callable[..., None]:
+        """Begin a family; the result adds a sample with the values of its labels, or nothing where the value
+        is None."""
+        lines = self._begin(family)
 
-        def add(value: Any, labels: Labels) -> None:
+        def add(value: Any, *labels: str) -> None:
             if value is not None:
-                inner = _inner({**self._common, **labels})
-                lines.append(f"vhostsync_{name}{'{' + inner + '}' if inner else ''} {_number(value)}")
+                inner = self._labels(family, labels)
+                lines.append(f"{PREFIX}{family.name}{'{' + inner + '}' if inner else ''} {_number(value)}")
 
         return add
 
-    def one(self, name: str, kind: MetricKind, text: str, value: Any) -> None:
+    def one(self, family: Family, value: Any) -> None:
         """A family of one sample."""
-        self.family(name, kind, text)(value, {})
+        self.family(family)(value)
 
-    def statistics(self, shown: type, *rows: tuple[Labels, Mapping[str, Any]]) -> None:
-        """The metrics that are declared of `shown`, of each row: its labels, and what a query shows."""
+    def statistics(
+        self, shown: type, rows: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]], *labels: str
+    ) -> None:
+        """The metrics that are declared of `shown`, of each row: the values of its labels, and what a query
+        shows."""
+        rows = list(rows)
         for each, declared in statistics_of(shown):
             if (metric := declared.metric) is None:
                 continue
-            add = self.family(metric.name, metric.kind, metric.help)
-            for labels, row in rows:
+            add = self.family(Family(metric.name, metric.kind, metric.help, labels))
+            for of, row in rows:
                 if (key := each.name.replace("_", "-")) in row:
-                    add(metric.value(row[key]), labels)
+                    add(metric.value(row[key]), *of)
 
-    def histogram(self, name: str, text: str, rows: Mapping[tuple[tuple[str, str], ...], "Latency"]) -> None:
-        """A histogram in seconds from counts by powers of two of nanoseconds."""
-        self.family(name, "histogram", text)
-        lines = self._families[name]
+    def histogram(
+        self, family: Family, rows: Mapping[tuple[str, ...], "Latency"], buckets: range = FINE_BUCKETS
+    ) -> None:
+        """In seconds, from counts by powers of two of nanoseconds."""
+        lines = self._begin(family)
+        name = PREFIX + family.name
         for labels, row in rows.items():
-            inner = _inner({**self._common, **dict(labels)})
+            inner = self._labels(family, labels)
             before = inner + "," if inner else ""
-            total = 0
-            for power, count in enumerate(row.counts[:-1]):
-                total += count
-                lines.append(
-                    f'vhostsync_{name}_bucket{{{before}le="{2.0 ** (power + 1) / 1e9:.9g}"}} {total}'
-                )
-            total += row.counts[-1]
-            lines.append(f'vhostsync_{name}_bucket{{{before}le="+Inf"}} {total}')
+            for power in buckets:
+                total = sum(row.counts[: power + 1])
+                lines.append(f'{name}_bucket{{{before}le="{2.0 ** (power + 1) / 1e9:.9g}"}} {total}')
+            total = sum(row.counts)
+            lines.append(f'{name}_bucket{{{before}le="+Inf"}} {total}')
             tail = "{" + inner + "}" if inner else ""
-            lines.append(f"vhostsync_{name}_sum{tail} {_number(row.seconds)}")
-            lines.append(f"vhostsync_{name}_count{tail} {total}")
+            lines.append(f"{name}_sum{tail} {_number(row.seconds)}")
+            lines.append(f"{name}_count{tail} {total}")
+
+    def take(self, other: "Page") -> None:
+        """The samples of another page, too."""
+        for name, lines in other._families.items():
+            mine = self._families.setdefault(name, lines[:2])
+            mine += lines[2:]
+
+    @property
+    def samples(self) -> int:
+        return sum(len(lines) - 2 for lines in self._families.values())
 
     def text(self) -> str:
         """The page, without the families that have no sample."""
         return "".join("\n".join(lines) + "\n" for lines in self._families.values() if len(lines) > 2)
+
+    def _begin(self, family: Family) -> list[str]:
+        name = PREFIX + family.name
+        head = [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
+        return self._families.setdefault(family.name, head)
+
+    def _labels(self, family: Family, values: tuple[str, ...]) -> str:
+        own = _inner(dict(zip(family.labels, values, strict=True)))
+        return f"{self._common},{own}" if self._common and own else self._common or own
 
 
 class Latency:
@@ -88,12 +135,16 @@ def _inner(labels: Labels) -> str:
 
 
 def _escaped(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate can be in JSON, and not on a page
     return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
 def _number(value: Any) -> str:
+    """ValueError: it is none that fits on a page, so the backend that said it is not what it seems."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("+Inf" if value > 0 else "-Inf")
+    if not isinstance(value, int | float) or abs(value) >= INTEGER_MAX:
+        raise ValueError(f"{value!r:.40} is no figure")
     return repr(value)

@@ -35,34 +35,40 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True)
 class TcpAddress:
-    """A loopback address and a port (0: the kernel chooses)."""
+    """An address of this host (0.0.0.0 and [::] are all of them) and a port (0: the kernel chooses)."""
 
     host: str
     port: int
 
     def __post_init__(self) -> None:
         try:
-            address = ipaddress.ip_address(self.host)
+            ipaddress.ip_address(self.host)
         except ValueError as error:
             raise ConfigError(
-                f"{self.host!r} is not an IP address; metrics want 127.0.0.1, [::1] or a unix socket."
+                f"{self.host!r} is not an IP address; metrics want 127.0.0.1, [::1], another address of this "
+                "host, or a unix socket."
             ) from error
-        if not address.is_loopback:
-            raise ConfigError(
-                f"{self.host} is not a loopback address; put a proxy in front to show metrics to a network."
-            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"{self.port} is not a TCP port.")
 
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        address = ipaddress.ip_address(self.host)
+        inner = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (inner or address).is_loopback
+
 
 def parse_metrics(text: str) -> Path | TcpAddress:
-    """Where metrics are served: "/run/x.sock", "unix:/run/x.sock", "127.0.0.1:9100", "[::1]:9100"."""
+    """Where metrics are served: "/run/x.sock", "unix:/run/x.sock", "127.0.0.1:9100", "[::]:9100"."""
     if text.startswith("unix:") or "/" in text:
         return absolute(Path(text.removeprefix("unix:")), "--metrics")
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
         raise ConfigError(
-            f"{text!r} is no place for metrics; write the path of a unix socket, or 127.0.0.1:PORT."
+            f"{text!r} is no place for metrics; write the path of a unix socket, or ADDRESS:PORT."
         )
     return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
 

@@ -131,6 +131,18 @@ def test_the_unit_of_a_receiver_is_in_order(units: Path) -> None:
     make_parser().parse_args([given.get(word, word).replace("%i", "vm") for word in words])
 
 
+def test_the_unit_of_the_exporter_is_in_order_and_hardened(units: Path) -> None:
+    text = (UNITS / "vhostsync-exporter.service").read_text().replace("/usr/bin/vhostsync", sys.executable)
+    unit = units / "vhostsync-exporter.service"
+    unit.write_text(text)
+    found = analyze(units, "verify", "--man=no", str(unit))
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    words = text[text.index("ExecStart=") :].split("\n")[0].split()[1:]
+    make_parser().parse_args([word for word in words if word != "$OPTIONS"])
+    found = analyze(units, "security", "--offline=yes", "--threshold=25", "--no-pager", str(unit))
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def add_drop_ins(units: Path) -> None:
     folder = units / "vhostsync@vm.service.d"
     folder.mkdir()

@@ -182,16 +182,17 @@ def fetch_busybox(cache: Path) -> Path:
     return program
 
 
-def fetch_promtool(cache: Path) -> Path:
-    """Prometheus' checker: the machine's own, else unpacked here. Its package is not installed: that would
-    start a server."""
-    if (installed := shutil.which("promtool")) is not None:
+def fetch_prometheus(cache: Path, name: str = "prometheus") -> Path:
+    """The server, or `promtool`, its checker: the machine's own, else unpacked here. Its package is not
+    installed: that would start a server."""
+    if (installed := shutil.which(name)) is not None:
         return Path(installed)
-    program = cache / "promtool"
+    program = cache / name
     if not program.exists():
-        with tempfile.TemporaryDirectory(prefix="vhostsync-promtool-", dir=cache) as folder:
+        with tempfile.TemporaryDirectory(prefix="vhostsync-prometheus-", dir=cache) as folder:
             unpack_package("prometheus", Path(folder))
-            (Path(folder) / "usr/bin/promtool").rename(program)
+            for each in ("prometheus", "promtool"):
+                (Path(folder) / "usr/bin" / each).rename(cache / each)
     return program
 
 

@@ -338,7 +338,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.bitmap, settings.al_extents) == (Path("/m.bits"), 256)
     assert settings.al_extent_bytes == 16 << 20
     assert (settings.state_file, settings.control_path) == (Path("/s.json"), Path("/run/c"))
-    assert str(settings.metrics) == "TcpAddress(host='127.0.0.1', port=9100)"
+    assert str(settings.metrics) == "127.0.0.1:9100"
     assert (settings.log_format, settings.log_level) == ("json", "debug")
     assert (settings.user, settings.sandbox) == ("nobody:kvm", "off")
     assert settings.allow_paths == (Path("/one"), Path("/two"))
@@ -419,7 +419,7 @@ def test_a_start_that_fails_says_why_on_stderr(run: Run, daemon: list[ServeConfi
         (["--blk-file=/a", "--socket-path=/s", "--fd=3"], "exactly one of --socket-path and --fd"),
         (["--blk-file=/a", "--socket-path=/s", "--num-queues=65"], "--num-queues 65 is out of range"),
         (["--blk-file=/a", "--socket-path=/s", "--log-size=64XB"], "is not a size"),
-        (["--blk-file=/a", "--socket-path=/s", "--metrics=0.0.0.0:1"], "not a loopback address"),
+        (["--blk-file=/a", "--socket-path=/s", "--metrics=host.example:1"], "is not an IP address"),
         (["--blk=/a", "--socket-path=/s"], "--blk-file"),
         (["mirror"], "ACTION"),
         (["mirror", "start"], "DESTINATION"),

@@ -159,6 +159,8 @@ def test_a_socket_that_was_inherited_has_a_control_socket_only_if_one_is_named()
         ("unix:/run/m.sock", Path("/run/m.sock")),
         ("127.0.0.1:9100", TcpAddress("127.0.0.1", 9100)),
         ("[::1]:0", TcpAddress("::1", 0)),
+        ("0.0.0.0:9100", TcpAddress("0.0.0.0", 9100)),
+        ("[2001:db8::7]:9100", TcpAddress("2001:db8::7", 9100)),
     ],
 )
 def test_places_for_metrics(text: str, place: Path | TcpAddress) -> None:
@@ -166,9 +168,9 @@ def test_places_for_metrics(text: str, place: Path | TcpAddress) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0.0.0.0:9100", "127.0.0.1:99999", "localhost:1", "9100", ":9100", "127.0.0.1:"]
+    "text", ["127.0.0.1:99999", "localhost:1", "9100", ":9100", "127.0.0.1:", "host.example:9100"]
 )
-def test_metrics_stay_on_this_machine(text: str) -> None:
+def test_places_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_metrics(text)
 

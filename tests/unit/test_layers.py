@@ -47,15 +47,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The process of `receive`: a disk of this host, for an owner on another one.
     "receive": {"words", "host", "storage", "config", "confine", "record", "control"},
+    # The process of `exporter`: all backends of the host, seen by their control sockets.
+    "exporter": {"words", "host", "config", "control", "metrics"},
     # The command line: of what runs it asks by the control socket alone.
-    "cli": {"words", "storage", "config", "record", "control", "daemon", "receive"},
+    "cli": {"words", "storage", "config", "record", "control", "daemon", "receive", "exporter"},
 }
 """From the lowest floor up: each names only such as stand above it here."""
 
 AT_THE_TOP = {
     "__init__": "words", "errors": "words", "events": "words", "log_writer": "words",
     "metrics_page": "words", "option": "words",
-    "printable": "words", "quantities": "words", "statistic": "words", "config": "config", "log": "config",
+    "printable": "words", "receive_metrics": "words",
+    "quantities": "words", "statistic": "words", "config": "config", "log": "config",
     "option_values": "config",
     "metrics": "metrics", "daemon": "daemon", "__main__": "cli", "_shim": "binding",
     "_source_hash": "binding",

@@ -11,13 +11,13 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.guest.assets import AssetError, cache_folder, fetch_promtool
+from tests.guest.assets import AssetError, cache_folder, fetch_prometheus
 from tests.unit.control_fakes import FakeBackend
 from vhostsync import metrics
 from vhostsync.control import scrape
 from vhostsync.control.command import dashed
 from vhostsync.errors import ConfigError
-from vhostsync.metrics_page import Page
+from vhostsync.metrics_page import Family, Page
 from vhostsync.option_values import TcpAddress
 
 pytestmark = pytest.mark.anyio
@@ -26,11 +26,11 @@ SAMPLE = re.compile(r'(vhostsync_[a-z0-9_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",
 
 
 async def page_of(backend: FakeBackend) -> str:
-    return metrics.render(
+    return metrics.page_of(
         dashed(await backend.query_status()),
         dashed(await backend.mirror.status()),
         await backend.query_stats(),
-    )
+    ).text()
 
 
 def samples(page: str, vm: str | None = "vm1") -> dict[str, float]:
@@ -79,7 +79,7 @@ async def test_promtool_finds_no_fault() -> None:
     backend = FakeBackend()
     backend.mirror.now = replace(backend.mirror.now, state="steady", destination="/disks/b.img")
     try:
-        promtool = fetch_promtool(cache_folder())
+        promtool = fetch_prometheus(cache_folder(), "promtool")
     except AssetError as error:
         pytest.skip(f"NOT TESTED: promtool cannot be had here: {error}")
     page = (await page_of(backend)).encode()
@@ -106,12 +106,12 @@ async def test_histograms_are_cumulative_and_in_seconds() -> None:
 
 
 def test_a_page_of_nothing_is_a_page() -> None:
-    samples(metrics.render({}, {}, {}), vm=None)
+    samples(metrics.page_of({}, {}, {}).text(), vm=None)
 
 
 def test_values_and_labels_are_escaped() -> None:
     page = Page()
-    page.family("x", "gauge", "X.")(float("nan"), {"path": 'a"b\\c\nd'})
+    page.family(Family("x", "gauge", "X.", ("path",)))(float("nan"), 'a"b\\c\nd')
     assert 'vhostsync_x{path="a\\"b\\\\c\\nd"} NaN' in page.text()
 
 

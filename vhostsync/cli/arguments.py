@@ -8,6 +8,7 @@ from typing import Any, Final
 from vhostsync import __version__
 from vhostsync.cli import argument_types as types
 from vhostsync.cli.argument_types import Parser
+from vhostsync.cli.exporter_arguments import add_exporter
 from vhostsync.cli.receive_arguments import add_receive
 from vhostsync.cli.serve_arguments import add_serve
 
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     add_serve(commands)
     add_receive(commands)
+    add_exporter(commands)
     _add_client(commands, "status", "status", "show the disk, its guest and the mirror")
     watch = _add_client(commands, "watch", "watch", "show the progress and each event", _WATCH_EXAMPLES)
     watch.add_argument(

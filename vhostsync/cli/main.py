@@ -18,9 +18,11 @@ from typing import Final, NoReturn, TypeVar
 
 from vhostsync import config
 from vhostsync.cli.arguments import make_parser
+from vhostsync.cli.exporter_arguments import exporter_config
 from vhostsync.cli.receive_arguments import receive_config
 from vhostsync.cli.serve_arguments import serve_config
 from vhostsync.errors import ConfigError, UnreachableError, VhostsyncError
+from vhostsync.exporter.exporter_config import ExporterConfig
 from vhostsync.printable import printable
 from vhostsync.receive.receive_config import ReceiveConfig
 
@@ -70,6 +72,12 @@ def _receive(settings: ReceiveConfig) -> int:
     return run(settings)
 
 
+def _export(settings: ExporterConfig) -> int:
+    from vhostsync.exporter.process import run
+
+    return run(settings)
+
+
 def _operate(options: argparse.Namespace) -> int:
     import anyio
 
@@ -113,6 +121,8 @@ def _run(words: list[str]) -> int:
         return _serve(_or_usage(parser, lambda: serve_config(options)))
     if options.command == "receive":
         return _receive(_or_usage(parser, lambda: receive_config(options)))
+    if options.command == "exporter":
+        return _export(_or_usage(parser, lambda: exporter_config(options)))
     if options.command == "record":
         from vhostsync.record import record_report
 

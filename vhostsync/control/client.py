@@ -133,17 +133,17 @@ class ControlClient:
 
 
 @asynccontextmanager
-async def connect(path: Path) -> AsyncIterator[ControlClient]:
-    """A client of the control socket at `path`. UnreachableError where nobody answers."""
+async def connect(path: Path, patience_s: float = CONNECT_S) -> AsyncIterator[ControlClient]:
+    """A client of the control socket at `path`. UnreachableError where nobody answers, in `patience_s`."""
     try:
-        with anyio.fail_after(CONNECT_S):
+        with anyio.fail_after(patience_s):
             connection = await sockets.connect(path)
     except OSError as error:  # also TimeoutError
         raise UnreachableError(_why(path, error)) from error
     with connection:
         client = ControlClient(connection, path)
         try:
-            with anyio.fail_after(CONNECT_S):
+            with anyio.fail_after(patience_s):
                 await client._negotiate()
         except TimeoutError as error:
             raise UnreachableError(f"The backend at {path} does not answer.") from error

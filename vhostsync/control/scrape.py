@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers `GET /metrics` with a page (metrics_page.py), on a unix socket or a loopback port: a few lines of
+"""Answers `GET /metrics` with a page (metrics_page.py), on a unix socket or a TCP port: a few lines of
 HTTP/1.1 that close after each answer, because that is all that a scraper needs.
 
 To a port every user of the host can connect, and so can a page in a browser on it. So nobody can keep others
-waiting by holding connections (beyond CONNECTIONS_MAX the oldest is closed), and a request that names another
-host is refused: a web site whose name was made to mean 127.0.0.1 (DNS rebinding) would read the answer."""
+waiting by holding connections (beyond CONNECTIONS_MAX the oldest is closed). On a loopback address a request
+that names another host is refused: a web site whose name was made to mean 127.0.0.1 (DNS rebinding) would
+read the answer. On any other address everybody who reaches it may read, by whatever name."""
 
 import ipaddress
 import re
@@ -53,6 +54,7 @@ async def serve_page(
         listener = bound.listener
     else:
         listener, where = _listen_tcp(where)
+    is_loopback = isinstance(where, TcpAddress) and where.is_loopback
     try:
         log.info("metrics ready", where=str(where))
         task_status.started(where)
@@ -63,7 +65,7 @@ async def serve_page(
                 if len(open_now) == CONNECTIONS_MAX:
                     open_now.popleft().cancel()
                 open_now.append(anyio.CancelScope())
-                tasks.start_soon(_answer, connection, page, open_now, isinstance(where, TcpAddress))
+                tasks.start_soon(_answer, connection, page, open_now, is_loopback)
                 await anyio.lowlevel.checkpoint()  # what was cancelled closes before the next is taken
     finally:
         if bound is not None:
@@ -89,7 +91,7 @@ def _listen_tcp(where: TcpAddress) -> tuple[socket.socket, TcpAddress]:
 
 async def _answer(
     connection: socket.socket, page: Callable[[], Awaitable[str]], open_now: deque[anyio.CancelScope],
-    is_tcp: bool,
+    is_loopback: bool,
 ) -> None:
     """The newest of `open_now` is this connection's."""
     scope = open_now[-1]
@@ -102,7 +104,7 @@ async def _answer(
                 if not data:
                     return
                 request += data
-            await sockets.send_all(connection, await _response(request, page, is_tcp))
+            await sockets.send_all(connection, await _response(request, page, is_loopback))
     except OSError:
         return  # the scraper went away
     except Exception:
@@ -126,11 +128,11 @@ def _names_this_host(head: bytes) -> bool:
     return True
 
 
-async def _response(request: bytes, page: Callable[[], Awaitable[str]], is_tcp: bool) -> bytes:
+async def _response(request: bytes, page: Callable[[], Awaitable[str]], is_loopback: bool) -> bytes:
     method, target = ([*request.split(b"\r\n", 1)[0].split(b" "), b"", b""])[:2]
     if b"\r\n\r\n" not in request:
         code, body = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request is too long.\n"
-    elif is_tcp and not _names_this_host(request):
+    elif is_loopback and not _names_this_host(request):
         code, body = HTTPStatus.MISDIRECTED_REQUEST, "Only localhost and 127.0.0.1 are answered for here.\n"
     elif method not in (b"GET", b"HEAD"):
         code, body = HTTPStatus.METHOD_NOT_ALLOWED, "Only GET is answered here.\n"

@@ -7,6 +7,7 @@ from vhostsync import log as logging
 from vhostsync.config import ServeConfig
 from vhostsync.engine.engine import Engine
 from vhostsync.engine.snapshot import EngineFigures, OpStats, QueueFigures
+from vhostsync.mirror.disk_names import DiskNames
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.statistic import figures_of
 from vhostsync.vhost_user.server import FrontendServer
@@ -20,6 +21,7 @@ class DeviceView:
         self._engine = engine
         self._mirror = mirror
         self._frontends = frontends
+        self._disk_names = DiskNames()
 
     async def query_status(self) -> dict[str, Any]:
         snapshot = await self._engine.snapshot()
@@ -46,9 +48,7 @@ class DeviceView:
     async def query_stats(self) -> dict[str, Any]:
         snapshot = await self._engine.snapshot()
         queues = await self._engine.queue_stats()
-        status = await self._mirror.status()
-        attached = status.state in ("syncing", "steady", "ahead")
-        paths = {"source": status.source, "destination": status.destination if attached else None}
+        places = {"source": self._mirror.source, "destination": self._mirror.destination}
         return {
             "queues": [
                 {
@@ -60,13 +60,14 @@ class DeviceView:
             ],
             "disks": {
                 role: {
-                    "path": path,
+                    "path": place.name,
+                    "replaced": await self._disk_names.is_replaced(place),
                     "in-flight": snapshot.disks_in_flight[role],
                     "operations": _operations(snapshot.disks[role]),
                 }
-                if path
+                if place
                 else None
-                for role, path in paths.items()
+                for role, place in places.items()
             },
             "engine": {
                 "threads": self._config.threads,

@@ -104,6 +104,15 @@ class Mirror:
         return await self._course.status()
 
     @property
+    def source(self) -> Place:
+        return self._roles.source
+
+    @property
+    def destination(self) -> Place | None:
+        """The destination that is attached."""
+        return self._roles.destination
+
+    @property
     def source_path(self) -> str:
         """The disk that the guest is on."""
         return self._roles.source.name

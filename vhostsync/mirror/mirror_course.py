@@ -155,6 +155,7 @@ class Course:
             destination=(destination.name if destination else peer.path) if peer is not None else None,
             counts=asdict(now.counts),
             bitmap=str(self._keeper.bitmap.path) if self._keeper.bitmap is not None else None,
+            bitmap_failed=self._keeper.bitmap_failed,
             full_copy_reason=self.full_copy_reason,
             copy_rate_bytes_per_s=rate,
             copy_remaining_s=remaining_s,

@@ -35,6 +35,11 @@ class MirrorStatus(MirrorFigures):
     bitmap: str | None = statistic(
         "the file of `--bitmap`; null: what differs is known as long as this process lives"
     )
+    bitmap_failed: bool = statistic(
+        "true: the file of `--bitmap` could not be written, so a restart copies everything",
+        Metric("bitmap_failed", "gauge",
+               "1 if the file of --bitmap could not be written: a restart copies everything."),
+    )  # fmt: skip
     full_copy_reason: str | None = statistic(
         "why the last copy was of everything; null: it was of what differed"
     )

@@ -79,6 +79,7 @@ class RecordKeeper:
         self._hub = hub
         self._store = store
         self._failed = failed
+        self.bitmap_failed = False  # there is one, and a restart will not find there what differs
         self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
         self.different_since = record.different_since  # ahead of the record until that could be written
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
@@ -217,8 +218,10 @@ class RecordKeeper:
             pair = (self._roles.source.identity, destination.identity)
             await anyio.to_thread.run_sync(bitmap.new_peer, pair)
             await self.write(self.record.with_bitmap(bitmap.token))
+            self.bitmap_failed = False
         except (OSError, VhostsyncError) as error:
             # The record names none: a restart copies everything, and loses nothing.
+            self.bitmap_failed = True
             log.error("the dirty bitmap is not used for this destination", error=str(error))
 
     async def record_capacity(self, capacity_bytes: int) -> None:
@@ -471,6 +474,7 @@ class RecordKeeper:
         """Writes that need it are held until a crash cannot make anybody believe it."""
         reason = str(EngineError.from_errno("writing the dirty bitmap", event.error))
         self._failed(reason)
+        self.bitmap_failed = True
         log.error("going on without the dirty bitmap", error=reason)
         self._hub.publish(events.BITMAP_FAILED, {"error": reason})
         while True:

@@ -80,7 +80,7 @@ class ReceiveConfig:
     )
     metrics: Path | TcpAddress | None = option(
         "--metrics", OPERATION, Kind("PLACE", lambda text: parse_metrics(text)),
-        "serve Prometheus metrics on this unix socket or 127.0.0.1:PORT",
+        "serve Prometheus metrics on this unix socket, or on ADDRESS:PORT",
     )
     log_format: LogFormat = option(
         "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",

@@ -8,10 +8,9 @@ import anyio.to_thread
 
 from vhostsync import log as logging
 from vhostsync.events import EventHub
-from vhostsync.metrics_page import Page
 from vhostsync.receive.receive_config import ReceiveConfig
 from vhostsync.receive.receiver import Receiver, sizes_of
-from vhostsync.statistic import MetricKind
+from vhostsync.receive_metrics import receiver_page
 
 
 class Receiving:
@@ -60,23 +59,4 @@ class Receiving:
         }
 
     async def metrics_page(self) -> str:
-        shown = await self.query_status()
-        page = Page()
-        rows: tuple[tuple[str, MetricKind, str, Any], ...] = (
-            ("capacity_bytes", "gauge", "Size of the disk.", shown["capacity"]),
-            ("allocated_bytes", "gauge", "What the file system keeps of the image file.", shown["allocated"]),
-            ("owned", "gauge", "1 once the disk has an owner.", shown["owned"]),
-            ("attached", "gauge", "1 while a generation's server runs.", shown["attached"]),
-            ("refusing", "gauge", "1 while the owner may not have the disk (why-not says why).",
-             shown["why-not"] is not None),
-            ("generation", "counter", "Generations of the disk.", shown["generation"]),
-            ("bytes_written", "gauge", "Bytes that this generation has written.", shown["bytes-written"]),
-            ("refused_total", "counter", "Requests of owners that were refused.", shown["refused"]),
-            ("lost_servers_total", "counter", "Servers that ended by themselves, with an error.",
-             shown["lost-servers"]),
-            ("log_lines_dropped_total", "counter", "Lines of the log that stderr did not take in time.",
-             shown["log-lines-dropped"]),
-        )  # fmt: skip
-        for name, kind, text, value in rows:
-            page.one(f"receive_{name}", kind, text, value)
-        return page.text()
+        return receiver_page(await self.query_status()).text()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends of this host, found by their control sockets and asked for their figures.
+
+A backend may hang, or have been taken over by its guest. So
+
+* each is asked by a task of its own, which no scrape waits for beyond the deadline, and which a later one
+  does not wait for at all: a backend that hangs delays one page, by the deadline, and no other;
+* what it answers becomes numbers under names that are known here. What is anything else costs that backend
+  its figures, and nobody else's."""
+
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.abc
+import structlog
+
+from vhostsync.control.client import ControlClient, connect
+from vhostsync.errors import ControlError, VhostsyncError
+from vhostsync.metrics import page_of
+from vhostsync.metrics_page import COARSE_BUCKETS, Page
+from vhostsync.receive_metrics import receiver_page
+
+log = structlog.get_logger(__name__)
+
+GIVE_UP_S: Final = 300.0
+"""After this long a backend that does not answer is asked anew."""
+SAMPLES_MAX: Final = 20_000
+"""Of one backend: 64 queues have a quarter of it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A control socket, and what its disk is called here."""
+
+    name: str
+    control: Path
+
+
+def find_places(directories: Iterable[Path]) -> list[Place]:
+    """In the order of their names. Blocks. Two of one name are called by their sockets."""
+    found = sorted({(_name_of(path), path) for each in directories for path in _sockets_in(each)})
+    names = [name for name, _ in found]
+    return [Place(name if names.count(name) == 1 else str(path), path) for name, path in found]
+
+
+def _sockets_in(directory: Path) -> Iterable[Path]:
+    for path in (*directory.glob("*/control"), *directory.glob("*.control")):
+        with suppress(OSError):
+            if stat.S_ISSOCK(path.stat().st_mode):
+                yield path
+
+
+def _name_of(control: Path) -> str:
+    if control.name == "control":
+        return control.parent.name
+    return control.name.removesuffix(".control").removesuffix(".sock")
+
+
+class Asked:
+    """A backend over the scrapes. At most one question to it is under way."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._began = -GIVE_UP_S
+        self._under_way = False
+        self._answered = anyio.Event()
+        self._was_up: bool | None = None
+        self.page: Page | None = None
+
+    def ask(self, tasks: anyio.abc.TaskGroup) -> None:
+        """Begin, unless the last question is under way still."""
+        if self._under_way:
+            return
+        self._under_way = True
+        self._began = anyio.current_time()
+        self._answered = anyio.Event()
+        tasks.start_soon(self._ask)
+
+    async def wait(self, deadline_s: float) -> Page | None:
+        """Its figures; None where it did not answer in time: within so long after it was asked."""
+        with anyio.CancelScope(deadline=self._began + deadline_s):
+            await self._answered.wait()
+        page = self.page if self._answered.is_set() else None
+        if not self._answered.is_set():
+            self._tell(False, f"no answer within {deadline_s:g} s")
+        return page
+
+    async def _ask(self) -> None:
+        self.page = None
+        reason = f"no answer within {GIVE_UP_S:g} s"
+        try:
+            with anyio.move_on_after(GIVE_UP_S):
+                async with connect(self._place.control, GIVE_UP_S) as client:
+                    self.page = await _page_from(client, self._place.name)
+        except VhostsyncError as error:
+            reason = str(error)
+        except Exception as error:  # whatever it has answered
+            reason = f"it answers with what is none of our figures ({type(error).__name__}: {error})"
+        finally:
+            self._under_way = False
+            self._answered.set()
+        self._tell(self.page is not None, reason)
+
+    def _tell(self, is_up: bool, reason: str) -> None:
+        """Log a change."""
+        if is_up == self._was_up:
+            return
+        if not is_up:
+            log.warning("backend is down", vm=self._place.name, reason=reason)
+        elif self._was_up is not None:
+            log.info("backend is up again", vm=self._place.name)
+        self._was_up = is_up
+
+
+async def _page_from(client: ControlClient, name: str) -> Page:
+    status = await client.execute("query-status")
+    if "receiver" in status:
+        return receiver_page(status, name)
+    mirror = await client.execute("query-mirror")
+    page = page_of(status, mirror, await client.execute("query-stats"), name=name, buckets=COARSE_BUCKETS)
+    if page.samples > SAMPLES_MAX:
+        raise ControlError(f"it has {page.samples} samples, more than any disk has")
+    return page

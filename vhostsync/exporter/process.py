@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of `exporter`: a scrape asks all backends at once, and makes one page of what they answer.
+
+It holds no state but who has not answered yet, changes nothing, and asks for nothing but figures."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import structlog
+
+from vhostsync import log as logging
+from vhostsync.control.scrape import serve_page
+from vhostsync.errors import VhostsyncError, leaves
+from vhostsync.exporter.backends import Asked, Place, find_places
+from vhostsync.exporter.exporter_config import ExporterConfig
+from vhostsync.host.service_manager import ServiceManager
+from vhostsync.host.signals import watch_signals
+from vhostsync.metrics_page import Family, Page
+from vhostsync.option_values import TcpAddress
+from vhostsync.printable import printable
+
+log = structlog.get_logger(__name__)
+
+UP: Final = Family("up", "gauge", "1 if the disk's backend has answered in time.", ("vm",))
+COLLECTION: Final = Family(
+    "exporter_collection_seconds", "gauge", "How long this page took: to ask all backends, and to write it."
+)
+FAMILIES: Final = (UP, COLLECTION)
+
+
+class Exporter:
+    """All backends of the host, over the scrapes."""
+
+    def __init__(self, config: ExporterConfig, tasks: anyio.abc.TaskGroup) -> None:
+        self._config = config
+        self._tasks = tasks
+        self._asked: dict[Path, tuple[Place, Asked]] = {}
+
+    async def page(self) -> str:
+        began = anyio.current_time()
+        backends = self._known(await anyio.to_thread.run_sync(find_places, self._config.directories))
+        page = Page()
+        up = page.family(UP)
+        for each in backends.values():
+            each.ask(self._tasks)
+        for name, each in backends.items():
+            found = await each.wait(self._config.deadline_s)
+            up(int(found is not None), name)
+            if found is not None:
+                page.take(found)
+        page.one(COLLECTION, round(anyio.current_time() - began, 6))
+        return page.text()
+
+    def _known(self, places: list[Place]) -> Mapping[str, Asked]:
+        """By name. Who is gone is forgotten, and a question to it with it."""
+        former, self._asked = self._asked, {}
+        for place in places:
+            before = former.get(place.control)
+            self._asked[place.control] = before if before and before[0] == place else (place, Asked(place))
+        return {place.name: asked for place, asked in self._asked.values()}
+
+
+class Process:
+    """When it ends: told by a signal."""
+
+    def __init__(self) -> None:
+        self._stop = anyio.Event()
+
+    def stop(self, *, force: bool = False) -> None:
+        self._stop.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    async def wait_stopped(self) -> None:
+        await self._stop.wait()
+
+
+def run(config: ExporterConfig) -> int:
+    """Serve the page until told to stop, or print it; the exit code."""
+    logging.configure(config.log_format, config.log_level)
+    failures: list[BaseException] = []
+    try:
+        anyio.run(_print_once if config.once else _serve, config)
+    except* VhostsyncError as group:
+        failures = leaves(group)
+    for failure in failures:
+        logging.say(f"vhostsync: {printable(str(failure))}")
+    logging.end()
+    return 1 if failures else 0
+
+
+async def _print_once(config: ExporterConfig) -> None:
+    async with anyio.create_task_group() as tasks:
+        sys.stdout.write(await Exporter(config, tasks).page())
+        tasks.cancel_scope.cancel()
+
+
+async def _serve(config: ExporterConfig) -> None:
+    process, manager = Process(), ServiceManager()
+    logging.write_in_background()
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(watch_signals, process)
+        where: Path | TcpAddress = await tasks.start(serve_page, config.listen, Exporter(config, tasks).page)
+        manager.tell(READY=1, STATUS=f"serving metrics on {where}")
+        await process.wait_stopped()
+        manager.tell(STOPPING=1)
+        tasks.cancel_scope.cancel()
+    manager.close()
+    log.info("ended")
