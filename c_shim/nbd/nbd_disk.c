@@ -142,7 +142,8 @@ static void look_for_fresh(struct nbd_disk *d)
         stop_holding(d, "no other connection came in time");
     if (state != VS_NBD_CONNECTED)
         return;
-    d->holding = d->disk.lost = false;
+    d->holding = false;
+    d->disk.lost = false;
     d->why[0] = '\0';
     list_init(&held);
     list_splice(&held, &d->held);

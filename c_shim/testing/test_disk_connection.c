@@ -67,7 +67,8 @@ void vs_test_disk_cut(vs_disk *disk, uint64_t forget_seed)
     struct list *node;
     list_init(&taken);
     pthread_mutex_lock(&t->lock);
-    t->lost = t->disk.lost = true;
+    t->lost = true;
+    t->disk.lost = true;
     for (uint32_t op = 0; op < VS_DISK_OPS; op++)
         take_held(t, op, &taken);
     if (forget_seed)
@@ -81,7 +82,8 @@ void vs_test_disk_connect(vs_disk *disk)
 {
     struct test_disk *t = test_disk_of(disk);
     pthread_mutex_lock(&t->lock);
-    t->lost = t->disk.lost = false;
+    t->lost = false;
+    t->disk.lost = false;
     pthread_mutex_unlock(&t->lock);
 }
 

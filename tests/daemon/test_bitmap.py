@@ -21,6 +21,7 @@ from vhostsync.record.heartbeat import WORDS as HEARTBEAT
 REGION = 64 << 10
 EXTENT = 4 << 20
 SIZE = 16 << 20
+HOUR_NS = 3_600_000_000_000
 
 
 class Disks:
@@ -135,6 +136,17 @@ def test_what_somebody_else_writes_after_a_crash_is_noticed(disks: Disks, change
         disks.settled(served)
         served.stop()
     assert disks.equal()
+
+
+def test_a_clock_that_was_set_back_after_a_crash_costs_a_full_copy(disks: Disks) -> None:
+    """To the next start, the last run's writes then lie in the future, and what is later may look earlier."""
+    with disks.settled_mirror() as served:
+        served.kill()
+    with disks.bitmap.open("r+b") as file:
+        file.seek(HEADER_BYTES - HEARTBEAT.size)
+        file.write(HEARTBEAT.pack(*(time.time_ns() + HOUR_NS,) * 2))
+    copied, why = disks.copied_at_the_next_start()
+    assert copied == SIZE and why is not None and "the clock has been set back since" in why
 
 
 def test_what_is_written_before_the_peer_is_attached_again_stays_noticed(disks: Disks) -> None:

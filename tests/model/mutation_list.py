@@ -1003,6 +1003,14 @@ MUTATIONS = [
         "    h->until.destination_ns",
         "heartbeat.py::test_of_a_peer_that_is_not_attached_nothing_is_promised",
     ),
+    _m(
+        "clock-set-back-unnoticed",
+        "after a crash: times of a clock that was set back tell nothing",
+        "vhostsync/record/heartbeat.py",
+        "if until_ns > time.time_ns() + AHEAD_NS:",
+        "if until_ns > 2 * (time.time_ns() + AHEAD_NS):",
+        "heartbeat.py::test_a_clock_that_was_set_back_tells_nothing",
+    ),
     # -- what may not take from others --------------------------------------------------
     _m(
         "hole-zeroed-as-a-whole",

@@ -5,7 +5,8 @@ Such a run could not note how it left the files. But while it ran, the engine ha
 bitmap's first block, until when their changes are its own (c_shim/bitmap/heartbeat.c). What has a later
 ctime was changed by somebody else. Where the whole machine went down, that moment may not have reached the
 disk; then all that is older than this boot is taken for the run's own: nobody else could write while the
-machine was down. Blocks.
+machine was down. A moment further ahead than the engine ever says it shows that the clock has been set back
+since: then times say nothing, and the file counts as changed. Blocks.
 """
 
 import os
@@ -18,6 +19,8 @@ from typing import Final
 WORDS: Final = struct.Struct("<QQ")  # struct heartbeat_until
 HEARTBEAT_BYTES: Final = WORDS.size
 HEARTBEAT_AT: Final = 4096 - HEARTBEAT_BYTES
+# How far ahead the engine says it at most (AHEAD_NS in heartbeat.c).
+AHEAD_NS: Final = 500_000_000
 # The kernel goes on with the requests of a dead process for tens of milliseconds, and they give times, too.
 LANDING_NS: Final = 500_000_000
 
@@ -48,7 +51,14 @@ def this_boot_began_ns() -> int:
 def why_changed(path: str, ctime_ns: int | None, until_ns: int) -> str | None:
     """Why its content may differ from what the last run has left. None: nothing speaks for it; nothing can
     where `ctime_ns` is None, for changes of a block device do not show."""
-    if ctime_ns is None or ctime_ns <= until_ns + LANDING_NS:
+    if ctime_ns is None:
+        return None
+    if until_ns > time.time_ns() + AHEAD_NS:
+        return (
+            f"whether somebody else has written to {path} cannot be told: the writes of the last run, which did "
+            f"not end in order, went on until {_when(until_ns)}, so the clock has been set back since"
+        )
+    if ctime_ns <= until_ns + LANDING_NS:
         return None
     until = _when(until_ns) if until_ns else "a moment that is not known"
     return (
