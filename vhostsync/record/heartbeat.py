@@ -55,8 +55,8 @@ def why_changed(path: str, ctime_ns: int | None, until_ns: int) -> str | None:
         return None
     if until_ns > time.time_ns() + AHEAD_NS:
         return (
-            f"whether somebody else has written to {path} cannot be told: the writes of the last run, which did "
-            f"not end in order, went on until {_when(until_ns)}, so the clock has been set back since"
+            f"whether somebody else has written to {path} cannot be told: the writes of the last run, which "
+            f"did not end in order, went on until {_when(until_ns)}, so the clock has been set back since"
         )
     if ctime_ns <= until_ns + LANDING_NS:
         return None
