@@ -6,6 +6,9 @@
 #   vhostsync serve --socket-path /run/vm.sock --blk-file /disks/a.img --num-queues 1
 #   qemu-configs/one-queue.sh /run/vm.sock -kernel … -initrd … -append 'console=ttyS0 root=/dev/vda'
 #
+# A disk that has a name (vhostsync create vm1 --disk /disks/a.img; vhostsync serve --name vm1) has its socket at
+# /run/vhostsync/vm1/vm.sock, whichever disk it is on by now.
+#
 # All words after the socket go to QEMU as they are. ACCEL=tcg where KVM is missing, QEMU=… for another QEMU.
 set -eu
 socket=${1:?usage: one-queue.sh SOCKET [QEMU ARGUMENT…]}

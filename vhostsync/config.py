@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of `serve`: all its options, declared here, each value checked once, and frozen.
 
-A value is checked here and nowhere else, so whoever holds a `ServeConfig` or a `MirrorTarget` may rely on it.
+A value is checked here and nowhere else, so whoever holds a `ServeConfig` may rely on it.
 What a value only *names* (a disk, a directory) is checked by whoever opens that. A check that fails raises
 ConfigError, whose sentence names the option and can be shown as it stands."""
 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 from .errors import ConfigError
+from .lineage_name import check_lineage_name, control_of, is_lineage_name, socket_of
 from .option import (
     BLOCK_SIZE,
     DISK_NAME,
@@ -46,8 +47,8 @@ from .option_values import (
     parse_metrics,
     within,
 )
-from .quantities import BYTES_MAX, GIB, KIB, MIB
-from .storage.kinds import absolute_name, is_absolute
+from .quantities import GIB, KIB, MIB
+from .storage.kinds import absolute_name
 from .storage.network import NetworkUse
 
 # The limits that the engine has are in c_shim/shim_api.h (enum vs_limit); a unit test compares.
@@ -67,7 +68,6 @@ DIRTY_REGION_BYTES_MAX: Final = 64 * MIB
 DIRTY_REGIONS: Final = 1 << 25  # so many need no larger regions: 4 MiB a map
 AL_EXTENTS_MIN: Final = 64
 AL_EXTENTS_MAX: Final = 65536
-SPEED_BYTES_PER_S_MAX: Final = BYTES_MAX
 CONNECTIONS_MAX: Final = 16
 
 
@@ -87,10 +87,16 @@ class ServeConfig:
 
     Each option is declared here and nowhere else (option.py)."""
 
-    socket_path: Path | None = option("--socket-path", SOCKET, PATH, "make the vhost-user socket here")
+    socket_path: Path | None = option(
+        "--socket-path", SOCKET, PATH, "make the vhost-user socket here",
+        default_text="with --name: vm.sock in /run/vhostsync/NAME",
+    )
     fd: int | None = option("--fd", SOCKET, NUMBER, "use this inherited socket, listening or connected")
 
-    blk_file: str = option("--blk-file", DISK, DISK_NAME, "image file or block device", required=True)
+    blk_file: str | None = option(
+        "--blk-file", DISK, DISK_NAME, "image file or block device",
+        default_text="the current disk of --name, or of --state-file",
+    )
     read_only: bool = option("--read-only", DISK, FLAG, "the guest may not write", False, engine="read_only")
     disk_format: DiskFormat | None = option(
         "--format", DISK, one_of("raw"),
@@ -286,18 +292,21 @@ class ServeConfig:
         "keep none: after a switch nothing stops you from serving the old disk", False,
     )
     answer: Answer | None = None  # of the operator, to what the state record has asked: an option for each
+    record_of_name: Path | None = None  # what the name leads to (record/names.py)
 
     control_path: Path | None = option(
         "--control", OPERATION, PATH, "make the control socket here",
-        default_text="the vhost-user socket's path and .control",
+        default_text="the vhost-user socket's path and .control, or control in /run/vhostsync/NAME",
     )
     metrics: Path | TcpAddress | None = option(
         "--metrics", OPERATION, Kind("PLACE", lambda text: parse_metrics(text)),
         "serve Prometheus metrics on this unix socket, or on ADDRESS:PORT",
     )
     name: str = option(
-        "--name", OPERATION, TEXT, "the machine's name: the label vm of every metric", "",
-        default_text="of the vhost-user socket, without its suffix",
+        "--name", OPERATION, TEXT,
+        "the name that `vhostsync create` has given the disk, which finds the current one; the metrics' "
+        "label vm", "", default_text="of the vhost-user socket, without its suffix",
+        detail="With `--blk-file` it need not be such a name. See [node.md](node.md).",
     )
     log_format: LogFormat = option(
         "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",
@@ -335,13 +344,14 @@ class ServeConfig:
             value = getattr(self, each.name)
             if declared.kind is PATH and value is not None:
                 object.__setattr__(self, each.name, absolute(value, declared.flag))
-            elif declared.kind is DISK_NAME:
+            elif declared.kind is DISK_NAME and value is not None:
                 object.__setattr__(self, each.name, absolute_name(value, declared.flag))
         places = tuple(absolute(path, "--allow-path") for path in self.allow_paths)
         object.__setattr__(self, "allow_paths", places)
         for port in self.allow_ports:
             within("--allow-port", port, 1, 65535)
         check_options(self)
+        self._place_by_name()
         self._check_places()
         self._check_device()
         self._check_mirror()
@@ -351,6 +361,23 @@ class ServeConfig:
             raise ConfigError(
                 f"--name {self.name!r} must be at most {NAME_CHARACTERS_MAX} characters that can be printed."
             )
+
+    def _place_by_name(self) -> None:
+        """Where no place of a socket is given, and where a name is and no disk, the name has one."""
+        if self.blk_file is None:
+            if self.no_state_file:
+                raise ConfigError("Give --blk-file: with --no-state-file no record says which disk is meant.")
+            if self.state_file is None:
+                if not self.name:
+                    raise ConfigError("Give --blk-file, or the --name that `vhostsync create` has given one.")
+                check_lineage_name(self.name, "--name")
+        placed = self.blk_file is None or (self.socket_path is None and self.fd is None)
+        if not placed or not is_lineage_name(self.name):
+            return
+        if self.control_path is None and self.socket_path is None:
+            object.__setattr__(self, "control_path", control_of(self.name))
+        if self.socket_path is None and self.fd is None:
+            object.__setattr__(self, "socket_path", socket_of(self.name))
 
     def _check_places(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
@@ -378,7 +405,8 @@ class ServeConfig:
                 files.append((f"the file {end} of --state-file", Path(f"{self.state_file}{end}")))
         seen: dict[str, str] = {}
         named = [(flag, str(path)) for flag, path in sockets + files if path is not None]
-        for flag, name in [*named[: len(sockets)], ("--blk-file", self.blk_file), *named[len(sockets) :]]:
+        disk = [("--blk-file", self.blk_file)] if self.blk_file is not None else []
+        for flag, name in [*named[: len(sockets)], *disk, *named[len(sockets) :]]:
             if name in seen:
                 raise ConfigError(
                     f"{flag} and {seen[name]} both name {name}; each needs a path of its own."
@@ -423,6 +451,12 @@ class ServeConfig:
         return region
 
     @property
+    def disk(self) -> str:
+        """The name of the disk that is served, once it was found out (record/names.py)."""
+        assert self.blk_file is not None
+        return self.blk_file
+
+    @property
     def names_ceph(self) -> bool:
         """It is said how a Ceph cluster is reached, so disks of one are to be expected."""
         return any(each is not None for each in (self.ceph_conf, self.ceph_user, self.ceph_keyring))
@@ -461,31 +495,3 @@ class ServeConfig:
         if self.control_path is not None or self.socket_path is None:
             return self.control_path
         return self.socket_path.with_name(self.socket_path.name + ".control")
-
-
-@dataclass(frozen=True)
-class MirrorTarget:
-    """The destination of `mirror-start`. `speed_bytes_per_s` bounds the bulk copy; 0 is no bound. Raises
-    ConfigError."""
-
-    name: str  # of the disk
-    create: bool = False  # make it, at the right size; it must not exist
-    cache: Cache = "none"
-    speed_bytes_per_s: int = 0
-    full: bool = False  # copy everything, even where less would do
-    force: bool = False  # overwrite what it seems to hold
-    fenced: bool = False  # the operator says that nothing of a lost connection is under way there any more
-
-    def __post_init__(self) -> None:
-        if not is_absolute(self.name):
-            raise ConfigError(f"The destination {self.name!r} must be an absolute path.")
-        object.__setattr__(self, "name", absolute_name(self.name, "The destination"))
-        if self.cache not in get_args(Cache):
-            raise ConfigError(f"cache {self.cache} is not known here; write none or writeback.")
-        check_speed(self.speed_bytes_per_s)
-
-
-def check_speed(bytes_per_s: int) -> int:
-    """`bytes_per_s` if it is a speed limit (0: none); else ConfigError."""
-    within("speed", bytes_per_s, 0, SPEED_BYTES_PER_S_MAX, " bytes per second")
-    return bytes_per_s

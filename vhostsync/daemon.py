@@ -31,11 +31,14 @@ from vhostsync.control.server import serve_control
 from vhostsync.device.device import Device, start_engine
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.engine.engine import Engine
-from vhostsync.errors import VhostsyncError, leaves
+from vhostsync.errors import ConfigError, VhostsyncError, leaves
+from vhostsync.host import directory as own_directory
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
+from vhostsync.lineage_name import is_lineage_name, socket_of
 from vhostsync.metrics import serve_metrics
 from vhostsync.printable import printable
+from vhostsync.record.names import follow_name
 from vhostsync.record.state_index import default_directory, make_directory
 from vhostsync.storage import kinds
 from vhostsync.storage.network import use_network
@@ -50,6 +53,7 @@ def run(config: ServeConfig) -> int:
     logging.configure(config.log_format, config.log_level)
     failures: list[BaseException] = []
     try:
+        config = follow_name(config)
         anyio.run(_serve, config, _start(config))
     except* VhostsyncError as group:
         failures = leaves(group)
@@ -81,6 +85,7 @@ def _load_modules() -> None:
 def _start(config: ServeConfig) -> Started:
     """Steps 1 to 4 of privileges.py. Blocks. VhostsyncError: nothing is left open."""
     user = find_user(config.user) if config.user is not None else None
+    owner = (user.uid, user.gid) if user is not None else None
     _load_modules()
     use_network(config.network_use)
     if config.names_ceph:
@@ -88,7 +93,8 @@ def _start(config: ServeConfig) -> Started:
     state_directory = None
     if config.state_file is None and not config.no_state_file:
         state_directory = default_directory()  # of whoever started it, before the user is changed
-        make_directory(state_directory, (user.uid, user.gid) if user is not None else None)
+        make_directory(state_directory, owner)
+    _make_socket_directory(config, owner)
     with ExitStack() as undo:
         manager = ServiceManager()
         undo.callback(manager.close)
@@ -101,7 +107,7 @@ def _start(config: ServeConfig) -> Started:
         undo.callback(endpoint.close)
         peer = opened.record.peer if opened.record is not None else None
         disks_known = [opened.disk.identity] if peer is None else [opened.disk.identity, peer]
-        names = (config.blk_file, *(disk.path for disk in disks_known))
+        names = (config.disk, *(disk.path for disk in disks_known))
         confinement = Confinement(
             config, places_of(config, disks_known, state_directory), network=network_of(config, names)
         )
@@ -159,6 +165,21 @@ async def _serve(config: ServeConfig, started: Started) -> None:
         await anyio.to_thread.run_sync(opened.close)
         started.manager.close()
     log.info("ended", disk=device.mirror.source_path)
+
+
+def _make_socket_directory(config: ServeConfig, owner: tuple[int, int] | None) -> None:
+    """The one that has its place by the disk's name. Its sockets have modes of their own. ConfigError."""
+    place = socket_of(config.name).parent if is_lineage_name(config.name) else None
+    used = {path.parent for path in (config.socket_path, config.control_socket) if path is not None}
+    if place is None or place not in used:
+        return
+    try:
+        own_directory.make_directory(place, owner, mode=0o755)
+    except OSError as error:
+        raise ConfigError(
+            f"the directory for the sockets, {place}, cannot be made: {error.strerror}; name places where "
+            f"this user may make them (--socket-path, --control)"
+        ) from error
 
 
 def _open_endpoint(config: ServeConfig) -> listener.Endpoint:

@@ -88,12 +88,13 @@ class Served:
 
     def __init__(
         self, folder: Path, disk: Path | str, *options: str | Path, name: str = "vm",
-        pass_fds: Sequence[int] = (), before: Sequence[str | Path] = (),
+        pass_fds: Sequence[int] = (), before: Sequence[str | Path] = (), control: Path | None = None,
     ) -> None:
-        """`before`: a command that becomes `serve`, whose words are its last arguments."""
+        """`before`: a command that becomes `serve`, whose words are its last arguments. `control`: instead of
+        NAME.control in the folder."""
         self.folder = folder
         self.socket = folder / f"{name}.sock"
-        self.control = folder / f"{name}.control"
+        self.control = control if control is not None else folder / f"{name}.control"
         self.state_directory = folder / "state"
         words = [*before, *vhostsync_command(), "serve", "--blk-file", disk, "--control", self.control]
         words += options

@@ -195,7 +195,7 @@ def test_the_documented_commands_taken_literally(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     service = (root / "etc/systemd/system/vhostsync@.service").read_text()
-    wanted = re.search(r"^EnvironmentFile=(.*)$", service, re.MULTILINE)
+    wanted = re.search(r"^EnvironmentFile=-(.*)$", service, re.MULTILINE)
     user = re.search(r"^User=(.*)$", service, re.MULTILINE)
     assert wanted is not None and user is not None
     assert (root / wanted[1].replace("%i", "vm").lstrip("/")).read_text().startswith("DISK=")
@@ -212,7 +212,7 @@ def test_the_documented_commands_taken_literally(tmp_path: Path) -> None:
 # manager does not have.
 KEPT = {
     *("Type", "EnvironmentFile", "RuntimeDirectory", "RuntimeDirectoryPreserve", "StateDirectory"),
-    *("ExecStart", "ExecStopPost", "Restart", "RestartSec", "TimeoutStopSec"),
+    *("ExecStartPre", "ExecStart", "ExecStopPost", "Restart", "RestartSec", "TimeoutStopSec"),
 }
 
 RECONNECTING = """
@@ -254,6 +254,17 @@ first = ask(SERVICE, "MainPID")
 subprocess.run(["systemctl", "--user", "kill", "--signal=KILL", SERVICE], check=True)
 await_it("started again after a crash", lambda: ask(SERVICE, "MainPID") not in ("0", first))
 await_it("served again", lambda: ask(SERVICE, "ActiveState") == "active")
+
+# After a switch nothing is edited: the .conf still says which disk it began with.
+def client(*words):
+    command = [*PROGRAM, *words, "--control", "/run/vhostsync/vm/control"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+copy = disk.with_name("copy.img")
+client("mirror", "start", str(copy), "--create", "--wait")
+client("switch")
+subprocess.run(["systemctl", "--user", "restart", SERVICE], check=True)
+assert ask(SERVICE, "StatusText") == f"serving {copy}", ask(SERVICE, "StatusText")
 subprocess.run(["systemctl", "--user", "stop", "vhostsync@vm.socket", SERVICE], check=True)
 assert ask(SERVICE, "Result") == "success", ask(SERVICE, "Result")
 """
@@ -273,6 +284,7 @@ def remove_cgroups(name: str) -> None:
     await_true(gone, "the cgroups of the test's manager are empty")
 
 
+@pytest.mark.timeout(240)  # many programs are started, one after the other
 def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work: Path) -> None:
     """With a manager that runs: a start limit closed the socket for good, before anybody could change the
     configuration."""
@@ -290,7 +302,8 @@ def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work:
     listening = (UNITS / "vhostsync@.socket").read_text()
     (folder / "vhostsync@.socket").write_text(re.sub(r"(?m)^Socket(User|Group)=.*$", "", listening))
     cgroup = f"vhostsync-test-{os.getpid()}"
-    command = (sys.executable, "-c", RECONNECTING, conf, image(work / "a.img"), work / "lost.img")
+    script = f"PROGRAM = {vhostsync_command()!r}\n{RECONNECTING}"
+    command = (sys.executable, "-c", script, conf, image(work / "a.img"), work / "lost.img")
     words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", MANAGER, folder, cgroup]
     try:
         done = subprocess.run(

@@ -21,13 +21,13 @@ from tests.engine_options import engine_options
 from tests.frontend import Frontend
 from tests.guest_ring import GuestMemory, Region, RingAddresses
 from tests.sizes import MIB
-from vhostsync.config import MirrorTarget
 from vhostsync.engine.engine import Engine, EngineConfig
 from vhostsync.engine.engine_attachment import EngineAttachment
 from vhostsync.events import EventHub
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.record_store import Prepared
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, Worth

@@ -19,7 +19,6 @@ from tests.engine_driver import DiskOp, MemoryDisk
 from tests.frontend import Request
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import SIZE, Stage, stage, until
-from vhostsync.config import MirrorTarget
 from vhostsync.errors import MirrorError
 from vhostsync.events import EventHub
 from vhostsync.mirror.mirror_state import MirrorState
@@ -27,6 +26,7 @@ from vhostsync.mirror.resize import Resizer
 from vhostsync.mirror.source_failover import SourceFailover
 from vhostsync.mirror.turns import Turns
 from vhostsync.mirror.verify import Verifier
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.state_record import GuestDisk
 from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape
 

@@ -34,7 +34,7 @@ from tests.model.lineage_world import STORAGES, Image, Storage, World, arrange
 from tests.model.random_guest import BLOCKS, Guest, end_process, let_go
 from tests.model.stage import AsyncTransport
 from tests.sizes import MIB
-from vhostsync.config import MirrorTarget, ServeConfig
+from vhostsync.config import ServeConfig
 from vhostsync.device.device import engine_config
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.engine.engine import Engine
@@ -42,6 +42,7 @@ from vhostsync.errors import EngineError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.option_values import Answer
 from vhostsync.storage import identify
 from vhostsync.storage.local import LocalDisk

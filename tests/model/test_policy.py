@@ -34,7 +34,6 @@ from tests.model.random_guest import BLOCKS, SIZE, Guest, check_flushed, end_pro
 from tests.model.rig import BLOCK
 from tests.model.stage import AsyncTransport
 from tests.sizes import MIB
-from vhostsync.config import MirrorTarget
 from vhostsync.device.opening import Opened, begin_record, check_record
 from vhostsync.engine.engine import Engine, EngineConfig, bitmap_file_bytes
 from vhostsync.errors import StateRecordError, VhostsyncError
@@ -44,6 +43,7 @@ from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.pause import DestinationPause
 from vhostsync.mirror.retry import DestinationRetry
 from vhostsync.mirror.source_failover import SourceFailover
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.bitmap import BitmapFile, Shape
 from vhostsync.record.record_store import Prepared, RecordStore
 from vhostsync.record.state_file import StateFile

@@ -17,12 +17,12 @@ from tests.engine_driver import DiskOp
 from tests.frontend import Status
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import SIZE, WAIT_S, Stage, play, until
-from vhostsync.config import MirrorTarget
 from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.errors import DiskError, MirrorError, StateRecordError, SwitchError
 from vhostsync.mirror import peer, record_keeper
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.record_store import Prepared
 from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage import local as disks

@@ -41,7 +41,6 @@ from tests.model.remote_store import Outcome, RemoteStore, Server
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import until
 from tests.model.test_policy import Run, World, disks_in, run_of
-from vhostsync.config import MirrorTarget
 from vhostsync.errors import (
     MirrorError,
     StateRecordError,
@@ -52,6 +51,7 @@ from vhostsync.errors import (
 )
 from vhostsync.mirror import record_keeper
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.record_store import RecordStore
 from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.record.who_may_serve import check_start

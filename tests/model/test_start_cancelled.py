@@ -11,11 +11,11 @@ import anyio
 import pytest
 
 from tests.model.stage import WAIT_S, Stage, play, until
-from vhostsync.config import MirrorTarget
 from vhostsync.errors import StateRecordError
 from vhostsync.mirror import mirror
 from vhostsync.mirror.destination import open_destination
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.state_record import Worth
 from vhostsync.storage.disk import Disk
 

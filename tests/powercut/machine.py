@@ -29,7 +29,6 @@ from tests.powercut.media import image_bytes
 from tests.powercut.recorder import Recorder, Replaced, Settled
 from tests.sizes import MIB
 from tests.testing_library import lib
-from vhostsync.config import MirrorTarget
 from vhostsync.device import opening
 from vhostsync.device.opening import Opened
 from vhostsync.engine import engine as engine_module
@@ -43,6 +42,7 @@ from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.resize import Resizer
 from vhostsync.mirror.source_failover import SourceFailover
 from vhostsync.mirror.verify import Verifier
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.bitmap import BitmapFile, Shape
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, decode_record

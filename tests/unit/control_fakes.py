@@ -13,12 +13,12 @@ import anyio.abc
 
 from tests.sizes import GIB
 from vhostsync import events
-from vhostsync.config import MirrorTarget
 from vhostsync.control.commands import dispatcher
 from vhostsync.control.server import serve_control
 from vhostsync.errors import MirrorError, SwitchError
 from vhostsync.events import EventHub
 from vhostsync.mirror.mirror_status import MirrorStatus
+from vhostsync.mirror_target import MirrorTarget
 
 
 def status(**changes: Any) -> MirrorStatus:

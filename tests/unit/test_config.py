@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostsync import config
-from vhostsync.config import MirrorTarget, ServeConfig
+from vhostsync.config import ServeConfig
 from vhostsync.errors import ConfigError
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.option_values import TcpAddress, parse_metrics
 from vhostsync.quantities import parse_bytes, parse_seconds
 

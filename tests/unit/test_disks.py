@@ -13,9 +13,9 @@ import pytest
 
 from tests.daemon.rig import loop_device
 from tests.sizes import MIB
-from vhostsync.config import MirrorTarget
 from vhostsync.errors import DiskError
 from vhostsync.mirror.destination import Place, check_destination, check_distinct, open_destination
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.storage import local as disks
 from vhostsync.storage.file import create_image
 from vhostsync.storage.identify import identify

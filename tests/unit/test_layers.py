@@ -49,17 +49,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "receive": {"words", "host", "storage", "config", "confine", "record", "control"},
     # The process of `exporter`: all backends of the host, seen by their control sockets.
     "exporter": {"words", "host", "config", "control", "metrics"},
+    # All disks of this host: which there are, and what is done with many. Of what runs it asks by the control
+    # sockets alone.
+    "fleet": {"words", "record", "control"},
     # The command line: of what runs it asks by the control socket alone.
-    "cli": {"words", "storage", "config", "record", "control", "daemon", "receive", "exporter"},
+    "cli": {
+        "words", "storage", "config", "record", "control", "device", "daemon", "receive", "exporter", "fleet",
+    },
 }
 """From the lowest floor up: each names only such as stand above it here."""
 
 AT_THE_TOP = {
     "__init__": "words", "errors": "words", "events": "words", "log_writer": "words",
-    "metrics_page": "words", "option": "words",
+    "lineage_name": "words", "metrics_page": "words", "option": "words",
     "printable": "words", "receive_metrics": "words",
     "quantities": "words", "statistic": "words", "config": "config", "log": "config",
-    "option_values": "config",
+    "mirror_target": "config", "option_values": "config",
     "metrics": "metrics", "daemon": "daemon", "__main__": "cli", "_shim": "binding",
     "_source_hash": "binding",
 }  # fmt: skip

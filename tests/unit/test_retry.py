@@ -6,11 +6,11 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from vhostsync.config import MirrorTarget
 from vhostsync.events import EventHub
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.retry import DestinationRetry
+from vhostsync.mirror_target import MirrorTarget
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from vhostsync import config, quantities
+from vhostsync import quantities
 from vhostsync.errors import ConfigError
+from vhostsync.lineage_name import check_lineage_name
+from vhostsync.mirror_target import check_speed
 from vhostsync.printable import printable
 from vhostsync.storage.kinds import absolute_name
 
@@ -53,7 +55,7 @@ def _positive_seconds(text: str) -> float:
 
 
 def _speed(text: str) -> int:
-    return 0 if text == "none" else config.check_speed(quantities.parse_bytes(text.removesuffix("/s")))
+    return 0 if text == "none" else check_speed(quantities.parse_bytes(text.removesuffix("/s")))
 
 
 def _disk_name(text: str) -> str:
@@ -71,3 +73,4 @@ size = checked(quantities.parse_bytes, "size")
 positive_seconds = checked(_positive_seconds, "duration")
 speed = checked(_speed, "speed")
 disk_name = checked(_disk_name, "path")
+lineage_name = checked(check_lineage_name, "name")

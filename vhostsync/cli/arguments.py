@@ -9,6 +9,7 @@ from vhostsync import __version__
 from vhostsync.cli import argument_types as types
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.exporter_arguments import add_exporter
+from vhostsync.cli.fleet_arguments import add_create, add_list
 from vhostsync.cli.receive_arguments import add_receive
 from vhostsync.cli.serve_arguments import add_serve
 
@@ -92,6 +93,7 @@ _RECORD_EXAMPLES: Final = """\
 examples:
   vhostsync record                                      # all that are in the state directory
   vhostsync record /disks/a.img                         # by a disk, even if it is gone
+  vhostsync record --name vm1
   vhostsync record --json | jq -r '.[].good'
   vhostsync record /disks/a.img --forget                # both disks are gone for good
 
@@ -108,6 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_serve(commands)
     add_receive(commands)
     add_exporter(commands)
+    add_create(commands)
+    add_list(commands)
     _add_client(commands, "status", "status", "show the disk, its guest and the mirror")
     watch = _add_client(commands, "watch", "watch", "show the progress and each event", _WATCH_EXAMPLES)
     watch.add_argument(
@@ -154,6 +158,9 @@ def _add_record(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="a disk (also a lost one, by its path), a state record, or a directory of records "
         "(default: all records in the state directory)",
     )  # fmt: skip
+    record.add_argument(
+        "--name", type=types.lineage_name, metavar="NAME", help="instead of PATH: the name of the disk"
+    )
     record.add_argument("--json", action="store_true", help="print JSON, for scripts")
     record.add_argument(
         "--forget", action="store_true",
@@ -167,8 +174,15 @@ def _add_control(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRE
         type=Path,
         metavar="PATH",
         default=default,
-        help="the backend's control socket (default: the environment's VHOSTSYNC_CONTROL)",
+        help="the backend's control socket (default: that of --name, or the environment's VHOSTSYNC_CONTROL)",
     )
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--name", type=types.lineage_name, metavar="NAME",
+        help="the name that `vhostsync create` has given the disk: finds the control socket of its backend",
+    )  # fmt: skip
 
 
 def _add_client(
@@ -183,6 +197,7 @@ def _add_client(
     )
     parser.set_defaults(function=function)
     _add_control(parser)
+    _add_name(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     return parser
 

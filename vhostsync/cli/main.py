@@ -126,11 +126,22 @@ def _run(words: list[str]) -> int:
     if options.command == "record":
         from vhostsync.record import record_report
 
-        return record_report.run(options.where, as_json=options.json, remove=options.forget)
+        if options.where is not None and options.name is not None:
+            parser.error("name the record by PATH or by --name, not by both")
+        return record_report.run(options.where, options.name, as_json=options.json, remove=options.forget)
+    if options.command in ("create", "list"):
+        from vhostsync.cli import host_commands
+
+        command: Callable[[argparse.Namespace], int] = getattr(host_commands, options.function)
+        return command(options)
+    if options.control is None and options.name is not None:
+        from vhostsync.fleet.disks import find_control
+
+        options.control = find_control(options.name)
     if options.control is None:
         inherited = os.environ.get("VHOSTSYNC_CONTROL")
         if not inherited:
-            parser.error("which backend? Give --control PATH or set VHOSTSYNC_CONTROL")
+            parser.error("which backend? Give --name NAME or --control PATH, or set VHOSTSYNC_CONTROL")
         options.control = Path(inherited)
     return _operate(options)
 

@@ -311,3 +311,10 @@ class Live:
             self._stream.write(line + "\n")
         self._stream.flush()
         self._shown = ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """With headings first; each column as wide as it has to be, the last one as long as it is."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "".join(line.rstrip() + "\n" for line in lines)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ..config import SPEED_BYTES_PER_S_MAX, MirrorTarget
 from ..events import EventHub
+from ..mirror_target import SPEED_BYTES_PER_S_MAX, MirrorTarget
 from ..option_values import Cache
 from . import qmp
 from .command import Argument, Arguments, Command, Dispatcher, dashed, describe

@@ -69,7 +69,8 @@ class Device:
         shown = BlkDevice(opened.shape)
         self.frontends = FrontendServer(shown, engine.attach, hub.publish, engine.rings)
         self._resizer = Resizer(engine, mirror, shown, self.frontends, hub)
-        self._view = DeviceView(config, engine, mirror, self.frontends)
+        place = opened.store.place if opened.store is not None else None
+        self._view = DeviceView(config, engine, mirror, self.frontends, place)
         self._process = process
         engine.on_event(self._on_event)
         self._failover = SourceFailover(engine, mirror, hub, config.destination_timeout_s)

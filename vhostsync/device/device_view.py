@@ -15,13 +15,15 @@ from vhostsync.vhost_user.server import FrontendServer
 
 class DeviceView:
     def __init__(
-        self, config: ServeConfig, engine: Engine, mirror: Mirror, frontends: FrontendServer
+        self, config: ServeConfig, engine: Engine, mirror: Mirror, frontends: FrontendServer,
+        record_place: str | None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._mirror = mirror
         self._frontends = frontends
         self._disk_names = DiskNames()
+        self._record_place = record_place
 
     async def query_status(self) -> dict[str, Any]:
         snapshot = await self._engine.snapshot()
@@ -41,6 +43,7 @@ class DeviceView:
             "read-only": self._config.read_only,
             "write-cache": snapshot.write_cache,
             "mirror": str(self._mirror.state),
+            "record": self._record_place,
             "epoch": self._mirror.epoch,
             "log-lines-dropped": logging.dropped_lines(),
         }

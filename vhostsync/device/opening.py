@@ -75,7 +75,7 @@ def open_device(
             return Opened(disk, device_shape(config, disk), None, None, fence=fence)
         store = open_state_file(
             config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory,
-            answer=config.answer,
+            answer=config.answer, of_name=config.record_of_name,
         )  # fmt: skip
         found, record = check_record(store, disk, config.answer)
         disk = _fenced_off(config, disk, found, fence)
@@ -103,7 +103,7 @@ def open_device(
 def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
     try:
         disk = open_disk(
-            config.blk_file,
+            config.disk,
             read_only=config.read_only,
             cache=config.cache,
             lock_timeout_s=SOURCE_LOCK_S,
@@ -118,7 +118,7 @@ def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
         known = [config.state_file] if config.state_file is not None else []
         if state_directory is not None:
             known += record_report.records_in(state_directory)
-        good = record_report.good_copy(config.blk_file, known)
+        good = record_report.good_copy(config.disk, known)
         if good is None:
             raise
         raise DiskError(f"{error}; {good}") from error

@@ -7,8 +7,8 @@ from typing import Final
 
 import structlog
 
-from vhostsync.config import MirrorTarget
 from vhostsync.errors import DiskError, MirrorError
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.state_record import StateRecord
 from vhostsync.storage import kinds
 from vhostsync.storage.disk import Disk

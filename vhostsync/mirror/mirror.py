@@ -22,7 +22,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
-from vhostsync.config import MirrorTarget
 from vhostsync.confine.privileges import Reach
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, FenceError, MirrorError, StateRecordError, VhostsyncError
@@ -50,6 +49,7 @@ from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.switch import Switch
 from vhostsync.mirror.switch_steps import SwitchSteps
 from vhostsync.mirror.turns import Turns
+from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.bitmap import BitmapFile
 from vhostsync.record.record_store import RecordStore
 from vhostsync.record.state_record import GuestDisk, StateRecord, Wanted, Worth

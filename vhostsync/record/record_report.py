@@ -19,6 +19,7 @@ import structlog
 
 from vhostsync.errors import StateRecordError
 from vhostsync.printable import printable_lines
+from vhostsync.record.names import Names, find_name
 from vhostsync.record.state_file import RealFileSystem, StateFile
 from vhostsync.record.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.record.state_record import StateRecord, Superseded, Worth, named
@@ -52,6 +53,7 @@ class Report:
     peer: Look | None
     backend: int | None  # the process that uses the record
     advice: Advice
+    name: str | None = None  # of the lineage
 
     @property
     def good(self) -> DiskIdentity | None:
@@ -71,42 +73,49 @@ def report(path: Path, looker: Looker = look) -> Report | None:
     current = looker(record.current)
     peer = looker(record.peer) if record.peer is not None else None
     backend = lock_holder(Path(f"{path}.lock"))
-    return Report(path, record, current, peer, backend, advise(record, current, peer, backend))
+    names = Names(path.parent).of_record(path)
+    name = names[0].name if names else None
+    return Report(path, record, current, peer, backend, advise(record, current, peer, backend, name), name)
 
 
 # ---- what comes next ---------------------------------------------------------------
 
 
-def advise(record: StateRecord, current: Look, peer: Look | None, backend: int | None) -> Advice:
+def advise(
+    record: StateRecord, current: Look, peer: Look | None, backend: int | None, name: str | None = None
+) -> Advice:
+    """`name`: of the lineage, by which it is served."""
     path = record.current.path
+
+    def serve(disk: str, *options: str) -> tuple[str, ...]:
+        by_name = () if name is None else ("--name", name)
+        by_path = () if name is not None and disk == path else ("--blk-file", disk)
+        return ("vhostsync", "serve", *by_name, *by_path, *options)
+
     if backend is not None:
         control = control_socket(backend)
         text = f"a backend runs (pid {backend}); ask it"
         return Advice(text, ("vhostsync", "status", *(("--control", control) if control else ())))
     if current.users:
-        return Advice(f"end what uses {path}, then start with it", _serve(path))
+        return Advice(f"end what uses {path}, then start with it", serve(path))
     if current.usable and not (current.condition is Condition.UNSURE and record.at_stake):
-        return Advice("start with the current disk", _serve(path))
+        return Advice("start with the current disk", serve(path))
     if current.usable:
         return Advice(
             f"if the disk at {path} is the one (moved, or its file system numbered anew), say so",
-            _serve(path, "--same-disk"),
+            serve(path, "--same-disk"),
         )
     lost = f"bring {path} back, or, if it is lost for good,"
     if record.peer is None or peer is None:
-        return Advice(f"{lost} promote a backup", _serve("BACKUP", "--promote"))
+        return Advice(f"{lost} promote a backup", serve("BACKUP", "--promote"))
     copy = record.peer.path
     if record.peer_worth is Worth.INCONSISTENT:
         text = f"{lost} promote a backup: {copy} is a copy that did not end, and of no use"
-        return Advice(text, _serve("BACKUP", "--promote"))
-    promoting = _serve(copy, "--promote")
+        return Advice(text, serve("BACKUP", "--promote"))
+    promoting = serve(copy, "--promote")
     if not peer.usable:
         return Advice(f"{lost} bring back {copy}, which {_worth(record)}, and promote it", promoting)
     return Advice(f"{lost} promote {copy}, which {_worth(record)}", promoting)
-
-
-def _serve(disk: str, *options: str) -> tuple[str, ...]:
-    return ("vhostsync", "serve", "--blk-file", disk, *options)
 
 
 def _former(old: Superseded) -> str:
@@ -206,6 +215,7 @@ def forget(path: Path) -> None:
             for pointer in Index(path.parent, RealFileSystem()).pointers():
                 if pointer.record.name == path.name:
                     pointer.path.unlink()
+            Names(path.parent).forget_record(path)
             path.unlink(missing_ok=True)
             Path(f"{path}.lock").unlink(missing_ok=True)
             RealFileSystem().sync_directory(path.parent)
@@ -219,17 +229,25 @@ def forget(path: Path) -> None:
 def lock_holder(lock: Path) -> int | None:
     """The process that holds the record's lock; 0 if it cannot be told which. Nothing is locked for that: a
     start that came at this moment would be refused."""
+    return holder_of(lock, lock_holders())
+
+
+def lock_holders() -> dict[str, int]:
+    """Of all such locks of this host: their files, as the kernel numbers them, and who holds them."""
     try:
-        status = lock.stat()
         lines = LOCKS.read_text().splitlines()
     except OSError:
+        return {}
+    rows = [line.split() for line in lines]
+    return {words[5]: max(int(words[4]), 0) for words in rows if len(words) > 5 and words[1] == "FLOCK"}
+
+
+def holder_of(lock: Path, holders: dict[str, int]) -> int | None:
+    try:
+        status = lock.stat()
+    except OSError:
         return None
-    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    for line in lines:
-        words = line.split()
-        if len(words) > 5 and words[1] == "FLOCK" and words[5] == wanted:
-            return max(int(words[4]), 0)
-    return None
+    return holders.get(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}")
 
 
 def control_socket(pid: int) -> str | None:
@@ -266,6 +284,7 @@ def in_json(found: Report) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "record": str(found.path),
+        "name": found.name,
         "epoch": record.epoch,
         "current": disk(record.current, found.current),
         "other": peer,
@@ -284,7 +303,8 @@ def in_json(found: Report) -> dict[str, Any]:
 
 def in_text(found: Report) -> str:
     record = found.record
-    rows = [
+    rows = [("Name", found.name)] if found.name is not None else []
+    rows += [
         ("Record", f"{found.path}, epoch {record.epoch}"),
         ("Current", f"{record.current.path}: {found.current.in_words()}"),
     ]
@@ -306,9 +326,11 @@ def in_text(found: Report) -> str:
     return "".join(f"{name:<12} {text}\n" for name, text in rows)
 
 
-def run(where: str | None, *, as_json: bool, remove: bool) -> int:
-    """`vhostsync record`; the exit code."""
+def run(where: str | None, name: str | None = None, *, as_json: bool, remove: bool) -> int:
+    """`vhostsync record`; the exit code. `name`: of the lineage, instead of a path."""
     directory = default_directory()
+    if name is not None:
+        where = str(find_name(name, directory).record)
     found = find(where, directory)
     if not found:
         what = "no state record" if where is None else f"no state record that knows {where}"

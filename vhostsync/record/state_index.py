@@ -24,6 +24,7 @@ from typing import Any
 import structlog
 
 from vhostsync.errors import DamagedRecordError, StateRecordError
+from vhostsync.host import directory as own_directory
 from vhostsync.option_values import Answer
 from vhostsync.record.state_file import FileSystem, RealFileSystem, StateFile
 from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked, named
@@ -52,10 +53,12 @@ def default_directory(environment: dict[str, str] | None = None, user: int | Non
 def open_state_file(
     explicit: Path | None, disk: DiskIdentity, *, lock_timeout_s: float,
     directory: Path | None = None, files: FileSystem | None = None, answer: Answer | None = None,
+    of_name: Path | None = None,
 ) -> StateFile:
-    """The locked state file for `disk`: the one named, or the one that the index finds, or a new one named
-    after the disk (also where it looks like one that is known, if the operator's answer says that it is
-    none). Blocks. Call it with the disk's own lock held. StateRecordError."""
+    """The locked state file for `disk`: the one named, or the one that the disk's name leads to (`of_name`,
+    in the directory), or the one that the index finds, or a new one named after the disk (also where it looks
+    like one that is known, if the operator's answer says that it is none). Blocks. Call it with the disk's
+    own lock held. StateRecordError."""
     files = files if files is not None else RealFileSystem()
     if explicit is not None:
         # What the link leads to is the record: a rename over the link itself would leave two.
@@ -66,7 +69,7 @@ def open_state_file(
         base = directory if directory is not None else default_directory()
         make_directory(base)
         index = Index(base, files)
-        path = index.record_of(disk, answer)
+        path = index.record_of(disk, answer) if of_name is None else index.unclaimed(disk, of_name)
         state_file = StateFile(
             Path(os.path.realpath(path)), files=files,
             before_write=lambda record: index.point(record, path),
@@ -78,43 +81,14 @@ def open_state_file(
 
 
 def make_directory(path: Path, owner: tuple[int, int] | None = None) -> None:
-    """With its missing parents, each durable in its own parent, for the owner alone. `owner`: user and group
-    that get the last of them, if it is made here."""
+    """Of state records, for their owner alone. StateRecordError."""
     try:
-        missing = [path] if not path.exists() else []
-        while missing and not missing[-1].parent.exists():
-            missing.append(missing[-1].parent)
-        for each in reversed(missing):
-            _make_one(each, owner if each == path else None)
+        own_directory.make_directory(path, owner)
     except OSError as error:
         raise StateRecordError(
             f"the directory for the state record, {path}, cannot be made: {error.strerror}; name a "
             f"--state-file elsewhere, or use --no-state-file"
         ) from error
-
-
-def _make_one(path: Path, owner: tuple[int, int] | None) -> None:
-    """By descriptors: by its name, the owner would be given to what somebody has put in its place."""
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            os.mkdir(path.name, 0o700, dir_fd=parent)
-        except FileExistsError:
-            return  # somebody else was quicker, and keeps it
-        if owner is not None:
-            made = os.open(
-                path.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent
-            )
-            try:
-                ours = os.fstat(made).st_uid == os.geteuid()
-                if not ours or os.listdir(made):  # noqa: PTH208 a descriptor
-                    raise OSError(0, "somebody has put another directory in its place")
-                os.fchown(made, *owner)
-            finally:
-                os.close(made)
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 class Index:
@@ -165,6 +139,15 @@ class Index:
         """The record that has taken this disk from the one at `path`. StateRecordError as `record_of`."""
         found = self._only(disk, _records(self.pointers(disk), disk, Likeness.SAME))
         return found if found != path else None
+
+    def unclaimed(self, disk: DiskIdentity, path: Path) -> Path:
+        """`path`, if no other record has this disk. StateRecordError."""
+        if (other := self.other_record(disk, path)) is not None:
+            raise StateRecordError(
+                f"{disk.path} belongs to {named(other)} by now, and not to {named(path)}; see what both say: "
+                f"vhostsync record {other}"
+            )
+        return path
 
     def point(self, record: StateRecord, path: Path) -> None:
         """Makes both disks of the record find it, durably. Raises OSError."""

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of the commands that are about the disks of this host, and not about one backend."""
+
+import argparse
+from typing import Final
+
+from vhostsync.cli import argument_types as types
+from vhostsync.cli.argument_types import Parser
+
+_CREATE: Final = """\
+Give a disk a name. From then on the name stands for the machine's disk, whichever that is: the name finds the
+state record, and the record says which disk is the current one. Nothing has to be edited after a switch.
+No backend is needed. Where the disk has no state record yet, one is begun; one that it has is kept as it is,
+and its backend may run meanwhile.
+"""
+
+_CREATE_EXAMPLES: Final = """\
+how it goes:
+  vhostsync create vm1 --disk /disks/vm1.img
+  vhostsync serve --name vm1                            # or: systemctl start vhostsync@vm1.socket
+  vhostsync mirror start /mnt/new/vm1.img --create --wait --name vm1
+  vhostsync switch --name vm1
+  systemctl restart vhostsync@vm1                       # serves /mnt/new/vm1.img
+
+examples:
+  vhostsync create vm1 --disk /disks/vm1.img --mirror /mnt/b/vm1.img --create-mirror
+                                         # the first start begins the mirror
+  vhostsync create vm1-data --disk /dev/vg/data --group vm1
+  STATE_DIRECTORY=/var/lib/vhostsync/vm1 vhostsync create vm1 --disk /disks/vm1.img
+                                         # where each backend has a user of its own
+
+Root becomes the user whom the state directory belongs to, so that the backends can read what is made.
+It exits 0 when the name stands for the disk, 1 when it was refused (nothing was changed; the reason is on
+stderr). `vhostsync record --name vm1 --forget` takes the name and the record away.
+"""
+
+_LIST: Final = """\
+Show all disks of this host: those that a state record knows, and those whose backends run.
+"""
+
+_LIST_EXAMPLES: Final = """\
+examples:
+  vhostsync list
+  vhostsync list --json | jq -r '.[] | select(.state != "steady") | .label'
+
+the columns:
+  STATE   of the mirror: passthrough (there is none), syncing, steady, ahead, degraded; stopped: no backend
+          runs; unknown: one does not answer, or a record cannot be read (the reason is on stderr)
+  LAG     how far the other disk is behind
+  GUEST   runs (it uses the disk), connected, none
+  DISK    the current one: what a start by the name would serve
+  OTHER   the destination of the mirror, or the last one, and what it is worth if the current disk is lost now
+
+It exits 0, or 1 if any is unknown.
+"""
+
+
+def add_create(commands: "argparse._SubParsersAction[Parser]") -> None:
+    create = commands.add_parser(
+        "create", help="give a disk a name, by which it is served from then on", description=_CREATE,
+        epilog=_CREATE_EXAMPLES,
+    )  # fmt: skip
+    create.set_defaults(function="create")
+    create.add_argument("name", type=types.lineage_name, metavar="NAME", help="such as vm1")
+    create.add_argument(
+        "--disk", type=types.disk_name, metavar="PATH", required=True,
+        help="the current disk: an image file or a block device",
+    )  # fmt: skip
+    create.add_argument(
+        "--group", type=types.lineage_name, metavar="NAME",
+        help="the group that it belongs to: the disks of one machine",
+    )  # fmt: skip
+    create.add_argument(
+        "--mirror", type=types.disk_name, metavar="PATH", help="mirror it there, from the first start on"
+    )
+    create.add_argument(
+        "--create-mirror", action="store_true", help="make the mirror's image file, at the size of the disk"
+    )
+    create.add_argument(
+        "--force", action="store_true", help="overwrite the mirror, although it seems to hold something"
+    )
+    create.add_argument(
+        "--if-new", action="store_true",
+        help="where there is a disk of that name, leave everything as it is, and succeed",
+    )  # fmt: skip
+    create.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def add_list(commands: "argparse._SubParsersAction[Parser]") -> None:
+    listing = commands.add_parser(
+        "list", help="show all disks of this host", description=_LIST, epilog=_LIST_EXAMPLES
+    )
+    listing.set_defaults(function="list_disks")
+    listing.add_argument("--json", action="store_true", help="print JSON, for scripts")

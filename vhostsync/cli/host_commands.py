@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that are about the disks of this host: each prints and returns an exit code."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import anyio
+
+from vhostsync.cli.show import table
+from vhostsync.errors import ConfigError
+from vhostsync.fleet.disks import HostDisk, host_disks
+from vhostsync.mirror_target import MirrorTarget
+from vhostsync.printable import printable, size
+from vhostsync.record.names import Names
+from vhostsync.record.state_index import default_directory
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+
+_HEADINGS: Final = ("NAME", "STATE", "LAG", "GUEST", "DISK", "OTHER")
+
+
+def create(options: argparse.Namespace) -> int:
+    """`vhostsync create`."""
+    if options.if_new and Names(default_directory()).find(options.name) is not None:
+        return EXIT_OK
+    if options.mirror is None and (options.create_mirror or options.force):
+        raise ConfigError("--create-mirror and --force are about the mirror; name it with --mirror.")
+    from vhostsync.device.new_disk import NewDisk, create_disk  # needs the extension
+
+    mirror = None
+    if options.mirror is not None:
+        mirror = MirrorTarget(options.mirror, create=options.create_mirror, force=options.force)
+    lineage = create_disk(
+        NewDisk(name=options.name, disk=options.disk, group=options.group, mirror=mirror)
+    )
+    if options.json:
+        made = {"name": lineage.name, "group": lineage.group, "record": str(lineage.record)}
+        sys.stdout.write(json.dumps(made) + "\n")
+    else:
+        disk, name = printable(options.disk), lineage.name
+        sys.stdout.write(f"{name} stands for {disk}; now: vhostsync serve --name {name}\n")
+    return EXIT_OK
+
+
+def list_disks(options: argparse.Namespace) -> int:
+    """`vhostsync list`."""
+    disks = anyio.run(host_disks)
+    for disk in disks:
+        if disk.problem is not None:
+            sys.stderr.write(f"vhostsync: {printable(disk.shown_name)}: {printable(disk.problem)}\n")
+    if options.json:
+        sys.stdout.write(json.dumps([disk.in_json() for disk in disks]) + "\n")
+    elif disks:
+        sys.stdout.write(table([_HEADINGS, *map(_row, disks)]))
+    else:
+        sys.stdout.write("no disk of this host is known; `vhostsync create` gives one a name\n")
+    return EXIT_FAILED if any(disk.problem is not None for disk in disks) else EXIT_OK
+
+
+def _row(disk: HostDisk) -> Sequence[str]:
+    name = disk.shown_name if disk.name is not None else f"({disk.shown_name})"
+    other = "-" if disk.other is None else f"{disk.other} ({disk.worth or 'of unknown worth'})"
+    return tuple(map(printable, (name, state(disk), lag(disk), disk.guest or "-", disk.disk or "-", other)))
+
+
+def state(disk: HostDisk) -> str:
+    """In a word, and how far a copy is."""
+    mirror = disk.mirror or {}
+    total = mirror.get("copy-bytes-total")
+    if disk.state == "syncing" and total:
+        return f"syncing {100 * mirror['copy-bytes-done'] // total} %"
+    return f"{disk.state}, paused" if mirror.get("paused") else disk.state
+
+
+def lag(disk: HostDisk) -> str:
+    if disk.mirror is None or disk.state not in ("steady", "ahead"):
+        return "-"
+    return f"{size(disk.mirror['lag-bytes'])}, {disk.mirror['lag-ms']:.0f} ms"

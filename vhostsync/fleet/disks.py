@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disks of this host, one after the other: `known_disks` finds them, `ask` asks their backends.
+
+A disk is known by a state record of the state directory (or of one below it, where each backend has its own),
+or by a control socket in the place that sockets have by name. A record's backend is the one whose socket has
+its place by the record's name, else the process that holds the record's lock."""
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+
+from vhostsync.control.client import connect
+from vhostsync.errors import ControlError, StateRecordError
+from vhostsync.lineage_name import control_of, is_lineage_name, runtime_directory
+from vhostsync.record.names import Lineage, Names, find_name, state_directories
+from vhostsync.record.record_report import control_socket, holder_of, lock_holders, records_in
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_index import default_directory
+from vhostsync.record.state_record import StateRecord
+
+ASKED_AT_ONCE: Final = 64
+ANSWER_S: Final = 5.0
+
+Answer = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostDisk:
+    """One disk of this host. `name` and `group` are those that `vhostsync create` has given it; `record` is
+    None where nothing could be read. `control`: where its backend listens. `status` and `mirror` are what it
+    has answered (query-status, query-mirror); None: none runs, or it does not answer (`problem`)."""
+
+    name: str | None = None
+    group: str | None = None
+    record_path: Path | None = None
+    record: StateRecord | None = None
+    control: Path | None = None
+    status: Answer | None = None
+    mirror: Answer | None = None
+    problem: str | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.status is not None
+
+    @property
+    def shown_name(self) -> str:
+        """What people call it: its name, else what its backend is called, else the record."""
+        if self.name is not None:
+            return self.name
+        label = str(self.status["name"]) if self.status is not None else ""
+        if label or self.record_path is None:
+            return label or str(self.control)
+        return self.record_path.name
+
+    @property
+    def state(self) -> str:
+        """Of the mirror, where a backend runs; else `stopped`, or `unknown` where it cannot be told."""
+        if self.mirror is not None:
+            return str(self.mirror["state"])
+        return "stopped" if self.problem is None else "unknown"
+
+    @property
+    def disk(self) -> str | None:
+        """The current one."""
+        if self.status is not None:
+            return str(self.status["disk"])
+        return self.record.current.path if self.record is not None else None
+
+    @property
+    def other(self) -> str | None:
+        """The destination, or the last one."""
+        if self.mirror is not None:
+            return None if self.mirror["destination"] is None else str(self.mirror["destination"])
+        peer = self.record.peer if self.record is not None else None
+        return peer.path if peer is not None else None
+
+    @property
+    def worth(self) -> str | None:
+        """Of that, if the current disk were lost now."""
+        if self.mirror is not None:
+            return None if self.mirror["worth"] is None else str(self.mirror["worth"])
+        worth = self.record.peer_worth if self.record is not None else None
+        return str(worth) if worth is not None else None
+
+    @property
+    def guest(self) -> str | None:
+        """`runs` (it has the disk in use), `connected`, `none`; None: no backend runs."""
+        if self.status is None:
+            return None
+        if self.status["active"]:
+            return "runs"
+        return "connected" if self.status["frontends"] else "none"
+
+    def in_json(self) -> dict[str, Any]:
+        mirror = self.mirror or {}
+        return {
+            "name": self.name,
+            "group": self.group,
+            "label": self.shown_name,
+            "running": self.running,
+            "state": self.state,
+            "disk": self.disk,
+            "other": self.other,
+            "worth": self.worth,
+            "guest": self.guest,
+            "lag-bytes": mirror.get("lag-bytes"),
+            "lag-ms": mirror.get("lag-ms"),
+            "capacity": self.status["capacity"] if self.status is not None else None,
+            "copy-bytes-done": mirror.get("copy-bytes-done"),
+            "copy-bytes-total": mirror.get("copy-bytes-total"),
+            "copy-remaining-s": mirror.get("copy-remaining-s"),
+            "last-error": mirror.get("last-error"),
+            "control": str(self.control) if self.control is not None else None,
+            "record": str(self.record_path) if self.record_path is not None else None,
+            "problem": self.problem,
+        }
+
+
+# ---- which there are ------------------------------------------------------------------
+
+
+def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[HostDisk]:
+    """All of them, none asked yet; by name, those without one last. Blocks. StateRecordError where the state
+    directory cannot be read."""
+    runtime = runtime if runtime is not None else runtime_directory()
+    holders = lock_holders()
+    found: list[HostDisk] = []
+    for directory in state_directories(state if state is not None else default_directory()):
+        try:
+            records, names = records_in(directory), Names(directory).all()
+        except StateRecordError as error:
+            found.append(HostDisk(record_path=directory, problem=str(error)))
+            continue
+        of_record = {each.record.name: each for each in names}
+        found += [_recorded(path, of_record.get(path.name), holders, runtime) for path in records]
+        there = {path.name for path in records}
+        found += [_lost(each) for each in names if each.record.name not in there]
+    listening = {each.control for each in found}
+    found += [HostDisk(control=path) for path in control_sockets(runtime) if path not in listening]
+    return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
+
+
+def _recorded(
+    path: Path, lineage: Lineage | None, holders: dict[str, int], runtime: Path
+) -> HostDisk:
+    disk = HostDisk(record_path=path)
+    if lineage is not None:
+        disk = replace(disk, name=lineage.name, group=lineage.group)
+    try:
+        disk = replace(disk, record=StateFile(path).load())
+    except StateRecordError as error:
+        disk = replace(disk, problem=str(error))
+    by_name = runtime / lineage.name / "control" if lineage is not None else None
+    if by_name is not None and _is_socket(by_name):
+        return replace(disk, control=by_name)
+    process = holder_of(Path(f"{path}.lock"), holders)
+    place = control_socket(process) if process else None
+    return replace(disk, control=Path(place)) if place is not None else disk
+
+
+def _lost(lineage: Lineage) -> HostDisk:
+    return HostDisk(
+        name=lineage.name, group=lineage.group, record_path=lineage.record,
+        problem=f"the state record {lineage.record} is missing; restore it, or vhostsync record --name "
+        f"{lineage.name} --forget",
+    )  # fmt: skip
+
+
+def control_sockets(runtime: Path) -> list[Path]:
+    """Of all backends that have their place by name."""
+    try:
+        folders = sorted(runtime.iterdir())
+    except OSError:
+        return []
+    return [each / "control" for each in folders if _is_socket(each / "control")]
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def find_control(name: str) -> Path:
+    """Where the backend of this name listens, or would. Blocks. ConfigError, StateRecordError."""
+    place = control_of(name)
+    if _is_socket(place) or not is_lineage_name(name):
+        return place
+    try:
+        lineage = find_name(name, default_directory())
+    except StateRecordError:
+        return place  # a name that only its backend has
+    process = holder_of(Path(f"{lineage.record}.lock"), lock_holders())
+    other = control_socket(process) if process else None
+    return Path(other) if other is not None else place
+
+
+# ---- what their backends say -----------------------------------------------------------
+
+
+async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
+    """The same, with what their backends say of themselves, so many at once."""
+    asked = list(disks)
+    limit = anyio.CapacityLimiter(ASKED_AT_ONCE)
+
+    async def ask_one(at: int) -> None:
+        async with limit:
+            asked[at] = await _ask(asked[at])
+
+    async with anyio.create_task_group() as tasks:
+        for at, disk in enumerate(asked):
+            if disk.control is not None:
+                tasks.start_soon(ask_one, at)
+    return _each_once(asked)
+
+
+async def host_disks() -> list[HostDisk]:
+    """All disks of this host, as they are now. StateRecordError."""
+    return await ask(await anyio.to_thread.run_sync(known_disks))
+
+
+async def _ask(disk: HostDisk) -> HostDisk:
+    assert disk.control is not None
+    try:
+        with anyio.fail_after(ANSWER_S):
+            async with connect(disk.control) as client:
+                status = await client.execute("query-status")
+                mirror = None if "receiver" in status else await client.execute("query-mirror")
+    except TimeoutError:
+        return replace(disk, problem=f"the backend at {disk.control} does not answer")
+    except ControlError as error:
+        if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+            return replace(disk, control=None)  # a socket that its backend has left behind
+        return replace(disk, problem=str(error))
+    if mirror is None:
+        return replace(disk, control=None)  # the receiver of another host's disk
+    return replace(disk, status=status, mirror=mirror)
+
+
+def _each_once(disks: list[HostDisk]) -> list[HostDisk]:
+    """What answers at the place of a name may be the backend of another record: each answer goes to the
+    record that its backend names, and what is left has none."""
+    answers = {place: each for each in disks if (place := _record_of_answer(each)) is not None}
+    known = {_real(each.record_path) for each in disks if each.record_path is not None}
+    found = []
+    for disk in disks:
+        if disk.record_path is not None:
+            found.append(_with_answer(disk, answers.get(_real(disk.record_path))))
+        if disk.status is not None and _record_of_answer(disk) not in known:
+            found.append(HostDisk(control=disk.control, status=disk.status, mirror=disk.mirror))
+        if disk.record_path is None and disk.problem is not None:
+            found.append(disk)
+    return found
+
+
+def _with_answer(disk: HostDisk, theirs: HostDisk | None) -> HostDisk:
+    if theirs is None:
+        return disk if disk.status is None else replace(disk, control=None, status=None, mirror=None)
+    return replace(disk, control=theirs.control, status=theirs.status, mirror=theirs.mirror, problem=None)
+
+
+def _record_of_answer(disk: HostDisk) -> str | None:
+    """The record that the backend names; one of an earlier version names none, and is believed to use that in
+    whose place it was found."""
+    if disk.status is None:
+        return None
+    own = str(disk.record_path) if disk.record_path is not None else None
+    place = disk.status.get("record", own)
+    return None if place is None else _real(Path(place))
+
+
+def _real(path: Path) -> str:
+    return os.path.realpath(path)
