@@ -257,6 +257,18 @@ class CephCluster:
             self._await_osds()
 
     @contextlib.contextmanager
+    def osd_killed(self, osd: Osd) -> Iterator[None]:
+        """One of several; all are up again on return."""
+        assert osd.process is not None
+        osd.process.kill()
+        osd.process = None
+        try:
+            yield
+        finally:
+            self.start_osd(osd)
+            self._await_osds()
+
+    @contextlib.contextmanager
     def monitor_killed(self) -> Iterator[None]:
         self.kill_monitor()
         try:
