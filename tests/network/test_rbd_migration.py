@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that moves while its disk is an image of a Ceph cluster. Two QEMUs share one backend, which keeps the
-lock; two backends never share the image: the second one has it when the first has let go."""
+"""A guest that moves while its disk is an image of a Ceph cluster. Two QEMUs share one backend, which keeps
+the lock; two backends never share the image: the second one has it when the first has let go."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool that keeps three copies, on three OSDs: one of them may die at any time, and the guest goes on with the
-other two. Nobody hears of it but `ceph health`."""
+"""A pool that keeps three copies, on three OSDs: one of them may die at any time, and the guest goes on with
+the other two. Nobody hears of it but `ceph health`."""
 
 from __future__ import annotations
 
