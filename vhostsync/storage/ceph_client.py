@@ -54,8 +54,8 @@ def library() -> tuple[Any, Any]:
                 f"package librbd1"
             ) from error
         raise DiskError(
-            "this vhostsync was built without librbd, so it has no disks of a Ceph cluster; install its "
-            "headers (on Debian the package librbd-dev) and build it again"
+            "this vhostsync has no disks of a Ceph cluster: install the package vhostsync-rbd (or "
+            "librbd-dev, and build again)"
         ) from error
     if _rbd.lib.vs_rbd_begin(disk_services()) < 0:
         raise DiskError("vhostsync's library for disks of a Ceph cluster does not fit; build it again")

@@ -53,7 +53,7 @@ def _library() -> tuple[Any, Any]:
     try:
         library = import_module("vhostsync._nbd")
     except ImportError as error:
-        lacking = "libnbd0" if "libnbd" in str(error) else "libnbd-dev, and build vhostsync again"
+        lacking = "libnbd0" if "libnbd" in str(error) else "vhostsync-nbd (or libnbd-dev, and build again)"
         raise DiskError(f"disks of NBD servers need libnbd: install the package {lacking}") from error
     if library.lib.vs_nbd_begin(disk_services()) != 0:
         raise DiskError("the NBD library was built from other sources than vhostsync: build both again")
