@@ -115,7 +115,7 @@ struct vs_engine_config {
     uint32_t writeback;          /* 1: WCE on by default */
     uint32_t poll_us;            /* looks for work so long before it sleeps; 0: never, VS_POLL_AUTO: where it pays */
     uint32_t threads;            /* 1 .. VS_THREADS_MAX: one decides, the others do a share of the disks' work */
-    uint32_t peer_tracked;       /* the bitmap tells what differs from a peer that is known */
+    uint32_t peer_tracked;       /* a peer is known: the bitmap tells what differs, or without one nothing does */
     vs_bitmap *bitmap;           /* NULL: none. Owned on success */
     char serial[20];
     uint32_t pull_ahead;             /* 1: on congestion the guest runs ahead of the destination; 0: its writes wait */
@@ -134,9 +134,15 @@ struct vs_engine_config {
  * errno; *step then names the system call that failed. */
 int vs_engine_create(const struct vs_engine_config *config, vs_disk *source, vs_engine **out, const char **step);
 
-/* Stops the thread and frees everything. May block until the disks have
+/* Stops the thread and closes the disks and the bitmap. May block until the disks have
  * completed what was submitted to them: call it off the event loop.
  * Returns to which disks (1 << vs_disk_role) changes were sent that may still be carried out. */
+uint32_t vs_engine_stop(vs_engine *engine);
+
+/* After vs_engine_stop: the memory, and what the kernel takes its time to give up (tens of milliseconds). */
+void vs_engine_free(vs_engine *engine);
+
+/* Both. */
 uint32_t vs_engine_destroy(vs_engine *engine);
 
 int vs_engine_event_fd(vs_engine *engine);

@@ -14,8 +14,13 @@ there is an event loop, in the only thread.
         └─ control socket, metrics, the service manager (until the end begins)
 """
 
+import functools
+import os
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import anyio
 import anyio.abc
@@ -31,12 +36,15 @@ from vhostsync.control.server import serve_control
 from vhostsync.device.device import Device, start_engine
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.engine.engine import Engine
-from vhostsync.errors import ConfigError, VhostsyncError, leaves
+from vhostsync.errors import ConfigError, HandOverError, VhostsyncError, leaves
+from vhostsync.hand_over import ENVIRONMENT, Inheritance, Predecessor, Successor, ask
 from vhostsync.host import directory as own_directory
+from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
 from vhostsync.lineage_name import is_lineage_name, socket_of
 from vhostsync.metrics import serve_metrics
+from vhostsync.option_values import TakeOver
 from vhostsync.printable import printable
 from vhostsync.record.names import follow_name
 from vhostsync.record.state_index import default_directory, make_directory
@@ -44,17 +52,24 @@ from vhostsync.storage import kinds
 from vhostsync.storage.network import use_network
 from vhostsync.storage.signatures import load_library
 from vhostsync.vhost_user import listener
+from vhostsync.vhost_user.heritage import Heritage
 
 log = structlog.get_logger(__name__)
 
+RELEASE_S = 10.0  # frontends that are not let go of in this time connect again to the successor
 
-def run(config: ServeConfig) -> int:
-    """Serve until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1."""
+
+def run(config: ServeConfig, take_over: TakeOver = TakeOver.NOTHING) -> int:
+    """Serve until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1.
+    `take_over`: what of the backend that has this control socket (hand_over.py)."""
     logging.configure(config.log_format, config.log_level)
     failures: list[BaseException] = []
     try:
-        config = follow_name(config)
-        anyio.run(_serve, config, _start(config))
+        taken_over = None
+        if take_over is not TakeOver.NOTHING:
+            taken_over = _take_over(follow_name(config), log_too=take_over is TakeOver.GUEST_AND_LOG)
+        config = follow_name(config)  # once the predecessor has left its disk, that is certain
+        anyio.run(_serve, config, _start(config, taken_over))
     except* VhostsyncError as group:
         failures = leaves(group)
     for failure in failures:
@@ -64,16 +79,36 @@ def run(config: ServeConfig) -> int:
 
 
 @dataclass(frozen=True)
+class TakenOver:
+    """Of the backend that was there before."""
+
+    predecessor: Predecessor
+    inheritance: Inheritance
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """To the backend that goes on."""
+
+    successor: Successor
+    frontends: Sequence[Heritage]
+    equal: bool
+
+
+@dataclass(frozen=True)
 class Started:
     """All that `_serve` needs, before the event loop begins."""
 
     opened: Opened
-    endpoint: listener.Endpoint
+    endpoint: listener.Endpoint | None
     engine: Engine
     confinement: Confinement
     manager: ServiceManager
+    state_directory: Path | None
+    taken_over: TakenOver | None = None
 
 
+@functools.cache
 def _load_modules() -> None:
     """What is loaded when it is first used: now, while every file can still be read."""
     for name in dir(anyio):
@@ -82,7 +117,25 @@ def _load_modules() -> None:
     load_library()
 
 
-def _start(config: ServeConfig) -> Started:
+def _take_over(config: ServeConfig, *, log_too: bool) -> TakenOver | None:
+    """Blocks. From here on nobody serves the guest, until this does. None: as any other start. ConfigError,
+    HandOverError, ControlError: the backend that is there goes on."""
+    if config.control_socket is None:
+        raise ConfigError("--take-over needs --control, which says whose guest is taken over.")
+    _load_modules()
+    kinds.kind_of(config.disk)  # loads its module: the guest does not wait for that
+    predecessor = anyio.run(ask, config.control_socket, config.socket_path)
+    inheritance = predecessor.inherit() if predecessor is not None else None
+    if predecessor is None or inheritance is None:
+        return None
+    os.environ.update(inheritance.environment)
+    with inheritance.log as former_log:
+        if log_too:
+            os.dup2(former_log.fileno(), sys.stderr.fileno())
+    return TakenOver(predecessor, inheritance)
+
+
+def _start(config: ServeConfig, taken_over: TakenOver | None) -> Started:
     """Steps 1 to 4 of privileges.py. Blocks. VhostsyncError: nothing is left open."""
     user = find_user(config.user) if config.user is not None else None
     owner = (user.uid, user.gid) if user is not None else None
@@ -99,12 +152,14 @@ def _start(config: ServeConfig) -> Started:
         manager = ServiceManager()
         undo.callback(manager.close)
         opened = open_device(
-            config, state_directory, lambda: change_user(user) if user is not None else None
-        )
+            config, state_directory, lambda: change_user(user) if user is not None else None,
+            handed_over_equal=taken_over is not None and taken_over.inheritance.equal,
+        )  # fmt: skip
         undo.callback(opened.close)
         use_network(replace(config.network_use, make_certain=opened.fence.make_certain_blocking))
-        endpoint = _open_endpoint(config)
-        undo.callback(endpoint.close)
+        endpoint = _open_endpoint(config, taken_over)
+        if endpoint is not None:
+            undo.callback(endpoint.close)
         peer = opened.record.peer if opened.record is not None else None
         disks_known = [opened.disk.identity] if peer is None else [opened.disk.identity, peer]
         names = (config.disk, *(disk.path for disk in disks_known))
@@ -115,15 +170,24 @@ def _start(config: ServeConfig) -> Started:
         confinement.confine()
         engine = start_engine(config, opened)
         undo.pop_all()
-    return Started(opened, endpoint, engine, confinement, manager)
+    return Started(opened, endpoint, engine, confinement, manager, state_directory, taken_over)
 
 
 class Process:
-    """When it ends: told by a signal, `quit`, or the last of its frontends."""
+    """When it ends: told by a signal, `quit`, `hand-over`, or the last of its frontends."""
 
-    def __init__(self) -> None:
+    def __init__(self, control: Path | None) -> None:
+        self._control = control
         self._quit = anyio.Event()
         self._forced = anyio.Event()
+        self.successor: Successor | None = None
+
+    async def hand_over(self) -> None:
+        """Begin the end, for a successor that is there. HandOverError: it is not."""
+        if self._control is None or self.stopping:
+            raise HandOverError("This backend ends already.")
+        self.successor = await anyio.to_thread.run_sync(Successor, self._control)
+        self._quit.set()
 
     def stop(self, *, force: bool = False) -> None:
         """Begin the end. May be called again, with force."""
@@ -148,22 +212,27 @@ class Process:
 
 
 async def _serve(config: ServeConfig, started: Started) -> None:
-    opened = started.opened
+    opened, endpoint = started.opened, started.endpoint
+    leaving = None
     try:
         try:
             try:
                 started.confinement.seal(started.engine.check_rings_restricted)
                 logging.write_in_background()
-                device = await _serve_device(config, started)
+                device, leaving = await _serve_device(config, started)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await started.engine.close()
+                    await started.engine.close(process_ends=True)
         finally:
-            started.endpoint.close()
+            if endpoint is not None and leaving is None:
+                endpoint.close()
         await anyio.to_thread.run_sync(device.mirror.record_clean)
     finally:
         await anyio.to_thread.run_sync(opened.close)
-        started.manager.close()
+        if leaving is None:
+            started.manager.close()
+    if leaving is not None:
+        await _hand_over(leaving, endpoint, started.state_directory)
     log.info("ended", disk=device.mirror.source_path)
 
 
@@ -182,22 +251,44 @@ def _make_socket_directory(config: ServeConfig, owner: tuple[int, int] | None) -
         ) from error
 
 
-def _open_endpoint(config: ServeConfig) -> listener.Endpoint:
+async def _hand_over(
+    leaving: Leaving, endpoint: listener.Endpoint | None, state_directory: Path | None
+) -> None:
+    """All disks are closed. HandOverError: this process has failed, and is to be started again."""
+    listening = endpoint if endpoint is not None and endpoint.listening else None
+    made = listening is not None and listening.bound is not None
+    sock = listening.sock if listening is not None else None
+    own_log = OwnedFd(os.dup(sys.stderr.fileno()))
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    if state_directory is not None:
+        environment["STATE_DIRECTORY"] = str(state_directory)
+    estate = Inheritance(own_log, environment, sock, made, leaving.frontends, leaving.equal)
+    await anyio.to_thread.run_sync(leaving.successor.give, estate)
+    log.info("handed over", frontends=len(leaving.frontends))
+
+
+def _open_endpoint(config: ServeConfig, taken_over: TakenOver | None) -> listener.Endpoint | None:
+    if taken_over is not None:
+        left = taken_over.inheritance
+        path = config.socket_path if left.file_is_ours else None
+        return listener.inherit(left.listener, path) if left.listener is not None else None
     if config.fd is not None:
         return listener.adopt(config.fd)
     assert config.socket_path is not None
     return listener.listen_at(config.socket_path)
 
 
-async def _serve_device(config: ServeConfig, started: Started) -> Device:
-    opened, process = started.opened, Process()
+async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, Leaving | None]:
+    opened, process = started.opened, Process(config.control_socket)
+    inherited = started.taken_over.inheritance.frontends if started.taken_over is not None else ()
+    heirs: list[Heritage] = []
     device = Device(config, opened, started.engine, started.confinement.reach, process)
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(device.run)
         await lasting.start(watch_signals, process)
         async with anyio.create_task_group() as serving:
             await _start_control(config, device, serving)
-            serving.start_soon(device.serve, started.endpoint, process.stop)
+            serving.start_soon(device.serve, started.endpoint, process.stop, inherited)
             log.info(
                 "serving",
                 disk=opened.disk.name,
@@ -206,15 +297,25 @@ async def _serve_device(config: ServeConfig, started: Started) -> Device:
                 direct=opened.disk.direct,
                 socket=str(config.socket_path) if config.socket_path else f"fd {config.fd}",
             )
+            for each in inherited:
+                await each.taken.wait()
             await serving.start(started.manager.follow, device.status_line, device.events)
+            if started.taken_over is not None:
+                started.manager.tell(MAINPID=os.getpid())
+                await anyio.to_thread.run_sync(started.taken_over.predecessor.tell_serving)
             await process.wait_stopped()
             device.events.publish(events.SHUTDOWN, {"force": process.forced})
             started.manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")
             lasting.start_soon(_abandon_if_forced, process, device)
+            if process.successor is not None:
+                with anyio.move_on_after(RELEASE_S):
+                    heirs = await device.frontends.release()
             serving.cancel_scope.cancel()
         await device.detach(force=process.forced)
         lasting.cancel_scope.cancel()
-    return device
+    if process.successor is None:
+        return device, None
+    return device, Leaving(process.successor, heirs, device.mirror.left_equal)
 
 
 async def _abandon_if_forced(process: Process, device: Device) -> None:

@@ -21,6 +21,7 @@ The tree::
       MirrorError         a command that does not fit the state
         SwitchError       a switch that was aborted; the guest is still on the source
         FenceError        what a lost connection has left under way may not be over yet
+      HandOverError       one process of `serve` does not go on for another
       ControlError        the control socket as a client sees it
         UnreachableError  nobody answers there
 """
@@ -97,6 +98,10 @@ class SwitchError(MirrorError):
 
 class FenceError(MirrorError):
     """A disk is not written to yet: what a lost connection has left under way there may not be over."""
+
+
+class HandOverError(VhostsyncError):
+    """A backend does not hand over to its successor, or the successor did not come to serve."""
 
 
 class ControlError(VhostsyncError):

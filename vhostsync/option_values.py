@@ -33,6 +33,14 @@ class Answer(StrEnum):
     NEW_DISK = "new-disk"  # it is none that a record knows
 
 
+class TakeOver(StrEnum):
+    """What a start takes over of the backend that runs."""
+
+    NOTHING = "nothing"
+    GUEST = "guest"
+    GUEST_AND_LOG = "guest-and-log"  # its stderr, too
+
+
 @dataclass(frozen=True)
 class TcpAddress:
     """An address of this host (0.0.0.0 and [::] are all of them) and a port (0: the kernel chooses)."""

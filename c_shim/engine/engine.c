@@ -432,7 +432,7 @@ int vs_engine_rings_restricted(const vs_engine *e)
     return e->uring.unrestricted ? e->uring.unrestricted : io_threads_unrestricted(&e->host.threads);
 }
 
-uint32_t vs_engine_destroy(vs_engine *e)
+uint32_t vs_engine_stop(vs_engine *e)
 {
     uint32_t unanswered;
     mailbox_stop(&e->mailbox);
@@ -448,6 +448,21 @@ uint32_t vs_engine_destroy(vs_engine *e)
         disk_close(e->mirror.destination.disk);
     if (e->mirror.destination.former)
         disk_close(e->mirror.destination.former);
-    free_engine(e);
+    if (e->config.bitmap)
+        vs_bitmap_close(e->config.bitmap);
+    e->config.bitmap = NULL;
+    return unanswered;
+}
+
+void vs_engine_free(vs_engine *e)
+{
+    if (e->quit)
+        free_engine(e);
+}
+
+uint32_t vs_engine_destroy(vs_engine *e)
+{
+    uint32_t unanswered = vs_engine_stop(e);
+    vs_engine_free(e);
     return unanswered;
 }

@@ -56,9 +56,8 @@ static void source_flushed(struct disk_io *io);
 static void destination_flushed(struct destination_io *io, bool current);
 
 /* The map as an earlier process has left it, if there was a peer; and the file follows it from here on. */
-static void load_bitmap(struct difference *d, struct vs_bitmap *bitmap, bool peer_tracked)
+static void load_bitmap(struct difference *d, struct vs_bitmap *bitmap)
 {
-    d->tracked = peer_tracked;
     if (d->tracked)
         bitmap_load(bitmap, &d->differs);
     d->differs.stored = bitmap_store;
@@ -79,8 +78,9 @@ int difference_init(struct difference *d, const struct difference_rooms *rooms, 
         (rc = dirty_map_init(&d->recent, capacity, region)) < 0)
         return rc;
     rc = dirty_map_init(&d->settling, capacity, region);
+    d->tracked = config->peer_tracked;
     if (rc == 0 && config->bitmap)
-        load_bitmap(d, config->bitmap, config->peer_tracked);
+        load_bitmap(d, config->bitmap);
     return rc;
 }
 

@@ -100,13 +100,8 @@ class Served:
         words += options
         if "--fd" not in options:
             words += ["--socket-path", self.socket]
-        self.process = Process(
-            "vhostsync serve",
-            words,
-            folder / f"{name}.log",
-            env={"STATE_DIRECTORY": str(self.state_directory)},
-            pass_fds=pass_fds,
-        )
+        self._words, self._log = words, folder / f"{name}.log"
+        self.process = self.start(words, pass_fds=pass_fds)
         self._clients: list[Qmp] = []
         try:
             if "--fd" not in options:
@@ -116,6 +111,20 @@ class Served:
         except BaseException:
             self.process.kill()
             raise
+
+    def start(self, words: Sequence[str | Path], *, pass_fds: Sequence[int] = ()) -> Process:
+        environment = {"STATE_DIRECTORY": str(self.state_directory)}
+        return Process("vhostsync serve", words, self._log, env=environment, pass_fds=pass_fds)
+
+    def hand_over(self, *options: str | Path) -> int:
+        """To a successor with the same options and these, which this stands for from then on; how the former
+        has ended."""
+        former, self.process = self.process, self.start([*self._words, *options, "--take-over"])
+        code = former.wait(WAIT_S)
+        self._close_clients()
+        wait_listening(self.process, self.control)
+        self.qmp = self.client()
+        return code
 
     def client(self) -> Qmp:
         """One more connection to the control socket."""

@@ -179,6 +179,7 @@ class FakeBackend:
         self.mirror = FakeMirror(self.events)
         self.quit_asked = anyio.Event()
         self.quit_force: bool | None = None
+        self.handed_over: Path | None = None
 
     async def query_status(self) -> dict[str, Any]:
         return {
@@ -241,6 +242,9 @@ class FakeBackend:
         if wanted_bytes is not None and wanted_bytes < GIB:
             raise MirrorError("the guest's disk cannot shrink")
         return wanted_bytes or 2 * GIB
+
+    async def hand_over(self, socket: Path | None) -> None:
+        self.handed_over = socket
 
     async def quit(self, *, force: bool) -> None:
         self.quit_force = force

@@ -16,7 +16,7 @@ from vhostsync.cli import main as cli
 from vhostsync.cli import operate
 from vhostsync.config import ServeConfig
 from vhostsync.errors import DiskError, SwitchError
-from vhostsync.option_values import Answer
+from vhostsync.option_values import Answer, TakeOver
 
 __all__ = ["run", "served"]  # fixtures
 
@@ -287,7 +287,8 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
     """Plays the daemon; collects what it is called with. A disk named /missing cannot be served."""
     called: list[ServeConfig] = []
 
-    def run_daemon(settings: ServeConfig) -> int:
+    def run_daemon(settings: ServeConfig, take_over: TakeOver) -> int:
+        assert take_over is TakeOver.NOTHING
         called.append(settings)
         if settings.blk_file == "/missing":
             raise DiskError("There is no disk /missing; give the path of an image file or a block device.")

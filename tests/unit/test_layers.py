@@ -65,7 +65,8 @@ AT_THE_TOP = {
     "printable": "words", "receive_metrics": "words",
     "quantities": "words", "statistic": "words", "config": "config", "log": "config",
     "mirror_target": "config", "option_values": "config",
-    "metrics": "metrics", "daemon": "daemon", "__main__": "cli", "_shim": "binding",
+    "metrics": "metrics", "daemon": "daemon", "hand_over": "daemon", "__main__": "cli",
+    "_shim": "binding",
     "_source_hash": "binding",
 }  # fmt: skip
 

@@ -83,6 +83,21 @@ each event, as the control socket sends it, and {"mirror": …} (query-mirror) a
 """
 
 
+_UPGRADE: Final = """\
+Put a backend of this version in the place of the one that runs, while its guest goes on. The new one loads
+all that it needs first; then it takes over the disks, the mirror and the guest's connection, which stays
+open: the guest waits for some tens of milliseconds and notices nothing else. A backend of a version that
+cannot hand over is ended, and the guest's machine has to connect again by itself.
+"""
+
+_UPGRADE_EXAMPLES: Final = """\
+examples:
+  vhostsync upgrade --control /run/vm.sock.control
+  vhostsync upgrade --control /run/vm.sock.control -- --socket-path /run/vm.sock --blk-file /disks/a.img
+
+It exits 0 when the new one serves. If it is refused, nothing has changed.
+"""
+
 _RECORD: Final = """\
 Show what the state record says: which disk is the current one, where both are and whether they answer, what
 the other one is worth, what is in doubt, who uses it, and the command that comes next. No backend is needed,
@@ -134,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
         commands, "rededicate", "rededicate",
         "give the disk of a receiver to whoever attaches it next: its owner's token is forgotten",
     )  # fmt: skip
+    _add_upgrade(commands)
     leave = _add_client(
         commands, "quit", "quit_backend", "end the backend, after the mirror was brought up to date"
     )
@@ -146,6 +162,25 @@ def make_parser() -> argparse.ArgumentParser:
         help="how long to wait for its end (default 30s)",
     )
     return parser
+
+
+def _add_upgrade(commands: "argparse._SubParsersAction[Parser]") -> None:
+    upgrade = commands.add_parser(
+        "upgrade", help="put a backend of this version in the place of the one that runs",
+        description=_UPGRADE, epilog=_UPGRADE_EXAMPLES,
+    )  # fmt: skip
+    _add_control(upgrade)
+    upgrade.add_argument(
+        "words", nargs="*", metavar="OPTION",
+        help="what the new one is started with, as of `serve` (default: what the other was started with)",
+    )  # fmt: skip
+    upgrade.add_argument(
+        "--force", action="store_true", help="although a copy is under way that begins again without --bitmap"
+    )
+    upgrade.add_argument(
+        "--timeout", type=types.positive_seconds, default=120.0, metavar="TIME",
+        help="how long to wait until it serves (default 2m)",
+    )  # fmt: skip
 
 
 def _add_record(commands: "argparse._SubParsersAction[Parser]") -> None:

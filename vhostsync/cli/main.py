@@ -23,6 +23,7 @@ from vhostsync.cli.receive_arguments import receive_config
 from vhostsync.cli.serve_arguments import serve_config
 from vhostsync.errors import ConfigError, UnreachableError, VhostsyncError
 from vhostsync.exporter.exporter_config import ExporterConfig
+from vhostsync.option_values import TakeOver
 from vhostsync.printable import printable
 from vhostsync.receive.receive_config import ReceiveConfig
 
@@ -58,12 +59,12 @@ def _fill_standard_descriptors() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _serve(settings: config.ServeConfig) -> int:
+def _serve(settings: config.ServeConfig, take_over: TakeOver) -> int:
     try:
         from vhostsync.daemon import run
     except ImportError as error:
         return _failed(f"{error} (the data plane is a C extension; `pip install .` builds it)", EXIT_FAILED)
-    return run(settings)
+    return run(settings, take_over)
 
 
 def _receive(settings: ReceiveConfig) -> int:
@@ -84,6 +85,14 @@ def _operate(options: argparse.Namespace) -> int:
     from vhostsync.cli import operate
 
     return anyio.run(operate.run, getattr(operate, options.function), options)
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    import anyio
+
+    from vhostsync.cli import upgrade
+
+    return anyio.run(upgrade.run, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +127,8 @@ def _run(words: list[str]) -> int:
     parser = make_parser()
     options = parser.parse_args(words)
     if options.command == "serve":
-        return _serve(_or_usage(parser, lambda: serve_config(options)))
+        settings = _or_usage(parser, lambda: serve_config(options))
+        return _serve(settings, options.take_over)
     if options.command == "receive":
         return _receive(_or_usage(parser, lambda: receive_config(options)))
     if options.command == "exporter":
@@ -143,6 +153,8 @@ def _run(words: list[str]) -> int:
         if not inherited:
             parser.error("which backend? Give --name NAME or --control PATH, or set VHOSTSYNC_CONTROL")
         options.control = Path(inherited)
+    if options.command == "upgrade":
+        return _upgrade(options)
     return _operate(options)
 
 

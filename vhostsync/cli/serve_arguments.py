@@ -6,8 +6,8 @@ from typing import Final
 
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.option_arguments import add_options, given_options
-from vhostsync.config import SOCKET, STATE_RECORD, ServeConfig
-from vhostsync.option_values import Answer
+from vhostsync.config import OPERATION, SOCKET, STATE_RECORD, ServeConfig
+from vhostsync.option_values import Answer, TakeOver
 
 _SERVE_EXAMPLES: Final = """\
 examples:
@@ -41,6 +41,12 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     groups[SOCKET].add_argument(
         "--print-capabilities", action="store_true", help="print what this backend can do as JSON, and exit"
     )
+    groups[OPERATION].add_argument(
+        "--take-over", nargs="?", type=TakeOver, choices=[TakeOver.GUEST, TakeOver.GUEST_AND_LOG],
+        default=TakeOver.NOTHING, const=TakeOver.GUEST, metavar="guest|guest-and-log",
+        help="for one start: go on for the backend that has this control socket, while its guest runs, and "
+        "perhaps on its stderr (`vhostsync upgrade` does that)",
+    )  # fmt: skip
     answers = groups[STATE_RECORD].add_mutually_exclusive_group()
     for answer, meaning in ANSWERS.items():
         answers.add_argument(

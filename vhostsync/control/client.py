@@ -41,6 +41,16 @@ class ControlClient:
         self._next_id = 1
         self.greeting: Mapping[str, Any] = {}
 
+    @property
+    def process(self) -> int:
+        """The backend's, 0 where it is in a namespace of its own."""
+        return sockets.peer_process(self._connection)
+
+    @property
+    def user(self) -> int:
+        """The backend's."""
+        return sockets.peer_uid(self._connection)
+
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """What the command returns. RefusedError, UnreachableError, ControlError. Not to be used again when
         cancelled."""

@@ -7,6 +7,7 @@ described.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..events import EventHub
@@ -59,6 +60,7 @@ class Backend(Protocol):
     async def query_status(self) -> dict[str, Any]: ...
     async def query_stats(self) -> dict[str, Any]: ...
     async def resize(self, wanted_bytes: int | None) -> int: ...
+    async def hand_over(self, socket: Path | None) -> None: ...
     async def quit(self, *, force: bool) -> None: ...
 
 
@@ -145,6 +147,11 @@ async def _query_verify(to: _Served, _: Arguments) -> Any:
 
 async def _resize(to: _Served, given: Arguments) -> Any:
     return {"capacity": await to.backend.resize(given["size"])}
+
+
+async def _hand_over(to: _Served, given: Arguments) -> Any:
+    await to.backend.hand_over(Path(given["socket"]) if given["socket"] is not None else None)
+    return {}
 
 
 async def _quit(to: _Served, given: Arguments) -> Any:
@@ -307,6 +314,13 @@ COMMANDS: Final[Mapping[str, Command]] = {
         ),
         Command("query-commands", "This table.", _query_commands),
         Command("query-version", "The version of the backend.", _query_version),
+        Command(
+            "hand-over",
+            "Leave the guest to a successor (`serve --take-over`) that listens for it, and end. Returns when "
+            "that has begun.",
+            _hand_over,
+            (Argument("socket", "string", "The vhost-user socket that the successor was told to serve."),),
+        ),
         Command(
             "quit",
             "End the backend, after the mirror was brought up to date.",

@@ -138,7 +138,7 @@ class ControlServer:
         try:
             return await self._dispatcher.execute(request)
         except anyio.get_cancelled_exc_class():
-            done = request.command == "quit"  # it ends the server, and with it this task
+            done = request.command in ("quit", "hand-over")  # it ends the server, and with it this task
             await client.send(
                 qmp.return_line({}, request.id)
                 if done

@@ -6,8 +6,9 @@ process's, so several could be in one.
     serve ─ frontends, one task a connection; the mirror's retries (until the end begins)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
@@ -22,6 +23,7 @@ from vhostsync.device.opening import Opened
 from vhostsync.engine.engine import LOSSES, Engine, EngineConfig
 from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.engine.snapshot import BREACHES
+from vhostsync.errors import HandOverError
 from vhostsync.events import EventHub
 from vhostsync.mirror.bad_ranges import within
 from vhostsync.mirror.mirror import Mirror
@@ -32,12 +34,15 @@ from vhostsync.mirror.retry import DestinationRetry
 from vhostsync.mirror.source_failover import SourceFailover
 from vhostsync.mirror.verify import Verifier
 from vhostsync.vhost_user import listener
+from vhostsync.vhost_user.heritage import Heritage
 from vhostsync.vhost_user.server import FrontendServer
 from vhostsync.vhost_user.virtio_blk import BlkDevice, DeviceShape
 
 log = structlog.get_logger(__name__)
 
 CHECKPOINT_US = 3_000_000  # of the difference map: two flushes in this time, if the guest writes unflushed
+
+STEADY_AT_ONCE_S = 1.0  # the guest waits meanwhile
 
 AHEAD_BACKOFF_US = 1_000_000  # before a destination that was too slow again catches up, then twice as long
 
@@ -46,6 +51,7 @@ class Process(Protocol):
     """What a device asks of the process that it is in (daemon.py)."""
 
     def stop(self, *, force: bool = False) -> None: ...
+    async def hand_over(self) -> None: ...
 
 
 class Device:
@@ -62,7 +68,7 @@ class Device:
         self.events = hub = EventHub()
         self.mirror = mirror = Mirror(
             engine, opened.disk, hub, opened.store, opened.record, opened.bitmap, opened.peer_left,
-            opened.shape.guest, opened.peer_until_ns, opened.fence,
+            opened.shape.guest, opened.peer_until_ns, opened.fence, peer_equal=opened.peer_equal,
         )  # fmt: skip
         mirror.reach = reach
         self.verifier = Verifier(engine, mirror, hub)
@@ -90,13 +96,24 @@ class Device:
             tasks.start_soon(self.verifier.report)
             tasks.start_soon(self._failover.run)
 
-    async def serve(self, endpoint: listener.Endpoint, gone: Callable[[], None]) -> None:
+    async def serve(
+        self, endpoint: listener.Endpoint | None, gone: Callable[[], None], inherited: Sequence[Heritage] = ()
+    ) -> None:
         """Frontends, until cancelled: then those that are there are let go. `gone`: the only one that there
-        could be has left."""
+        could be has left. `inherited`: those of the predecessor, whose mirror comes back first."""
         async with anyio.create_task_group() as tasks:
+            if self.opened.peer_equal:
+                await self._bring_mirror_back()
             tasks.start_soon(self._retry.run)
-            await self.frontends.serve(endpoint)
+            await self.frontends.serve(endpoint, inherited)
             gone()
+
+    async def _bring_mirror_back(self) -> None:
+        """There is nothing to copy: it is steady at once, unless something is wrong with it."""
+        with anyio.move_on_after(STEADY_AT_ONCE_S):
+            await self._retry.resume()
+            while self.mirror.state is MirrorState.SYNCING:
+                await self.mirror.changed.wait()
 
     async def detach(self, *, force: bool) -> None:
         """After `serve`: the mirror is left, worth what the record says."""
@@ -135,6 +152,18 @@ class Device:
 
     async def resize(self, wanted_bytes: int | None) -> int:
         return await self._resizer.resize(wanted_bytes)
+
+    async def hand_over(self, socket: Path | None) -> None:
+        """Leave the guest to a successor. HandOverError, MirrorError: this goes on."""
+        if self.frontends.migrates:
+            raise HandOverError("The guest is being migrated; try again when that is over.")
+        if socket is not None and self.config.socket_path not in (None, socket):
+            raise HandOverError(
+                f"The successor was told to serve {socket}, and the guest is connected to "
+                f"{self.config.socket_path}; start it with the same --socket-path."
+            )
+        self.mirror.turns.check_free("hand-over")
+        await self._process.hand_over()
 
     async def quit(self, *, force: bool) -> None:
         self._process.stop(force=force)

@@ -44,12 +44,15 @@ class Opened:
     spared: tuple[tuple[int, int], ...] = ()  # what the peer held better when the last run ended
     peer_until_ns: int | None = None  # after a crash: until when the peer's changes are the last run's own
     fence: Fence = Fence()  # noqa: RUF009 frozen
+    peer_equal: bool = False  # the predecessor has handed both disks over, and they hold the same
 
     @property
     def peer_known(self) -> bool:
-        """The bitmap tells where the peer differs."""
+        """The bitmap tells where the peer differs; without one it differs nowhere."""
         record = self.record
-        return self.bitmap is not None and record is not None and record.bitmap == self.bitmap.token
+        if self.bitmap is None:
+            return self.peer_equal
+        return record is not None and record.bitmap == self.bitmap.token
 
     def close(self) -> None:
         self.disk.close()
@@ -61,10 +64,12 @@ class Opened:
 
 
 def open_device(
-    config: ServeConfig, state_directory: Path | None, become_user: Callable[[], None]
+    config: ServeConfig, state_directory: Path | None, become_user: Callable[[], None],
+    *, handed_over_equal: bool = False,
 ) -> Opened:
     """Open and lock the disk as whoever started this; the rest, which is opened again later, after
-    `become_user`. Follow the state record. Blocks. DiskError, StateRecordError."""
+    `become_user`. Follow the state record. `handed_over_equal`: a predecessor says that both disks hold the
+    same. Blocks. DiskError, StateRecordError."""
     disk = _open_source(config, state_directory)
     store, bitmap, fence = None, None, Fence()
     try:
@@ -78,6 +83,7 @@ def open_device(
             answer=config.answer, of_name=config.record_of_name,
         )  # fmt: skip
         found, record = check_record(store, disk, config.answer)
+        equal = handed_over_equal and _left_equal(found, record, disk)
         disk = _fenced_off(config, disk, found, fence)
         known = found.disks if found is not None else ()
         if all(each.likeness(disk.identity) is Likeness.OTHER for each in known):
@@ -89,7 +95,7 @@ def open_device(
         disk, record = begin_record(disk, store, found, record, bitmap, shape.guest, config.answer)
         left = found.peer if found is not None and found.clean else None
         until_ns = bitmap.peer_until_ns if bitmap is not None else None
-        return Opened(disk, shape, store, record, bitmap, left, spared, until_ns, fence)
+        return Opened(disk, shape, store, record, bitmap, left, spared, until_ns, fence, equal)
     except BaseException:
         fence.close()
         if bitmap is not None:
@@ -98,6 +104,18 @@ def open_device(
         if store is not None:
             store.close()
         raise
+
+
+def _left_equal(found: StateRecord | None, record: StateRecord | None, disk: Disk) -> bool:
+    """Nothing speaks against what the predecessor says of both disks. How the peer looks is asked when it is
+    attached (peer.py)."""
+    if found is None or record is None:
+        return False
+    spoilt = found.doubt or found.spared or found.different_since is not None
+    up_to_date = found.clean and found.peer_worth is Worth.UP_TO_DATE and record.peer is not None
+    # The operator's answer may have made another disk of it.
+    same_disk = found.epoch == record.epoch
+    return up_to_date and same_disk and not spoilt and _changed_since_the_end(found, disk) is None
 
 
 def _open_source(config: ServeConfig, state_directory: Path | None) -> Disk:
@@ -214,13 +232,18 @@ def check_record(
             f"option out to see what that says of {disk.name}, or name another --state-file"
         )
     record = check_start(found, disk.identity, store.place, answer)
-    now = disk.as_it_is()
-    # The operator may have said that it is the same one, although it does not show.
-    left = replace(now, bytes=found.current.bytes, ctime_ns=found.current.ctime_ns)
-    if found.clean and record.bitmap is not None and (why := now.changed_since(left)):
+    if found.clean and record.bitmap is not None and (why := _changed_since_the_end(found, disk)):
         log.warning("somebody changed the disk: its peer needs a full copy", path=disk.name, why=why)
         record = record.with_bitmap(None)
     return found, _without_lost_peer(store, record)
+
+
+def _changed_since_the_end(found: StateRecord, disk: Disk) -> str | None:
+    """How the current disk was changed since the last run has ended in order."""
+    now = disk.as_it_is()
+    # The operator may have said that it is the same one, although it does not show.
+    left = replace(now, bytes=found.current.bytes, ctime_ns=found.current.ctime_ns)
+    return now.changed_since(left)
 
 
 def _without_lost_peer(store: RecordStore, record: StateRecord) -> StateRecord:

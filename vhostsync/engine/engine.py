@@ -217,10 +217,12 @@ class Engine:
         for listener in self._listeners:
             listener(event)
 
-    async def close(self) -> None:
-        """End the data plane: what its disks have under way is waited for, but not for ever."""
+    async def close(self, *, process_ends: bool = False) -> None:
+        """End the data plane: what its disks have under way is waited for, but not for ever. `process_ends`:
+        nobody waits until the kernel has taken everything back."""
         handle, self._handle = self._handle, None
-        roles = await anyio.to_thread.run_sync(lib.vs_engine_destroy, handle)
+        end = lib.vs_engine_stop if process_ends else lib.vs_engine_destroy
+        roles = await anyio.to_thread.run_sync(end, handle)
         self.unanswered = frozenset(role for number, role in enumerate(ROLES) if roles & (1 << number))
 
     # ---- commands ------------------------------------------------------------

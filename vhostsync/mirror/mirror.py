@@ -79,12 +79,16 @@ class Mirror:
         guest: GuestDisk | None = None,
         peer_until_ns: int | None = None,
         fence: Fence = Fence(),  # noqa: B008 frozen
+        *,
+        peer_equal: bool = False,
     ) -> None:
         self._engine = engine
         self._hub = hub
         self._roles = Roles(Place.of(source))
         record = record if record is not None else StateRecord.first(source.identity, guest)
-        if bitmap is not None and record.peer is not None and record.bitmap == bitmap.token:
+        self.left_equal = False  # after `detach`: both disks hold the same, durably
+        known = bitmap is not None and record.bitmap == bitmap.token
+        if record.peer is not None and (known or peer_equal):
             self._roles.peer.known(record.peer, peer_left, peer_until_ns)
         self._read_only = source.read_only
         self._errands = Errands()
@@ -457,6 +461,7 @@ class Mirror:
         if self.state is MirrorState.STEADY and not force:
             try:
                 await self._engine.mirror_drain()
+                self.left_equal = await self._holds_the_same()
             except EngineError as error:
                 log.error("the destination could not be brought up to date", error=str(error))
         elif not force:
@@ -466,6 +471,12 @@ class Mirror:
             await self._keeper.record_doubt()
         except StateRecordError as error:
             log.error("the state record does not have what is in doubt", error=str(error))
+
+    async def _holds_the_same(self) -> bool:
+        """Both disks, where nobody writes to them any more and the destination was flushed."""
+        now, record = await self._engine.snapshot(), self._keeper.record
+        spoilt = now.doubt or now.spared or now.unreadable or record.different_since is not None
+        return self.state is MirrorState.STEADY and not spoilt
 
     async def abandon(self) -> None:
         """The end shall not wait for the destination any longer: what waits for it goes on without."""

@@ -24,8 +24,7 @@ class Turns:
     @asynccontextmanager
     async def take(self, name: str) -> AsyncIterator[None]:
         """MirrorError while another command is under way, and where this one was interrupted."""
-        if (other := self.first or self._name) is not None:
-            raise MirrorError(f"{name} has to wait: {other} is under way; try again when it is over")
+        self.check_free(name)
         scope = anyio.CancelScope()
         self._name, self._scope = name, scope
         try:
@@ -53,6 +52,11 @@ class Turns:
         finally:
             self.first = None
             self._wake()
+
+    def check_free(self, name: str) -> None:
+        """MirrorError while a command is under way."""
+        if (other := self.first or self._name) is not None:
+            raise MirrorError(f"{name} has to wait: {other} is under way; try again when it is over")
 
     async def free(self) -> None:
         """Nobody has the turn; another one who waits may take it first."""

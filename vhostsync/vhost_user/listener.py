@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def listen_at(path: Path) -> Endpoint:
     removed; one on which somebody listens, and anything that is no socket, is left alone: ConfigError."""
     bound = bind_unix_socket(path, 0o777)
     return Endpoint(bound.listener, True, bound)
+
+
+def inherit(sock: socket.socket, path: Path | None) -> Endpoint:
+    """The predecessor's listening socket, with the file `path` that it has made for it (None: somebody else
+    has made it)."""
+    bound = None
+    if path is not None:
+        with suppress(OSError):  # somebody has removed it
+            made = path.lstat()
+            bound = BoundSocket(sock, path, made.st_dev, made.st_ino)
+    return Endpoint(sock, True, bound)
 
 
 def adopt(number: int) -> Endpoint:

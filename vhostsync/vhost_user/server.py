@@ -9,7 +9,7 @@ whatever its reason, first closes its attachment, which waits for its last reque
 import errno
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -24,6 +24,7 @@ from ..errors import EngineError, FrontendError
 from ..events import FRONTEND_CONNECTED, FRONTEND_DISCONNECTED
 from .attachment import Attachment
 from .foreign_fd import close_foreign
+from .heritage import Heritage
 from .listener import Endpoint
 from .messages import Request
 from .ring_watch import Look, RingsSeen, watch_rings
@@ -34,6 +35,8 @@ ATTACHMENTS_MAX: Final = 8
 _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ACCEPT_PAUSE_S: Final = 0.5
 _PEER_CREDENTIALS: Final = struct.Struct("=iII")
+
+HANDED_OVER: Final = "its connection was handed over to the backend's successor"
 
 log = structlog.get_logger()
 
@@ -54,6 +57,15 @@ class _Frontend:
     before: RingsSeen | None = None  # the rings before it has started any
     rings_since: str | None = None  # when the first of its rings was started and enabled, ISO; None: none is
     watch: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    inherited: Heritage | None = None  # what it has said to the predecessor
+    left: Heritage | None = None  # for the successor
+    ended: anyio.Event = field(default_factory=anyio.Event)
+
+    def keep_from_successor(self) -> None:
+        """Nobody knows what becomes of its requests: it is to connect again."""
+        if self.left is not None:
+            self.left.close()
+            self.left = None
 
 
 class FrontendServer:
@@ -77,6 +89,7 @@ class FrontendServer:
         self._look = look
         self._frontends: dict[int, _Frontend] = {}
         self._last_number = 0
+        self._accepting = anyio.CancelScope()
 
     @property
     def frontends(self) -> int:
@@ -101,16 +114,36 @@ class FrontendServer:
             if each.rings_since is not None and active is not None and each.attachment is not active
         ]
 
-    async def serve(self, endpoint: Endpoint) -> None:
+    @property
+    def migrates(self) -> bool:
+        """A frontend has a dirty log: its guest is being moved to another host, or another process."""
+        return any(each.session.told.logs for each in self._frontends.values())
+
+    async def release(self) -> list[Heritage]:
+        """For a successor, while `serve` runs: accept nobody any more, and let go of every frontend between
+        two of its messages, its requests answered, its rings stopped and its connection open."""
+        self._accepting.cancel()
+        leaving = list(self._frontends.values())
+        for frontend in leaving:
+            frontend.connection.stop_between_messages()
+        for frontend in leaving:
+            await frontend.ended.wait()
+        return [frontend.left for frontend in leaving if frontend.left is not None]
+
+    async def serve(self, endpoint: Endpoint | None, inherited: Sequence[Heritage] = ()) -> None:
         """Serve until cancelled; with a connection instead of a listening socket, until that frontend goes.
+        `inherited`: the predecessor's frontends, which this goes on with; with no endpoint they alone.
 
         When this returns or is cancelled, every attachment has been closed. The endpoint is the caller's to
         close (a connection is closed already).
         """
         async with anyio.create_task_group() as tasks:
-            if endpoint.listening:
-                await self._accept(endpoint.sock, tasks)
-            else:
+            for each in inherited:
+                self._start(each.connection, tasks, each)
+            if endpoint is not None and endpoint.listening:
+                with self._accepting:
+                    await self._accept(endpoint.sock, tasks)
+            elif endpoint is not None:
                 self._start(endpoint.sock, tasks)
 
     def config_changed(self) -> None:
@@ -140,7 +173,7 @@ class FrontendServer:
                 continue
             self._start(sock, tasks)
 
-    def _start(self, sock: socket.socket, tasks: TaskGroup) -> None:
+    def _start(self, sock: socket.socket, tasks: TaskGroup, inherited: Heritage | None = None) -> None:
         """Give the connection a task. Owns `sock`."""
         self._last_number += 1
         if len(self._frontends) >= ATTACHMENTS_MAX:
@@ -150,7 +183,9 @@ class FrontendServer:
             sock.close()
             return
         session = Session(self._device, BackendChannel)
-        frontend = _Frontend(self._last_number, Connection(sock), session, peer=_peer(sock))
+        frontend = _Frontend(
+            self._last_number, Connection(sock), session, peer=_peer(sock), inherited=inherited
+        )
         self._frontends[frontend.number] = frontend
         tasks.start_soon(self._serve_one, frontend, tasks)
 
@@ -165,8 +200,13 @@ class FrontendServer:
             with frontend.scope:
                 try:
                     frontend.attachment = await self._make_attachment()
+                    if frontend.inherited is not None:
+                        await self._take_over(frontend, frontend.attachment, frontend.inherited, tasks)
                     await self._converse(frontend, frontend.attachment, tasks)
                     reason = None
+                    if frontend.connection.stopped:
+                        frontend.left = await self._leave(frontend, frontend.attachment)
+                        reason = HANDED_OVER
                 except (FrontendError, EngineError) as error:
                     reason = str(error)
             if frontend.scope.cancelled_caught:
@@ -186,13 +226,21 @@ class FrontendServer:
             if frontend.attachment is not None:
                 await frontend.attachment.close()
         except EngineError as error:
+            frontend.keep_from_successor()
             log.error("detaching a frontend failed", frontend=frontend.number, error=str(error))
         except Exception:
+            frontend.keep_from_successor()
             log.exception("a fault in detaching a frontend", frontend=frontend.number)
         frontend.session.close()
-        frontend.connection.close()
+        if frontend.left is None:
+            frontend.connection.close()
+        if frontend.inherited is not None:
+            frontend.inherited.close()
         del self._frontends[frontend.number]
-        if reason is None:
+        frontend.ended.set()
+        if reason == HANDED_OVER:
+            log.info("frontend handed over", frontend=frontend.number)
+        elif reason is None:
             log.info("frontend disconnected", frontend=frontend.number)
         else:
             log.warning("frontend's connection ended", frontend=frontend.number, reason=reason)
@@ -216,6 +264,33 @@ class FrontendServer:
             if outcome.reply is not None:
                 await connection.send(outcome.reply, outcome.share)
 
+    async def _take_over(
+        self, frontend: _Frontend, attachment: Attachment, heritage: Heritage, tasks: TaskGroup
+    ) -> None:
+        """What the frontend has said to the predecessor is said once more, by that. FrontendError."""
+        for message, fds in heritage.said:
+            outcome = await frontend.session.handle(message, fds, attachment)
+            close_foreign(fds)
+            if outcome.refusal is not None:
+                raise FrontendError(f"it cannot be taken over: {outcome.refusal}")
+        self._note_rings(frontend, attachment, tasks)
+        heritage.taken.set()
+
+    async def _leave(self, frontend: _Frontend, attachment: Attachment) -> Heritage:
+        """All that it has asked for is answered, and no ring is looked at any more. FrontendError,
+        EngineError: it is not handed over."""
+        session = frontend.session
+        if session.told.logs:
+            raise FrontendError("its guest is being migrated, so it is not handed over")
+        bases = {
+            queue: await attachment.stop_vring(queue)
+            for queue, ring in enumerate(session.state.rings)
+            if ring.started
+        }
+        writeback = await attachment.write_cache()
+        told = session.leave_told()
+        said = list(told.again(session.state, bases, writeback=writeback))
+        return Heritage(frontend.connection.detach(), said, told.close)
 
     def _note_rings(self, frontend: _Frontend, attachment: Attachment, tasks: TaskGroup) -> None:
         """Watch the rings from when the first of them should run until none should."""

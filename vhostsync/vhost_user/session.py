@@ -18,9 +18,11 @@ from vhostsync.vhost_user.virtio_blk import BlkDevice
 
 from ..errors import EngineError, FrontendError
 from .attachment import Attachment
+from .foreign_fd import close_foreign
 from .messages import Message, encode_reply
 from .payloads import encode_u64
 from .rules import Call, Ring, State, plan
+from .told import Told, duplicates
 
 ACK_OK: Final = encode_u64(0)
 ACK_REFUSED: Final = encode_u64(1)
@@ -52,6 +54,7 @@ class Session:
     device: BlkDevice
     open_channel: Callable[[OwnedFd], Channel]
     state: State = field(init=False)
+    told: Told = field(init=False, default_factory=Told)
     channel: Channel | None = field(init=False, default=None)
     _config_pending: bool = field(init=False, default=False)
 
@@ -67,17 +70,23 @@ class Session:
         step = plan(self.state, self.device, message, fds)
         refusal = step.refusal
         if refusal is None:
+            kept = duplicates(message, fds)
             try:
                 result = await _make(step.calls, attachment)
+                if step.channel is not None:
+                    self._adopt(self.open_channel(step.channel))
             except EngineError as error:
+                close_foreign(kept)
                 # An acknowledgement can say that one call had no effect, but not that half of it had.
                 if not message.need_reply or step.answer is not None or len(step.calls) > 1:
                     raise FrontendError(f"{message.request.name} failed: {error}") from error
                 refusal = str(error)
+            except BaseException:
+                close_foreign(kept)
+                raise
             else:
-                if step.channel is not None:
-                    self._adopt(self.open_channel(step.channel))
                 self.state = step.state
+                self.told.note(message, kept, self.state, result)
                 self._notify()
                 if step.answer is not None:
                     share = step.share() if step.share is not None else None
@@ -95,13 +104,22 @@ class Session:
         self._notify()
 
     def close(self) -> None:
-        """Close the channel for the backend's own requests."""
+        """Close the channel for the backend's own requests, and forget what was said."""
+        self._close_channel()
+        self.told.close()
+
+    def leave_told(self) -> Told:
+        """What was said, which is the caller's to close."""
+        told, self.told = self.told, Told()
+        return told
+
+    def _close_channel(self) -> None:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
 
     def _adopt(self, channel: Channel) -> None:
-        self.close()
+        self._close_channel()
         self.channel = channel
 
     def _notify(self) -> None:

@@ -39,16 +39,28 @@ class Connection:
         sock.setblocking(False)
         self._sock = sock
         self._message_timeout_s = message_timeout_s
+        self._between: anyio.CancelScope | None = None  # while the next message is waited for
+        self._to_stop = False
+        self.stopped = False
+        """`receive` has returned None because of `stop_between_messages`, and not at the end."""
+
+    def stop_between_messages(self) -> None:
+        """`receive` returns None once the message that is there is dealt with: the next stays unread."""
+        self._to_stop = True
+        if self._between is not None:
+            self._between.cancel()
 
     async def receive(self) -> tuple[Message, list[OwnedFd]] | None:
-        """The next message and its descriptors, which the caller closes or hands over; None at the end.
+        """The next message and its descriptors, which the caller closes or hands over; None at the end, and
+        where it was stopped.
 
         FrontendError for a message that is not in order, for descriptors where none belong and for an end in
         the middle of a message. No descriptor is left open then, nor when the call is cancelled.
         """
         fds: list[OwnedFd] = []
         try:
-            await anyio.wait_readable(self._sock)
+            if not await self._begins():
+                return None
             with anyio.fail_after(self._message_timeout_s):
                 data = await self._read(HEADER.size, fds)
                 if not data:
@@ -63,6 +75,17 @@ class Connection:
         except BaseException:
             close_foreign(fds)
             raise
+
+    async def _begins(self) -> bool:
+        """There is a message, or the end of the connection; False: it was stopped before."""
+        begins = False
+        if not self._to_stop:
+            with anyio.CancelScope() as self._between:
+                await anyio.wait_readable(self._sock)
+                begins = True
+            self._between = None
+        self.stopped = not begins
+        return begins
 
     async def send(self, data: bytes, share: OwnedFd | None = None) -> None:
         """Send all of it, and the descriptor `share` with its first byte, waiting for room as long as it
@@ -90,6 +113,10 @@ class Connection:
             return self._sock.send(view, socket.MSG_NOSIGNAL)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [share.fileno()]))]
         return self._sock.sendmsg([view], rights, socket.MSG_NOSIGNAL)
+
+    def detach(self) -> socket.socket:
+        """The socket, which is the caller's from here on."""
+        return self._sock
 
     def close(self) -> None:
         """Close the socket. No task may be waiting on it."""
