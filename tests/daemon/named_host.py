@@ -50,12 +50,16 @@ class Host:
         assert done.returncode == code, done.stderr
         return {each["label"]: each for each in json.loads(done.stdout)}
 
-    @contextmanager
-    def serve(self, name: str, *options: str | Path) -> Iterator[Process]:
-        process = Process(
+    def start(self, name: str, *options: str | Path) -> Process:
+        """A backend; it may not listen yet."""
+        return Process(
             f"serve {name}", [*vhostsync_command(), "serve", "--name", name, *options],
             self.work / f"{name}.log", env=self.environment,
         )  # fmt: skip
+
+    @contextmanager
+    def serve(self, name: str, *options: str | Path) -> Iterator[Process]:
+        process = self.start(name, *options)
         try:
             wait_listening(process, self.run / name / "control")
             yield process

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporter": {"words", "host", "config", "control", "metrics"},
     # All disks of this host: which there are, and what is done with many. Of what runs it asks by the control
     # sockets alone.
-    "fleet": {"words", "record", "control"},
+    "fleet": {"words", "storage", "record", "control"},
     # The command line: of what runs it asks by the control socket alone.
     "cli": {
         "words", "storage", "config", "record", "control", "device", "daemon", "receive", "exporter", "fleet",

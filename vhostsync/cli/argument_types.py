@@ -58,6 +58,19 @@ def _speed(text: str) -> int:
     return 0 if text == "none" else check_speed(quantities.parse_bytes(text.removesuffix("/s")))
 
 
+def _positive_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and int(text)):
+        raise ConfigError(f"{text!r} is no whole number from 1 to 9999")
+    return int(text)
+
+
+def _disk_place(text: str) -> str:
+    """A directory, or what names of disks of another kind begin with."""
+    if text.startswith("rbd:"):
+        return text.rstrip("/")
+    return _disk_name(text)
+
+
 def _disk_name(text: str) -> str:
     if not text:
         raise ConfigError("it is empty, and should name a file or a device")
@@ -73,4 +86,6 @@ size = checked(quantities.parse_bytes, "size")
 positive_seconds = checked(_positive_seconds, "duration")
 speed = checked(_speed, "speed")
 disk_name = checked(_disk_name, "path")
+disk_place = checked(_disk_place, "place")
+positive_number = checked(_positive_number, "number")
 lineage_name = checked(check_lineage_name, "name")

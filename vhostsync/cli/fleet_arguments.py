@@ -54,6 +54,59 @@ the columns:
 It exits 0, or 1 if any is unknown.
 """
 
+_EVACUATE: Final = """\
+Move all disks of this host that lie at a place to another one, so many at a time: each is mirrored there and,
+with --switch, its guest moved. The guests run on meanwhile.
+"""
+
+_EVACUATE_EXAMPLES: Final = """\
+examples:
+  vhostsync evacuate /mnt/old --to /mnt/new --dry-run
+  vhostsync evacuate /mnt/old --to /mnt/new --total-speed 500M --switch
+  vhostsync evacuate /mnt/old --to rbd:pool --parallel 8 --switch --json >>evacuation.json
+  vhostsync evacuate rbd:pool --to /mnt/new
+
+A disk lies where its name leads to (links are followed), a block device where it has its name. In --to it
+has the name of its file; where another disk has that, too, the disk's own name stands behind it. A file that
+is there already is never overwritten, unless it is known as this disk's own mirror.
+
+Interrupted, it leaves the copies to their backends, which go on at the speed that they have. Started again,
+it goes on with what is left. One disk that fails stops no other, and is named at the end.
+
+exit codes:
+  0    all are done: moved, or, without --switch, up to date; or there is none
+  1    some have failed, or could not be looked at; the others are done
+  2    wrong usage
+  130  interrupted
+"""
+
+
+def add_evacuate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    evacuate = commands.add_parser(
+        "evacuate", help="move all disks that lie at a place to another one", description=_EVACUATE,
+        epilog=_EVACUATE_EXAMPLES,
+    )  # fmt: skip
+    evacuate.set_defaults(function="evacuate")
+    evacuate.add_argument(
+        "place", type=types.disk_place, metavar="PLACE", help="a directory or a mount; or rbd:POOL"
+    )
+    evacuate.add_argument(
+        "--to", type=types.disk_place, metavar="PLACE", required=True, help="a directory; or rbd:POOL"
+    )
+    evacuate.add_argument(
+        "--parallel", type=types.positive_number, default=4, metavar="N",
+        help="so many disks at a time (default 4)",
+    )  # fmt: skip
+    evacuate.add_argument(
+        "--total-speed", type=types.speed, default=0, metavar="SIZE",
+        help="limit of all copies together, per second, shared among those that run",
+    )  # fmt: skip
+    evacuate.add_argument("--switch", action="store_true", help="move each guest once its disk is up to date")
+    evacuate.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
+    evacuate.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each change, for scripts"
+    )
+
 
 def add_create(commands: "argparse._SubParsersAction[Parser]") -> None:
     create = commands.add_parser(

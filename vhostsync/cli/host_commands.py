@@ -46,6 +46,13 @@ def create(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def evacuate(options: argparse.Namespace) -> int:
+    """`vhostsync evacuate`."""
+    from vhostsync.cli.evacuate import run  # what only it needs
+
+    return anyio.run(run, options)
+
+
 def list_disks(options: argparse.Namespace) -> int:
     """`vhostsync list`."""
     disks = anyio.run(host_disks)

@@ -318,3 +318,32 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "".join(line.rstrip() + "\n" for line in lines)
+
+
+class LiveBlock:
+    """Lines that are kept current, rewritten in place; for a terminal alone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = 0
+
+    @property
+    def width(self) -> int:
+        return shutil.get_terminal_size().columns
+
+    def update(self, lines: Sequence[str], above: str | None = None) -> None:
+        """In the place of those before; `above` is printed above them for good. No line is longer than the
+        terminal is wide, or it would take two."""
+        width = self.width
+        for_good = [] if above is None else [above]
+        text = f"\x1b[{self._shown}A" if self._shown else ""
+        for line in (*for_good, *(line[: width - 1] for line in lines)):
+            text += f"\r{line}\x1b[K\n"
+        text += "\x1b[J"
+        self._stream.write(text)
+        self._stream.flush()
+        self._shown = len(lines)
+
+    def end(self) -> None:
+        """What is shown stays."""
+        self._shown = 0

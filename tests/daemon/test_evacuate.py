@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhostsync evacuate` with real backends: all are moved, interrupted and started again, with a destination
+that is full, and never onto somebody else's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.named_host import Host
+from tests.daemon.rig import BLOCK, block_of, flush, image, same_content, tmpfs, write_block
+from tests.guest.backends import vhostsync_command
+from tests.guest.processes import wait_listening
+from tests.sizes import MIB
+
+pytestmark = pytest.mark.timeout(300)  # many programs are started, one after the other
+
+
+class Evacuated(Host):
+    """Disks in old/, which are to go to new/."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work)
+        self.old, self.new = work / "old", work / "new"
+        self.old.mkdir()
+        self.new.mkdir()
+
+    @contextmanager
+    def serve_all(self, *disks: Path) -> Iterator[None]:
+        """vm0, vm1, …: by their labels, and all started at once, for that is what takes time."""
+        with ExitStack() as stack:
+            started = []
+            for at, disk in enumerate(disks):
+                started.append(self.start(f"vm{at}", "--blk-file", disk))
+                stack.callback(started[-1].kill)
+            for at, process in enumerate(started):
+                wait_listening(process, self.run / f"vm{at}" / "control")
+            yield
+
+    def begin(self, *options: str | Path, to: Path | None = None, **more: Any) -> subprocess.Popen[str]:
+        words = [*vhostsync_command(), "evacuate", self.old, "--to", to or self.new, *options]
+        return subprocess.Popen(
+            [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **self.environment}, **more,
+        )  # fmt: skip
+
+    def evacuate(self, *options: str | Path, to: Path | None = None, code: int = 0) -> tuple[str, str]:
+        with self.begin(*options, to=to) as program:
+            out, err = program.communicate(timeout=120)
+        assert program.returncode == code, out + err
+        return out, err
+
+
+@pytest.fixture
+def host(work: Path) -> Evacuated:
+    return Evacuated(work)
+
+
+def lines_of(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_ten_disks_are_moved_three_at_a_time(host: Evacuated, work: Path) -> None:
+    disks = [image(host.old / f"{at}.img", 4, filled_mib=2) for at in range(10)]
+    beside = image(work / "beside.img", 4)
+    with host.serve_all(*disks, beside), host.guest("vm0") as guest:
+        write_block(guest, 1, 7)
+        flush(guest)
+        before = sorted(host.new.iterdir())
+        plan = json.loads(host.evacuate("--dry-run", "--json")[0])
+        assert [each["destination"] for each in plan["plan"]] == [str(host.new / disk.name) for disk in disks]
+        assert plan["needed-bytes"] >= 20 * MIB and sorted(host.new.iterdir()) == before
+        out, err = host.evacuate("--switch", "--parallel", "3", "--total-speed", "60M", "--json")
+        *changes, result = lines_of(out)
+        assert (result, err) == ({"done": 10, "failed": []}, "")
+        under_way: set[str] = set()
+        for change in changes:
+            if change["phase"] in ("copying", "switching"):
+                under_way.add(change["label"])
+            else:
+                under_way.discard(change["label"])
+            assert len(under_way) <= 3
+        for at, disk in enumerate(disks):
+            assert host.status(f"vm{at}")["disk"] == str(host.new / disk.name)
+            assert at == 0 or same_content(disk, host.new / disk.name)
+        assert guest.read_now(BLOCK, BLOCK) == block_of(1, 7)
+        assert host.status("vm10")["disk"] == str(beside)
+        assert "no disk of this host lies at" in host.evacuate("--switch")[0]
+
+
+def test_interrupted_and_started_again_it_goes_on(host: Evacuated) -> None:
+    disks = [image(host.old / f"{at}.img", 8, filled_mib=8) for at in range(4)]
+    with host.serve_all(*disks):
+        with host.begin("--switch", "--parallel", "2", "--total-speed", "1M", "--json") as program:
+            assert program.stdout is not None
+            began: set[str] = set()
+            while len(began) < 2:
+                change = json.loads(program.stdout.readline())
+                assert change["phase"] in ("copying", "waiting"), change
+                began.add(change["label"])
+            program.send_signal(signal.SIGINT)
+            _, err = program.communicate(timeout=60)
+        assert (program.returncode, err) == (
+            130, "vhostsync: The copies that run go on; start it again to go on with the rest.\n",
+        )  # fmt: skip
+        for label in began:
+            mirror = host.ask(label, "query-mirror")
+            assert (mirror["state"], mirror["wanted"]) == ("syncing", True)
+            assert mirror["speed-bytes-per-s"] == MIB // 2
+        out, _ = host.evacuate("--switch", "--parallel", "4", "--total-speed", "400M", "--json")
+        assert lines_of(out)[-1] == {"done": 4, "failed": []}
+        for at, disk in enumerate(disks):
+            assert host.status(f"vm{at}")["disk"] == str(host.new / disk.name)
+            assert same_content(disk, host.new / disk.name)
+            begun = (host.work / f"vm{at}.log").read_text().count('"message": "copying"')
+            assert begun == 1  # what ran was not begun anew
+
+
+def test_one_that_finds_no_room_stops_no_other(host: Evacuated, work: Path) -> None:
+    disks = [image(host.old / f"{at}.img", 6, filled_mib=6) for at in range(3)]
+    with tmpfs(work, 15 * 1024) as mount, host.serve_all(*disks):
+        out, err = host.evacuate("--switch", "--parallel", "1", to=mount.folder, code=1)
+        assert out.splitlines()[-1] == "2 of 3 moved"
+        [sentence] = err.splitlines()
+        failed = sentence.split(": ")[1]
+        assert failed in ("vm0", "vm1", "vm2") and "No space left" in sentence
+        assert host.status(failed)["disk"].startswith(str(host.old))
+        subprocess.run(["mount", "-o", "remount,size=40m", mount.folder], check=True)
+        out, err = host.evacuate("--switch", to=mount.folder)
+        assert (out.splitlines()[-1], err) == ("1 of 1 moved", "")
+        for disk in disks:
+            assert same_content(disk, mount.folder / disk.name)
+        # Before what they have open is unmounted.
+        for at in range(3):
+            host.ask(f"vm{at}", "quit")
+
+
+def test_nothing_of_others_is_overwritten(host: Evacuated) -> None:
+    disks = []
+    for at in range(3):
+        (host.old / str(at)).mkdir()
+        disks.append(image(host.old / str(at) / ("same.img" if at < 2 else "other.img"), 4))
+    foreign = host.new / "other.img"
+    foreign.write_bytes(b"precious" * 1024 * 1024)  # of the right size, and nothing that is recognised
+    content = foreign.read_bytes()
+    with host.serve_all(*disks):
+        _, err = host.evacuate("--json", code=1)
+        assert f"vhostsync: vm2: {foreign} exists already" in err
+        assert foreign.read_bytes() == content
+        assert {path.name for path in host.new.iterdir()} == {"same-vm0.img", "same-vm1.img", "other.img"}
+        for at in range(2):
+            assert host.status(f"vm{at}")["mirror"] == "steady"
+        foreign.unlink()
+        assert host.evacuate("--switch")[0].splitlines()[-1] == "3 of 3 moved"
+        for at, disk in enumerate(disks):
+            assert same_content(disk, Path(host.status(f"vm{at}")["disk"]))
+
+
+def test_a_file_that_took_the_place_of_a_mirror_is_not_overwritten(host: Evacuated) -> None:
+    disk = image(host.old / "a.img", 4)
+    with host.serve_all(disk):
+        host.evacuate()
+        host.ask("vm0", "mirror-cancel")
+        copy = host.new / "a.img"
+        copy.rename(host.new / "aside.img")
+        copy.write_bytes(b"precious" * 1024 * 1024)
+        assert "exists already, and is not known as a mirror" in host.evacuate(code=1)[1]
+        assert copy.read_bytes() == b"precious" * 1024 * 1024
+        (host.new / "aside.img").rename(copy)
+        host.evacuate("--switch")  # its own, which is brought up to date
+        assert host.status("vm0")["disk"] == str(copy)
+
+
+def test_a_backend_that_does_not_run_is_named(host: Evacuated) -> None:
+    one, other = image(host.old / "0.img", 4), image(host.old / "1.img", 4)
+    host.tell("create", "stopped", "--disk", other)
+    with host.serve_all(one):
+        table = host.evacuate("--dry-run", code=1)[0]
+        assert "1 to move" in table and "no backend runs for it" in table
+        out, err = host.evacuate("--switch", code=1)
+        assert "vhostsync: stopped: no backend runs for it" in err
+        assert out.splitlines()[-1] == "1 of 2 moved"
+
+
+def test_a_terminal_gets_a_bar_for_each_and_one_for_all(host: Evacuated) -> None:
+    disks = [image(host.old / f"{at}.img", 4, filled_mib=4) for at in range(2)]
+    with host.serve_all(*disks):
+        ours, theirs = os.openpty()
+        words = [*vhostsync_command(), "evacuate", host.old, "--to", host.new, "--total-speed", "4M"]
+        program = subprocess.Popen(
+            [str(word) for word in words], stdout=theirs, stderr=theirs,
+            env={**os.environ, **host.environment, "COLUMNS": "120"},
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with os.fdopen(ours, "rb", buffering=0) as terminal:
+            try:
+                while data := terminal.read(4096):
+                    shown += data
+            except OSError:
+                pass  # EIO: the program has closed it
+        assert program.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "] vm0: copying" in text and "] vm1: copying" in text
+    assert "\x1b[3A" in text  # three lines, rewritten in place
+    assert "] 100.0 %  2 of 2 disks" in text and "left" in text
+    assert text.rstrip().splitlines()[-1].removeprefix("\x1b[J") == "2 of 2 up to date in both places"

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves many disks of this host to another place, so many at a time. It holds no state: what a disk's mirror
+does, its backend and its record say. So whoever starts it again goes on where the last one was, and two at
+once do the same, each by what it finds."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+
+from vhostsync.control.client import ControlClient, RefusedError, connect
+from vhostsync.errors import ControlError, DiskError, MirrorError, StateRecordError, UnreachableError
+from vhostsync.fleet.disks import HostDisk
+from vhostsync.fleet.evacuation_plan import Move, is_same_place
+from vhostsync.fleet.speed_budget import SpeedBudget
+from vhostsync.record.state_file import StateFile
+from vhostsync.storage.identity import same
+from vhostsync.storage.kinds import identify
+
+LOOK_EVERY_S: Final = 0.5
+COME_BACK_S: Final = 30.0
+"""A backend that is restarted meanwhile is waited for so long."""
+SWITCH_DEADLINE_MS: Final = 30_000
+ATTACHED: Final = ("syncing", "steady", "ahead")
+
+WAITING: Final = "waiting"
+COPYING: Final = "copying"
+STEADY: Final = "up to date"
+SWITCHING: Final = "switching"
+MOVED: Final = "moved"
+FAILED: Final = "failed"
+ENDS: Final = (STEADY, MOVED, FAILED)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of one disk. `phase` is one of the words above; STEADY is an end only where nothing is switched."""
+
+    label: str
+    destination: str | None
+    phase: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+    bytes_per_s: float = 0.0
+    error: str | None = None
+    pause_us: int | None = None  # of the guest, at the switch
+
+
+class Evacuation:
+    """`tell` is called with the progress of a disk whenever it has made some."""
+
+    def __init__(
+        self, moves: Sequence[Move], *, parallel: int, total_speed: int, switch: bool,
+        tell: Callable[[Progress], None],
+    ) -> None:
+        self._budget = SpeedBudget(total_speed, parallel)
+        self._limit = anyio.CapacityLimiter(parallel)
+        self._switch = switch
+        self._tell = tell
+        self.progress: dict[int, Progress] = {
+            at: Progress(move.label, move.destination, WAITING, bytes_total=move.bytes)
+            for at, move in enumerate(moves)
+        }
+        self._moves = dict(enumerate(moves))
+
+    async def run(self) -> None:
+        """Until each has ended. Cancelled, it leaves the copies to their backends."""
+        async with anyio.create_task_group() as tasks:
+            for at, move in self._moves.items():
+                if move.why_not is not None:
+                    self._note(at, phase=FAILED, error=move.why_not)
+                else:
+                    tasks.start_soon(self._move, at)
+
+    def _note(self, at: int, **changes: Any) -> None:
+        changed = replace(self.progress[at], **changes)
+        if changed != self.progress[at]:
+            self.progress[at] = changed
+            self._tell(changed)
+
+    async def _move(self, at: int) -> None:
+        """One that fails ends here, and no other with it."""
+        control = self._moves[at].disk.control
+        assert control is not None
+        async with self._limit:
+            speed = await self._budget.join(control)
+            try:
+                await self._to_the_end(at, speed)
+            except (ControlError, DiskError, MirrorError, StateRecordError) as error:
+                self._note(at, phase=FAILED, error=str(error), bytes_per_s=0.0)
+            finally:
+                with anyio.move_on_after(COME_BACK_S):
+                    await self._budget.leave(control)
+
+    async def _to_the_end(self, at: int, speed: int) -> None:
+        """Also if the backend is restarted meanwhile: what it was at, it goes on with."""
+        gone_s: float | None = None
+        while True:
+            try:
+                return await self._mirror_and_switch(at, speed)
+            except UnreachableError:
+                gone_s = gone_s if gone_s is not None else time.monotonic()
+                if time.monotonic() - gone_s > COME_BACK_S:
+                    raise
+                await anyio.sleep(LOOK_EVERY_S)
+
+    async def _mirror_and_switch(self, at: int, speed: int) -> None:
+        move = self._moves[at]
+        assert move.disk.control is not None and move.destination is not None
+        async with connect(move.disk.control) as client:
+            mirror = await client.execute("query-mirror")
+            if is_same_place(mirror["source"], move.destination):
+                self._note(at, phase=MOVED, bytes_done=self.progress[at].bytes_total)
+                return
+            await self._begin_mirror(client, mirror, move, speed)
+            await self._budget.settle(move.disk.control)
+            await self._until_steady(at, client, move.destination)
+            if not self._switch:
+                self._note(at, phase=STEADY, bytes_per_s=0.0)
+                return
+            self._note(at, phase=SWITCHING, bytes_per_s=0.0)
+            pause_us = await _switch(client, move.destination)
+            self._note(at, phase=MOVED, pause_us=pause_us)
+
+    async def _begin_mirror(
+        self, client: ControlClient, mirror: Mapping[str, Any], move: Move, speed: int
+    ) -> None:
+        destination = move.destination
+        assert destination is not None
+        if mirror["state"] not in ATTACHED:
+            create = await anyio.to_thread.run_sync(_must_be_made, move.disk, destination)
+            arguments = {"destination": destination, "create": create} | ({"speed": speed} if speed else {})
+            try:
+                await client.execute("mirror-start", arguments)
+                return
+            except RefusedError:
+                # Somebody else may have been quicker: another evacuation, or the backend, which resumes.
+                mirror = await client.execute("query-mirror")
+                if mirror["state"] not in ATTACHED:
+                    raise
+        if not is_same_place(str(mirror["destination"]), destination):
+            raise MirrorError(f"it is mirrored to {mirror['destination']}; cancel that mirror first")
+
+    async def _until_steady(self, at: int, client: ControlClient, destination: str) -> None:
+        """MirrorError where it will not become steady."""
+        while True:
+            mirror = await client.execute("query-mirror")
+            state = mirror["state"]
+            if state not in ATTACHED or not is_same_place(str(mirror["destination"]), destination):
+                why = mirror["last-error"] or mirror["reason"] or "another command has ended it"
+                raise MirrorError(f"the mirror to {destination} failed: {why}")
+            total = mirror["copy-bytes-total"] or self.progress[at].bytes_total
+            done = total if state == "steady" else mirror["copy-bytes-done"]
+            self._note(
+                at, phase=COPYING, bytes_done=done, bytes_total=total,
+                bytes_per_s=0.0 if state == "steady" else mirror["copy-rate-bytes-per-s"],
+            )  # fmt: skip
+            if state == "steady":
+                return
+            with anyio.move_on_after(LOOK_EVERY_S):
+                while (await client.next_event())["event"] != "MIRROR_STATE_CHANGE":
+                    pass
+
+
+def _must_be_made(disk: HostDisk, destination: str) -> bool:
+    """Whether the image has to be made. What is there already may be this disk's own, which an earlier
+    mirror has made; nothing else is written to. Blocks. DiskError, StateRecordError."""
+    if not destination.startswith("/"):
+        return not _is_own(disk, destination)
+    if not os.path.lexists(destination):
+        return True
+    if _is_own(disk, destination):
+        return False
+    raise DiskError(
+        f"{destination} exists already, and is not known as a mirror of this disk; move it away, or move "
+        f"this disk by hand"
+    )
+
+
+def _is_own(disk: HostDisk, destination: str) -> bool:
+    """Whether the disk there is the one that the record, as it is now, has for the other one."""
+    record = StateFile(disk.record_path).load() if disk.record_path is not None else None
+    if record is None or record.peer is None:
+        return False
+    try:
+        return same(record.peer, identify(destination))
+    except OSError:
+        return False
+
+
+async def _switch(client: ControlClient, destination: str) -> int | None:
+    """For how long the guest was paused; None: it was there already."""
+    try:
+        result = await client.execute("switch", {"deadline-ms": SWITCH_DEADLINE_MS})
+    except RefusedError:
+        mirror = await client.execute("query-mirror")
+        if is_same_place(str(mirror["source"]), destination):
+            return None  # another evacuation has done it
+        raise
+    return int(result["pause-us"])
+
+
+def free_bytes(to: str) -> int | None:
+    """Of a directory. Blocks."""
+    if not to.startswith("/"):
+        return None
+    status = os.statvfs(to)
+    return status.f_bavail * status.f_frsize
+
+
+def needed_bytes(moves: Sequence[Move]) -> int:
+    """At most: what is allocated of image files, and all of other disks; of those that have to be made yet.
+    Blocks."""
+    return sum(_allocated(move) for move in moves if move.destination and not _is_there(move.destination))
+
+
+def _is_there(destination: str) -> bool:
+    return destination.startswith("/") and os.path.lexists(destination)
+
+
+def _allocated(move: Move) -> int:
+    path = Path(move.disk.disk or "")
+    try:
+        return path.stat().st_blocks * 512 if path.is_file() else move.bytes
+    except OSError:
+        return move.bytes

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bandwidth that several copies share, each an equal part of it. The sum is never more: those that run are
+slowed down before another one begins, and that begins with the least part that it may ever have."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import anyio
+
+from vhostsync.control.client import connect
+from vhostsync.errors import ControlError
+
+
+class SpeedBudget:
+    """`bytes_per_s`: of all together; 0: there is no limit, and none is touched. `copies_max`: at once."""
+
+    def __init__(self, bytes_per_s: int, copies_max: int) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._least = max(bytes_per_s // copies_max, 1) if bytes_per_s else 0
+        self._copies: list[Path] = []
+        self._turn = anyio.Lock()
+
+    async def join(self, control: Path) -> int:
+        """The copy of this backend is about to begin, or runs already: the speed to begin it with."""
+        async with self._turn:
+            others = list(self._copies)
+            self._copies.append(control)
+            await self._set(others, self._part)
+            return self._least
+
+    async def settle(self, control: Path) -> None:
+        """It has begun: from here on it has its part."""
+        async with self._turn:
+            await self._set([control], self._part)
+
+    async def leave(self, control: Path) -> None:
+        """It is over: the others share what it had, and it has no limit of ours any more."""
+        async with self._turn:
+            self._copies.remove(control)
+            await self._set([control], 0)
+            await self._set(self._copies, self._part)
+
+    @property
+    def _part(self) -> int:
+        return max(self._bytes_per_s // max(len(self._copies), 1), 1)
+
+    async def _set(self, copies: list[Path], bytes_per_s: int) -> None:
+        """A backend that is gone has no copy."""
+        if not self._bytes_per_s:
+            return
+
+        async def set_one(control: Path) -> None:
+            with suppress(ControlError):
+                async with connect(control) as client:
+                    await client.execute("mirror-set-speed", {"speed": bytes_per_s})
+
+        async with anyio.create_task_group() as tasks:
+            for control in copies:
+                tasks.start_soon(set_one, control)
