@@ -89,7 +89,9 @@ static inline void fake_answer(struct nbd_handle *h, unsigned number, int error)
 
 static inline void fake_hang_up(struct nbd_handle *h)
 {
+    pthread_mutex_lock(&fake_lock); /* the plugin's thread closes it as soon as it sees this */
     CHECK(shutdown(h->other, SHUT_RDWR) == 0);
+    pthread_mutex_unlock(&fake_lock);
 }
 
 /* ---- the plugin's side: what it uses of libnbd ------------------------------------------------- */
