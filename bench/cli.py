@@ -21,6 +21,7 @@ from bench.growth import KINDS, measure_growth
 from bench.pictures import draw
 from bench.plan import COLUMNS, GIB, Plan
 from bench.report import as_json, describe_machine
+from bench.results import save
 from bench.rows import ROWS, Outcome, Row, Tell, chosen
 from bench.sample import BenchError
 from bench.side_by_side import measure_place
@@ -40,6 +41,7 @@ class Task:
     pictures: Path | None
     update_docs: bool
     output: Path
+    machine: str | None  # to keep the table's results for
 
 
 def parse(arguments: list[str] | None) -> Task:
@@ -67,6 +69,10 @@ def parse(arguments: list[str] | None) -> Task:
         "--plot", nargs="?", type=Path, const=PICTURES, metavar="FOLDER",
         help="draw the results, with a timeline unless --from has one (needs matplotlib; docs/pictures)",
     )
+    then.add_argument(
+        "--save", metavar="MACHINE",
+        help="keep the table's figures in bench/results/MACHINE.json; README's table is made of all there",
+    )  # fmt: skip
     then.add_argument("--update-docs", action="store_true", help="write docs/performance.md and its pictures")
     given = parser.parse_args(arguments)
     if given.all:
@@ -85,7 +91,7 @@ def parse(arguments: list[str] | None) -> Task:
     return Task(
         plan=_plan(given), rows=rows, timeline=given.timeline or (bool(pictures) and table), growth=growth,
         calibrate=given.calibrate, earlier=given.earlier, pictures=pictures, update_docs=given.update_docs,
-        output=given.output,
+        output=given.output, machine=given.save,
     )
 
 
@@ -174,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         if task.pictures:
             for path in draw(results, task.pictures):
                 tell(f"drawn: {path}")
+        if task.machine and "table" in results:
+            tell(f"kept: {save(results['table'], task.machine)}; now python docs/generate.py")
         if task.update_docs:
             update_document(results)
     except (BenchError, OSError) as error:

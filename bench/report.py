@@ -14,6 +14,7 @@ from typing import Any
 from bench.plan import COLUMNS, GIB, Plan
 from bench.rival_program import rival_version
 from bench.rows import Outcome
+from bench.sample import amount
 from bench.targets import Target
 
 Json = dict[str, Any]
@@ -83,14 +84,6 @@ def table(section: Json) -> str:
         columns = [row["number"], f"{row['title']} ({row['unit']})", *cells, "<br>".join(said)]
         lines.append(f"| {' | '.join(columns)} |")
     return describe(section["machine"]) + head + "\n" + "\n".join(lines) + "\n"
-
-
-def amount(number: float) -> str:
-    if number >= 100_000:
-        return f"{number / 1000:.0f}k"
-    if number >= 10_000:
-        return f"{number / 1000:.1f}k"
-    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def spread(shown: Json | None) -> str:

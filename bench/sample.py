@@ -34,3 +34,11 @@ class Sample:
 
 # One round: contender -> sample.
 Round = dict[str, Sample]
+
+
+def amount(number: float) -> str:
+    if number >= 100_000:
+        return f"{number / 1000:.0f}k"
+    if number >= 10_000:
+        return f"{number / 1000:.1f}k"
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"

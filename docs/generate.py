@@ -12,6 +12,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+from bench.results import readme_table  # noqa: E402
 from docs.structure import c_arrows, picture, python_arrows  # noqa: E402
 from vhostsync import metrics, receive_metrics  # noqa: E402
 from vhostsync.cli.serve_arguments import ANSWERS  # noqa: E402
@@ -107,6 +108,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "queues": lambda: statistics_table(QueueFigures),
     "engine": lambda: statistics_table(EngineFigures),
     "events": events_table,
+    "speed": readme_table,
     "metrics of a disk": lambda: metrics_table(metrics.FAMILIES),
     "metrics of a receiver": lambda: metrics_table(receive_metrics.FAMILIES),
     "metrics of the exporter": lambda: metrics_table(exporter.FAMILIES),
@@ -130,6 +132,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "control-protocol.md": lambda: filled("control-protocol.md"),
     "architecture.md": lambda: filled("architecture.md"),
     "metrics.md": lambda: filled("metrics.md"),
+    "../README.md": lambda: filled("../README.md"),
 }
 
 
