@@ -23,9 +23,9 @@ from bench.contenders import START_S
 from bench.files import make_file
 from bench.generator import run_loadgen
 from bench.plan import GIB, Plan
-from bench.report import amount, describe, describe_machine, spread_of
+from bench.report import describe, describe_machine, spread_of
 from bench.rows import Tell
-from bench.sample import BenchError, Work
+from bench.sample import BenchError, Work, amount
 from tests.guest import debian13
 from tests.guest.assets import AssetError
 

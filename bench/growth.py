@@ -20,9 +20,9 @@ from bench.files import make_file
 from bench.generator import load_beside
 from bench.idle import on_cpu_ns
 from bench.plan import GIB, Plan
-from bench.report import amount, describe, describe_machine
+from bench.report import describe, describe_machine
 from bench.rows import Tell
-from bench.sample import BenchError, Work
+from bench.sample import BenchError, Work, amount
 
 KIB, MIB = 1 << 10, 1 << 20
 QUEUES = (1, 2, 4, 8)

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import amount
-from bench.sample import BenchError
+from bench.sample import BenchError, amount
 
 Json = dict[str, Any]
 

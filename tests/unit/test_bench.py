@@ -67,7 +67,7 @@ def test_percentiles_are_of_all_rounds_together() -> None:
 def measured(per_s: float, ratio: float, rival: str = "10.0.13", number: str = "5") -> dict[str, Any]:
     """A table of one row."""
     spread = {"median": per_s, "least": per_s / 2, "greatest": per_s * 2}
-    row = {
+    row: dict[str, Any] = {
         "number": number, "title": "mirrored", "place": "memory", "figure": "per_s", "unit": "per second",
         "failure": None, "shown": {"ours mirrored": spread, "rival blocking": {**spread, "median": 1000.0}},
         "targets": [{"target": "of rival's best ≥ 6", "values": [ratio], "value": ratio, "met": False}],
