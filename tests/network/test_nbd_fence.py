@@ -133,6 +133,28 @@ def test_a_link_that_is_cut(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_a_link_that_is_cut_in_silence_while_the_guest_is_idle(tmp_path: Path) -> None:
+    """No packet tells of it. It is noticed, and nothing was under way that a fence would be needed for."""
+    disk, raw = disks(tmp_path)
+    options = (*QUICKLY, "--destination-timeout", "1s", "--allow-plaintext", "--sandbox", "off")
+    with (
+        OtherHost() as host,
+        NbdkitThere(host, tmp_path, "file", str(raw)) as server,
+        Served(tmp_path, disk, *options) as served,
+    ):
+        served.start_mirror(server.uri)
+        await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
+        host.cut()
+        assert "did not answer within" in served.await_state("degraded")["reason"]
+        served.await_worth("outdated")
+        host.mend()
+        served.await_resumed()
+        assert served.mirror()["copy-bytes-total"] == 0
+        served.stop()
+    assert same_content(disk, raw)
+
+
+@pytest.mark.timeout(120)
 def test_another_name_of_its_host_is_no_way_around_the_fence(tmp_path: Path) -> None:
     disk, raw = disks(tmp_path)
     server = QemuNbd(tmp_path, raw, port=free_port())

@@ -157,15 +157,35 @@ def test_a_lock_of_another_host_is_broken_on_demand_and_its_owner_stays_out(
     assert_holds(exported(cluster, name, folder), {1: 1, 2: 2, 3: 3})
 
 
+def watcher_of(cluster: CephCluster, name: str) -> str:
+    """The client that has the image open."""
+    status = json.loads(cluster.rbd("status", name.removeprefix("rbd:"), "--format", "json"))
+    [watcher] = status["watchers"]
+    return str(watcher["address"])
+
+
+def test_that_a_destination_is_shut_out_is_noticed_while_the_guest_is_idle(
+    folder: Path, cluster: CephCluster, name: str
+) -> None:
+    file = image(folder / "a.img", SIZE_MIB)
+    with Served(folder, file) as served:
+        served.start_mirror(name, create=True)
+        await_true(lambda: served.mirror()["differing-bytes"] == 0, "all is settled")
+        cluster.ceph("osd", "blocklist", "add", watcher_of(cluster, name), "3600")
+        assert served.await_state("degraded")["reason"] == "the connection to the destination is lost"
+        await_said(served, "was shut out of the Ceph cluster")
+        served.await_resumed()
+        served.stop()
+    assert same_content(file, exported(cluster, name, folder))
+
+
 def test_a_destination_that_is_shut_out_is_given_up(folder: Path, cluster: CephCluster, name: str) -> None:
     file = image(folder / "a.img", SIZE_MIB)
     with Served(folder, file) as served:
         served.start_mirror(name, create=True)
-        status = json.loads(cluster.rbd("status", name.removeprefix("rbd:"), "--format", "json"))
-        [watcher] = status["watchers"]
         with Load(served, blocks=BLOCKS) as load:
             load.go_on()
-            cluster.ceph("osd", "blocklist", "add", watcher["address"], "3600")
+            cluster.ceph("osd", "blocklist", "add", watcher_of(cluster, name), "3600")
             served.await_state("degraded")
             load.go_on()
             served.await_resumed()  # with a client of its own, which nobody has shut out

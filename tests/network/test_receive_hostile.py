@@ -26,6 +26,7 @@ from tests.network.receivers import (
 )
 from tests.sizes import MIB
 from vhostsync.receive.owners import CONNECTIONS_MAX
+from vhostsync.receive.seldom import LINES
 
 pytestmark = [*needs_programs, pytest.mark.timeout(240)]  # each start of a process takes its time
 
@@ -161,6 +162,23 @@ def test_one_that_hangs_up_midway_is_served_to_the_end(receiving: Receiving, tmp
     receiving.await_status("and is served", attached=True)
     receiving.ask("end", disk=disk, generation=1)
     receiving.await_status("and ended", attached=False)
+
+
+def test_strangers_at_the_data_port_do_not_fill_the_log(receiving: Receiving) -> None:
+    strangers = 6 * LINES
+    begun = receiving.ask("begin", instance="a")
+    for _ in range(strangers):
+        with socket.create_connection((HOST, begun["port"])) as stranger:
+            stranger.settimeout(30)
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while stranger.recv(4096):
+                    pass  # until he is turned away
+    receiving.ask("end", disk=begun["disk"], generation=begun["generation"])
+    receiving.await_status("its server has ended", attached=False)
+    said = [line for line in receiving.log.read_text().splitlines() if "qemu-nbd says" in line]
+    assert LINES < len(said) <= 3 * (LINES + 1), "a few minutes' lines at most, on a slow machine"
+    assert any("more_than_were_shown" in line for line in said)
 
 
 def test_starts_that_are_refused_say_why(tmp_path: Path, certificates: Path, authority: Authority) -> None:

@@ -401,7 +401,7 @@ def _connect(uri: NbdUri, connections: int) -> Connection:
     except TimeoutError as error:
         if error.errno is not None:
             raise
-        why = f"no address of {uri.host} was found within {NAME_S:g} s"
+        why = f"no address of {uri.host} was found within {NAME_S:g} s" if uri.host else "it hangs"
         raise ConnectionError(errno.ETIMEDOUT, why, uri.text) from error
 
 
