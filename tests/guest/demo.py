@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest import demo_ceph, demo_hosts
+from tests.guest import demo_ceph, demo_hosts, demo_upgrade
 from tests.guest.assets import GuestAssets, guest_assets
 from tests.guest.backends import Vhostsync
 from tests.guest.harness import Guest, GuestDisk, Load, Report, machine_command, verify_blocks
@@ -180,11 +180,16 @@ def main() -> int:
     which.add_argument(
         "--two-hosts", action="store_true", help="to a second host; then the first one dies (as root)"
     )
+    which.add_argument(
+        "--upgrade", action="store_true", help="the backend is replaced while the guest writes"
+    )
     given = parser.parse_args()
     if given.ceph:
         return tell(demo_ceph.STEPS, demo_ceph.story)
     if given.two_hosts:
         return tell(demo_hosts.STEPS, demo_hosts.story)
+    if given.upgrade:
+        return tell(demo_upgrade.STEPS, demo_upgrade.story)
     return tell(STEPS, story)
 
 

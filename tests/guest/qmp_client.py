@@ -44,6 +44,12 @@ class Qmp:
     ) -> None:
         self.close()
 
+    @property
+    def process(self) -> int:
+        """Who listens there."""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], "little")
+
     def close(self) -> None:
         self._file.close()
         self._socket.close()

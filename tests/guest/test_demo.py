@@ -37,6 +37,10 @@ def test_demo() -> None:
     tell(9)
 
 
+def test_an_upgrade() -> None:
+    tell(7, "--upgrade")
+
+
 @pytest.mark.skipif(lacking() is not None, reason=f"a Ceph cluster {lacking()}")
 def test_into_ceph_and_back() -> None:
     tell(7, "--ceph")
