@@ -6,6 +6,7 @@ from __future__ import annotations
 from tests.model.mutation import Mutation
 from tests.model.mutation import mutation as _m
 from tests.model.mutation_list_python import PYTHON
+from tests.model.mutation_list_rbd import RBD
 
 __all__ = ["MUTATIONS", "Mutation"]
 
@@ -1297,4 +1298,6 @@ MUTATIONS = [
     ),
     # -- which disk may be served, and what is known of it --------------------------
     *PYTHON,
+    # -- disks of a Ceph cluster ------------------------------------------------------
+    *RBD,
 ]

@@ -112,8 +112,11 @@ class Workshop:
             raise MutationError(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
 
     def build(self) -> None:
-        """The two extensions alone; the second is what tests/testing_library.py loads."""
-        names = [f"{name}{SUFFIX}" for name in ("_shim", "_testing")]
+        """The extensions alone; the second is what tests/testing_library.py loads, the others are those of
+        disks over a network that can be built here."""
+        known = (self.folder / "build" / "build.ninja").read_text()
+        names = [f"{name}{SUFFIX}" for name in ("_shim", "_testing", "_nbd", "_rbd")]
+        names = [name for name in names if f" c_shim/{name}" in known]
         self._build_tool("-m", "ninja", "-C", "build", *(f"c_shim/{name}" for name in names))
         for name in names:
             shutil.copy2(self.folder / "build" / "c_shim" / name, self.folder / "vhostsync")

@@ -24,8 +24,7 @@ from tests.network.unit import NbdkitUnit
 if TYPE_CHECKING:
     from tests.network.fault_run import FaultRun
 
-TIMEOUT_S = 1.0  # the backend's --destination-timeout
-MOMENT_S, LONG_S = TIMEOUT_S / 5, TIMEOUT_S * 2
+MOMENT_S, LONG_S = 0.2, 2.0
 PORT = 7070
 Fault = Callable[["FaultRun"], None]
 
@@ -41,6 +40,7 @@ class Place:
     name: str
     create = False
     options: Sequence[str] = ()
+    timeout_s = 1.0  # the backend's --destination-timeout: between a moment and long
 
     def faults(self) -> Mapping[str, Fault]:
         raise NotImplementedError
@@ -271,6 +271,7 @@ class CephPlace(Place):
     """An image of a cluster whose daemons fail, and which shuts its client out."""
 
     create = True
+    timeout_s = 3.0  # its daemons take their time on a busy machine
 
     def __init__(self, folder: Path, cluster: CephCluster) -> None:
         self._folder, self._cluster = folder, cluster
@@ -286,11 +287,11 @@ class CephPlace(Place):
             return happen
 
         return {
-            "OSDs stopped for long": held(self._cluster.osds_stopped, LONG_S),
+            "OSDs stopped for long": held(self._cluster.osds_stopped, self.timeout_s + LONG_S),
             "OSDs stopped for a moment": held(self._cluster.osds_stopped, MOMENT_S),
             "OSDs killed": held(self._cluster.osds_killed, MOMENT_S),
             "monitor killed": held(self._cluster.monitor_killed, MOMENT_S),
-            "cluster full": held(self._cluster.full, LONG_S),
+            "cluster full": held(self._cluster.full, self.timeout_s + LONG_S),
             "client shut out": self._shut_out,
         }
 

@@ -25,10 +25,10 @@ from tests.guest.processes import ProcessError
 from tests.guest.qmp_client import QmpError
 from tests.holding import Holding, holding
 from tests.network.fault_guests import FaultGuest
-from tests.network.fault_places import LONG_S, TIMEOUT_S, Place
+from tests.network.fault_places import LONG_S, Place
 from tests.sizes import MIB
 
-BACK_S = 180.0  # a busy machine starts servers slowly, and each try that fails doubles the next pause
+BACK_S = 300.0  # a busy machine starts servers slowly, and each try that fails doubles the next pause
 SPEED = 4 * MIB  # of a copy or a verification that a fault is to meet
 GROWTHS_MAX = 24
 COMPARISONS_MAX = 20
@@ -168,8 +168,9 @@ class FaultRun:
     def _serve(self, disk: str) -> None:
         # A guest whose disk is over there goes back to its own should that one fail for good.
         options = (
-            "--destination-timeout", f"{TIMEOUT_S:g}s", "--destination-retry", "100ms", "--num-queues", "2",
-            "--on-source-error", "switch", "--bitmap", str(self._folder / "bitmap"), *self._place.options,
+            "--destination-timeout", f"{self._place.timeout_s:g}s", "--destination-retry", "100ms",
+            "--on-source-error", "switch", "--bitmap", str(self._folder / "bitmap"), "--num-queues", "2",
+            *self._place.options,
         )  # fmt: skip
         self._served = Served(self._folder, disk, *options)
         self._second = self._served.client()

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import Load, Served, await_true, flush, image, refused_start, same_content, write_block
+from tests.daemon.rig import (
+    BLOCK,
+    Load,
+    Served,
+    answered,
+    await_true,
+    flush,
+    image,
+    refused_start,
+    same_content,
+    write_block,
+)
 from tests.network.ceph_cluster import CephCluster
 from tests.network.test_rbd import BLOCKS, SIZE_MIB, assert_holds, exported, folder, name, refusal
 from tests.sizes import MIB
@@ -142,6 +153,21 @@ def test_holes_are_not_copied(folder: Path, cluster: CephCluster, name: str) -> 
         assert_holds(path, {0: 1, 5000: 5001, 9000: 9001, 12000: 7})
         assert used_bytes(path) <= 2 * MIB
         assert same_content(path, exported(cluster, name, folder))
+
+
+def test_a_large_range_is_zeroed_to_its_end(folder: Path, cluster: CephCluster, name: str) -> None:
+    """It is zeroed in parts of 64 MiB."""
+    cluster.rbd("create", name.removeprefix("rbd:"), "--size", "160M")
+    blocks = [number * MIB // BLOCK for number in (1, 63, 64, 127, 128, 149, 151)]
+    with Served(folder, name) as served, served.guest() as guest:
+        for number in blocks:
+            write_block(guest, number, 5)
+        assert answered(guest, guest.write_zeroes(2 * MIB, 148 * MIB))
+        read = [guest.read(number * BLOCK, BLOCK) for number in blocks]
+        guest.wait(*read)
+        assert [any(each.data) for each in read] == [True, *[False] * 5, True]
+        guest.close()
+        served.stop()
 
 
 def test_both_disks_grow(folder: Path, cluster: CephCluster, name: str) -> None:

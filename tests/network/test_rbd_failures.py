@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tests.daemon.rig import Load, Served, await_true, flush, image, refused_start, same_content, write_block
 from tests.network.ceph_cluster import CephCluster
 from tests.network.test_rbd import BLOCKS, SIZE_MIB, assert_holds, exported, folder, name
+from vhostsync.storage.ceph_client import CALL_S
 
 __all__ = ["folder", "name"]  # fixtures
 
@@ -75,6 +77,24 @@ def test_a_guest_on_the_cluster_waits_for_it_and_sees_no_error(
             load.go_on()
             with failure(cluster):
                 await_true(lambda: served.in_flight() > 0, "a request waits")
+            load.go_on()
+            expected = load.stop()
+        served.stop()
+    assert_holds(exported(cluster, name, folder), expected)
+
+
+def test_a_guest_waits_for_its_cluster_longer_than_any_call_of_the_control_plane(
+    folder: Path, cluster: CephCluster, name: str
+) -> None:
+    """Those are bounded. The guest's are not: one that was given up might still be carried out."""
+    cluster.rbd("create", name.removeprefix("rbd:"), "--size", f"{SIZE_MIB}M")
+    with Served(folder, name) as served:
+        with Load(served, blocks=BLOCKS) as load:
+            load.go_on()
+            with cluster.osds_stopped():
+                await_true(lambda: served.in_flight() > 0, "a request waits")
+                time.sleep(CALL_S + 2)  # the fault itself
+                assert served.in_flight() > 0
             load.go_on()
             expected = load.stop()
         served.stop()
