@@ -46,12 +46,11 @@ class Place:
         raise NotImplementedError
 
     def grow(self, disk_bytes: int) -> None:
-        """The disk there."""
+        """The disk there; the next connection sees it."""
         raise NotImplementedError
 
     def lose_connection(self) -> None:
-        """Another one begins anew: it sees the disk's size, and whether it may come in. Nothing where there
-        is none."""
+        """The next one has to be let in. Nothing where there is none."""
 
     def content(self) -> Path:
         """What the disk there holds, when nobody has it any more."""
@@ -179,6 +178,7 @@ class NbdPlace(OverLink):
 
     def grow(self, disk_bytes: int) -> None:
         os.truncate(self._raw, disk_bytes)
+        self.lose_connection()
 
     def content(self) -> Path:
         return self._raw

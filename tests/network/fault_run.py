@@ -247,7 +247,7 @@ class FaultRun:
     @contextlib.contextmanager
     def _switching(self) -> Iterator[None]:
         with self._meanwhile("switch", keep_mirror=True, deadline_ms=5000):
-            time.sleep(self._chance.uniform(0, 0.05))  # when in the switch it comes
+            self._a_moment_later()
             yield
 
     @contextlib.contextmanager
@@ -256,23 +256,27 @@ class FaultRun:
         size = self._disk.stat().st_size + MIB
         os.truncate(self._disk, size)
         self._place.grow(size)
+        self._guest.go_on()
+        self._come_home()
         with self._meanwhile("resize", size=size):
-            time.sleep(self._chance.uniform(0, 0.05))
+            self._a_moment_later()
             yield
         while not self._resize(size):
-            self._come_home()
+            pass
         self._guest.grown(size)
 
     def _resize(self, size: int) -> bool:
+        """The guest's disk has that size, also if it had it before."""
         self._come_home()
         try:
             self._served.qmp.execute("resize", size=size)
         except QmpError as error:
-            if "enlarge it first" in str(error):
-                self._place.lose_connection()
-                self._guest.go_on()
             return "already" in str(error)
         return True
+
+    def _a_moment_later(self) -> None:
+        """When in the command's work the fault comes."""
+        time.sleep(self._chance.choice((0.0, 0.01, 0.05, 0.2)))
 
     @contextlib.contextmanager
     def _meanwhile(self, command: str, **arguments: Any) -> Iterator[None]:

