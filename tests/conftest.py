@@ -19,6 +19,8 @@ from tests.guest.assets import AssetError, GuestAssets, guest_assets
 MARKERS = (
     "alone: no other test runs meanwhile; what it counts, or is given by the kernel, is the whole machine's",
     "uml: boots Linux's user-mode kernel (Debian's package user-mode-linux)",
+    "package: builds the Debian packages or the wheel, and installs them (`./run package`)",
+    "package_whole: a part of that which takes minutes: other distributions, the container image",
     "debian13: runs frontends of a Debian 13 tree in the cache folder (`./run test --debian13`)",
 )
 
@@ -32,6 +34,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--debian13", action="store_true", help="also run the frontends of Debian 13 (libblkio, QEMU 10)"
     )
+    parser.addoption(
+        "--package", choices=("part", "whole"),
+        help="also build and install the packages: those for this distribution and the wheel, or everything",
+    )  # fmt: skip
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    asked = item.config.getoption("--package")
+    if item.get_closest_marker("package") and asked is None:
+        pytest.skip("NOT TESTED: the packages; `./run package` builds and tests them")
+    if item.get_closest_marker("package_whole") and asked != "whole":
+        pytest.skip("NOT TESTED: the packages elsewhere; `./run package` builds and tests them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
