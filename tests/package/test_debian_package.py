@@ -79,7 +79,7 @@ def lived(root: Root) -> str:
 def test_it_lives_on_debian_12(packages: Path, tmp_path: Path) -> None:
     root = Root("bookworm", tmp_path)
     put_outside(root, packages)
-    assert lived(root).rstrip().endswith(f"the whole life of {OLDER} and {__version__}")
+    assert f"the whole life of {OLDER} and {__version__}" in lived(root)
 
 
 @pytest.mark.package_whole

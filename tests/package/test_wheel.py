@@ -97,7 +97,7 @@ def test_it_serves_in_a_tree_without_a_compiler(suite: str, python: str, wheel: 
         "/venv/bin/pip install --quiet --no-index --find-links /outside/wheels vhostsync && "
         "mkdir /disks && sh /outside/use.sh /venv/bin /disks"
     )
-    assert said.rstrip().endswith("served and mirrored")
+    assert "served and mirrored" in said
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
@@ -118,4 +118,4 @@ def test_it_serves_with_each_python(python: str, wheel: Path, tmp_path: Path) ->
     succeed([*install, "vhostsync"], tmp_path, CC="/bin/false")
     (tmp_path / "use.sh").write_text(USE)
     said = succeed(["sh", "use.sh", tmp_path / "venv/bin", tmp_path], tmp_path)
-    assert said.rstrip().endswith("served and mirrored")
+    assert "served and mirrored" in said
