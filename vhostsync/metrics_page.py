@@ -4,14 +4,18 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Final
 
-from .statistic import MetricKind, statistics_of
+from .statistic import Metric, MetricKind, statistics_of
 
 Labels = Mapping[str, str]
 
 PREFIX: Final = "vhostsync_"
 INTEGER_MAX: Final = 1 << 64
+LABELS_KEPT: Final = 4096
+"""Texts of labels. A page of hundreds of disks has the same few over and over."""
 
 # Of powers of two of nanoseconds; a bucket ends where the next power begins. What took less than a
 # microsecond lies in the first one, what took more than two seconds in the last.
@@ -32,8 +36,17 @@ class Family:
 
 def families_of(shown: type, *labels: str) -> tuple[Family, ...]:
     """Those that are declared of the statistics of `shown`."""
-    metrics = (declared.metric for _, declared in statistics_of(shown) if declared.metric is not None)
-    return tuple(Family(each.name, each.kind, each.help, labels) for each in metrics)
+    return tuple(family for _, _, family in _declared(shown, labels))
+
+
+@lru_cache
+def _declared(shown: type, labels: tuple[str, ...]) -> tuple[tuple[str, Metric, Family], ...]:
+    """Each with what a query calls it."""
+    return tuple(
+        (each.name.replace("_", "-"), metric, Family(metric.name, metric.kind, metric.help, labels))
+        for each, declared in statistics_of(shown)
+        if (metric := declared.metric) is not None
+    )
 
 
 class Page:
@@ -47,12 +60,12 @@ class Page:
     def family(self, family: Family) -> Callable[..., None]:
         """Begin a family; the result adds a sample with the values of its labels, or nothing where the value
         is None."""
-        lines = self._begin(family)
+        lines, name = self._begin(family), PREFIX + family.name
 
         def add(value: Any, *labels: str) -> None:
             if value is not None:
                 inner = self._labels(family, labels)
-                lines.append(f"{PREFIX}{family.name}{'{' + inner + '}' if inner else ''} {_number(value)}")
+                lines.append(f"{name}{{{inner}}} {_number(value)}" if inner else f"{name} {_number(value)}")
 
         return add
 
@@ -66,12 +79,10 @@ class Page:
         """The metrics that are declared of `shown`, of each row: the values of its labels, and what a query
         shows."""
         rows = list(rows)
-        for each, declared in statistics_of(shown):
-            if (metric := declared.metric) is None:
-                continue
-            add = self.family(Family(metric.name, metric.kind, metric.help, labels))
+        for key, metric, family in _declared(shown, labels):
+            add = self.family(family)
             for of, row in rows:
-                if (key := each.name.replace("_", "-")) in row:
+                if key in row:
                     add(metric.value(row[key]), *of)
 
     def histogram(
@@ -83,10 +94,11 @@ class Page:
         for labels, row in rows.items():
             inner = self._labels(family, labels)
             before = inner + "," if inner else ""
+            up_to = list(accumulate(row.counts))
             for power in buckets:
-                total = sum(row.counts[: power + 1])
+                total = up_to[power]
                 lines.append(f'{name}_bucket{{{before}le="{2.0 ** (power + 1) / 1e9:.9g}"}} {total}')
-            total = sum(row.counts)
+            total = up_to[-1]
             lines.append(f'{name}_bucket{{{before}le="+Inf"}} {total}')
             tail = "{" + inner + "}" if inner else ""
             lines.append(f"{name}_sum{tail} {_number(row.seconds)}")
@@ -107,13 +119,17 @@ class Page:
         return "".join("\n".join(lines) + "\n" for lines in self._families.values() if len(lines) > 2)
 
     def _begin(self, family: Family) -> list[str]:
-        name = PREFIX + family.name
-        head = [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
-        return self._families.setdefault(family.name, head)
+        if (lines := self._families.get(family.name)) is None:
+            name = PREFIX + family.name
+            lines = [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
+            self._families[family.name] = lines
+        return lines
 
     def _labels(self, family: Family, values: tuple[str, ...]) -> str:
-        own = _inner(dict(zip(family.labels, values, strict=True)))
-        return f"{self._common},{own}" if self._common and own else self._common or own
+        if not family.labels and not values:
+            return self._common
+        own = _labels_text(family.labels, values)
+        return f"{self._common},{own}" if self._common else own
 
 
 class Latency:
@@ -128,6 +144,11 @@ class Latency:
             self.counts[power] += count
         mean_us = operation["latency-us"]["mean"]
         self.seconds += (mean_us or 0.0) / 1e6 * operation["operations"]
+
+
+@lru_cache(LABELS_KEPT)
+def _labels_text(labels: tuple[str, ...], values: tuple[str, ...]) -> str:
+    return _inner(dict(zip(labels, values, strict=True)))
 
 
 def _inner(labels: Labels) -> str:

@@ -47,11 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The process of `receive`: a disk of this host, for an owner on another one.
     "receive": {"words", "host", "storage", "config", "confine", "record", "control"},
-    # The process of `exporter`: all backends of the host, seen by their control sockets.
-    "exporter": {"words", "host", "config", "control", "metrics"},
     # All disks of this host: which there are, and what is done with many. Of what runs it asks by the control
     # sockets alone.
     "fleet": {"words", "storage", "record", "control"},
+    # The process of `exporter`: all backends of the host, seen by their control sockets.
+    "exporter": {"words", "host", "config", "control", "metrics", "fleet"},
     # The command line: of what runs it asks by the control socket alone.
     "cli": {
         "words", "storage", "config", "record", "control", "device", "daemon", "receive", "exporter", "fleet",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -17,19 +17,13 @@ from tests.guest.processes import Process
 
 class Exporter:
     def __init__(
-        self, folder: Path, *options: str | Path, before: Sequence[str] = (), log: Path | None = None
-    ) -> None:
-        words = [
-            *before,
-            *vhostsync_command(),
-            "exporter",
-            "--sockets",
-            folder,
-            "--listen",
-            "127.0.0.1:0",
-            *options,
-        ]
-        self.process = Process("vhostsync exporter", words, log or folder / "exporter.log")
+        self, folder: Path, *options: str | Path, before: Sequence[str] = (), log: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """`env`: of a host of the test's own, whose disks it finds by itself."""
+        where = () if env is not None else ("--sockets", folder)
+        words = [*before, *vhostsync_command(), "exporter", *where, "--listen", "127.0.0.1:0", *options]
+        self.process = Process("vhostsync exporter", words, log or folder / "exporter.log", env=env)
         try:
             await_true(lambda: self.address is not None, "the exporter listens")
         except BaseException:

@@ -18,6 +18,7 @@ from typing import Any
 import anyio
 import pytest
 
+from tests.daemon.named_host import Host
 from tests.daemon.rig import Served, await_true, image, refused_start, write_block
 from tests.guest.assets import AssetError, cache_folder, fetch_prometheus
 from tests.guest.backends import vhostsync_command
@@ -54,6 +55,24 @@ def test_all_backends_are_on_one_page(work: Path) -> None:
             two.stop()
             assert exporter.up() == {"vm1": 1}
         assert exporter.process.terminate() == 0
+
+
+def test_all_disks_of_the_host_are_there_by_their_names(work: Path) -> None:
+    """One that runs, one that is stopped, one that was killed; as `vhostsync list` has them."""
+    host = Host(work)
+    for name in ("vm1", "vm2", "vm3"):
+        host.tell("create", name, "--disk", image(work / f"{name}.img"))
+    with (
+        Exporter(work, env=host.environment) as exporter,
+        host.serve("vm1"),
+        host.serve("vm3") as killed,
+    ):
+        assert exporter.up() == {"vm1": 1, "vm3": 1}
+        killed.kill()
+        page = exporter.page()
+    assert up(page) == {"vm1": 1, "vm3": 0}
+    stopped = dict(re.findall(r'^vhostsync_stopped\{vm="(.*)"\} (\d)$', page, re.MULTILINE))
+    assert stopped == {"vm1": "0", "vm2": "1", "vm3": "0"}
 
 
 def test_promtool_finds_no_fault(work: Path) -> None:
@@ -193,7 +212,8 @@ async def test_a_backend_that_says_anything_spoils_its_own_figures_alone(
     ):  # fmt: skip
         page = await collecting.page()
     assert up(page) == {"bad": 0, "good": 1}
-    assert 'vm="bad"' not in page.replace('vhostsync_up{vm="bad"} 0', "")
+    about_it = {line.partition("{")[0] for line in page.splitlines() if 'vm="bad"' in line}
+    assert about_it == {"vhostsync_up", "vhostsync_stopped"}
     assert 'vhostsync_capacity_bytes{vm="good"} 1073741824\n' in page
 
 

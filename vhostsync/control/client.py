@@ -65,6 +65,10 @@ class ControlClient:
             await sockets.send_all(self._connection, line)
         except OSError as error:
             raise self._lost() from error
+        return await self._answer(identity)
+
+    async def _answer(self, identity: int) -> Any:
+        """To that request, which was sent."""
         while True:
             message = await self._read()
             if "event" in message:
@@ -78,6 +82,23 @@ class ControlClient:
                 )
             else:
                 raise ControlError(f"The backend at {self._path} answered with what is no reply: {message}.")
+
+    async def execute_all(self, *commands: str) -> list[Any]:
+        """What each of them returns, or its RefusedError. Asked in one go, so in one turn of the other
+        side."""
+        first, self._next_id = self._next_id, self._next_id + len(commands)
+        lines = (json.dumps({"execute": each, "id": first + at}) + "\n" for at, each in enumerate(commands))
+        try:
+            await sockets.send_all(self._connection, "".join(lines).encode("ascii"))
+        except OSError as error:
+            raise self._lost() from error
+        answers: list[Any] = []
+        while len(answers) < len(commands):
+            try:
+                answers.append(await self._answer(first + len(answers)))
+            except RefusedError as refused:
+                answers.append(refused)
+        return answers
 
     async def next_event(self) -> Mapping[str, Any]:
         """The next event ("event", "data", "timestamp"). Loses nothing when cancelled."""

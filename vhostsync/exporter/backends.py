@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends of this host, found by their control sockets and asked for their figures.
+"""The backends of this host, found by the disks' records and by control sockets, and asked for their figures.
 
 A backend may hang, or have been taken over by its guest. So
 
@@ -9,7 +9,8 @@ A backend may hang, or have been taken over by its guest. So
   its figures, and nobody else's."""
 
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ import anyio
 import anyio.abc
 import structlog
 
-from vhostsync.control.client import ControlClient, connect
-from vhostsync.errors import ControlError, VhostsyncError
+from vhostsync.control.client import ControlClient, RefusedError, connect
+from vhostsync.errors import ControlError, StateRecordError, VhostsyncError
+from vhostsync.fleet.disks import known_disks
+from vhostsync.lineage_name import runtime_directory
 from vhostsync.metrics import page_of
 from vhostsync.metrics_page import COARSE_BUCKETS, Page
 from vhostsync.receive_metrics import receiver_page
@@ -41,11 +44,42 @@ class Place:
     control: Path
 
 
+@dataclass(frozen=True)
+class Found:
+    """Who listens; and the names of the disks that are known here and whose backends do not run."""
+
+    places: list[Place]
+    stopped: list[str]
+
+
+RECEIVERS: Final = Path("/run/vhostsync-receive")
+
+
+def look_around(directories: Iterable[Path] = ()) -> Found:
+    """In these directories alone; where there are none, all disks of this host that records or sockets tell
+    of, and its receivers. Blocks."""
+    if directories := list(directories):
+        return Found(find_places(directories), [])
+    try:
+        disks = known_disks()
+    except StateRecordError as error:
+        log.warning("the disks of this host cannot be told by their records", reason=str(error))
+        return Found(find_places([runtime_directory(), RECEIVERS]), [])
+    listening = {(disk.name or _name_of(disk.control), disk.control) for disk in disks if disk.control}
+    listening |= {(place.name, place.control) for place in find_places([RECEIVERS])}
+    places = _told_apart(sorted(listening))
+    names = {place.name for place in places}
+    return Found(places, sorted({disk.name for disk in disks if disk.name and not disk.control} - names))
+
+
 def find_places(directories: Iterable[Path]) -> list[Place]:
     """In the order of their names. Blocks. Two of one name are called by their sockets."""
-    found = sorted({(_name_of(path), path) for each in directories for path in _sockets_in(each)})
-    names = [name for name, _ in found]
-    return [Place(name if names.count(name) == 1 else str(path), path) for name, path in found]
+    return _told_apart(sorted({(_name_of(path), path) for each in directories for path in _sockets_in(each)}))
+
+
+def _told_apart(found: list[tuple[str, Path]]) -> list[Place]:
+    often = Counter(name for name, _ in found)
+    return [Place(name if often[name] == 1 else str(path), path) for name, path in found]
 
 
 def _sockets_in(directory: Path) -> Iterable[Path]:
@@ -118,11 +152,13 @@ class Asked:
 
 
 async def _page_from(client: ControlClient, name: str) -> Page:
-    status = await client.execute("query-status")
-    if "receiver" in status:
+    status, mirror, stats = await client.execute_all("query-status", "query-mirror", "query-stats")
+    if isinstance(status, Mapping) and "receiver" in status:
         return receiver_page(status, name)
-    mirror = await client.execute("query-mirror")
-    page = page_of(status, mirror, await client.execute("query-stats"), name=name, buckets=COARSE_BUCKETS)
+    for answer in (status, mirror, stats):
+        if isinstance(answer, RefusedError):
+            raise answer
+    page = page_of(status, mirror, stats, name=name, buckets=COARSE_BUCKETS)
     if page.samples > SAMPLES_MAX:
         raise ControlError(f"it has {page.samples} samples, more than any disk has")
     return page

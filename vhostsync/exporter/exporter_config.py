@@ -19,7 +19,6 @@ BACKENDS: Final = "the backends"
 PAGE: Final = "the page"
 OPERATION: Final = "operation"
 
-DIRECTORIES: Final = (Path("/run/vhostsync"), Path("/run/vhostsync-receive"))
 LISTEN: Final = TcpAddress("127.0.0.1", 9748)
 
 
@@ -29,8 +28,8 @@ class ExporterConfig:
 
     directories: tuple[Path, ...] = option(
         "--sockets", BACKENDS, Kind("DIR", Path),
-        "where control sockets lie: DIR/NAME/control, DIR/NAME.control", DIRECTORIES,
-        repeatable=True, default_text="/run/vhostsync and /run/vhostsync-receive",
+        "only those whose control sockets lie there: DIR/NAME/control, DIR/NAME.control", (),
+        repeatable=True, default_text="all disks of this host, as `vhostsync list` has them, and receivers",
         detail="NAME is the label `vm` of its metrics (of `NAME.sock.control`, too). They are looked for "
         "anew at each scrape.",
     )  # fmt: skip

@@ -16,7 +16,7 @@ import structlog
 from vhostsync import log as logging
 from vhostsync.control.scrape import serve_page
 from vhostsync.errors import VhostsyncError, leaves
-from vhostsync.exporter.backends import Asked, Place, find_places
+from vhostsync.exporter.backends import Asked, Place, look_around
 from vhostsync.exporter.exporter_config import ExporterConfig
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
@@ -30,7 +30,11 @@ UP: Final = Family("up", "gauge", "1 if the disk's backend has answered in time.
 COLLECTION: Final = Family(
     "exporter_collection_seconds", "gauge", "How long this page took: to ask all backends, and to write it."
 )
-FAMILIES: Final = (UP, COLLECTION)
+STOPPED: Final = Family(
+    "stopped", "gauge", "1 if the disk has a name here (`vhostsync create`) and no backend of it listens.",
+    ("vm",),
+)  # fmt: skip
+FAMILIES: Final = (UP, STOPPED, COLLECTION)
 
 
 class Exporter:
@@ -43,14 +47,18 @@ class Exporter:
 
     async def page(self) -> str:
         began = anyio.current_time()
-        backends = self._known(await anyio.to_thread.run_sync(find_places, self._config.directories))
+        around = await anyio.to_thread.run_sync(look_around, self._config.directories)
+        backends = self._known(around.places)
         page = Page()
-        up = page.family(UP)
+        up, stopped = page.family(UP), page.family(STOPPED)
+        for name in around.stopped:
+            stopped(1, name)
         for each in backends.values():
             each.ask(self._tasks)
         for name, each in backends.items():
             found = await each.wait(self._config.deadline_s)
             up(int(found is not None), name)
+            stopped(0, name)
             if found is not None:
                 page.take(found)
         page.one(COLLECTION, round(anyio.current_time() - began, 6))
