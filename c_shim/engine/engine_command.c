@@ -22,7 +22,7 @@ static void void_bitmap(struct vs_engine *e)
     activity_void(&e->activity);
 }
 
-/* False: it is answered at once. */
+/* False: it is answered at once, with 0 or an error alone. */
 static bool answered_later(struct vs_engine *e, uint64_t token, const struct vs_command *c)
 {
     switch (c->kind) {
@@ -40,6 +40,9 @@ static bool answered_later(struct vs_engine *e, uint64_t token, const struct vs_
         return true;
     case VS_CMD_EXCHANGE:
         switch_exchange(e, token, &c->exchange);
+        return true;
+    case VS_CMD_UNGATE:
+        mailbox_done(&e->mailbox, token, 0, gate_cancel(e));
         return true;
     default:
         if (c->kind < VS_CMD_ATTACH || c->kind > VS_CMD_SET_WRITE_CACHE)
@@ -81,9 +84,6 @@ static int obey(struct vs_engine *e, const struct vs_command *c)
         break;
     case VS_CMD_RECORD_WRITTEN:
         mirror_record_written(&e->mirror.state, c->value);
-        break;
-    case VS_CMD_UNGATE:
-        gate_cancel(e);
         break;
     case VS_CMD_FAILOVER_GIVE_UP:
         source_failover_give_up(&e->guest);

@@ -5,7 +5,8 @@
  *   drain      the guest runs: the destination (or both disks) is flushed, so that little is left for the pause
  *   gate       nothing is taken up any more; closed when all that was taken up is over and the log is empty (M = G),
  *              or opened again when that takes longer than allowed, or another drain is needed
- *   exchange   the roles change; the gate opens: the guest goes on on the other disk
+ *   exchange   the roles change; the gate opens: the guest goes on on the other disk. Or (VS_EXCHANGE_HOLD) it stays
+ *              closed, until all disks of a group are exchanged, or this one is exchanged back
  *
  * Invariants:
  *   - between a gate that has closed and its opening no request is in flight, so whatever is exchanged meanwhile, no
@@ -96,7 +97,8 @@ static void exchange_now(struct vs_engine *e, uint64_t token, const struct vs_ex
             __atomic_store_n(x->mark, x->mark_value, __ATOMIC_RELEASE);
         e->host.changes++; /* what the file says of one disk is said of the other from here on */
         source_failover_over(&e->guest);
-        gate_open(e);
+        if (!(x->flags & VS_EXCHANGE_HOLD))
+            gate_open(e);
     }
     mailbox_done(&e->mailbox, token, rc, pause_ns);
 }
@@ -141,13 +143,15 @@ void gate_pump(struct vs_engine *e)
     exchange_waited(e, rc);
 }
 
-void gate_cancel(struct vs_engine *e)
+uint64_t gate_cancel(struct vs_engine *e)
 {
     if (e->gate == GATE_CLOSING)
         mailbox_done(&e->mailbox, e->gate_token, -ECANCELED, 0);
     exchange_waited(e, -ECANCELED);
-    if (e->gate != GATE_OPEN)
-        gate_open(e);
+    if (e->gate == GATE_OPEN)
+        return 0;
+    gate_open(e);
+    return clock_world_ns() - e->gate_closed_ns;
 }
 
 void switch_exchange(struct vs_engine *e, uint64_t token, const struct vs_exchange *what)

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import anyio
 import anyio.abc
+from anyio.abc import TaskGroup
 
 from tests.sizes import GIB
 from vhostsync import events
@@ -137,6 +138,36 @@ class FakeMirror:
         return FakeSwitchResult(1234, 1, new, None, accepted)
 
 
+class FakeGroupMember:
+    """Of one client: what it has begun, and whether it is gone."""
+
+    def __init__(self, mirror: FakeMirror) -> None:
+        self._mirror = mirror
+        self.steps: list[str] = []
+        self.left = anyio.Event()
+
+    async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None:
+        self._prepare(f"switch {max_pause_ms:g} {keep_mirror}")
+
+    async def prepare_snapshot(self, *, max_pause_ms: float) -> None:
+        self._prepare(f"snapshot {max_pause_ms:g}")
+
+    def _prepare(self, what: str) -> None:
+        if self._mirror.now.state != "steady":
+            raise SwitchError(f"The mirror is {self._mirror.now.state}, not steady.")
+        self.steps.append(what)
+
+    async def take(self, name: str) -> Any:
+        self.steps.append(name)
+        return FakeSwitchResult(1234, 1, "/b.img", None, {}) if name == "open" else {}
+
+    async def leave_at_the_end(self) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.left.set()
+
+
 @dataclass(frozen=True)
 class FakeVerifyStatus:
     state: str = "none"
@@ -177,6 +208,7 @@ class FakeBackend:
         self.events = EventHub()
         self.verifier = FakeVerifier()
         self.mirror = FakeMirror(self.events)
+        self.members: list[FakeGroupMember] = []
         self.quit_asked = anyio.Event()
         self.quit_force: bool | None = None
         self.handed_over: Path | None = None
@@ -193,6 +225,11 @@ class FakeBackend:
             "capacity": GIB,
             "epoch": 3,
         }
+
+    def group_member(self, tasks: TaskGroup) -> FakeGroupMember:
+        self.members.append(FakeGroupMember(self.mirror))
+        tasks.start_soon(self.members[-1].leave_at_the_end)
+        return self.members[-1]
 
     async def query_stats(self) -> dict[str, Any]:
         def operation(count: int) -> dict[str, Any]:

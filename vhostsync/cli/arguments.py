@@ -57,6 +57,19 @@ examples:
 
 It needs a mirror that is steady. When it fails, the guest is where it was and the mirror is as it was.
 Exit code 4 says that the deadline ended it.
+
+With several --control, all disks of a guest are switched or none is:
+  vhostsync switch --control /run/root.control --control /run/data.control
+"""
+
+_SNAPSHOT_EXAMPLES: Final = """\
+examples:
+  vhostsync snapshot                                    # of one disk
+  vhostsync snapshot --control /run/root.control --control /run/data.control
+  vhostsync mirror start /disks/b.img --wait            # afterwards: copies what differs by then
+
+It needs mirrors that are steady, and ends them: the destinations together are what a power cut at that
+instant would have left. They are closed when it returns. When it fails, all mirrors are as they were.
 """
 
 _RESIZE_EXAMPLES: Final = """\
@@ -139,6 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_mirror(commands)
     _add_switch(commands)
+    _add_snapshot(commands)
     _add_verify(commands)
     resize = _add_client(commands, "resize", "resize", "make the guest's disk larger", _RESIZE_EXAMPLES)
     resize.add_argument(
@@ -221,19 +235,42 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_several(parser: argparse.ArgumentParser) -> None:
+    """Which backends, of a command that may speak to all disks of a guest."""
+    parser.add_argument(
+        "--control", type=Path, metavar="PATH", action="append", default=argparse.SUPPRESS,
+        help="the backend's control socket (default: the environment's VHOSTSYNC_CONTROL)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name", type=types.lineage_name, metavar="NAME", action="append",
+        help="the name that `vhostsync create` has given the disk. --control and --name may be given several "
+        "times, for several disks of a guest: all are done at one instant",
+    )  # fmt: skip
+    parser.add_argument(
+        "--group", type=types.lineage_name, metavar="NAME",
+        help="all disks that `vhostsync create --group NAME` has given to this group",
+    )  # fmt: skip
+
+
 def _add_client(
     commands: "argparse._SubParsersAction[Parser]",
     name: str,
     function: str,
     text: str,
     examples: str | None = None,
+    *,
+    several: bool = False,
 ) -> argparse.ArgumentParser:
+    """`several`: it may speak to more than one backend."""
     parser = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples
     )
     parser.set_defaults(function=function)
-    _add_control(parser)
-    _add_name(parser)
+    if several:
+        _add_several(parser)
+    else:
+        _add_control(parser)
+        _add_name(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     return parser
 
@@ -289,21 +326,10 @@ def _add_mirror(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _add_switch(commands: "argparse._SubParsersAction[Parser]") -> None:
-    switch = _add_client(commands, "switch", "switch", "move the guest to the destination", _SWITCH_EXAMPLES)
-    switch.add_argument(
-        "--deadline",
-        type=types.positive_seconds,
-        default=30.0,
-        metavar="TIME",
-        help="how long to try (default 30s)",
+    switch = _add_client(
+        commands, "switch", "switch", "move the guest to the destination", _SWITCH_EXAMPLES, several=True
     )
-    switch.add_argument(
-        "--max-pause",
-        type=types.positive_seconds,
-        default=0.5,
-        metavar="TIME",
-        help="how long one try may hold the guest's requests (default 500ms)",
-    )
+    _add_patience(switch)
     switch.add_argument("--keep-mirror", action="store_true", help="the old disk becomes the destination")
     switch.add_argument(
         "--accept-unreadable",
@@ -315,6 +341,25 @@ def _add_switch(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="although a verification has found that the destination differs (status says since when)",
     )
+
+
+def _add_patience(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deadline", type=types.positive_seconds, default=30.0, metavar="TIME",
+        help="how long to try (default 30s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-pause", type=types.positive_seconds, default=0.5, metavar="TIME",
+        help="how long one try may hold the guest's requests (default 500ms)",
+    )  # fmt: skip
+
+
+def _add_snapshot(commands: "argparse._SubParsersAction[Parser]") -> None:
+    snapshot = _add_client(
+        commands, "snapshot", "snapshot", "let the destination go, as a copy of one instant of the guest",
+        _SNAPSHOT_EXAMPLES, several=True,
+    )  # fmt: skip
+    _add_patience(snapshot)
 
 
 def _add_verify(commands: "argparse._SubParsersAction[Parser]") -> None:

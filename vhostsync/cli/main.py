@@ -95,6 +95,14 @@ def _upgrade(options: argparse.Namespace) -> int:
     return anyio.run(upgrade.run, options)
 
 
+def _operate_group(options: argparse.Namespace, controls: list[Path]) -> int:
+    import anyio
+
+    from vhostsync.cli import operate_group
+
+    return anyio.run(operate_group.run, options, controls)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Ends the process itself where argparse does (--help, wrong
     usage)."""
@@ -144,18 +152,35 @@ def _run(words: list[str]) -> int:
 
         command: Callable[[argparse.Namespace], int] = getattr(host_commands, options.function)
         return command(options)
-    if options.control is None and options.name is not None:
-        from vhostsync.fleet.disks import find_control
-
-        options.control = find_control(options.name)
-    if options.control is None:
+    controls = _controls(options)
+    if not controls:
         inherited = os.environ.get("VHOSTSYNC_CONTROL")
         if not inherited:
             parser.error("which backend? Give --name NAME or --control PATH, or set VHOSTSYNC_CONTROL")
-        options.control = Path(inherited)
+        controls = [Path(inherited)]
+    if len(controls) > 1 or options.command == "snapshot":
+        return _operate_group(options, controls)
+    options.control = controls[0]
     if options.command == "upgrade":
         return _upgrade(options)
     return _operate(options)
+
+
+def _controls(options: argparse.Namespace) -> list[Path]:
+    """Of the backends that are named: one, or by some commands several."""
+    if getattr(options, "group", None) is not None:
+        from vhostsync.fleet.group import controls_of_group
+
+        return controls_of_group(options.group)
+    if isinstance(options.control, Path):
+        return [options.control]
+    controls: list[Path] = options.control or []
+    names: list[str] = [options.name] if isinstance(options.name, str) else options.name or []
+    if names:
+        from vhostsync.fleet.disks import find_control
+
+        controls = [*controls, *map(find_control, names)]
+    return controls
 
 
 def _drop_output() -> None:

@@ -40,7 +40,7 @@ async def run(command: Command, options: argparse.Namespace) -> int:
         return await command(client, options)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     _show(printable(text) + "\n")
 
 
@@ -50,11 +50,11 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     sys.stderr.write(f"vhostsync: {printable(text)}\n")
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     _show(json.dumps(value) + "\n")
 
 
@@ -64,7 +64,7 @@ def _goes_on(what: str) -> Iterator[None]:
     try:
         yield
     except anyio.get_cancelled_exc_class():
-        _complain(what)
+        complain(what)
         raise
 
 
@@ -73,14 +73,14 @@ async def status(client: ControlClient, options: argparse.Namespace) -> int:
     device = await client.execute("query-status")
     if "receiver" in device:
         if options.json:
-            _print_json({"status": device})
+            print_json({"status": device})
         else:
             _show(show.receiver_text(device))
         return EXIT_OK
     mirror = await client.execute("query-mirror")
     verify = await client.execute("query-verify")
     if options.json:
-        _print_json({"status": device, "mirror": mirror, "verify": verify})
+        print_json({"status": device, "mirror": mirror, "verify": verify})
     else:
         _show(show.status_text(device, mirror, verify))
     return EXIT_OK
@@ -90,7 +90,7 @@ async def stats(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync stats`."""
     result = await client.execute("query-stats")
     if options.json:
-        _print_json(result)
+        print_json(result)
     else:
         _show(show.stats_text(result))
     return EXIT_OK
@@ -104,14 +104,14 @@ async def watch(client: ControlClient, options: argparse.Namespace) -> int:
         while True:
             mirror = await client.execute("query-mirror")
             if options.json:
-                _print_json({"mirror": mirror})
+                print_json({"mirror": mirror})
             else:
                 live.update(show.mirror_line(mirror, live.width))
             until_s = time.monotonic() + options.interval
             while (event := await _next_event(client, until_s)) is not None:
                 ending = ending or event["event"] == "SHUTDOWN"
                 if options.json:
-                    _print_json(event)
+                    print_json(event)
                 elif event["event"] != "MIRROR_PROGRESS":
                     live.say(show.event_text(event))
     except UnreachableError:
@@ -137,9 +137,9 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
     await client.execute("mirror-start", arguments)
     if not options.wait:
         if options.json:
-            _print_json(await client.execute("query-mirror"))
+            print_json(await client.execute("query-mirror"))
         else:
-            _say(f"Copying to {options.destination}; `vhostsync watch` shows the progress.")
+            say(f"Copying to {options.destination}; `vhostsync watch` shows the progress.")
         return EXIT_OK
     live = None if options.json else show.Live(sys.stdout)
     deadline_s = None if options.timeout is None else started_s + options.timeout
@@ -151,14 +151,14 @@ async def mirror_start(client: ControlClient, options: argparse.Namespace) -> in
             if live is not None:
                 live.end_line()
     if options.json:
-        _print_json(mirror)
+        print_json(mirror)
     if mirror["state"] == "steady":
         if live is not None:
             live.end_line(
                 f"{options.destination} is up to date after {show.duration(time.monotonic() - started_s)}."
             )
         return EXIT_OK
-    _complain(
+    complain(
         f"{options.destination} is not up to date after {show.duration(options.timeout)}; the copy goes on."
     )
     return EXIT_TIMED_OUT
@@ -211,9 +211,9 @@ async def mirror_speed(client: ControlClient, options: argparse.Namespace) -> in
 
 async def _done(client: ControlClient, options: argparse.Namespace, text: str) -> int:
     if options.json:
-        _print_json(await client.execute("query-mirror"))
+        print_json(await client.execute("query-mirror"))
     else:
-        _say(text)
+        say(text)
     return EXIT_OK
 
 
@@ -238,21 +238,21 @@ async def switch(client: ControlClient, options: argparse.Namespace) -> int:
         # that cannot be in time a little before the deadline.
         if time.monotonic() - began_s < 0.9 * options.deadline:
             raise
-        _complain(str(error))
+        complain(str(error))
         return EXIT_TIMED_OUT
     if options.json:
-        _print_json(result)
+        print_json(result)
         return EXIT_OK
     tries = result["attempts"]
-    _say(
+    say(
         f"The guest runs on {result['source-path']}. It was paused for {result['pause-us'] / 1000:.1f} ms"
         f"{'' if tries == 1 else f', at try {tries}'}."
     )
     if result.get("destination-path"):
-        _say(f"{result['destination-path']} is its mirror now.")
+        say(f"{result['destination-path']} is its mirror now.")
     for kind, ranges in result.get("accepted", {}).items():
         for each in ranges:
-            _say(f"Accepted ({kind}): {each['length']} bytes from {each['offset']} on.")
+            say(f"Accepted ({kind}): {each['length']} bytes from {each['offset']} on.")
     return EXIT_OK
 
 
@@ -261,9 +261,9 @@ async def verify(client: ControlClient, options: argparse.Namespace) -> int:
     await client.execute("verify", {"repair": options.repair, "speed": options.speed})
     if not options.wait:
         if options.json:
-            _print_json(await client.execute("query-verify"))
+            print_json(await client.execute("query-verify"))
         else:
-            _say("Comparing the disks; `vhostsync watch` shows the progress.")
+            say("Comparing the disks; `vhostsync watch` shows the progress.")
         return EXIT_OK
     live = None if options.json else show.Live(sys.stdout)
     with _goes_on("The comparison goes on; `vhostsync status` shows it, `vhostsync verify-cancel` ends it."):
@@ -274,7 +274,7 @@ async def verify(client: ControlClient, options: argparse.Namespace) -> int:
     if live is not None:
         live.end_line(show.verify_line(found, None))
     else:
-        _print_json(found)
+        print_json(found)
     return EXIT_OK if found["state"] in ("equal", "repaired") else EXIT_FAILED
 
 
@@ -290,9 +290,9 @@ async def resize(client: ControlClient, options: argparse.Namespace) -> int:
     with _goes_on("The disk goes on growing; `vhostsync status` shows its size."):
         result = await client.execute("resize", arguments)
     if options.json:
-        _print_json(result)
+        print_json(result)
     else:
-        _say(f"The guest's disk has {size(result['capacity'])} now.")
+        say(f"The guest's disk has {size(result['capacity'])} now.")
     return EXIT_OK
 
 
@@ -300,9 +300,9 @@ async def rededicate(client: ControlClient, options: argparse.Namespace) -> int:
     """`vhostsync rededicate`."""
     await client.execute("rededicate")
     if options.json:
-        _print_json(await client.execute("query-status"))
+        print_json(await client.execute("query-status"))
     else:
-        _say("The disk has no owner any more; whoever attaches it next has it.")
+        say("The disk has no owner any more; whoever attaches it next has it.")
     return EXIT_OK
 
 
@@ -311,5 +311,5 @@ async def quit_backend(client: ControlClient, options: argparse.Namespace) -> in
     with _goes_on("The backend goes on ending."), anyio.fail_after(options.timeout):
         await client.execute_to_the_end("quit", {"force": options.force})
     if options.json:
-        _print_json({})
+        print_json({})
     return EXIT_OK

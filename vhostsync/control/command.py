@@ -7,7 +7,8 @@ a defect: it is logged with its traceback, the client is told so, and the server
 
 import dataclasses
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,11 @@ class Dispatcher:
     def __init__(self, commands: Mapping[str, Command], subject: Any) -> None:
         self._commands = commands
         self._subject = subject
+
+    @asynccontextmanager
+    async def conversation(self) -> AsyncIterator["Dispatcher"]:
+        """For the requests of one client, until it is gone."""
+        yield self
 
     async def execute(self, request: qmp.Request) -> bytes:
         """The line to answer with; never raises but when cancelled."""

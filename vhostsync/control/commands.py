@@ -5,25 +5,27 @@ described.
 `COMMANDS` names each command with its arguments, their types and bounds, what it returns and what it does;
 `query-commands` shows the table and docs/control-protocol.md quotes it (a unit test compares)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import anyio
+from anyio.abc import TaskGroup
 
 from ..events import EventHub
 from ..mirror_target import SPEED_BYTES_PER_S_MAX, MirrorTarget
 from ..option_values import Cache
 from . import qmp
 from .command import Argument, Arguments, Command, Dispatcher, dashed, describe
+from .group_commands import GROUP_COMMANDS, MAX_PAUSE_ARGUMENT, GroupMember
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DEADLINE_MS: Final = 30_000
 """How long `switch` tries, unless told."""
-
-MAX_PAUSE_MS: Final = 500
-"""How long one try of `switch` may hold the guest's requests, unless told."""
 
 
 class Mirror(Protocol):
@@ -62,18 +64,29 @@ class Backend(Protocol):
     async def resize(self, wanted_bytes: int | None) -> int: ...
     async def hand_over(self, socket: Path | None) -> None: ...
     async def quit(self, *, force: bool) -> None: ...
+    def group_member(self, tasks: TaskGroup) -> GroupMember: ...
 
 
 @dataclass(frozen=True)
 class _Served:
-    """What the commands work on. `destination_cache` is for a mirror-start that names none."""
+    """What the commands of a client work on. `destination_cache` is for a mirror-start that names none."""
 
     backend: Backend
     destination_cache: Cache
+    group: GroupMember | None = None  # None: outside of a conversation
+
+
+class _ServeDispatcher(Dispatcher):
+    @asynccontextmanager
+    async def conversation(self) -> AsyncIterator[Dispatcher]:
+        async with anyio.create_task_group() as tasks:
+            group = self._subject.backend.group_member(tasks)
+            yield Dispatcher(COMMANDS, replace(self._subject, group=group))
+            tasks.cancel_scope.cancel()
 
 
 def dispatcher(backend: Backend, destination_cache: Cache = "none") -> Dispatcher:
-    return Dispatcher(COMMANDS, _Served(backend, destination_cache))
+    return _ServeDispatcher(COMMANDS, _Served(backend, destination_cache))
 
 
 async def _query_status(to: _Served, _: Arguments) -> Any:
@@ -253,14 +266,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 Argument(
                     "deadline-ms", "number", "How long to try.", default=DEADLINE_MS, least=1, most=3_600_000
                 ),
-                Argument(
-                    "max-pause-ms",
-                    "number",
-                    "How long one try may hold the guest's requests.",
-                    default=MAX_PAUSE_MS,
-                    least=1,
-                    most=60_000,
-                ),
+                MAX_PAUSE_ARGUMENT,
                 Argument(
                     "keep-mirror", "boolean", "The old source becomes the new destination.", default=False
                 ),
@@ -278,6 +284,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 ),
             ),
         ),
+        *GROUP_COMMANDS,
         Command(
             "resize",
             "Make the guest's disk larger, after the disk below it. Returns when the guest was told.",

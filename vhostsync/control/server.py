@@ -7,7 +7,8 @@ events. They share a lock for writing. What can pile up for a client is bounded:
 is told how many). A client that takes nothing for SEND_TIMEOUT_S is disconnected.
 
 A command runs in the server's task group and not in its client's: a client that goes away in the middle of
-a `switch` does not cancel it. A client that closes its sending side still gets the answers to what it had
+a `switch` does not cancel it. What several commands of a client do together (the steps of a group) ends with
+its last command. A client that closes its sending side still gets the answers to what it had
 sent.
 
 When the server is cancelled, replies and events that are already there are still sent, for CLOSING_S at most.
@@ -123,10 +124,10 @@ class ControlServer:
     ) -> None:
         """The client's requests, one after the other, also of a client that has gone meanwhile."""
         try:
-            async with requests:
+            async with requests, self._dispatcher.conversation() as dispatcher:
                 async for item in requests:
                     if isinstance(item, qmp.Request):
-                        await client.send(await self._execute(client, item))
+                        await client.send(await self._execute(dispatcher, client, item))
                         continue
                     await client.send(item.line)
                     if item.negotiated:
@@ -134,9 +135,9 @@ class ControlServer:
         finally:
             finished.set()
 
-    async def _execute(self, client: "_Client", request: qmp.Request) -> bytes:
+    async def _execute(self, dispatcher: Dispatcher, client: "_Client", request: qmp.Request) -> bytes:
         try:
-            return await self._dispatcher.execute(request)
+            return await dispatcher.execute(request)
         except anyio.get_cancelled_exc_class():
             done = request.command in ("quit", "hand-over")  # it ends the server, and with it this task
             await client.send(

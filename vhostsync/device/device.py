@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import anyio
 import anyio.to_thread
 import structlog
+from anyio.abc import TaskGroup
 
 from vhostsync import events
 from vhostsync.config import ServeConfig
@@ -26,6 +27,7 @@ from vhostsync.engine.snapshot import BREACHES
 from vhostsync.errors import HandOverError
 from vhostsync.events import EventHub
 from vhostsync.mirror.bad_ranges import within
+from vhostsync.mirror.group_member import GroupMember
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.pause import DestinationPause, warn_of_a_lost_pause
@@ -167,6 +169,9 @@ class Device:
 
     async def quit(self, *, force: bool) -> None:
         self._process.stop(force=force)
+
+    def group_member(self, tasks: TaskGroup) -> GroupMember:
+        return GroupMember(self.mirror, tasks)
 
 
 def start_engine(config: ServeConfig, opened: Opened) -> Engine:

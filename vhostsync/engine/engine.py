@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -360,8 +361,20 @@ class Engine:
         last drain. The gate is open again."""
         await self.command(lib.VS_CMD_GATE, "holding the guest's requests", value=allowed_us)
 
-    async def ungate(self) -> None:
-        await self.command(lib.VS_CMD_UNGATE, "letting the guest's requests go on")
+    async def ungate(self) -> int:
+        """Returns the guest's pause in nanoseconds; 0: it was not held."""
+        return await self.command(lib.VS_CMD_UNGATE, "letting the guest's requests go on")
+
+    async def exchange_and_hold(self, mark: Mark | None, *, accept_different: bool = False) -> None:
+        """As `exchange`, with the mirror kept and the mark stored, but the gate stays closed: another one
+        undoes it, before `ungate`. Not to be cancelled: the mark's memory is lent meanwhile."""
+        flags = lib.VS_EXCHANGE_KEEP | lib.VS_EXCHANGE_HOLD | lib.VS_EXCHANGE_DIFFERENT * accept_different
+        what: dict[str, Any] = {"flags": flags}
+        with ExitStack() as lent:
+            if mark is not None:
+                memory = ffi.from_buffer("uint64_t *", mark.memory, require_writable=True)
+                what |= {"mark": lent.enter_context(memory), "mark_value": mark.value}
+            await self.command(lib.VS_CMD_EXCHANGE, "exchanging the disks", exchange=what)
 
     async def exchange(
         self, *, keep_mirror: bool, accept_unreadable: bool = False, accept_different: bool = False

@@ -27,6 +27,7 @@ from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, FenceError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.host.errands import Errands, bring_unless_cancelled
+from vhostsync.mirror import group_snapshot
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.destination import (
     DESTINATION_LOCK_S,
@@ -40,6 +41,8 @@ from vhostsync.mirror.destination import (
     was_of_this_guest,
 )
 from vhostsync.mirror.fence import Fence, Means
+from vhostsync.mirror.group_snapshot import SnapshotSteps
+from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_course import Course
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import MirrorStatus, SwitchPlan, SwitchResult
@@ -47,7 +50,6 @@ from vhostsync.mirror.peer import NO_EARLIER_COPY
 from vhostsync.mirror.record_keeper import RecordKeeper, outdated
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.switch import Switch
-from vhostsync.mirror.switch_steps import SwitchSteps
 from vhostsync.mirror.turns import Turns
 from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.bitmap import BitmapFile
@@ -437,15 +439,28 @@ class Mirror:
             return await self._switch.run(plan, deadline_s)
 
     @asynccontextmanager
-    async def switch_in_steps(self, plan: SwitchPlan) -> AsyncIterator[SwitchSteps]:
+    async def switch_in_steps(self, plan: SwitchPlan) -> AsyncIterator[GroupSwitchSteps]:
         """For a coordinator of several disks: one attempt, whose steps it takes. The guest's last writes are
-        on the destination, nothing else commands the mirror meanwhile, and what was begun and not exchanged
-        is taken back. SwitchError, EngineError."""
+        on the destination, nothing else commands the mirror meanwhile, and what was begun and not opened is
+        taken back. SwitchError, EngineError."""
         async with self.turns.take("switch"):
-            await self._switch.refuse_unless_possible(self.state, plan)
-            await self._switch.drain(plan)
-            async with self._switch.steps(plan) as steps:
+            await self._switch.refuse_unless_possible(self.state, replace(plan, keep_mirror=True))
+            async with self._switch.steps_in_group(plan) as steps:
                 yield steps
+
+    @asynccontextmanager
+    async def snapshot_in_steps(self, max_pause_ms: float) -> AsyncIterator[SnapshotSteps]:
+        """The same for a snapshot, at whose end the destination is closed. MirrorError, EngineError."""
+        async with self.turns.take("snapshot"):
+            await group_snapshot.refuse_unless_possible(self._engine, self._keeper, self.state)
+            await self._engine.mirror_drain()
+            async with self._keeper.lock:
+                steps = SnapshotSteps(self._engine, self._roles, self._keeper, max_pause_ms)
+                try:
+                    yield steps
+                finally:
+                    await steps.leave()
+            await self._see_it_off()
 
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:

@@ -98,6 +98,18 @@ class SwitchResult:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """What became of one disk of a group. `pause_us`: for how long no request of the guest was taken up;
+    `opened_ns` (CLOCK_MONOTONIC): until when, so that a coordinator on this host knows it of all.
+    `destination_path`: of a snapshot, what was let go."""
+
+    pause_us: int
+    opened_ns: int
+    source_path: str
+    destination_path: str | None
+
+
+@dataclass(frozen=True)
 class SwitchPlan:
     """How a switch is to be tried."""
 

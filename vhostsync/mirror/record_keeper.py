@@ -81,6 +81,7 @@ class RecordKeeper:
         self._failed = failed
         self.bitmap_failed = False  # there is one, and a restart will not find there what differs
         self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
+        self._announcement_stands = False  # in the record, and is to be settled or taken back
         self.different_since = record.different_since  # ahead of the record until that could be written
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
@@ -142,7 +143,7 @@ class RecordKeeper:
         # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
         modest = outdated(switched) if switched.peer is not None else switched
         announcement = await self._blocking(self._store.announce, self.record, modest)
-        self._announced = switched
+        self._announced, self._announcement_stands = switched, True
         await self._blocking(announcement.settle)
         prepared = await self._blocking(self._store.prepare, switched)
         prepared.mark = announcement.mark
@@ -153,26 +154,41 @@ class RecordKeeper:
         `take_back`: it may do so. StateRecordError."""
         await self._blocking(prepared.change)
 
+    def expect_exchange(self, record: StateRecord | None) -> None:
+        """What holds once the engine reports the next one, which undoes the last; None: there is none."""
+        assert self.lock.locked()
+        self._announced = record
+
     async def take_back(self, prepared: Prepared | None) -> None:
-        """The exchange did not take place. Should this fail too, nothing that was flushed is at stake: the
-        mirror is steady, and the engine confirms no flush without the destination before another record is
-        durable."""
+        """The exchange did not take place, or was undone. Should this fail too, nothing that was flushed is
+        at stake: the mirror is steady, and the engine confirms no flush without the destination before
+        another record is durable."""
         with anyio.CancelScope(shield=True):
             if prepared is not None:
                 await anyio.to_thread.run_sync(prepared.discard)
-            if self._announced is None:
-                return
-            try:
-                await self.write(self.record)
-                self._announced = None
-            except StateRecordError as error:
-                log.error("the state record may name the destination as the current disk", error=str(error))
-                if self._store is not None:
-                    self._store.late = True
-                    self._unsettled.set()
+            if self._announcement_stands and await self.write_back(
+                self.record, "the state record may name the destination as the current disk"
+            ):
+                self._announced, self._announcement_stands = None, False
+
+    async def write_back(self, record: StateRecord, otherwise: str) -> bool:
+        """What holds again, since something that was recorded did not take place. False: that is logged, and
+        it is written later."""
+        assert self.lock.locked()
+        self.record = record
+        try:
+            await self.write(record)
+        except StateRecordError as error:
+            log.error(otherwise, error=str(error))
+            if self._store is not None:
+                self._store.late = True
+                self._unsettled.set()
+            return False
+        return True
 
     async def settle_switch(self, prepared: Prepared | None) -> None:
         """The exchange has taken place. The guest runs, and waits for none of this."""
+        self._announcement_stands = False
         if prepared is None:
             return
         try:

@@ -5,7 +5,7 @@ attempt is) or the deadline has passed, and what is said of it."""
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 import anyio
@@ -17,6 +17,7 @@ from vhostsync.errors import EngineError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.host import patience
 from vhostsync.mirror.bad_ranges import BadRanges
+from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Switched, SwitchPlan, SwitchResult
 from vhostsync.mirror.record_keeper import RecordKeeper
@@ -148,3 +149,22 @@ class Switch:
                 yield steps
             finally:
                 await steps.take_back()
+
+    @asynccontextmanager
+    async def steps_in_group(self, plan: SwitchPlan) -> AsyncIterator[GroupSwitchSteps]:
+        """The same for a coordinator of several disks. SwitchError where that was given up."""
+        self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._roles.destination_path)})
+        try:
+            await self.drain(replace(plan, keep_mirror=True))  # so that it can be taken back
+            async with self._keeper.lock:
+                steps = GroupSwitchSteps(self._engine, self._roles, self._keeper, plan)
+                try:
+                    yield steps
+                finally:
+                    await steps.leave()
+        except VhostsyncError as error:
+            raise self._failed(self._why(error)) from error
+        if (opened := steps.result) is not None:
+            result = SwitchResult(opened.pause_us, 1, opened.source_path, opened.destination_path, {})
+            log.info("switched in a group", **asdict(result))
+            self._hub.publish(events.SWITCH_COMPLETED, asdict(result))

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attempt at a switch, in four steps: prepare, close, exchange, settle; or all as it was.
 
-Whoever switches one disk takes them one after the other (`take_all`). A coordinator of several disks would
-take each step on all of them before the next one, and take all back where one of them fails before the first
-exchange.
+Whoever switches one disk takes them one after the other (`take_all`). A coordinator of several disks takes
+each step on all of them before the next one, and has steps of its own for the exchange (group_switch.py).
 
 The record names the new disk before the first request goes there (state_file.py says how, without a wait for
 the record's disk). From the closed gate to the open one the guest is held, and nothing may be cut off.
@@ -22,6 +21,23 @@ from vhostsync.mirror.record_keeper import RecordKeeper
 from vhostsync.record.record_store import Prepared
 
 GATE_NOT_CLOSED: Final = (errno.ETIMEDOUT, errno.EAGAIN)  # it took too long, or another drain is needed
+
+
+async def close_gate(engine: Engine, allowed_us: int) -> bool:
+    """False: it could not be closed in the pause that is allowed, and is open (so it is when this raises or
+    is cancelled). EngineError."""
+    try:
+        await engine.gate(allowed_us)
+    except EngineError as error:
+        if error.errno not in GATE_NOT_CLOSED:
+            raise
+        return False
+    except BaseException:
+        # A gate that nobody opens would hold the guest for ever.
+        with anyio.CancelScope(shield=True):
+            await engine.ungate()
+        raise
+    return True
 
 
 class SwitchSteps:
@@ -55,19 +71,8 @@ class SwitchSteps:
         with_a_mark = self._prepared is None or self._prepared.mark is not None
         if and_exchange and with_a_mark and not self._plan.accept_unreadable:
             return await self._close_and_exchange()
-        try:
-            await self._engine.gate(self._pause_us)
-        except EngineError as error:
-            if error.errno not in GATE_NOT_CLOSED:
-                raise
-            return False
-        except BaseException:
-            # A gate that nobody opens would hold the guest for ever.
-            with anyio.CancelScope(shield=True):
-                await self._engine.ungate()
-            raise
-        self._closed = True
-        return True
+        self._closed = await close_gate(self._engine, self._pause_us)
+        return self._closed
 
     async def _close_and_exchange(self) -> bool:
         """While the guest is held, nothing is done here, and no disk waited for."""

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps in which the destinations of several disks are let go as copies of one instant: prepare, close,
+carry out, open; or all as it was.
+
+The coordinator takes each step on all disks before the next one. With the gates of all closed each
+destination holds all that its guest's disk does (M = G), and stays so: they are copies of one instant. None
+is let go before all of them hold that durably (`carry_out`), and none of the guest's requests is taken up
+before its own destination was let go.
+
+The record calls the destination outdated before the gate closes: that is too modest until it is let go, and
+spares the guest a wait for the record's disk.
+"""
+
+import time
+
+import anyio
+
+from vhostsync.engine.engine import Engine
+from vhostsync.errors import MirrorError
+from vhostsync.mirror.bad_ranges import BadRanges
+from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.mirror_status import Opened
+from vhostsync.mirror.record_keeper import RecordKeeper, outdated
+from vhostsync.mirror.roles import Roles
+from vhostsync.mirror.switch_steps import close_gate
+
+
+class SnapshotSteps:
+    """To be used with the turn of the mirror and the lock of the record, from before `prepare` to after
+    `leave`, which ends each attempt."""
+
+    def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, max_pause_ms: float) -> None:
+        self._engine = engine
+        self._roles = roles
+        self._keeper = keeper
+        self._max_pause_ms = max_pause_ms
+        self._former = keeper.record
+        self._prepared = self._closed = False
+        self.result: Opened | None = None
+
+    async def prepare(self) -> None:
+        """Promises: the record calls the destination outdated, and wants no mirror. Undone by `leave`.
+        StateRecordError."""
+        self._prepared = True
+        await self._keeper.write(outdated(self._former).with_wanted(None))
+
+    async def close(self) -> bool:
+        """As of SwitchSteps."""
+        self._closed = await close_gate(self._engine, int(self._max_pause_ms * 1000))
+        return self._closed
+
+    async def carry_out(self) -> None:
+        """Promises: the destination holds durably all that the guest's disk does, and the guest is held
+        still. EngineError."""
+        assert self._closed
+        await self._engine.mirror_drain()
+
+    async def open(self) -> Opened:
+        """Promises: the destination is let go, then the guest goes on. Not undone."""
+        with anyio.CancelScope(shield=True):
+            destination = self._roles.destination_path
+            self._roles.fence()
+            await self._engine.mirror_stop()
+            pause_ns = await self._engine.ungate()
+            opened_ns = time.monotonic_ns()
+        self.result = Opened(pause_ns // 1000, opened_ns, self._roles.source.name, destination)
+        return self.result
+
+    async def leave(self) -> None:
+        """The end: unless the destination was let go, all is taken back. First the record."""
+        if self.result is not None or not self._prepared:
+            return
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._keeper.write_back(self._former, "the record calls the mirror outdated still")
+            finally:
+                if self._closed:
+                    await self._engine.ungate()
+
+
+async def refuse_unless_possible(engine: Engine, keeper: RecordKeeper, state: MirrorState) -> None:
+    """MirrorError where the destination is no copy of the guest's disk."""
+    if state is not MirrorState.STEADY:
+        raise MirrorError(
+            f"a snapshot needs the mirror in the steady state, and it is {state}; start it and wait until it "
+            f"is steady (mirror start --wait)"
+        )
+    if keeper.different_since is not None:
+        raise MirrorError(
+            f"a verification has found (known since {keeper.different_since}) that the destination differs "
+            f"from the guest's disk; mend it first (verify --repair)"
+        )
+    if BadRanges.of(await engine.snapshot()):
+        raise MirrorError(
+            "the destination lacks what could not be read from, or written to, the guest's disk (status "
+            "lists the ranges); the guest has to write there again first"
+        )
