@@ -184,7 +184,8 @@ enum vs_command_kind {
     VS_CMD_RECORD_WRITTEN,   /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,             /* value: microseconds allowed; done when all is drained and M = G, else gate reopened,
                               * and -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
-    VS_CMD_UNGATE,           /* opens it again, or ends the attempt to close it; event value: pause in ns, 0: it was open */
+    VS_CMD_UNGATE,           /* opens it again, or ends the attempt to close it; event value: pause in ns, 0: it was
+                              * open */
     VS_CMD_EXCHANGE,         /* exchange. Waits for the gate to close (-ECANCELED: it does not), opens it; event value:
                               * pause in ns. After an error the gate stays closed until VS_CMD_UNGATE */
     VS_CMD_VERIFY,           /* verify: compare both disks */
@@ -209,10 +210,10 @@ enum vs_start_flags {
 };
 
 enum vs_exchange_flags {
-    VS_EXCHANGE_KEEP = 1,     /* keeps the mirror: the roles swap */
-    VS_EXCHANGE_ACCEPT = 2,   /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
+    VS_EXCHANGE_KEEP = 1,      /* keeps the mirror: the roles swap */
+    VS_EXCHANGE_ACCEPT = 2,    /* although there are ranges in doubt or unreadable; not with VS_EXCHANGE_KEEP */
     VS_EXCHANGE_DIFFERENT = 4, /* although a verification has found the destination different; else -EBADE */
-    VS_EXCHANGE_HOLD = 8 /* the gate stays closed until VS_CMD_UNGATE; with VS_EXCHANGE_KEEP, so that another one undoes it */
+    VS_EXCHANGE_HOLD = 8 /* the gate stays closed until VS_CMD_UNGATE; with VS_EXCHANGE_KEEP another one undoes it */
 };
 
 struct vs_region {

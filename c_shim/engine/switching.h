@@ -23,8 +23,8 @@ void gate_pump(struct vs_engine *e);
 /* Opens it; also while it closes: whoever asked for it has changed his mind. Returns the pause in nanoseconds. */
 uint64_t gate_cancel(struct vs_engine *e);
 
-/* The exchange, as soon as the gate is closed. Opens the gate, unless it fails or is told to hold; the answer's value is
- * the pause in nanoseconds. */
+/* The exchange, as soon as the gate is closed. Opens the gate, unless it fails or is told to hold; the answer's value
+ * is the pause in nanoseconds. */
 void switch_exchange(struct vs_engine *e, uint64_t token, const struct vs_exchange *what);
 
 #endif

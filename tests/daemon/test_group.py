@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two disks of one guest, switched or copied by one command, under a guest that writes to both in turn: all or
-none, whatever becomes of the coordinator.
+"""Two disks of one guest, switched or copied by one command, under a guest that writes to both in turn: all
+or none, whatever becomes of the coordinator.
 
 VHOSTSYNC_SNAPSHOTS is how many snapshots are taken (4 unless told)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tests.model.mutation import Mutation
 from tests.model.mutation import mutation as _m
+from tests.model.mutation_list_groups import GROUPS
 from tests.model.mutation_list_python import PYTHON
 from tests.model.mutation_list_rbd import RBD
 
@@ -1300,4 +1301,6 @@ MUTATIONS = [
     *PYTHON,
     # -- disks of a Ceph cluster ------------------------------------------------------
     *RBD,
+    # -- several disks of one guest ----------------------------------------------------
+    *GROUPS,
 ]

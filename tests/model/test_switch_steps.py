@@ -20,6 +20,9 @@ from vhostsync.errors import EngineError, SwitchError
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import SwitchPlan
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.record.record_store import Prepared
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import Worth
 
 PLAN = SwitchPlan(max_pause_ms=2000)
@@ -32,8 +35,13 @@ async def both_prepared(stages: list[Stage]) -> AsyncIterator[list[GroupSwitchSt
 
 
 def play(
-    scene: Callable[[list[Stage]], Awaitable[None]], folder: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Callable[[list[Stage]], Awaitable[None]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    marks: bool = True,
 ) -> None:
+    """`marks`: the records have memory for the mark of an exchange."""
     async def perform() -> None:
         async with AsyncExitStack() as stack:
             stages = []
@@ -41,6 +49,9 @@ def play(
                 (folder / name).mkdir()
                 # Each stage names its disks to the engine; those of the first are attached before the second.
                 stages.append(await stack.enter_async_context(stage(folder / name, monkeypatch)))
+                if marks:
+                    stages[-1].state_file.lock(1)
+                    stack.callback(stages[-1].state_file.close)
                 await stages[-1].steady()
                 await stages[-1].guest_does(partial(stages[-1].guest.write_now, 0, pattern(1)))
             await scene(stages)
@@ -48,7 +59,10 @@ def play(
     anyio.run(perform)
 
 
-def test_two_disks_are_switched_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("marks", [True, False])
+def test_two_disks_are_switched_at_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: bool
+) -> None:
     async def scene(stages: list[Stage]) -> None:
         async with both_prepared(stages) as attempts:
             for each in attempts:
@@ -72,7 +86,7 @@ def test_two_disks_are_switched_at_one_moment(tmp_path: Path, monkeypatch: pytes
             assert it.mirror.source_path == str(it.paths[1]) and it.mirror.state is MirrorState.PASSTHROUGH
             assert it.second.read(BLOCK, BLOCK) == pattern(2) and it.first.read(BLOCK, BLOCK) == bytes(BLOCK)
 
-    play(scene, tmp_path, monkeypatch)
+    play(scene, tmp_path, monkeypatch, marks=marks)
 
 
 def test_where_one_cannot_be_closed_all_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +113,23 @@ def test_where_one_cannot_be_closed_all_is_as_it_was(tmp_path: Path, monkeypatch
     play(scene, tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("marks", [True, False])
 def test_where_one_cannot_be_exchanged_those_that_were_go_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: bool
 ) -> None:
     """One disk is exchanged, and held; the other one's destination is lost before its turn comes."""
+
+    killed_before: list[str] = []
+    take_back = RecordKeeper.take_back
+
+    async def seen(keeper: RecordKeeper, prepared: Prepared | None) -> None:
+        assert isinstance(keeper._store, StateFile)
+        record = StateFile(keeper._store.path).load()
+        assert record is not None
+        killed_before.append(record.current.path)
+        await take_back(keeper, prepared)
+
+    monkeypatch.setattr(RecordKeeper, "take_back", seen)
 
     async def scene(stages: list[Stage]) -> None:
         one, two = stages
@@ -123,10 +150,13 @@ def test_where_one_cannot_be_exchanged_those_that_were_go_back(
         assert one.record() == before[0] and two.record().current == before[1].current
         assert one.mirror.state is MirrorState.STEADY and one.mirror.source_path == str(one.paths[0])
         assert one.second.read(BLOCK, BLOCK) == pattern(2), "it is the destination, as before"
+        if marks:
+            old = [str(it.paths[0]) for it in reversed(stages)]
+            assert killed_before == old, "a restart would serve the other one"
         result = await one.mirror.switch(deadline_s=5, max_pause_ms=2000, keep_mirror=False)
         assert result.source_path == str(one.paths[1])
 
-    play(scene, tmp_path, monkeypatch)
+    play(scene, tmp_path, monkeypatch, marks=marks)
 
 
 def test_the_old_disk_gets_nothing_more_unless_the_mirror_is_kept(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backend that only plays one, for the tests of the control socket and of the command line."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -138,11 +139,20 @@ class FakeMirror:
         return FakeSwitchResult(1234, 1, new, None, accepted)
 
 
-class FakeGroupMember:
-    """Of one client: what it has begun, and whether it is gone."""
+@dataclass(frozen=True)
+class FakeOpened:
+    pause_us: int
+    opened_ns: int
+    source_path: str
+    destination_path: str | None
 
-    def __init__(self, mirror: FakeMirror) -> None:
+
+class FakeGroupMember:
+    """Of one client: what it has begun, and whether it is gone. A step of `refused` is refused that often."""
+
+    def __init__(self, mirror: FakeMirror, refused: dict[str, int]) -> None:
         self._mirror = mirror
+        self._refused = refused
         self.steps: list[str] = []
         self.left = anyio.Event()
 
@@ -159,7 +169,10 @@ class FakeGroupMember:
 
     async def take(self, name: str) -> Any:
         self.steps.append(name)
-        return FakeSwitchResult(1234, 1, "/b.img", None, {}) if name == "open" else {}
+        if self._refused.get(name):
+            self._refused[name] -= 1
+            raise MirrorError(f"No {name} now.")
+        return FakeOpened(1000, time.monotonic_ns(), "/b.img", "/a.img") if name == "open" else {}
 
     async def leave_at_the_end(self) -> None:
         try:
@@ -209,6 +222,7 @@ class FakeBackend:
         self.verifier = FakeVerifier()
         self.mirror = FakeMirror(self.events)
         self.members: list[FakeGroupMember] = []
+        self.refused_steps: dict[str, int] = {}
         self.quit_asked = anyio.Event()
         self.quit_force: bool | None = None
         self.handed_over: Path | None = None
@@ -227,7 +241,7 @@ class FakeBackend:
         }
 
     def group_member(self, tasks: TaskGroup) -> FakeGroupMember:
-        self.members.append(FakeGroupMember(self.mirror))
+        self.members.append(FakeGroupMember(self.mirror, self.refused_steps))
         tasks.start_soon(self.members[-1].leave_at_the_end)
         return self.members[-1]
 
