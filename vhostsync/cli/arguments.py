@@ -59,12 +59,14 @@ It needs a mirror that is steady. When it fails, the guest is where it was and t
 Exit code 4 says that the deadline ended it.
 
 With several --control, all disks of a guest are switched or none is:
+  vhostsync switch --group vm1
   vhostsync switch --control /run/root.control --control /run/data.control
 """
 
 _SNAPSHOT_EXAMPLES: Final = """\
 examples:
   vhostsync snapshot                                    # of one disk
+  vhostsync snapshot --group vm1
   vhostsync snapshot --control /run/root.control --control /run/data.control
   vhostsync mirror start /disks/b.img --wait            # afterwards: copies what differs by then
 

@@ -51,6 +51,9 @@ the columns:
   DISK    the current one: what a start by the name would serve
   OTHER   the destination of the mirror, or the last one, and what it is worth if the current disk is lost now
 
+Below them, a line for each group: what the other disks of its members together are worth, which is as much as
+the worst of them, and what is left to do where a switch of the group was cut off.
+
 It exits 0, or 1 if any is unknown.
 """
 

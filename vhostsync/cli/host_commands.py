@@ -5,13 +5,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
 from vhostsync.cli.show import table
 from vhostsync.errors import ConfigError
 from vhostsync.fleet.disks import HostDisk, host_disks
+from vhostsync.fleet.group import groups_of, what_is_left, worth_of_group
 from vhostsync.mirror_target import MirrorTarget
 from vhostsync.printable import printable, size
 from vhostsync.record.names import Names
@@ -60,12 +61,24 @@ def list_disks(options: argparse.Namespace) -> int:
         if disk.problem is not None:
             sys.stderr.write(f"vhostsync: {printable(disk.shown_name)}: {printable(disk.problem)}\n")
     if options.json:
-        sys.stdout.write(json.dumps([disk.in_json() for disk in disks]) + "\n")
+        sys.stdout.write(json.dumps(_json(disks)) + "\n")
     elif disks:
         sys.stdout.write(table([_HEADINGS, *map(_row, disks)]))
+        sys.stdout.writelines(_group_line(*group) for group in groups_of(disks).items())
     else:
         sys.stdout.write("no disk of this host is known; `vhostsync create` gives one a name\n")
     return EXIT_FAILED if any(disk.problem is not None for disk in disks) else EXIT_OK
+
+
+def _json(disks: Sequence[HostDisk]) -> list[dict[str, Any]]:
+    worths = {group: worth_of_group(of_group) for group, of_group in groups_of(disks).items()}
+    return [{**disk.in_json(), "group-worth": worths.get(disk.group or "")} for disk in disks]
+
+
+def _group_line(group: str, disks: Sequence[HostDisk]) -> str:
+    text = f"group {group}: its other disks together are {worth_of_group(disks) or 'of unknown worth'}"
+    left = what_is_left(disks)
+    return printable(text if left is None else f"{text}; {left}") + "\n"
 
 
 def _row(disk: HostDisk) -> Sequence[str]:

@@ -25,15 +25,34 @@ def controls_of_group(group: str) -> list[Path]:
     missing = [disk for disk in found if not disk.running]
     if missing:
         reasons = "; ".join(f"{each.shown_name}: {each.problem or 'no backend runs'}" for each in missing)
-        raise ControlError(f"Not all disks of the group {group} can be asked, and nothing was done: {reasons}.")
+        raise ControlError(
+            f"Not all disks of the group {group} can be asked, and nothing was done: {reasons}."
+        )
     return [disk.control for disk in found if disk.control is not None]
 
 
+def groups_of(disks: Sequence[HostDisk]) -> dict[str, list[HostDisk]]:
+    """By name."""
+    groups: dict[str, list[HostDisk]] = {}
+    for disk in disks:
+        if disk.group is not None:
+            groups.setdefault(disk.group, []).append(disk)
+    return groups
+
+
 def worth_of_group(disks: Sequence[HostDisk]) -> str | None:
-    """What the other disks together are worth: as much as the worst of them. Several that are outdated are each
-    of a moment of their own, so together they are none that there ever was: inconsistent."""
-    worths = [disk.worth for disk in disks]
-    worst = max(worths, key=_BEST_FIRST.index)
-    if worst == "outdated" and len(disks) > 1:
-        return "inconsistent"
-    return worst
+    """What the other disks together are worth if the current ones were lost now: as much as the worst of
+    them. None: one has no other disk, or nobody knows what that is worth."""
+    return max((disk.worth for disk in disks), key=_BEST_FIRST.index)
+
+
+def what_is_left(disks: Sequence[HostDisk]) -> str | None:
+    """Of a switch or a snapshot that was done on some of them and not on all; None: they are alike."""
+    if len({disk.state for disk in disks}) == 1:
+        return None
+    steady = [disk.shown_name for disk in disks if disk.state == "steady"]
+    alike = ", ".join(f"{disk.shown_name} is {disk.state}" for disk in disks)
+    if not steady or any(disk.state not in ("steady", "passthrough") for disk in disks):
+        return alike
+    rest = " ".join(f"--name {name}" for name in steady)
+    return f"{alike}; if a switch was left half done, switch the rest: vhostsync switch {rest}"
