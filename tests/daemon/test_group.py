@@ -15,7 +15,8 @@ from typing import Literal
 import pytest
 
 from tests.daemon.group_rig import Coordinator, Counter, GoBetween, counted, two_disks
-from tests.daemon.rig import Served, await_true
+from tests.daemon.named_host import Host
+from tests.daemon.rig import Served, await_true, image
 
 SNAPSHOTS = int(os.environ.get("VHOSTSYNC_SNAPSHOTS", "4"))
 
@@ -200,3 +201,34 @@ def test_snapshots_are_of_one_instant(work: Path) -> None:
                 each.start_mirror(each.folder / "b.img")
                 assert each.mirror()["full-copy-reason"] is None
         print(f"pause of {SNAPSHOTS} snapshots: up to {max(pauses_us) / 1000:.1f} ms")
+
+
+@pytest.mark.timeout(240)
+def test_a_group_by_its_name(work: Path) -> None:
+    host = Host(work)
+    names = ["vm1-data", "vm1-root"]
+    for name in names:
+        host.tell("create", name, "--disk", image(work / f"{name}.img"), "--group", "vm1")
+    assert "No disk of this host is in a group vm2" in host.tell("switch", "--group", "vm2", code=1)
+    with host.serve(names[0]):
+        host.mirror(names[0], work / "data.new")
+        sentence = host.tell("snapshot", "--group", "vm1", code=1)
+        assert "vm1-root: no backend runs" in sentence and "nothing was done" in sentence
+        assert host.status(names[0])["mirror"] == "steady"
+        with host.serve(names[1]):
+            host.mirror(names[1], work / "root.new")
+            await_true(lambda: host.list()[names[0]]["group-worth"] == "up-to-date", "all are up to date")
+            assert "group vm1: its other disks together are up-to-date\n" in host.tell("list")
+            host.ask(names[0], "mirror-cancel")
+            found = host.list()
+            assert [found[name]["group-worth"] for name in names] == ["outdated"] * 2
+            left = "switch the rest: vhostsync switch --name vm1-root"
+            assert left in host.tell("list")
+            host.mirror(names[0], work / "data.new", create=False)
+            host.tell("switch", "--group", "vm1", "--keep-mirror")
+            assert [host.status(name)["disk"] for name in names] == [
+                str(work / "data.new"), str(work / "root.new"),
+            ]  # fmt: skip
+            text = host.tell("snapshot", *(word for name in names for word in ("--name", name)))
+            assert f"{work}/vm1-data.img  of {work}/data.new" in text
+            assert [host.status(name)["mirror"] for name in names] == ["passthrough"] * 2

@@ -72,8 +72,8 @@ PYTHON = [
         "a-mirror-marks-before-it-records",
         "no disk bears a mark that no record knows",
         "mirror/mirror.py",
-        "return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity))",
-        "return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity)).bear_mark()",
+        "return why_full, now, disk.with_mark(self._keeper.claims.mark_of(disk.identity))",
+        "return why_full, now, disk.with_mark(self._keeper.claims.mark_of(disk.identity)).bear_mark()",
         "model/test_lineage.py::test_no_disk_bears_a_mark_that_no_record_knows",
     ),
     _m(
@@ -137,7 +137,7 @@ PYTHON = [
         "another-lineages-disk-is-ours",
         "a disk that another record has taken meanwhile is not overwritten unasked",
         "mirror/mirror.py",
-        "return known and await self._keeper.claimed_by(disk) is None",
+        "return known and await self._keeper.claims.claimed_by(disk) is None",
         "return known",
         "model/test_record_races.py::"
         "test_a_lost_destination_that_another_lineage_has_taken_is_not_attached_again",

@@ -12,6 +12,8 @@ spares the guest a wait for the record's disk.
 """
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import anyio
 
@@ -78,7 +80,22 @@ class SnapshotSteps:
                     await self._engine.ungate()
 
 
-async def refuse_unless_possible(engine: Engine, keeper: RecordKeeper, state: MirrorState) -> None:
+@asynccontextmanager
+async def snapshot_steps(
+    engine: Engine, roles: Roles, keeper: RecordKeeper, state: MirrorState, max_pause_ms: float
+) -> AsyncIterator[SnapshotSteps]:
+    """One attempt, with the record's lock. MirrorError, EngineError."""
+    await _refuse_unless_possible(engine, keeper, state)
+    await engine.mirror_drain()
+    async with keeper.lock:
+        steps = SnapshotSteps(engine, roles, keeper, max_pause_ms)
+        try:
+            yield steps
+        finally:
+            await steps.leave()
+
+
+async def _refuse_unless_possible(engine: Engine, keeper: RecordKeeper, state: MirrorState) -> None:
     """MirrorError where the destination is no copy of the guest's disk."""
     if state is not MirrorState.STEADY:
         raise MirrorError(

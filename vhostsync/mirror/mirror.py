@@ -27,7 +27,6 @@ from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, FenceError, MirrorError, StateRecordError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.host.errands import Errands, bring_unless_cancelled
-from vhostsync.mirror import group_snapshot
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.destination import (
     DESTINATION_LOCK_S,
@@ -41,7 +40,7 @@ from vhostsync.mirror.destination import (
     was_of_this_guest,
 )
 from vhostsync.mirror.fence import Fence, Means
-from vhostsync.mirror.group_snapshot import SnapshotSteps
+from vhostsync.mirror.group_snapshot import SnapshotSteps, snapshot_steps
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_course import Course
 from vhostsync.mirror.mirror_state import MirrorState
@@ -241,7 +240,7 @@ class Mirror:
             self._check_fenced(unfenced, target)
             if former is not None:
                 check_former(disk, former)
-                await self._keeper.check_unclaimed(disk.identity)
+                await self._keeper.claims.check_unclaimed(disk.identity)
             elif not (target.create or target.force or await self._is_ours(disk.identity)):
                 await anyio.to_thread.run_sync(check_holds_nothing, disk)
             await self._attach(disk, target, unfenced)
@@ -277,7 +276,7 @@ class Mirror:
     async def _is_ours(self, disk: DiskIdentity) -> bool:
         """What it holds is this guest's. StateRecordError."""
         known = was_of_this_guest(self._keeper.record, disk)
-        return known and await self._keeper.claimed_by(disk) is None
+        return known and await self._keeper.claims.claimed_by(disk) is None
 
     async def _await_fence(self) -> None:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""
@@ -304,7 +303,7 @@ class Mirror:
         bitmap, peer = self._keeper.bitmap, self._keeper.record.peer
         if why_full == NO_EARLIER_COPY and bitmap and peer and same(peer, disk.identity):
             why_full = bitmap.changed or why_full
-        return why_full, now, disk.with_mark(self._keeper.mark_of(disk.identity))
+        return why_full, now, disk.with_mark(self._keeper.claims.mark_of(disk.identity))
 
     async def _attach(self, disk: Disk, target: MirrorTarget, fenced: list[DiskIdentity]) -> None:
         """It is done, or nothing was: once the record knows the destination, this is not cut off, for a
@@ -440,9 +439,8 @@ class Mirror:
 
     @asynccontextmanager
     async def switch_in_steps(self, plan: SwitchPlan) -> AsyncIterator[GroupSwitchSteps]:
-        """For a coordinator of several disks: one attempt, whose steps it takes. The guest's last writes are
-        on the destination, nothing else commands the mirror meanwhile, and what was begun and not opened is
-        taken back. SwitchError, EngineError."""
+        """For a coordinator of several disks: one attempt, whose steps it takes. Nothing else commands the
+        mirror meanwhile, and what was begun and not opened is taken back. SwitchError, EngineError."""
         async with self.turns.take("switch"):
             await self._switch.refuse_unless_possible(self.state, replace(plan, keep_mirror=True))
             async with self._switch.steps_in_group(plan) as steps:
@@ -452,14 +450,9 @@ class Mirror:
     async def snapshot_in_steps(self, max_pause_ms: float) -> AsyncIterator[SnapshotSteps]:
         """The same for a snapshot, at whose end the destination is closed. MirrorError, EngineError."""
         async with self.turns.take("snapshot"):
-            await group_snapshot.refuse_unless_possible(self._engine, self._keeper, self.state)
-            await self._engine.mirror_drain()
-            async with self._keeper.lock:
-                steps = SnapshotSteps(self._engine, self._roles, self._keeper, max_pause_ms)
-                try:
-                    yield steps
-                finally:
-                    await steps.leave()
+            rooms = self._engine, self._roles, self._keeper
+            async with snapshot_steps(*rooms, self.state, max_pause_ms) as steps:
+                yield steps
             await self._see_it_off()
 
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:

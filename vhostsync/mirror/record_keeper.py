@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -32,13 +31,13 @@ from vhostsync.engine.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.engine.snapshot import State
 from vhostsync.errors import (
     EngineError,
-    MirrorError,
     StateRecordError,
     SupersededError,
     UnsettledRecordError,
     VhostsyncError,
 )
 from vhostsync.events import EventHub
+from vhostsync.mirror.claims import Claims
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.under_way import CLOSED, UnderWay
@@ -70,6 +69,7 @@ class RecordKeeper:
         failed: Callable[[str], None],
     ) -> None:
         self.record = record
+        self.claims = Claims(store, lambda: self.record)
         self.bitmap = bitmap
         self.lock = anyio.Lock()
         self.write_error: str | None = None  # of the last record that was written; None: it is durable
@@ -198,32 +198,6 @@ class RecordKeeper:
             # What was announced is durable, and names the same disk.
             self._failed(str(error))
             log.error("the state record may call the mirror outdated after a power cut", error=str(error))
-
-    async def check_unclaimed(self, disk: DiskIdentity) -> None:
-        """MirrorError where another lineage has taken the disk meanwhile. StateRecordError."""
-        other = await self.claimed_by(disk)
-        if other is not None:
-            raise MirrorError(
-                f"{disk.path} belongs to another state record by now, {other}, and what is on it would be "
-                f"lost; if it may be, start the mirror to it yourself: vhostsync mirror start {disk.path}"
-            )
-
-    async def claimed_by(self, disk: DiskIdentity) -> Path | None:
-        """Another lineage's record that has taken the disk meanwhile. StateRecordError."""
-        if self._store is None:
-            return None
-        return await anyio.to_thread.run_sync(self._store.other_record, disk)
-
-    def mark_of(self, disk: DiskIdentity) -> str | None:
-        """The mark that a destination is to bear: its own, which it may have lost; a new one (None) where it
-        has none, or that of another disk, of which it is a copy. Blocks."""
-        known = self.record.of_disk(disk)
-        if known is not None:
-            return known.mark or disk.mark
-        if any(each.mark == disk.mark for each in self.record.disks):
-            return None
-        copied = self._store is not None and self._store.is_copied_mark(disk)
-        return None if copied else disk.mark
 
     async def begin_bitmap(self, destination: Place) -> None:
         """The engine has marked that everything differs; once that is durable, the record may name it."""
