@@ -47,7 +47,9 @@ class Exporter:
 
     async def page(self) -> str:
         began = anyio.current_time()
-        around = await anyio.to_thread.run_sync(look_around, self._config.directories)
+        around = await anyio.to_thread.run_sync(
+            look_around, self._config.directories, abandon_on_cancel=True  # the records' disk may hang
+        )
         backends = self._known(around.places)
         page = Page()
         up, stopped = page.family(UP), page.family(STOPPED)
