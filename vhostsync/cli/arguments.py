@@ -9,7 +9,7 @@ from vhostsync import __version__
 from vhostsync.cli import argument_types as types
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.exporter_arguments import add_exporter
-from vhostsync.cli.fleet_arguments import add_create, add_evacuate, add_list
+from vhostsync.cli.fleet_arguments import add_create, add_evacuate, add_list, add_top
 from vhostsync.cli.receive_arguments import add_receive
 from vhostsync.cli.serve_arguments import add_serve
 
@@ -143,6 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_create(commands)
     add_list(commands)
     add_evacuate(commands)
+    add_top(commands)
     _add_client(commands, "status", "status", "show the disk, its guest and the mirror")
     watch = _add_client(commands, "watch", "watch", "show the progress and each event", _WATCH_EXAMPLES)
     watch.add_argument(

@@ -110,6 +110,30 @@ def add_evacuate(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--json", action="store_true", help="print a line of JSON for each change, for scripts"
     )
 
+_TOP: Final = """\
+Show all disks of this host live, the worst first: what is wrong, how far the other disk is behind, how much
+the guest writes and the copy brings.
+"""
+
+_TOP_EXAMPLES: Final = """\
+keys:
+  t l r n      sort by trouble, lag, rate (the guest's writes), name
+  up down j k  choose a disk; Page Up, Page Down
+  Enter        its details; q or Esc goes back
+  q            quit
+"""
+
+
+def add_top(commands: "argparse._SubParsersAction[Parser]") -> None:
+    top = commands.add_parser(
+        "top", help="show all disks of this host live", description=_TOP, epilog=_TOP_EXAMPLES
+    )
+    top.set_defaults(function="top")
+    top.add_argument(
+        "--interval", type=types.positive_seconds, default=2.0, metavar="TIME",
+        help="how often to look (default 2s)",
+    )  # fmt: skip
+
 
 def add_create(commands: "argparse._SubParsersAction[Parser]") -> None:
     create = commands.add_parser(

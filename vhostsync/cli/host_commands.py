@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import anyio
 
+from vhostsync.cli.disk_words import lag, state
 from vhostsync.cli.show import table
 from vhostsync.errors import ConfigError
 from vhostsync.fleet.disks import HostDisk, host_disks
 from vhostsync.fleet.group import groups_of, what_is_left, worth_of_group
 from vhostsync.mirror_target import MirrorTarget
-from vhostsync.printable import printable, size
+from vhostsync.printable import printable
 from vhostsync.record.names import Names
 from vhostsync.record.state_index import default_directory
 
@@ -54,6 +55,13 @@ def evacuate(options: argparse.Namespace) -> int:
     return anyio.run(run, options)
 
 
+def top(options: argparse.Namespace) -> int:
+    """`vhostsync top`."""
+    from vhostsync.cli.top import run  # what only it needs
+
+    return anyio.run(run, options)
+
+
 def list_disks(options: argparse.Namespace) -> int:
     """`vhostsync list`."""
     disks = anyio.run(host_disks)
@@ -85,18 +93,3 @@ def _row(disk: HostDisk) -> Sequence[str]:
     name = disk.shown_name if disk.name is not None else f"({disk.shown_name})"
     other = "-" if disk.other is None else f"{disk.other} ({disk.worth or 'of unknown worth'})"
     return tuple(map(printable, (name, state(disk), lag(disk), disk.guest or "-", disk.disk or "-", other)))
-
-
-def state(disk: HostDisk) -> str:
-    """In a word, and how far a copy is."""
-    mirror = disk.mirror or {}
-    total = mirror.get("copy-bytes-total")
-    if disk.state == "syncing" and total:
-        return f"syncing {100 * mirror['copy-bytes-done'] // total} %"
-    return f"{disk.state}, paused" if mirror.get("paused") else disk.state
-
-
-def lag(disk: HostDisk) -> str:
-    if disk.mirror is None or disk.state not in ("steady", "ahead"):
-        return "-"
-    return f"{size(disk.mirror['lag-bytes'])}, {disk.mirror['lag-ms']:.0f} ms"

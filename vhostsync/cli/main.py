@@ -147,7 +147,7 @@ def _run(words: list[str]) -> int:
         if options.where is not None and options.name is not None:
             parser.error("name the record by PATH or by --name, not by both")
         return record_report.run(options.where, options.name, as_json=options.json, remove=options.forget)
-    if options.command in ("create", "list", "evacuate"):
+    if options.command in ("create", "list", "evacuate", "top"):
         from vhostsync.cli import host_commands
 
         command: Callable[[argparse.Namespace], int] = getattr(host_commands, options.function)

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 from vhostsync.control.client import ControlClient, RefusedError, connect
-from vhostsync.errors import ControlError, DiskError, MirrorError, StateRecordError, UnreachableError
+from vhostsync.errors import DiskError, MirrorError, UnreachableError, VhostsyncError
 from vhostsync.fleet.disks import HostDisk
 from vhostsync.fleet.evacuation_plan import Move, is_same_place
 from vhostsync.fleet.speed_budget import SpeedBudget
@@ -91,7 +91,7 @@ class Evacuation:
             speed = await self._budget.join(control)
             try:
                 await self._to_the_end(at, speed)
-            except (ControlError, DiskError, MirrorError, StateRecordError) as error:
+            except VhostsyncError as error:
                 self._note(at, phase=FAILED, error=str(error), bytes_per_s=0.0)
             finally:
                 with anyio.move_on_after(COME_BACK_S):
