@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ import structlog
 
 from vhostsync.errors import StateRecordError
 from vhostsync.printable import printable_lines
-from vhostsync.record.names import Names, find_name
+from vhostsync.record.names import Lineage, Names, find_name
 from vhostsync.record.state_file import RealFileSystem, StateFile
 from vhostsync.record.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.record.state_record import StateRecord, Superseded, Worth, named
@@ -65,16 +65,19 @@ class Report:
         return peer if good and self.peer is not None and self.peer.usable else None
 
 
-def report(path: Path, looker: Looker = look) -> Report | None:
-    """None where there is no record. StateRecordError when it is damaged."""
+def report(
+    path: Path, looker: Looker = look, names: Sequence[Lineage] | None = None
+) -> Report | None:
+    """None where there is no record. StateRecordError when it is damaged. `names`: all of its directory, for
+    who asks for many records."""
     record = StateFile(path).load()
     if record is None:
         return None
     current = looker(record.current)
     peer = looker(record.peer) if record.peer is not None else None
     backend = lock_holder(Path(f"{path}.lock"))
-    names = Names(path.parent).of_record(path)
-    name = names[0].name if names else None
+    names = names if names is not None else Names(path.parent).all()
+    name = next((each.name for each in names if each.record.name == path.name), None)
     return Report(path, record, current, peer, backend, advise(record, current, peer, backend, name), name)
 
 
@@ -143,10 +146,13 @@ def good_copy(disk: str, places: Iterable[Path], looker: Looker = look) -> str |
     how to go on; None where no record has its name for its current disk."""
     for place in places:
         try:
+            record = StateFile(place).load()
+            if record is None or record.current.path != disk:
+                continue
             found = report(place, looker)
         except StateRecordError:
             continue
-        if found is None or found.record.current.path != disk:
+        if found is None:
             continue
         if found.backend is None and not found.current.usable:
             return f"{found.advice.text}: {shlex.join(found.advice.command)} (says {named(place)})"
@@ -341,9 +347,10 @@ def run(where: str | None, name: str | None = None, *, as_json: bool, remove: bo
     if remove:
         return _forget_one(where, found)
     reports, failed = [], 0
+    names = {each: Names(each).all() for each in {path.parent for path in found}}
     for path in found:
         try:
-            if (one := report(path)) is not None:
+            if (one := report(path, look, names[path.parent])) is not None:
                 reports.append(one)
         except StateRecordError as error:
             failed += 1
