@@ -91,6 +91,7 @@ def open_device(
         shape = device_shape(config, disk, record)
         if config.bitmap is not None and not config.read_only:
             bitmap = _open_bitmap(config, disk, shape, found, record)
+        equal = equal and bitmap is None  # what one has marked is copied, as after any restart
         spared = record.spared if record is not None else ()
         disk, record = begin_record(disk, store, found, record, bitmap, shape.guest, config.answer)
         left = found.peer if found is not None and found.clean else None
