@@ -49,7 +49,8 @@ COPIED = (
     "README.md",
     "LICENSE",
 )
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # two threads that ask first get half an answer
+# That of any Python, where meson can build one. (Two threads that ask sysconfig first get half an answer.)
+SUFFIXES = (".abi3.so", sysconfig.get_config_var("EXT_SUFFIX"))
 PATIENCE_S = 5.0  # how long a test waits for what comes at once
 LIMIT_S = 180
 LIMIT_OF_ALL_S = 900  # for the tests of all mutations in one run
@@ -115,7 +116,7 @@ class Workshop:
         """The extensions alone; the second is what tests/testing_library.py loads, the others are those of
         disks over a network that can be built here."""
         known = (self.folder / "build" / "build.ninja").read_text()
-        names = [f"{name}{SUFFIX}" for name in ("_shim", "_testing", "_nbd", "_rbd")]
+        names = [f"{name}{end}" for name in ("_shim", "_testing", "_nbd", "_rbd") for end in SUFFIXES]
         names = [name for name in names if f" c_shim/{name}" in known]
         self._build_tool("-m", "ninja", "-C", "build", *(f"c_shim/{name}" for name in names))
         for name in names:
