@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from statistics import fmean
 
 from bench.bulk_copy import measure_copy, measure_holes
@@ -11,6 +12,7 @@ from bench.ceph import measure_copy_to_rbd, measure_from_rbd, measure_mirrored_t
 from bench.contenders import Contender
 from bench.disk_sizes import measure_sizes
 from bench.idle import measure_idle
+from bench.limits import measure_limit
 from bench.network import (
     FAR_MS,
     measure_copy_to_nbd,
@@ -251,6 +253,27 @@ _NETWORK = (
         "data_us", "µs", alone=measure_data_thread,
     ),
 )
+
+
+def _limit(number: str, work: Work, kind: str) -> Row:
+    """A limit is to be kept to within two percent, whatever the guest's depth."""
+    size = "4 KiB" if work.block_bytes == 4096 else "1 MiB"
+    what = "requests" if kind == "iops" else "bytes"
+    title = f"a limit of {what}, memory, depth {work.depth}, writes of {size}: off by"
+    targets = (
+        Target("%", value("ours", "off_percent"), 2, at_most=True),
+        Target("rival's %", value("rival", "off_percent"), None),
+    )
+    measure = partial(measure_limit, work=work, kind=kind)
+    return Row(number, title, "memory", (), targets, "off_percent", "%", alone=measure)
+
+
+_LIMITS = tuple(
+    _limit(f"L{number}", Work("randwrite", depth, block_bytes), kind)
+    for number, (block_bytes, depth, kind) in enumerate(
+        product((4096, 1 << 20), (1, 256), ("iops", "bps")), start=1
+    )
+)
 _BY_NUMBER = {row.number: row for row in _SIDE_BY_SIDE}
 _CPU = tuple(
     _cpu(_BY_NUMBER[number], contender, bound)
@@ -259,7 +282,7 @@ _CPU = tuple(
         ("4", "ours mirrored", 8), ("5", "ours mirrored", 6),
     )
 )
-ROWS = (*_SIDE_BY_SIDE, *_SWITCHES, *_COPIES, *_CPU, *_FOOTPRINT, *_NETWORK)
+ROWS = (*_SIDE_BY_SIDE, *_SWITCHES, *_COPIES, *_CPU, *_FOOTPRINT, *_NETWORK, *_LIMITS)
 
 
 def chosen(names: list[str]) -> tuple[Row, ...]:

@@ -100,6 +100,16 @@ struct vs_range {
     uint64_t length;
 };
 
+enum vs_limited { VS_BPS = 0, VS_BPS_RD, VS_BPS_WR, VS_IOPS, VS_IOPS_RD, VS_IOPS_WR, VS_LIMITED_KINDS };
+struct vs_rate {
+    uint64_t per_s;    /* 0: there is no limit */
+    uint64_t burst;    /* a second, at least per_s; 0: no burst but a tenth of a second's worth at once */
+    uint64_t length_s; /* how long a burst at that rate may last, at least 1; without one at most 1 */
+};
+struct vs_limits {
+    struct vs_rate rate[6]; /* by enum vs_limited */
+    uint64_t iops_size;     /* a larger request counts as so many of this size; 0: as one */
+};
 struct vs_engine_config {
     uint64_t capacity_bytes; /* what the guest sees */
     uint64_t log_bytes;
@@ -128,6 +138,7 @@ struct vs_engine_config {
     struct vs_range doubt[64];           /* VS_RANGES_MAX */
     uint32_t spared_count;               /* of these: what the peer held better then */
     struct vs_range spared[64];
+    struct vs_limits limits;
 };
 
 /* Starts the engine's thread; owns source on success. Returns 0 or a negative
@@ -177,8 +188,7 @@ enum vs_command_kind {
     /* The mirror. */
     VS_CMD_MIRROR_START,     /* start (-EINVAL: resync, and no peer is tracked); then steady. fenced: -EBUSY */
     VS_CMD_MIRROR_SPEED,     /* value: bytes per second of the bulk copy, 0: no limit */
-    VS_CMD_MIRROR_DRAIN,     /* done when F has reached the G of now (value 1: source_flushed too), or -ENOTCONN: not
-                              * steady */
+    VS_CMD_MIRROR_DRAIN,     /* done when F has reached the G of now (1: source_flushed too); -ENOTCONN: not steady */
     VS_CMD_MIRROR_STOP,      /* value: reason (vs_reason); leaves the destination as it is */
     VS_CMD_BITMAP_VOID,      /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
     VS_CMD_RECORD_WRITTEN,   /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
@@ -198,10 +208,9 @@ enum vs_command_kind {
     VS_CMD_PEER_DIFFERS,     /* value 1: a verification has found the destination different, so it stands in for the
                               * source in nothing (vs_engine_config.read_fallback, switch_on_source_error,
                               * VS_CMD_EXCHANGE), as from when one that runs finds so; 0: not any more */
-    VS_CMD_DISK_SIZE,        /* value: role; the event's value: how large the open disk is by now. -ENOTCONN: there is
-                              * none; -EBUSY: it was asked and has not answered yet */
-    VS_CMD_GROW_STOP         /* the disk stays as large as it is: VS_CMD_GROW is answered with -ECANCELED; not after
-                              * its end */
+    VS_CMD_DISK_SIZE, /* value: role; event value: how large it is now. -ENOTCONN: there is none; -EBUSY: asked */
+    VS_CMD_GROW_STOP, /* the disk stays as large as it is: VS_CMD_GROW ends with -ECANCELED, if it has not ended */
+    VS_CMD_LIMIT      /* limits, in the place of those that there were */
 };
 
 enum vs_start_flags {
@@ -281,6 +290,7 @@ struct vs_command {
         struct vs_exchange exchange;
         struct vs_verify verify;
         struct vs_grow grow;
+        struct vs_limits limits;
     };
 };
 
@@ -451,10 +461,9 @@ struct vs_snapshot {
     struct vs_range verify_ranges[64];
     uint32_t tracked;
     uint32_t bitmap_in_use;
-    uint64_t throttled_ns; /* how long writes waited for room in the log */
-    uint64_t polled_ns;    /* how long the engine's thread looked for work before it slept */
-    uint64_t polls;
-    uint64_t poll_hits;        /* of these: something came */
+    uint64_t throttled_ns;     /* how long writes waited for room in the log */
+    uint64_t polled_ns;        /* how long the engine's thread looked for work before it slept */
+    uint64_t polls, poll_hits; /* how often it did, and how often something came */
     uint64_t wakeups;          /* of the engine's thread */
     uint64_t lent;             /* disk operations (parts of them) that other threads have done */
     uint64_t syscalls;         /* io_uring_enter and notifications */
@@ -471,10 +480,12 @@ struct vs_snapshot {
     uint64_t reads_from_destination;
     uint64_t source_failovers;
     uint32_t failover_pending;
-    uint32_t paused;         /* a steady destination was lost, and flushes wait for another */
-    uint32_t pause_held;     /* of requests_waiting: those held by the pause */
-    uint64_t pause_ns;       /* how long it has lasted */
-    uint64_t pause_released; /* requests that a frontend could not wait for, since the start */
+    uint32_t paused;                          /* a steady destination was lost, and flushes wait for another */
+    uint32_t pause_held;                      /* of requests_waiting: those held by the pause */
+    uint64_t pause_ns;                        /* how long it has lasted */
+    uint64_t pause_released;                  /* requests that a frontend could not wait for, since the start */
+    uint64_t limited_requests, limited_bytes; /* that a limit has made wait at the head of their rings */
+    uint64_t limited_ns;                      /* how long a limit has made some ring wait */
 };
 
 /* Both copy what the last VS_CMD_SNAPSHOT prepared. */

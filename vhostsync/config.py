@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from .errors import ConfigError
+from .limit_options import LimitOptions
 from .lineage_name import check_lineage_name, control_of, is_lineage_name, socket_of
 from .option import (
     BLOCK_SIZE,
@@ -82,10 +83,10 @@ PRIVILEGES: Final = "privileges"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(LimitOptions):
     """Everything that `serve` is told. Paths are made absolute. Raises ConfigError.
 
-    Each option is declared here and nowhere else (option.py)."""
+    Each option is declared here (option.py), or in limit_options.py, and nowhere else."""
 
     socket_path: Path | None = option(
         "--socket-path", SOCKET, PATH, "make the vhost-user socket here",

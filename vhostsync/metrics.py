@@ -41,6 +41,13 @@ OF_STATUS: Final = (
     (Family("log_lines_dropped_total", "counter", "Lines of the log that stderr did not take in time."),
      _value_of("log-lines-dropped")),
 )  # fmt: skip
+# What a limit is of, by the end of its name in query-status.
+LIMITED: Final = {"": "all", "-rd": "reads", "-wr": "writes"}
+OF_LIMITS: Final = tuple(
+    (name, Family(f"limit_{unit}_per_second", "gauge",
+                  f"What the guest may do: {unit} a second; no sample where there is no limit.", ("of",)))
+    for name, unit in (("bps", "bytes"), ("iops", "requests"))
+)  # fmt: skip
 DISK_INFO: Final = Family(
     "disk_info", "gauge", "1; the labels are the paths of the guest's disk and of its destination.",
     ("source", "destination"),
@@ -90,6 +97,7 @@ OF_DISK_REQUESTS: Final = _operation_families("disk", "requests to the disk")
 
 FAMILIES: Final = (
     *(family for family, _ in OF_STATUS),
+    *(family for _, family in OF_LIMITS),
     DISK_INFO, STATE, WORTH,
     *(family for family, _ in OF_COUNTS),
     *families_of(MirrorStatus),
@@ -111,6 +119,9 @@ def page_of(
     page = Page({"vm": name} if name else None)
     for family, value in OF_STATUS:
         page.one(family, value(status))
+    for limit, family in OF_LIMITS:
+        for end, of in LIMITED.items():
+            page.family(family)(status.get("limits", {}).get(limit + end) or None, of)
     _mirror(page, mirror)
     _queues(page, stats.get("queues", ()), buckets)
     _disks(page, stats.get("disks", {}), buckets)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError
+from .limits import bytes_rate_text, parse_bytes_rate, parse_requests_rate, requests_rate_text
 from .quantities import bytes_text, parse_bytes, parse_poll_us, parse_seconds, seconds_text
 
 _KEY: Final = "option"
@@ -45,6 +46,8 @@ NUMBER: Final = Kind("N", _parse_number)
 MILLISECONDS: Final = Kind("MS", _parse_number, for_engine=lambda ms: int(ms) * 1000)
 SIZE: Final = Kind("SIZE", parse_bytes, bytes_text)
 SECONDS: Final = Kind("TIME", parse_seconds, seconds_text, " seconds", lambda s: int(s * 1_000_000))
+BYTES_RATE: Final = Kind("SIZE[:BURST[:TIME]]", parse_bytes_rate, bytes_rate_text)
+REQUESTS_RATE: Final = Kind("N[:BURST[:TIME]]", parse_requests_rate, requests_rate_text)
 POLLING_US: Final = Kind("auto|N", parse_poll_us)
 PATH: Final = Kind("PATH", Path)
 DISK_NAME: Final = Kind("PATH")  # the name of a disk: a path, or what another kind has (storage/kinds.py)
@@ -115,10 +118,12 @@ def option(flag: str, group: str, kind: Kind, help: str, default: Any = None, **
 
 
 def options_of(config: object) -> Iterator[tuple[Field[Any], Option]]:
-    """All options of a configuration, or of its class, in the order of their declaration."""
-    for each in fields(config):  # type: ignore[arg-type]
-        if _KEY in each.metadata:
-            yield each, each.metadata[_KEY]
+    """All options of a configuration, or of its class, in the order of their declaration; what it inherits
+    comes last."""
+    own = vars(config if isinstance(config, type) else type(config)).get("__annotations__", {})
+    found = [each for each in fields(config) if _KEY in each.metadata]  # type: ignore[arg-type]
+    for each in sorted(found, key=lambda each: each.name not in own):
+        yield each, each.metadata[_KEY]
 
 
 def check_options(config: object) -> None:

@@ -70,10 +70,24 @@ static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
     e->quit = mailbox_stopped(&e->mailbox);
 }
 
+/* Whose turn it is. Rings that have waited for a limit come first, but have no more than half of a pass: where it does
+ * not hold them back any more, they would leave nothing to the others. */
+static struct queue *next_queue(struct vs_engine *e, struct list *turn)
+{
+    struct limited_rings *limited = &e->guest.limited;
+    bool half = e->guest.taken_in_pass < PASS_BUDGET / 2;
+    struct queue *q = half ? limited_rings_next(limited, engine_now(e)) : NULL;
+    struct list *node;
+    limited->turn = q;
+    if (q || !(node = list_pop(turn)))
+        return q;
+    return container_of(node, struct queue, ready_link);
+}
+
 static void serve_queues(struct vs_engine *e)
 {
     struct list turn;
-    struct list *node;
+    struct queue *q;
     if (!guest_is_taken_up(&e->guest.load))
         return;
     if (e->guest.room || (e->mirror.tap.retry_ns && e->mirror.tap.retry_ns <= engine_now(e))) {
@@ -84,15 +98,15 @@ static void serve_queues(struct vs_engine *e)
     list_init(&turn);
     list_splice(&turn, &e->guest.frontends.ready);
     e->guest.taken_in_pass = 0;
-    while (e->guest.taken_in_pass < PASS_BUDGET && (node = list_pop(&turn))) {
-        struct queue *q = container_of(node, struct queue, ready_link);
+    while (e->guest.taken_in_pass < PASS_BUDGET && (q = next_queue(e, &turn))) {
         switch (request_path_service(&e->guest, q)) {
         case SERVICE_MORE:
-            list_append(&e->guest.frontends.ready, node);
+            list_append(&e->guest.frontends.ready, &q->ready_link);
             break;
         case SERVICE_STALLED:
-            list_append(&e->guest.frontends.stalled, node);
+            list_append(&e->guest.frontends.stalled, &q->ready_link);
             break;
+        case SERVICE_LIMITED:
         case SERVICE_EMPTY:
             break;
         }
@@ -129,7 +143,8 @@ static uint64_t patience_ends_ns(const struct vs_engine *e)
 static struct outlook outlook(const struct vs_engine *e)
 {
     return (struct outlook){
-        .takes_up = guest_is_taken_up(&e->guest.load),
+        /* Who is held by a limit has nothing to gain from a thread that stays awake. */
+        .takes_up = guest_is_taken_up(&e->guest.load) && limited_rings_due_ns(&e->guest.limited) == UINT64_MAX,
         .disk = e->mirror.source.disk->stats.in_flight > 0 ||
                 (e->mirror.destination.disk && e->mirror.destination.disk->stats.in_flight > 0),
         .flush = e->mirror.flush.waiting > 0,
@@ -149,6 +164,8 @@ static uint64_t wait_ns(const struct vs_engine *e)
         return 0;
     if (e->mirror.tap.retry_ns && guest_is_taken_up(&e->guest.load) && !list_empty(&e->guest.frontends.stalled))
         deadline = e->mirror.tap.retry_ns;
+    if (guest_is_taken_up(&e->guest.load))
+        deadline = min_ns(deadline, limited_rings_due_ns(&e->guest.limited));
     deadline = min_ns(deadline, copier_deadline_ns(&e->mirror.copier));
     deadline = min_ns(deadline, pull_ahead_deadline_ns(&e->mirror.ahead));
     deadline = min_ns(deadline, difference_deadline_ns(&e->mirror.difference));
@@ -192,6 +209,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     if (list_empty(&e->guest.frontends.stalled) || !guest_is_taken_up(&e->guest.load))
         /* Who waited for room does not any more: stopped, gone, or held by a switch. */
         tap_wait_is_over(&e->mirror.tap);
+    limited_rings_pump(&e->guest.limited, engine_now(e));
     mirror_pump(&e->mirror);
     difference_pump(&e->mirror.difference);
     verifier_pump(&e->mirror.verifier);
@@ -342,6 +360,8 @@ static int init_engine(struct vs_engine *e, const char **step)
     e->guest.activity = &e->activity;
     frontends_init(&e->guest.frontends, &e->mailbox, &e->host, &e->config);
     poller_init(&e->guest.poller, &e->host, e->config.poll_us);
+    limited_rings_init(&e->guest.limited);
+    limited_rings_set(&e->guest.limited, &e->guest.frontends, &e->config.limits, engine_now(e));
     source_failover_init(&e->guest);
     request_path_init(&e->guest);
     *step = "allocation of the engine's buffers";
@@ -375,6 +395,7 @@ static bool config_ok(const struct vs_engine_config *c, const vs_disk *source)
            c->threads <= VS_THREADS_MAX && source->block_bytes <= c->block_bytes && c->checkpoint_us > 0 &&
            region >= 4096 && region <= VS_DIRTY_REGION_BYTES_MAX && (region & (region - 1)) == 0 &&
            (!c->bitmap || bitmap_fits(c->bitmap, c->capacity_bytes, region)) && doubt_ok(c) &&
+           rate_limit_possible(&c->limits) &&
            (!c->pull_ahead ||
             (c->congestion_fill_bytes > 0 && c->congestion_fill_bytes <= c->log_bytes && c->ahead_backoff_us > 0));
 }

@@ -64,6 +64,11 @@ static int obey(struct vs_engine *e, const struct vs_command *c)
         return verifier_stop(&e->mirror.verifier);
     case VS_CMD_CATCH_UP:
         return pull_ahead_catch_up(&e->mirror.ahead);
+    case VS_CMD_LIMIT:
+        if (!rate_limit_possible(&c->limits))
+            return -EINVAL;
+        limited_rings_set(&e->guest.limited, &e->guest.frontends, &c->limits, engine_now(e));
+        break;
     case VS_CMD_SNAPSHOT:
         snapshot_take(e);
         break;

@@ -197,7 +197,7 @@ static void queue_reset(struct queue *q)
     list_remove(&q->ready_link);
     list_remove(&q->notify_link);
     virtqueue_reset(&q->vq);
-    q->started = q->enabled = q->running = q->base_set = false;
+    q->started = q->enabled = q->running = q->base_set = q->limited = false;
     q->broken = VS_BREACH_NONE;
 }
 

@@ -35,10 +35,11 @@ struct queue {
     bool base_set; /* base is to be taken at the next start */
     uint32_t base;
     uint32_t broken; /* enum vs_breach */
+    bool limited;    /* its next request has had to wait for a limit (limited_rings.c) */
     struct kick_target kick;
     struct bell *call, *err;
     unsigned in_flight;      /* requests taken up, not answered */
-    struct list ready_link;  /* in frontends.ready or stalled: to be looked at */
+    struct list ready_link;  /* in frontends.ready or stalled, or in limited_rings: to be looked at */
     struct list notify_link; /* in frontends.notify: used elements to be shown */
     /* Commands that wait until nothing is in flight; 0: none. */
     uint64_t stop_token, disable_token;

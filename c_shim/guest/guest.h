@@ -13,6 +13,7 @@
 #include "attachment.h"
 #include "blk_request.h"
 #include "destination.h"
+#include "limited_rings.h"
 #include "limits.h"
 #include "list.h"
 #include "mirror.h"
@@ -65,6 +66,7 @@ struct guest {
     struct guest_load load;
     struct frontends frontends;
     struct poller poller;
+    struct limited_rings limited;
     struct read_fallback read_fallback;
     struct source_failover failover;
     struct ring_alloc bounce;

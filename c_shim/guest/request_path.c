@@ -2,15 +2,16 @@
  *
  * READ FIRST. A request's way, from pop to push.
  *
- *   peek -> parse -> room -> take -> [range slot] -> [extent] -> source I/O -> counts, log
+ *   peek -> parse -> [limit] -> room -> take -> [range slot] -> [extent] -> source I/O -> counts, log
  *        -> [durability] -> status, push
  *
  * A request is one struct from take to push. Where it can be, and what may
  * happen there:
  *
  *   in the ring        it is parsed where it lies; it stays there while there
- *                      is no struct, no log room or no credit for it, so that
- *                      stopping a ring never waits for the destination's room
+ *                      is no struct, no log room or no credit for it, or a limit
+ *                      of the guest's does not let it go yet, so that stopping a
+ *                      ring never waits for the destination's room or for a limit
  *   waiting for a slot an overlapping write is on its way to the source
  *   waiting for an extent  the activity log is being written (activity_log.c)
  *   at the source      disk_io in flight
@@ -323,22 +324,29 @@ static void start(struct request *r, int verdict)
     }
 }
 
-/* Takes the head of the ring, if what it needs is there. 1: taken, 0: stalled, or minus an enum vs_breach. */
+enum { TAKE_STALLED = 0, TAKE_TAKEN = 1, TAKE_LIMITED = 2 };
+
+/* Takes the head of the ring, if it may go and what it needs is there. Or minus an enum vs_breach. */
 static int take_up(struct guest *g, struct queue *q, uint16_t head)
 {
     struct request *r;
     int verdict;
+    bool limited = g->limited.limit.on;
     if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX || !(r = request_spare(g)))
-        return 0;
+        return TAKE_STALLED;
     verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &g->limits);
     if (verdict < 0)
         return verdict;
     r->write.entry = NULL;
     r->bounce = NULL;
+    if (limited && verdict == BLK_OK && limited_rings_wait(&g->limited, q, &r->blk, g->host->now_ns))
+        return TAKE_LIMITED;
     if (verdict == BLK_OK && !reserve(r)) {
         tap_give_back(&g->mirror->tap, &r->write);
-        return 0;
+        return TAKE_STALLED;
     }
+    if (limited && verdict == BLK_OK)
+        limited_rings_taken(&g->limited, q, &r->blk);
     virtqueue_take(&q->vq, head);
     list_remove(&r->link);
     r->queue = q;
@@ -354,7 +362,7 @@ static int take_up(struct guest *g, struct queue *q, uint16_t head)
     g->taken_in_pass++;
     g->load.last_taken_ns = r->taken_ns;
     start(r, verdict);
-    return 1;
+    return TAKE_TAKEN;
 }
 
 enum service request_path_service(struct guest *g, struct queue *q)
@@ -371,8 +379,10 @@ enum service request_path_service(struct guest *g, struct queue *q)
         }
         if (rc > 0)
             rc = take_up(g, q, head);
-        if (rc == 0)
+        if (rc == TAKE_STALLED)
             return SERVICE_STALLED;
+        if (rc == TAKE_LIMITED)
+            return SERVICE_LIMITED;
         if (rc < 0) {
             queue_break(q, (uint32_t)-rc);
             return SERVICE_EMPTY;

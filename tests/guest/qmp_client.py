@@ -10,6 +10,7 @@ import json
 import socket
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,11 +65,16 @@ class Qmp:
     def execute(self, command: str, timeout_s: float = 60.0, **arguments: Any) -> Any:
         """Run a command and return its result; underscores in argument names stand for dashes. Raises
         QmpError."""
+        given = {name.rstrip("_").replace("_", "-"): value for name, value in arguments.items()}
+        return self.execute_as_given(command, given, timeout_s)
+
+    def execute_as_given(
+        self, command: str, arguments: Mapping[str, Any], timeout_s: float = 60.0
+    ) -> Any:
+        """The same with names as they stand."""
         request: dict[str, Any] = {"execute": command}
         if arguments:
-            request["arguments"] = {
-                name.rstrip("_").replace("_", "-"): value for name, value in arguments.items()
-            }
+            request["arguments"] = dict(arguments)
         self._socket.settimeout(timeout_s)
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         while True:

@@ -547,8 +547,8 @@ MUTATIONS = [
         "gate-stands-open",
         "switch: take up no new requests",
         "engine.c",
-        "    struct list *node;\n    if (!guest_is_taken_up(&e->guest.load))\n        return;",
-        "    struct list *node;",
+        "    struct queue *q;\n    if (!guest_is_taken_up(&e->guest.load))\n        return;",
+        "    struct queue *q;",
         "switch.py::test_requests_that_arrive_at_the_gate_go_to_the_new_disk",
     ),
     _m(
@@ -1245,6 +1245,33 @@ MUTATIONS = [
         "    if (m->state.differs && !(flags & VS_EXCHANGE_DIFFERENT))\n        return -EBADE;",
         "",
         "verify.py::test_the_guest_is_not_moved_to_what_one_that_runs_has_found_different",
+    ),
+    # -- the guest's limits ------------------------------------------------------
+    _m(
+        "a-limit-passes-for-the-destination",
+        "who waits for a limit does not wait for the destination",
+        "request_path.c",
+        "        return TAKE_LIMITED;\n",
+        "    {\n        uint64_t *since_ns = &g->mirror->tap.waits_since_ns;\n"
+        "        *since_ns = *since_ns ? *since_ns : g->host->now_ns;\n"
+        "        list_remove(&q->ready_link);\n        return TAKE_STALLED;\n    }\n",
+        "limits.py::test_a_limited_write_does_not_wait_for_the_destination",
+    ),
+    _m(
+        "reads-always-last",
+        "reads and writes take turns at a limit that they share",
+        "limited_rings.c",
+        "    l->last = is_write(blk);\n",
+        "",
+        "limits.py::test_reads_and_writes_take_turns_at_what_they_share",
+    ),
+    _m(
+        "an-idle-time-is-saved-up",
+        "time in which nothing was asked for earns no more than a bucket",
+        "rate_limit.c",
+        "return left > 0 ? left : 0;",
+        "return left;",
+        "limits.py::test_what_waits_is_in_the_ring_and_goes_on_elsewhere[split]",
     ),
     # -- the data thread waits for nobody ------------------------------------------
     _m(

@@ -2,7 +2,7 @@
 """A backend that only plays one, for the tests of the control socket and of the command line."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from vhostsync.control.commands import dispatcher
 from vhostsync.control.server import serve_control
 from vhostsync.errors import MirrorError, SwitchError
 from vhostsync.events import EventHub
+from vhostsync.limits import NO_LIMITS
 from vhostsync.mirror.mirror_status import MirrorStatus
 from vhostsync.mirror_target import MirrorTarget
 
@@ -223,6 +224,8 @@ class FakeBackend:
         self.mirror = FakeMirror(self.events)
         self.members: list[FakeGroupMember] = []
         self.refused_steps: dict[str, int] = {}
+        self.limits = NO_LIMITS
+        self.shows_limits = True
         self.quit_asked = anyio.Event()
         self.quit_force: bool | None = None
         self.handed_over: Path | None = None
@@ -238,6 +241,7 @@ class FakeBackend:
             "disk": self.mirror.now.source,
             "capacity": GIB,
             "epoch": 3,
+            **({"limits": self.limits.shown()} if self.shows_limits else {}),
         }
 
     def group_member(self, tasks: TaskGroup) -> FakeGroupMember:
@@ -280,6 +284,9 @@ class FakeBackend:
                 "wakeups": 40,
                 "syscalls": 50,
                 "throttled-ms": 0,
+                "limited-requests": 7,
+                "limited-bytes": 8192,
+                "limited-ms": 1500.0,
                 "polls": 6,
                 "poll-hits": 5,
                 "polled-ms": 1.5,
@@ -288,6 +295,9 @@ class FakeBackend:
                 "log-bytes": 64 << 20,
             },
         }
+
+    async def limit(self, given: Mapping[str, int | None]) -> None:
+        self.limits = self.limits.changed(given)
 
     async def resize(self, wanted_bytes: int | None) -> int:
         if wanted_bytes is not None and wanted_bytes < GIB:

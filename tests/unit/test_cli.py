@@ -16,6 +16,7 @@ from vhostsync.cli import main as cli
 from vhostsync.cli import operate
 from vhostsync.config import ServeConfig
 from vhostsync.errors import DiskError, SwitchError
+from vhostsync.limits import Limits, Rate
 from vhostsync.option_values import Answer, TakeOver
 
 __all__ = ["run", "served"]  # fixtures
@@ -81,6 +82,29 @@ def test_stats(served: Served, run: Run) -> None:
     assert "Engine: 2 threads (lent 30 disk operations), 40 wake-ups" in out
     code, out, _ = run("stats", "--json")
     assert json.loads(out)["engine"]["wakeups"] == 40
+
+
+def test_limit(served: Served, run: Run) -> None:
+    code, out, _ = run("limit", "--bps-wr", "50M:200M:30s", "--iops", "2000", "--iops-size", "64K")
+    shown, waited = out.splitlines()
+    assert code == 0 and waited == "Waited       7 requests, 8.0 KiB; some ring for 1.5 s in all"
+    assert shown.startswith("Limits       writes 50.0 MiB/s (200.0 MiB for 30 s), 2,000 requests/s, ")
+    assert shown.endswith(", a request counts by 64.0 KiB")
+    assert served.backend.limits == Limits(
+        bps_wr=Rate(50 << 20, 200 << 20, 30), iops=Rate(2000), iops_size=64 << 10
+    )
+    assert "writes 50.0 MiB/s" in run("status")[1]
+    code, out, _ = run("limit", "--none", "--json")
+    assert code == 0 and json.loads(out)["limited-requests"] == 7
+    assert served.backend.limits == Limits() and "Limits       none" in run("limit")[1]
+    assert "Limits" not in run("status")[1]
+    code, _, err = run("limit", "--none", "--iops", "3")
+    assert code == 2 and "--none" in err
+    served.backend.shows_limits = False
+    code, out, err = run("limit")
+    assert (code, out) == (1, "") and "no guest here to limit" in err
+    code, _, err = run("limit", "--iops-rd", "3:2")
+    assert code == 2 and "--iops-rd: a burst is no slower than its limit" in err
 
 
 def test_resize(served: Served, run: Run) -> None:
@@ -306,6 +330,8 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --log-size 128M --name web1 --max-lag-ms 100 --on-congestion pull-ahead --congestion-fill 64M
         --destination-timeout 5s --stop-timeout 500ms --copy-depth 4
         --poll-us 25 --threads 2 --packed-rings off
+        --limit-bps 100M:400M:10s --limit-bps-rd 50M --limit-bps-wr 40M/s --limit-iops 1000
+        --limit-iops-rd 800:900 --limit-iops-wr 700 --limit-iops-size 64K
         --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause --fence-command /bin/fence --fenced
         --connections 4 --allow-plaintext --reconnect-timeout 5s
@@ -328,6 +354,10 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     assert (settings.destination_timeout_s, settings.stop_timeout_s) == (5, 0.5)
     assert (settings.copy_depth, settings.dirty_region_bytes) == (4, 128 << 10)
     assert (settings.poll_us, settings.threads, settings.destination_retry_s) == (25, 2, 3)
+    assert settings.limits == Limits(
+        Rate(100 << 20, 400 << 20, 10), Rate(50 << 20), Rate(40 << 20), Rate(1000), Rate(800, 900), Rate(700),
+        64 << 10,
+    )  # fmt: skip
     assert (settings.on_congestion, settings.congestion_fill_bytes) == ("pull-ahead", 64 << 20)
     assert (settings.read_fallback, settings.on_source_error) == (True, "switch")
     assert settings.on_destination_error == "pause"

@@ -17,7 +17,7 @@ HOUSE = Path(vhostsync.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # The binding to c_shim/, and the hash that says whether it is of these sources.
     "binding": set(),
-    # What a person reads, and how it is written: errors, events, quantities, options, statistics.
+    # What a person reads, and how it is written: errors, events, limits, quantities, options, statistics.
     "words": set(),
     # The operating system: the kernel, signals, the service manager, files and sockets of our own.
     "host": {"words"},
@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """From the lowest floor up: each names only such as stand above it here."""
 
 AT_THE_TOP = {
-    "__init__": "words", "errors": "words", "events": "words", "log_writer": "words",
-    "lineage_name": "words", "metrics_page": "words", "option": "words",
+    "__init__": "words", "errors": "words", "events": "words", "limit_options": "config", "limits": "words",
+    "log_writer": "words", "lineage_name": "words", "metrics_page": "words", "option": "words",
     "printable": "words", "receive_metrics": "words",
     "quantities": "words", "statistic": "words", "config": "config", "log": "config",
     "mirror_target": "config", "option_values": "config",

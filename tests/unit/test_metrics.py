@@ -105,6 +105,18 @@ async def test_histograms_are_cumulative_and_in_seconds() -> None:
     assert rows['vhostsync_request_latency_seconds_sum{operation="write"}'] == pytest.approx(40 * 98.3e-6)
 
 
+async def test_limits_are_there_where_the_guest_has_some() -> None:
+    backend = FakeBackend()
+    assert not any("_limit_" in key for key in samples(await page_of(backend)))
+    await backend.limit({"bps": 100, "iops_wr": 7})
+    page = samples(await page_of(backend))
+    assert {key: value for key, value in page.items() if "_limit_" in key} == {
+        'vhostsync_limit_bytes_per_second{of="all"}': 100,
+        'vhostsync_limit_requests_per_second{of="writes"}': 7,
+    }
+    assert page["vhostsync_limited_seconds_total"] == 1.5
+
+
 def test_a_page_of_nothing_is_a_page() -> None:
     samples(metrics.page_of({}, {}, {}).text(), vm=None)
 

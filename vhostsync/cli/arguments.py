@@ -10,6 +10,7 @@ from vhostsync.cli import argument_types as types
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.exporter_arguments import add_exporter
 from vhostsync.cli.fleet_arguments import add_create, add_evacuate, add_list, add_top
+from vhostsync.cli.option_arguments import add_limits
 from vhostsync.cli.receive_arguments import add_receive
 from vhostsync.cli.serve_arguments import add_serve
 
@@ -78,6 +79,19 @@ _RESIZE_EXAMPLES: Final = """\
 examples:
   truncate -s 20G /disks/a.img /disks/b.img             # both, where there is a mirror
   vhostsync resize
+"""
+
+_LIMIT_EXAMPLES: Final = """\
+examples:
+  vhostsync limit                                       # what holds now, and whom it made wait
+  vhostsync limit --bps 100M                            # reads and writes together
+  vhostsync limit --bps-wr 50M:200M:30s --iops 2000     # writes may reach 200M a second for 30 s
+  vhostsync limit --bps none                            # the others stay
+  vhostsync limit --none
+
+A limit that is named is set whole, with its burst (RATE:BURST:TIME); what is not named stays. It holds until
+the backend ends; for good, give `serve` the option of the same name (--limit-bps and so on). The copy of a
+mirror has a limit of its own: mirror speed.
 """
 
 _VERIFY_EXAMPLES: Final = """\
@@ -161,6 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     resize.add_argument(
         "--size", type=types.size, metavar="SIZE", help="the new size (default: all that the disk has)"
     )
+    _add_limit(commands)
     _add_record(commands)
     _add_client(commands, "stats", "stats", "show operations, bytes, errors and latencies")
     _add_client(
@@ -199,6 +214,12 @@ def _add_upgrade(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--timeout", type=types.positive_seconds, default=120.0, metavar="TIME",
         help="how long to wait until it serves (default 2m)",
     )  # fmt: skip
+
+
+def _add_limit(commands: "argparse._SubParsersAction[Parser]") -> None:
+    limit = _add_client(commands, "limit", "limit", "show or set what the guest may do", _LIMIT_EXAMPLES)
+    add_limits(limit)
+    limit.add_argument("--none", action="store_true", dest="no_limits", help="no limit at all")
 
 
 def _add_record(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -18,10 +18,12 @@ import anyio
 from vhostsync.cli import show
 from vhostsync.control.client import ControlClient, RefusedError, connect
 from vhostsync.errors import MirrorError, UnreachableError
+from vhostsync.limits import KINDS, NO_LIMIT
 from vhostsync.printable import printable, size
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
 EXIT_TIMED_OUT: Final = 4
 
@@ -293,6 +295,34 @@ async def resize(client: ControlClient, options: argparse.Namespace) -> int:
         print_json(result)
     else:
         say(f"The guest's disk has {size(result['capacity'])} now.")
+    return EXIT_OK
+
+
+async def limit(client: ControlClient, options: argparse.Namespace) -> int:
+    """`vhostsync limit`: sets what was given, then shows what holds."""
+    given = {kind: rate for kind in KINDS if (rate := getattr(options, kind)) is not None}
+    if options.no_limits:
+        if given or options.iops_size is not None:
+            complain("--none leaves no limit; leave it out, or the others.")
+            return EXIT_USAGE
+        given = dict.fromkeys(KINDS, NO_LIMIT)
+    arguments: dict[str, int] = {}
+    for kind, rate in given.items():
+        arguments |= {kind: rate.per_s, f"{kind}_max": rate.burst, f"{kind}_max_length": rate.length_s}
+    if options.iops_size is not None:
+        arguments["iops_size"] = options.iops_size
+    if arguments:
+        await client.execute("block_set_io_throttle", arguments)
+    limits = (await client.execute("query-status")).get("limits")
+    if limits is None:
+        complain("There is no guest here to limit: this is a receiver, or a backend of an older version.")
+        return EXIT_FAILED
+    engine = (await client.execute("query-stats"))["engine"]
+    if options.json:
+        held = {key: engine[key] for key in ("limited-requests", "limited-bytes", "limited-ms")}
+        print_json({"limits": limits, **held})
+    else:
+        _show(show.limits_text(limits, engine))
     return EXIT_OK
 
 

@@ -6,6 +6,7 @@ from dataclasses import Field
 from typing import Any
 
 from vhostsync.cli.argument_types import checked
+from vhostsync.limit_options import LimitOptions
 from vhostsync.option import FLAG, Option, options_of
 
 
@@ -42,3 +43,13 @@ def _add_option(group: argparse._ArgumentGroup, each: "Field[Any]", declared: Op
     if declared.required:
         told["required"] = True
     group.add_argument(declared.flag, **told)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """The limits of `serve` as arguments of `limit`: --limit-bps is --bps, and `bps` in what was parsed."""
+    for each, declared in options_of(LimitOptions):
+        kind = declared.kind
+        parser.add_argument(
+            declared.flag.replace("--limit-", "--"), dest=each.name.removeprefix("limit_"),
+            help=declared.help, type=checked(kind.parse, kind.metavar), metavar=kind.metavar,
+        )  # fmt: skip

@@ -93,6 +93,35 @@ def fence_text(means: str, destination: str) -> str:
     return text[means]
 
 
+_LIMITED: Final = {
+    "bps": "{}/s", "bps-rd": "reads {}/s", "bps-wr": "writes {}/s", "iops": "{} requests/s",
+    "iops-rd": "{} reads/s", "iops-wr": "{} writes/s",
+}  # fmt: skip
+"""A limit in words, by its name in query-status."""
+
+
+def limits_line(limits: Mapping[str, int]) -> str:
+    """All limits of the guest in one line; empty: there is none."""
+    parts = []
+    for name, words in _LIMITED.items():
+        rate, burst, length_s = (limits[name + end] for end in ("", "-max", "-max-length"))
+        amount = size if name.startswith("bps") else "{:,}".format
+        if rate:
+            up_to = f" ({amount(burst)} for {length_s} s)" if burst else ""
+            parts.append(words.format(amount(rate)) + up_to)
+    if parts and limits["iops-size"]:
+        parts.append(f"a request counts by {size(limits['iops-size'])}")
+    return ", ".join(parts)
+
+
+def limits_text(limits: Mapping[str, int], engine: Mapping[str, Any]) -> str:
+    """What `vhostsync limit` prints."""
+    waited = f"{engine['limited-requests']:,} requests, {size(engine['limited-bytes'])}"
+    rows = [("Limits", limits_line(limits) or "none")]
+    rows.append(("Waited", f"{waited}; some ring for {engine['limited-ms'] / 1000:.1f} s in all"))
+    return "".join(f"{name:<12} {text}\n" for name, text in rows)
+
+
 def _differing(mirror: Mapping[str, Any]) -> str:
     """How much would have to be copied, where that is known and the guest is ahead."""
     differing = mirror.get("differing-bytes")
@@ -136,6 +165,8 @@ def status_text(
         ("Backend", f"{status['status']}, {guest}"),
         ("Mirror", mirror_line(mirror)),
     ]
+    if limits := limits_line(status["limits"]) if "limits" in status else "":
+        rows.append(("Limits", limits))
     for waiting in status.get("waiting-frontends") or ():
         runs = f"frontend {status['active-frontend']} runs the rings"
         rows.append(("Waiting", f"frontend {waiting['frontend']} since {waiting['since']}: {runs}"))

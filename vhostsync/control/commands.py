@@ -15,6 +15,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ..events import EventHub
+from ..limits import KINDS, RATE_MAX
 from ..mirror_target import SPEED_BYTES_PER_S_MAX, MirrorTarget
 from ..option_values import Cache
 from . import qmp
@@ -61,6 +62,7 @@ class Backend(Protocol):
     def events(self) -> EventHub: ...
     async def query_status(self) -> dict[str, Any]: ...
     async def query_stats(self) -> dict[str, Any]: ...
+    async def limit(self, given: Mapping[str, int | None]) -> None: ...
     async def resize(self, wanted_bytes: int | None) -> int: ...
     async def hand_over(self, socket: Path | None) -> None: ...
     async def quit(self, *, force: bool) -> None: ...
@@ -167,6 +169,11 @@ async def _hand_over(to: _Served, given: Arguments) -> Any:
     return {}
 
 
+async def _limit(to: _Served, given: Arguments) -> Any:
+    await to.backend.limit(given)
+    return {}
+
+
 async def _quit(to: _Served, given: Arguments) -> Any:
     await to.backend.quit(force=given["force"])
     return {}
@@ -174,6 +181,23 @@ async def _quit(to: _Served, given: Arguments) -> Any:
 
 async def _negotiated(_: _Served, __: Arguments) -> Any:
     raise AssertionError("the session answers qmp_capabilities")
+
+
+def _limit_arguments() -> tuple[Argument, ...]:
+    """Nineteen, by six rules."""
+    counted = {"bps": "Bytes a second", "iops": "Requests a second"}
+    of = {"": "", "rd": " of reads", "wr": " of writes, discards and zeroes"}
+    made = []
+    for kind in KINDS:
+        what, _, direction = kind.partition("_")
+        help_text = f"{counted[what]}{of[direction]}; 0 is no limit. Not named, it stays as it is."
+        burst = f"What {kind} may reach for a while; 0 is no burst."
+        length = f"How many seconds {kind}_max may last."
+        made.append(Argument(kind, "integer", help_text, most=RATE_MAX))
+        made.append(Argument(f"{kind}_max", "integer", burst, most=RATE_MAX))
+        made.append(Argument(f"{kind}_max_length", "integer", length, most=RATE_MAX))
+    size = "A larger request counts as so many of this size; 0 or not given with an iops: each as one."
+    return (*made, Argument("iops_size", "integer", size, most=RATE_MAX))
 
 
 COMMANDS: Final[Mapping[str, Command]] = {
@@ -285,6 +309,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
             ),
         ),
         *GROUP_COMMANDS,
+        Command(
+            "block_set_io_throttle",
+            "Limit what the guest may do, with QEMU's arguments; until the backend ends.",
+            _limit,
+            _limit_arguments(),
+        ),
         Command(
             "resize",
             "Make the guest's disk larger, after the disk below it. Returns when the guest was told.",

@@ -6,7 +6,7 @@ process's, so several could be in one.
     serve ─ frontends, one task a connection; the mirror's retries (until the end begins)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 from vhostsync import events
 from vhostsync.config import ServeConfig
 from vhostsync.confine.privileges import Reach
+from vhostsync.device.device_limits import DeviceLimits
 from vhostsync.device.device_view import DeviceView
 from vhostsync.device.opening import Opened
 from vhostsync.engine.engine import LOSSES, Engine, EngineConfig
@@ -77,8 +78,9 @@ class Device:
         shown = BlkDevice(opened.shape)
         self.frontends = FrontendServer(shown, engine.attach, hub.publish, engine.rings)
         self._resizer = Resizer(engine, mirror, shown, self.frontends, hub)
+        self.limits = DeviceLimits(engine, config.limits)
         place = opened.store.place if opened.store is not None else None
-        self._view = DeviceView(config, engine, mirror, self.frontends, place)
+        self._view = DeviceView(config, engine, mirror, self.frontends, self.limits, place)
         self._process = process
         engine.on_event(self._on_event)
         self._failover = SourceFailover(engine, mirror, hub, config.destination_timeout_s)
@@ -152,6 +154,9 @@ class Device:
     async def query_stats(self) -> dict[str, Any]:
         return await self._view.query_stats()
 
+    async def limit(self, given: Mapping[str, int | None]) -> None:
+        await self.limits.change(given)
+
     async def resize(self, wanted_bytes: int | None) -> int:
         return await self._resizer.resize(wanted_bytes)
 
@@ -186,6 +191,7 @@ def engine_config(config: ServeConfig, shape: DeviceShape) -> EngineConfig:
         block_bytes=shape.block_bytes,
         num_queues=config.num_queues,
         serial=config.serial,
+        limits=config.limits,
         options=config.for_engine()
         | {
             "checkpoint_us": CHECKPOINT_US,

@@ -5,6 +5,7 @@ from typing import Any
 
 from vhostsync import log as logging
 from vhostsync.config import ServeConfig
+from vhostsync.device.device_limits import DeviceLimits
 from vhostsync.engine.engine import Engine
 from vhostsync.engine.snapshot import EngineFigures, OpStats, QueueFigures
 from vhostsync.mirror.disk_names import DiskNames
@@ -16,7 +17,7 @@ from vhostsync.vhost_user.server import FrontendServer
 class DeviceView:
     def __init__(
         self, config: ServeConfig, engine: Engine, mirror: Mirror, frontends: FrontendServer,
-        record_place: str | None,
+        limits: DeviceLimits, record_place: str | None,
     ) -> None:
         self._config = config
         self._engine = engine
@@ -24,6 +25,7 @@ class DeviceView:
         self._frontends = frontends
         self._disk_names = DiskNames()
         self._record_place = record_place
+        self._limits = limits
 
     async def query_status(self) -> dict[str, Any]:
         snapshot = await self._engine.snapshot()
@@ -45,6 +47,7 @@ class DeviceView:
             "mirror": str(self._mirror.state),
             "record": self._record_place,
             "epoch": self._mirror.epoch,
+            "limits": self._limits.now.shown(),
             "log-lines-dropped": logging.dropped_lines(),
         }
 

@@ -26,6 +26,7 @@ from vhostsync.engine.engine_event import EngineEvent, event_of
 from vhostsync.engine.snapshot import ROLES, QueueStats, Snapshot, State, queue_stats_of, snapshot_of
 from vhostsync.errors import ConfigError, EngineError
 from vhostsync.host.owned_fd import OwnedFd
+from vhostsync.limits import KINDS, NO_LIMITS, Limits
 from vhostsync.record.bitmap import BitmapFile, Shape, Trust
 from vhostsync.record.record_store import Mark
 from vhostsync.storage.disk import Disk
@@ -53,6 +54,8 @@ LOSSES: Final = {
 # snapshot.py does without the binding, and so with numbers of its own.
 assert list(State) == [lib.VS_PASSTHROUGH, lib.VS_SYNCING, lib.VS_STEADY, lib.VS_AHEAD, lib.VS_DEGRADED]
 assert lib.VS_BREACH_NO_STATUS == 6
+# Nor does limits.py.
+assert [getattr(lib, f"VS_{kind.upper()}") for kind in KINDS] == list(range(lib.VS_LIMITED_KINDS))
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class EngineConfig:
     serial: str = ""
     doubt: tuple[tuple[int, int], ...] = ()  # offset, length: what an earlier run has left in doubt
     spared: tuple[tuple[int, int], ...] = ()  # of these: what the peer held better
+    limits: Limits = NO_LIMITS
 
     def to_c(self) -> Any:
         """AttributeError where an option is no member."""
@@ -80,7 +84,13 @@ class EngineConfig:
         for c_ranges, ranges in ((made.doubt, self.doubt), (made.spared, self.spared)):
             for i, (offset, length) in enumerate(ranges):
                 c_ranges[i].offset, c_ranges[i].length = offset, length
+        made.limits = _c_limits(self.limits)[0]
         return made
+
+
+def _c_limits(limits: Limits) -> Any:
+    rates = [(rate.per_s, rate.burst, rate.length_s) for rate in limits.rates().values()]
+    return ffi.new("struct vs_limits *", {"rate": rates, "iops_size": limits.iops_size})
 
 
 def _c_shape(shape: Shape) -> Any:
@@ -296,6 +306,10 @@ class Engine:
     async def mirror_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy; 0: no limit."""
         await self.command(lib.VS_CMD_MIRROR_SPEED, "limiting the copy", value=bytes_per_s)
+
+    async def limit(self, limits: Limits) -> None:
+        """What the guest may do from now on. EngineError before anything is awaited."""
+        await self.command(lib.VS_CMD_LIMIT, "limiting the guest", limits=_c_limits(limits)[0])
 
     async def mirror_drain(self, *, both_disks: bool = False) -> None:
         """Returns when the destination (both disks) holds durably all that the guest had written when this

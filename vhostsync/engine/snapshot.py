@@ -200,6 +200,22 @@ class EngineFigures:
                of_milliseconds),
         member="throttled_ns", of=milliseconds,
     )  # fmt: skip
+    limited_requests: int = statistic(
+        "guest requests that a limit has made wait at the head of their ring",
+        Metric("limited_requests_total", "counter", "Guest requests that a limit has made wait."),
+        member="limited_requests",
+    )
+    limited_bytes: int = statistic(
+        "bytes of these",
+        Metric("limited_bytes_total", "counter", "Bytes of guest requests that a limit has made wait."),
+        member="limited_bytes",
+    )
+    limited_ms: float = statistic(
+        "how long a limit has made some ring wait",
+        Metric("limited_seconds_total", "counter", "How long a limit has made some ring of the guest wait.",
+               of_milliseconds),
+        member="limited_ns", of=milliseconds,
+    )  # fmt: skip
     polls: int = statistic("how often the data thread looked for work before it slept", member="polls")
     poll_hits: int = statistic("of these: something came", member="poll_hits")
     polled_ms: float = statistic(
