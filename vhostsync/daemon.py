@@ -14,6 +14,7 @@ there is an event loop, in the only thread.
         └─ control socket, metrics, the service manager (until the end begins)
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -39,6 +40,7 @@ from vhostsync.engine.engine import Engine
 from vhostsync.errors import ConfigError, HandOverError, VhostsyncError, leaves
 from vhostsync.hand_over import ENVIRONMENT, Inheritance, Predecessor, Successor, ask
 from vhostsync.host import directory as own_directory
+from vhostsync.host import patience
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
@@ -55,6 +57,9 @@ from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.heritage import Heritage
 
 log = structlog.get_logger(__name__)
+
+SOURCE_S = 5.0
+"""How long the end waits for the source: longer than the destination may take, or once it is forced."""
 
 RELEASE_S = 10.0  # frontends that are not let go of in this time connect again to the successor
 
@@ -310,6 +315,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
             if process.successor is not None:
                 with anyio.move_on_after(RELEASE_S):
                     heirs = await device.frontends.release()
+            lasting.start_soon(_leave_requests_in_time, process, device)
             serving.cancel_scope.cancel()
         await device.detach(force=process.forced)
         lasting.cancel_scope.cancel()
@@ -321,6 +327,18 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
 async def _abandon_if_forced(process: Process, device: Device) -> None:
     await process.wait_forced()
     await device.mirror.abandon()
+
+
+async def _leave_requests_in_time(process: Process, device: Device) -> None:
+    """A source that does not answer keeps no backend from ending: what it has of the guest's requests is left
+    as by a kill. None is answered, and a frontend that connects again gives them to the next backend."""
+    longest_s = device.config.destination_timeout_s + SOURCE_S
+    with contextlib.suppress(TimeoutError), patience.fail_after(longest_s):
+        await process.wait_forced()
+        await anyio.sleep(SOURCE_S)
+    while True:  # also where somebody comes to wait for them only now
+        device.engine.leave_requests()
+        await anyio.sleep(1)
 
 
 async def _start_control(config: ServeConfig, device: Device, tasks: anyio.abc.TaskGroup) -> None:

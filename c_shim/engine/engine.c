@@ -246,6 +246,7 @@ static bool wind_up(struct vs_engine *e)
 {
     uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
     bool cut_off = false;
+    e->guest.ends = true;
     mirror_stop(&e->mirror, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
     guest_hold(&e->guest, GUEST_HOLD_SWITCH);

@@ -71,6 +71,7 @@ struct guest {
     struct source_failover failover;
     struct ring_alloc bounce;
     bool room;                /* something was given back that a stalled queue may wait for */
+    bool ends;                /* the engine does: nothing is answered any more (request_finish) */
     unsigned taken_in_pass;   /* requests */
     struct request *requests; /* REQUEST_SLOTS, of which so many were ever used */
     unsigned requests_made;

@@ -95,6 +95,8 @@ void request_finish(struct request *r, uint8_t status)
 {
     struct queue *q = r->queue;
     struct guest *g = r->guest;
+    if (g->ends)
+        return; /* as after a kill: no error of our end is the guest's, and no flush is confirmed without the mirror */
     op_stats_add(&g->frontends.queue_stats[q->index].op[r->blk.op], r->blk.length, g->host->now_ns - r->taken_ns,
                  status != VIRTIO_BLK_S_OK);
     request_give_bounce(r);

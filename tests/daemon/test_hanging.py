@@ -162,3 +162,24 @@ def test_a_source_that_hangs_in_its_close_is_left_all_the_same(work: Path, hangi
         third = image(work / "c.img", 16)
         served.start_mirror(third)
         hanging.go_on()
+
+
+def test_the_end_while_the_source_hangs(work: Path, hanging: HangingDisk) -> None:
+    """All but the process itself, which the kernel keeps until the request is over, and the guest's
+    connection with it, for the request may still write to its memory."""
+    with running(hanging, work, hanging.path) as (served, guest):
+        write_block(guest, 1, 1)
+        flush(guest)
+        hanging.hang(Op.READ)
+        request = guest.read(BLOCK, BLOCK)
+        hanging.await_hanging(Op.READ, WAIT_S)
+        served.qmp.execute("quit", force=True)
+        await_true(lambda: '"message": "ended"' in served.process.log.read_text(), "it has ended")
+        assert not served.socket.exists() and not served.control.exists()
+        assert served.process.running and not guest.poll() and not request.done
+        hanging.go_on()
+        assert served.process.wait(WAIT_S) == 0
+    with Served(work, hanging.path) as served, served.guest() as guest:
+        assert guest.read_now(BLOCK, BLOCK) == block_of(1, 1)
+        guest.close()
+        served.stop()

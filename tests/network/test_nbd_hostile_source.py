@@ -4,12 +4,22 @@ guest is told, of nothing else; it waits for what is not answered, and the backe
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import BLOCK, Served, answered, block_of, flush, write_block
+from tests.daemon.rig import (
+    BLOCK,
+    WAIT_S,
+    Served,
+    answered,
+    await_true,
+    block_of,
+    flush,
+    write_block,
+)
 from tests.frontend import Frontend, FrontendTimeout, Request
 from tests.network.hostile_server import (
     EINVAL,
@@ -24,6 +34,7 @@ from tests.network.hostile_server import (
     well,
 )
 from tests.sizes import MIB
+from tests.vhost_client import VhostUserTransport
 
 
 def after_a_write(guest: Frontend) -> Request:
@@ -100,6 +111,36 @@ def test_an_answer_that_is_never_given(
     guest.wait(request)
     assert request.ok
     goes_on(served, guest)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("kind", "force"), [(READ, True), (WRITE, False), (FLUSH, True), (ZERO, False)])
+def test_the_end_while_an_answer_is_never_given(
+    tmp_path: Path, server: HostileServer, kind: int, force: bool
+) -> None:
+    """The backend ends; the guest, which has no answer and no error, gets it from the next one."""
+    options = ("--fence", "limit", "--destination-timeout", "1s")
+    with Served(tmp_path, server.uri, *options) as served, served.guest() as guest:
+        write_block(guest, 1, 1)
+        flush(guest)
+        server.behave = lambda what, *_: Silence.NO_ANSWER if what == kind else 0
+        request = ASKED[kind](guest)
+        await_true(lambda: served.in_flight() == 1, "it is taken up")
+        guest.poll()
+        if force:
+            served.qmp.execute("quit", force=True)
+        else:
+            served.process.signal(signal.SIGTERM)
+        assert served.process.wait(30) == 0
+        assert not guest.poll() and not request.done
+        server.behave = well
+        with Served(tmp_path, server.uri, *options) as following:
+            guest.transport.close()
+            guest.transport = VhostUserTransport(following.socket, timeout_s=WAIT_S)
+            guest.queues[0].base = guest.queues[0].ring.last_used
+            guest.start()
+            assert answered(guest, request)
+            goes_on(following, guest)
 
 
 def test_noise_ends_the_connection_and_the_guest_goes_on(

@@ -142,7 +142,8 @@ _SETUP_ADVICE: Final = {
 class _Waiter:
     """Somebody who awaits a command."""
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, kind: int, doing: str) -> None:
+        self.kind = kind
         self.done = anyio.Event()
         self.result = 0
         self.value = 0
@@ -164,6 +165,7 @@ class Engine:
         self._waiters: dict[int, _Waiter] = {}
         self._listeners: list[Callable[[EngineEvent], None]] = []
         self._attachments: dict[int, EngineAttachment] = {}
+        self.requests_left = False  # by `leave_requests`: not all that was taken up is answered
         self.unanswered: frozenset[str] = frozenset(ROLES)
         """After `close`: which disks ("source", "destination") may still carry out what they were sent."""
 
@@ -275,7 +277,7 @@ class Engine:
             raise EngineError.from_errno(f"{doing}: too many commands at once", errno.EAGAIN)
         for fd_owner in fds:
             fd_owner.take()
-        waiter = self._waiters[token] = _Waiter(doing)
+        waiter = self._waiters[token] = _Waiter(kind, doing)
         return waiter
 
     async def mirror_start(self, destination: Disk, *, resync: bool, spare_doubt: bool) -> None:
@@ -454,6 +456,15 @@ class Engine:
         if attachment.attached:
             await self.command(lib.VS_CMD_DETACH, "detaching a frontend", attachment=attachment.index)
         del self._attachments[attachment.index]
+
+    def leave_requests(self) -> None:
+        """Before the end: whoever waits for the last request of a frontend waits no longer (EngineError
+        ETIMEDOUT). Until `close` what the disk answers is still answered, after it nothing is."""
+        for waiter in self._waiters.values():
+            if waiter.kind == lib.VS_CMD_DETACH:
+                self.requests_left = True
+                waiter.result = -errno.ETIMEDOUT
+                waiter.done.set()
 
     def attachment(self, index: int) -> EngineAttachment | None:
         """The one that an event names, if it is still there."""

@@ -484,7 +484,7 @@ class Mirror:
         """Both disks, where nobody writes to them any more and the destination was flushed."""
         now, record = await self._engine.snapshot(), self._keeper.record
         spoilt = now.doubt or now.spared or now.unreadable or record.different_since is not None
-        return self.state is MirrorState.STEADY and not spoilt
+        return self.state is MirrorState.STEADY and not spoilt and not self._engine.requests_left
 
     async def abandon(self) -> None:
         """The end shall not wait for the destination any longer: what waits for it goes on without."""

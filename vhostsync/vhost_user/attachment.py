@@ -87,4 +87,4 @@ class Attachment(Protocol):
     async def set_write_cache(self, writeback: bool) -> None: ...
 
     async def close(self) -> None:
-        """Returns when its last request is over and its memory is unmapped."""
+        """When this returns, its last request is over, its memory unmapped. EngineError ETIMEDOUT: not so."""

@@ -33,6 +33,7 @@ from .transport import BackendChannel, Connection
 
 ATTACHMENTS_MAX: Final = 8
 _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_NOT_OVER: Final = frozenset({errno.ETIMEDOUT, errno.EINVAL})  # none waits any longer, or a renewal did
 _ACCEPT_PAUSE_S: Final = 0.5
 _PEER_CREDENTIALS: Final = struct.Struct("=iII")
 
@@ -220,19 +221,24 @@ class FrontendServer:
 
     async def _end(self, frontend: _Frontend, reason: str | None) -> None:
         # First the requests, then the connection: a frontend that sees it end takes up at the used index,
-        # and what were answered after that would be answered twice.
+        # and what were answered after that would be answered twice. So where they may not be over, it ends
+        # with the process, whose end in the kernel waits for what a disk of this host still has of them.
         frontend.watch.cancel()
+        over = True
         try:
             if frontend.attachment is not None:
                 await frontend.attachment.close()
         except EngineError as error:
+            over = error.errno not in _NOT_OVER
             frontend.keep_from_successor()
             log.error("detaching a frontend failed", frontend=frontend.number, error=str(error))
         except Exception:
             frontend.keep_from_successor()
             log.exception("a fault in detaching a frontend", frontend=frontend.number)
         frontend.session.close()
-        if frontend.left is None:
+        if not over:
+            frontend.connection.leave_open()
+        elif frontend.left is None:
             frontend.connection.close()
         if frontend.inherited is not None:
             frontend.inherited.close()

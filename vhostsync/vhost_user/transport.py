@@ -118,6 +118,10 @@ class Connection:
         """The socket, which is the caller's from here on."""
         return self._sock
 
+    def leave_open(self) -> None:
+        """Until the process has ended."""
+        self._sock.detach()
+
     def close(self) -> None:
         """Close the socket. No task may be waiting on it."""
         self._sock.close()
