@@ -48,3 +48,42 @@ async def test_an_error_that_nobody_foresaw_ends_neither_the_backend_nor_the_try
         tasks.cancel_scope.cancel()
     failures = [data["error"] for data in told if data["what"] == "failed"]
     assert len(failures) == 2 and "Input/output error" in failures[0]
+
+
+class GivenUpMirror(LostMirror):
+    """One whose former destination still has requests."""
+
+    state = MirrorState.STEADY
+    fenced = True
+
+    def enter(self, state: MirrorState, *, fenced: bool) -> None:
+        self.state, self.fenced = state, fenced
+        former, self.changed = self.changed, anyio.Event()
+        former.set()
+
+    async def resume(self) -> None:
+        assert not self.fenced
+        self.attempts += 1
+        self.state = MirrorState.STEADY
+
+
+async def test_it_is_tried_at_once_when_the_requests_that_it_was_given_are_over() -> None:
+    """However long that takes, and with no pause that has grown meanwhile."""
+    hub, mirror = EventHub(), GivenUpMirror()
+    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=False)
+    told: list[str] = []
+    async with hub.subscribe() as events, anyio.create_task_group() as tasks:
+        tasks.start_soon(retry.run)
+        await anyio.wait_all_tasks_blocked()
+        mirror.enter(MirrorState.DEGRADED, fenced=True)
+        with anyio.fail_after(10):
+            async for event in events:
+                told.append(event.data["what"])
+                if told[-1] == "failed":
+                    assert "not over yet" in event.data["error"]
+                    await anyio.wait_all_tasks_blocked()
+                    mirror.enter(MirrorState.DEGRADED, fenced=False)
+                elif told[-1] == "attached":
+                    break
+        tasks.cancel_scope.cancel()
+    assert told == ["waiting", "failed", "attached"] and mirror.attempts == 1

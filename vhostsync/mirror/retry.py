@@ -28,7 +28,8 @@ OVER_NETWORK_S: Final = 1.0
 
 class DestinationRetry:
     """`run` must run as long as it is used. The pause doubles with each try, over failures that follow a
-    success too soon as well; reaching steady makes it the first one again. `first_s`: what was asked for;
+    success too soon as well; reaching steady makes it the first one again. What was given up and is not over
+    is waited for, however long, and then tried at once. `first_s`: what was asked for;
     None: only a destination over a network is tried again. `resume`: a mirror that an earlier run had is
     wanted in this one too."""
 
@@ -84,13 +85,21 @@ class DestinationRetry:
                     await self._mirror.changed.wait()
                 return
             self._pause_s = min(pause_s * 2, PAUSE_S_MAX)
-            if self._mirror.fenced:  # a start would wait for that, and keep other commands out meanwhile
-                self._attempts += 1
-                self._tell("failed", "requests that it was given are not over yet")
-                continue
+            if self._mirror.fenced:
+                await self._wait_for_former()
+                if not self._lacks_mirror() or self._mirror.waits_for_hand:
+                    continue
             error = await self._attach()
             if error is not None:
                 log.warning("the destination is not back yet", attempt=self._attempts, error=error)
+
+    async def _wait_for_former(self) -> None:
+        """That its requests are over; then it is tried without a pause. A start would wait for that, too, and
+        keep other commands out meanwhile."""
+        self._attempts += 1
+        self._tell("failed", "requests that it was given are not over yet")
+        while self._lacks_mirror() and self._mirror.fenced:
+            await self._mirror.changed.wait()
 
     async def _wait_for_hand(self) -> None:
         target = self._mirror.wanted
