@@ -18,7 +18,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +72,9 @@ def run(config: ServeConfig, take_over: TakeOver = TakeOver.NOTHING) -> int:
     try:
         taken_over = None
         if take_over is not TakeOver.NOTHING:
+            # An answer was for the start of the backend that runs; asked once more, it would be refused, or
+            # mean something else.
+            config = replace(config, answer=None)
             taken_over = _take_over(follow_name(config), log_too=take_over is TakeOver.GUEST_AND_LOG)
         config = follow_name(config)  # once the predecessor has left its disk, that is certain
         anyio.run(_serve, config, _start(config, taken_over))
@@ -129,7 +132,7 @@ def _take_over(config: ServeConfig, *, log_too: bool) -> TakenOver | None:
         raise ConfigError("--take-over needs --control, which says whose guest is taken over.")
     _load_modules()
     kinds.kind_of(config.disk)  # loads its module: the guest does not wait for that
-    predecessor = anyio.run(ask, config.control_socket, config.socket_path)
+    predecessor = anyio.run(ask, config.control_socket, config.socket_path, config.disk)
     inheritance = predecessor.inherit() if predecessor is not None else None
     if predecessor is None or inheritance is None:
         return None
@@ -187,11 +190,20 @@ class Process:
         self._forced = anyio.Event()
         self.successor: Successor | None = None
 
-    async def hand_over(self) -> None:
-        """Begin the end, for a successor that is there. HandOverError: it is not."""
+    async def hand_over(self, check: Callable[[], None]) -> None:
+        """Begin the end, for a successor that is there, if `check` still passes by then. HandOverError: it is
+        not, or this process ends already."""
         if self._control is None or self.stopping:
             raise HandOverError("This backend ends already.")
-        self.successor = await anyio.to_thread.run_sync(Successor, self._control)
+        successor = await anyio.to_thread.run_sync(Successor, self._control)
+        try:
+            check()
+            if self.stopping:
+                raise HandOverError("This backend ends already.")
+        except BaseException:
+            successor.close()
+            raise
+        self.successor = successor
         self._quit.set()
 
     def stop(self, *, force: bool = False) -> None:

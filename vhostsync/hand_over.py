@@ -22,6 +22,7 @@ import array
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -36,7 +37,7 @@ from vhostsync.control.client import RefusedError, connect
 from vhostsync.control.sockets import peer_process, peer_uid
 from vhostsync.errors import FrontendError, HandOverError
 from vhostsync.host.owned_fd import OwnedFd, close_all
-from vhostsync.host.unix_socket import bind_unix_socket
+from vhostsync.host.unix_socket import BoundSocket, bind_unix_socket
 from vhostsync.vhost_user.heritage import Heritage
 from vhostsync.vhost_user.messages import HEADER, encode_request, parse_header, parse_message
 from vhostsync.vhost_user.payloads import MESSAGE_FDS_MAX, encode_payload
@@ -50,7 +51,7 @@ ANSWER_S: Final = 10.0
 LETTING_GO_S: Final = 120.0
 """How long the predecessor may take to bring the mirror up to date; --destination-timeout ends that."""
 STARTING_S: Final = 60.0
-ENVIRONMENT: Final = ("NOTIFY_SOCKET", "CEPH_CONF", "CEPH_ARGS")
+ENVIRONMENT: Final = ("NOTIFY_SOCKET", "CEPH_CONF", "CEPH_ARGS", "STATE_DIRECTORY")
 PARCEL_BYTES_MAX: Final = 1 << 16
 PARCEL_FDS_MAX: Final = max(MESSAGE_FDS_MAX, 2 + ATTACHMENTS_MAX)
 _LENGTH: Final = struct.Struct("=I")
@@ -141,6 +142,10 @@ class Successor:
             self._socket.close()
             raise
 
+    def close(self) -> None:
+        """It gets nothing."""
+        self._socket.close()
+
     def give(self, estate: Inheritance) -> None:
         """Returns when the successor serves. HandOverError: it does not, and has perhaps begun to."""
         try:
@@ -201,8 +206,10 @@ class Predecessor:
             each.setblocking(False)
         listener = sockets.pop(0) if described["listening"] else None
         frontends = [Heritage(*each) for each in zip(sockets, said, strict=True)]
+        told = described["environment"]
+        environment = {name: str(told[name]) for name in ENVIRONMENT if name in told}
         return Inheritance(
-            former_log, described["environment"], listener, described["file-is-ours"], frontends,
+            former_log, environment, listener, described["file-is-ours"], frontends,
             described["equal"],
         )  # fmt: skip
 
@@ -217,14 +224,16 @@ class Predecessor:
             self._socket.send(_SERVING, socket.MSG_NOSIGNAL)
 
 
-async def ask(control: Path, socket_path: Path | None) -> Predecessor | None:
-    """The backend with this control socket begins to hand over. None: it is of an older version that hands
-    nothing over, and has ended. HandOverError, ControlError: it goes on."""
+async def ask(control: Path, socket_path: Path | None, disk: str) -> Predecessor | None:
+    """The backend with this control socket begins to hand over, if it serves this disk. None: it is of an
+    older version that hands nothing over, and has ended. HandOverError, ControlError: it goes on."""
     async with connect(control) as client:
+        served = str((await client.execute("query-status"))["disk"])
+        _check_disk(disk, served)
         with _meeting(control, client.user) as listener:
             try:
-                socket_name = {} if socket_path is None else {"socket": str(socket_path)}
-                await client.execute("hand-over", socket_name)
+                told = {"disk": served} | ({} if socket_path is None else {"socket": str(socket_path)})
+                await client.execute("hand-over", told)
             except RefusedError as error:
                 if error.kind != qmp.COMMAND_NOT_FOUND:
                     raise HandOverError(str(error)) from error
@@ -234,18 +243,43 @@ async def ask(control: Path, socket_path: Path | None) -> Predecessor | None:
             return Predecessor(_accept(listener, client.process))
 
 
+def _check_disk(own: str, served: str) -> None:
+    """Before anything has changed: with another disk than the guest's (the one that it has left by a switch)
+    a start is refused, and nobody serves; or, without a record, the guest finds its disk as it was before."""
+    paths = own.startswith("/") and served.startswith("/")
+    if own != served and not (paths and os.path.realpath(own) == os.path.realpath(served)):
+        raise HandOverError(
+            f"The guest is on {served}, and the successor was told to serve {own}; start it with --blk-file "
+            f"{served} (vhostsync upgrade takes the options of `serve` after --)."
+        )
+
+
 @contextmanager
 def _meeting(control: Path, user: int) -> Iterator[socket.socket]:
     """A socket to which only this user can connect, and root."""
     bound = bind_unix_socket(meeting_place(control))
     try:
         if user != os.geteuid():
-            os.chown(bound.path, user, -1)
+            _give_away(bound, user)
         yield bound.listener
     except OSError as error:
         raise HandOverError(f"{bound.path} cannot be given to user {user}: {error.strerror}.") from error
     finally:
         bound.close()
+
+
+def _give_away(bound: BoundSocket, user: int) -> None:
+    """By a descriptor: whose directory it is could put a link in its place, and get what that leads to.
+    OSError, HandOverError."""
+    fd = os.open(bound.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        made = (found.st_dev, found.st_ino) == (bound.device, bound.inode) and found.st_nlink == 1
+        if not made or not stat.S_ISSOCK(found.st_mode):
+            raise HandOverError(f"Somebody has put something else in the place of {bound.path}; try again.")
+        os.chown(f"/proc/self/fd/{fd}", user, -1)
+    finally:
+        os.close(fd)
 
 
 def _accept(listener: socket.socket, process: int) -> socket.socket:

@@ -32,7 +32,7 @@ def main(control: Path, manner: str) -> None:
         if told["execute"] == "hand-over":
             successor = socket.socket(socket.AF_UNIX)
             successor.connect(str(control.with_name(control.name + ".successor")))
-        say({"return": {}, "id": told["id"]})
+        say({"return": {"disk": sys.argv[3]}, "id": told["id"]})
         if told["execute"] in ("hand-over", "quit"):
             return
 

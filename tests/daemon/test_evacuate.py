@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from tests.daemon.named_host import Host
@@ -20,6 +21,10 @@ from tests.daemon.rig import BLOCK, block_of, flush, image, same_content, tmpfs,
 from tests.guest.backends import vhostsync_command
 from tests.guest.processes import wait_listening
 from tests.sizes import MIB
+from vhostsync.fleet import evacuation
+from vhostsync.fleet.disks import ask, known_disks
+from vhostsync.fleet.evacuation import Progress
+from vhostsync.fleet.evacuation_plan import plan_moves
 
 pytestmark = pytest.mark.timeout(300)  # many programs are started, one after the other
 
@@ -188,6 +193,36 @@ def test_a_backend_that_does_not_run_is_named(host: Evacuated) -> None:
         out, err = host.evacuate("--switch", code=1)
         assert "vhostsync: stopped: no backend runs for it" in err
         assert out.splitlines()[-1] == "1 of 2 moved"
+
+
+def test_one_that_says_nothing_holds_up_no_other(host: Evacuated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped while it copies."""
+    monkeypatch.setattr(evacuation, "ANSWER_S", 3.0)
+    monkeypatch.setattr(evacuation, "COMMAND_S", 10.0)
+    monkeypatch.setattr(evacuation, "COME_BACK_S", 1.0)
+    disks = [image(host.old / f"{at}.img", 4, filled_mib=4) for at in range(3)]
+    with ExitStack() as stack:
+        served = [
+            stack.enter_context(host.serve(f"vm{at}", "--blk-file", disk)) for at, disk in enumerate(disks)
+        ]
+
+        def tell(changed: Progress) -> None:
+            if (changed.label, changed.phase) == ("vm0", evacuation.COPYING):
+                os.kill(served[0].pid, signal.SIGSTOP)
+
+        async def evacuate() -> dict[int, Progress]:
+            found = await ask(known_disks(host.state, host.run))
+            moves = plan_moves(found, str(host.old), str(host.new))
+            running = evacuation.Evacuation(moves, parallel=1, total_speed=MIB, switch=True, tell=tell)
+            with anyio.fail_after(200):
+                await running.run()
+            return running.progress
+
+        ends = {each.label: each for each in anyio.run(evacuate).values()}
+        assert [ends[f"vm{at}"].phase for at in range(3)] == [
+            evacuation.FAILED, evacuation.MOVED, evacuation.MOVED
+        ]  # fmt: skip
+        assert "does not answer" in str(ends["vm0"].error)
 
 
 def test_a_terminal_gets_a_bar_for_each_and_one_for_all(host: Evacuated) -> None:

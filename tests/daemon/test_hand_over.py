@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ from tests.daemon.rig import (
     flush,
     image,
     lacking,
+    need_root,
     refused_start,
     same_content,
     write_block,
@@ -36,7 +38,9 @@ from tests.guest_ring import GuestMemory
 from tests.sizes import MIB
 from tests.vhost_client import LOG, WANTED_PROTOCOL, Message, ProtocolFeature, VhostUserTransport
 from vhostsync import hand_over
+from vhostsync.errors import HandOverError
 from vhostsync.host.owned_fd import close_all, new_memory
+from vhostsync.host.unix_socket import bind_unix_socket
 
 HANDED_OVER = "frontend handed over"
 
@@ -197,6 +201,41 @@ def test_a_successor_for_another_socket_is_refused_and_nothing_changes(work: Pat
         assert not hand_over.meeting_place(served.control).exists()
 
 
+@pytest.mark.parametrize("record", [True, False], ids=["with a record", "without a record"])
+def test_the_disk_that_the_guest_has_left_is_not_taken_for_its_own(work: Path, record: bool) -> None:
+    """Its words name the former disk: as in a start it would be refused, or served as it was before."""
+    source, other = image(work / "a.img"), image(work / "b.img")
+    with Served(work, source, *([] if record else ["--no-state-file"])) as served, served.guest() as guest:
+        served.qmp.execute("mirror-start", destination=str(other))
+        served.await_state("steady")
+        served.qmp.execute("switch")
+        write_block(guest, 0, 1)
+        code, said = refused_start("upgrade", "--control", served.control)
+        assert code == 1 and f"The guest is on {other}, and the successor was told to serve {source}" in said
+        write_block(guest, 1, 1)
+        assert served.qmp.execute("query-status")["disk"] == str(other)
+        served.stop()
+    assert lacking(other, {0: 1, 1: 1}) == []
+
+
+def test_a_disk_that_has_lost_its_name_stays_with_who_has_it(work: Path) -> None:
+    source = image(work / "a.img")
+    with Served(work, source) as served, served.guest() as guest:
+        source.rename(work / "aside.img")
+        image(source)
+        code, said = refused_start("upgrade", "--control", served.control)
+        assert code == 1 and "does not lead to the guest's disk any more" in said
+        write_block(guest, 0, 1)
+
+
+def test_an_answer_is_for_one_start(work: Path) -> None:
+    """--new-disk, given once more, would be refused: by then the disk has a record."""
+    with Served(work, image(work / "a.img"), "--new-disk") as served, served.guest() as guest:
+        write_block(guest, 0, 1)
+        assert served.hand_over() == 0
+        write_block(guest, 1, 1)
+
+
 def test_a_guest_that_is_migrated_is_not_handed_over(work: Path) -> None:
     source = image(work / "a.img")
     with Served(work, source) as served, served.guest() as guest, new_memory("log", 1 << 20) as memory:
@@ -295,7 +334,7 @@ def test_a_successor_that_dies_before_it_asks_changes_nothing(work: Path) -> Non
 def test_without_what_a_predecessor_leaves_it_starts_as_ever(work: Path, manner: str) -> None:
     """The predecessor dies meanwhile, or is of a version that hands nothing over."""
     control, script = work / "vm.control", Path(__file__).with_name("played_backend.py")
-    words = [sys.executable, str(script), str(control), manner]
+    words = [sys.executable, str(script), str(control), manner, str(work / "a.img")]
     with Process("a played backend", words, work / "played.log") as played:
         await_true(control.exists, "it listens")
         with Served(work, image(work / "a.img"), "--take-over") as served, served.guest() as guest:
@@ -333,3 +372,20 @@ def test_an_upgrade_that_is_refused_says_why(work: Path) -> None:
         )  # fmt: skip
         assert code == 1 and "start it with the same --socket-path" in said
         write_block(guest, 0, 1)
+
+
+def test_roots_meeting_place_is_given_away_and_nothing_else(work: Path) -> None:
+    """The directory is the backend's, which could put a link there; what that leads to stays whose it is."""
+    need_root()
+    bound, precious = bind_unix_socket(work / "vm.control.successor"), image(work / "a.img")
+    try:
+        hand_over._give_away(bound, 12345)
+        assert bound.path.stat().st_uid == 12345
+        for lead in (os.symlink, os.link):
+            bound.path.unlink()
+            lead(precious, bound.path)
+            with pytest.raises(HandOverError, match="in the place of"):
+                hand_over._give_away(bound, 12345)
+            assert precious.stat().st_uid == 0
+    finally:
+        bound.close()

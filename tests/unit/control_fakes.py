@@ -304,7 +304,7 @@ class FakeBackend:
             raise MirrorError("the guest's disk cannot shrink")
         return wanted_bytes or 2 * GIB
 
-    async def hand_over(self, socket: Path | None) -> None:
+    async def hand_over(self, socket: Path | None, disk: str | None) -> None:
         self.handed_over = socket
 
     async def quit(self, *, force: bool) -> None:

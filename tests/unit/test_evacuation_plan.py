@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vhostsync.errors import ConfigError
+from vhostsync.errors import ConfigError, DiskError
 from vhostsync.fleet.disks import HostDisk
 from vhostsync.fleet.evacuation_plan import Move, lies_at, plan_moves
+from vhostsync.storage.file import create_image
 
 
 class Places:
@@ -125,3 +127,12 @@ def test_where_nothing_can_go(places: Places, tmp_path: Path) -> None:
         places.plan(to=str(places.old / "below"))
     with pytest.raises(ConfigError, match="name a directory, or rbd:POOL"):
         places.plan(to="nbd://host/x")
+
+
+def test_no_image_file_is_made_among_the_device_nodes() -> None:
+    """There it would lie in memory, and the guest with it."""
+    with pytest.raises(ConfigError, match="would lie in memory"):
+        plan_moves([], "/mnt/old", "/dev")
+    with pytest.raises(DiskError, match="would lie in memory"):
+        create_image(Path("/dev/vhostsync-test.img"), 4096)
+    assert not os.path.lexists("/dev/vhostsync-test.img")

@@ -64,7 +64,7 @@ class Backend(Protocol):
     async def query_stats(self) -> dict[str, Any]: ...
     async def limit(self, given: Mapping[str, int | None]) -> None: ...
     async def resize(self, wanted_bytes: int | None) -> int: ...
-    async def hand_over(self, socket: Path | None) -> None: ...
+    async def hand_over(self, socket: Path | None, disk: str | None) -> None: ...
     async def quit(self, *, force: bool) -> None: ...
     def group_member(self, tasks: TaskGroup) -> GroupMember: ...
 
@@ -165,7 +165,8 @@ async def _resize(to: _Served, given: Arguments) -> Any:
 
 
 async def _hand_over(to: _Served, given: Arguments) -> Any:
-    await to.backend.hand_over(Path(given["socket"]) if given["socket"] is not None else None)
+    socket = Path(given["socket"]) if given["socket"] is not None else None
+    await to.backend.hand_over(socket, given["disk"])
     return {}
 
 
@@ -356,7 +357,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
             "Leave the guest to a successor (`serve --take-over`) that listens for it, and end. Returns when "
             "that has begun.",
             _hand_over,
-            (Argument("socket", "string", "The vhost-user socket that the successor was told to serve."),),
+            (
+                Argument("socket", "string", "The vhost-user socket that the successor was told to serve."),
+                Argument("disk", "string", "The disk that it was told to serve; as query-status names it."),
+            ),
         ),
         Command(
             "quit",

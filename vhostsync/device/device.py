@@ -54,7 +54,7 @@ class Process(Protocol):
     """What a device asks of the process that it is in (daemon.py)."""
 
     def stop(self, *, force: bool = False) -> None: ...
-    async def hand_over(self) -> None: ...
+    async def hand_over(self, check: Callable[[], None]) -> None: ...
 
 
 class Device:
@@ -160,17 +160,31 @@ class Device:
     async def resize(self, wanted_bytes: int | None) -> int:
         return await self._resizer.resize(wanted_bytes)
 
-    async def hand_over(self, socket: Path | None) -> None:
+    async def hand_over(self, socket: Path | None, disk: str | None) -> None:
         """Leave the guest to a successor. HandOverError, MirrorError: this goes on."""
+        self._check_hand_over(socket, disk)
+        if not await anyio.to_thread.run_sync(self.mirror.source_is_named):
+            raise HandOverError(
+                f"{self.mirror.source_path} does not lead to the guest's disk any more, and no successor "
+                f"would find it; give it its name back first."
+            )
+        await self._process.hand_over(lambda: self._check_hand_over(socket, disk))
+
+    def _check_hand_over(self, socket: Path | None, disk: str | None) -> None:
+        """HandOverError, MirrorError."""
         if self.frontends.migrates:
             raise HandOverError("The guest is being migrated; try again when that is over.")
+        if disk is not None and disk != self.mirror.source_path:
+            raise HandOverError(
+                f"The successor was told to serve {disk}, and the guest is on {self.mirror.source_path} by "
+                f"now."
+            )
         if socket is not None and self.config.socket_path not in (None, socket):
             raise HandOverError(
                 f"The successor was told to serve {socket}, and the guest is connected to "
                 f"{self.config.socket_path}; start it with the same --socket-path."
             )
         self.mirror.turns.check_free("hand-over")
-        await self._process.hand_over()
 
     async def quit(self, *, force: bool) -> None:
         self._process.stop(force=force)

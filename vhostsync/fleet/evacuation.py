@@ -25,6 +25,11 @@ from vhostsync.storage.kinds import identify
 LOOK_EVERY_S: Final = 0.5
 COME_BACK_S: Final = 30.0
 """A backend that is restarted meanwhile is waited for so long."""
+ANSWER_S: Final = 10.0
+"""For what a backend says at once; one that says nothing (it is stopped, or its machine waits) is as good as
+gone, and holds up no other disk."""
+COMMAND_S: Final = 120.0
+"""For what it has to do first: to make and open the destination, to switch."""
 SWITCH_DEADLINE_MS: Final = 30_000
 ATTACHED: Final = ("syncing", "steady", "ahead")
 
@@ -67,6 +72,7 @@ class Evacuation:
             for at, move in enumerate(moves)
         }
         self._moves = dict(enumerate(moves))
+        self._answered_s: dict[int, float] = {}  # when each backend has last said something
 
     async def run(self) -> None:
         """Until each has ended. Cancelled, it leaves the copies to their backends."""
@@ -98,13 +104,14 @@ class Evacuation:
                     await self._budget.leave(control)
 
     async def _to_the_end(self, at: int, speed: int) -> None:
-        """Also if the backend is restarted meanwhile: what it was at, it goes on with."""
-        gone_s: float | None = None
+        """Also if the backend is restarted meanwhile, however often: what it was at, it goes on with."""
+        gone_s = 0.0
         while True:
             try:
                 return await self._mirror_and_switch(at, speed)
             except UnreachableError:
-                gone_s = gone_s if gone_s is not None else time.monotonic()
+                if self._answered_s.get(at, 0.0) >= gone_s:
+                    gone_s = time.monotonic()
                 if time.monotonic() - gone_s > COME_BACK_S:
                     raise
                 await anyio.sleep(LOOK_EVERY_S)
@@ -113,7 +120,8 @@ class Evacuation:
         move = self._moves[at]
         assert move.disk.control is not None and move.destination is not None
         async with connect(move.disk.control) as client:
-            mirror = await client.execute("query-mirror")
+            mirror = await _execute(client, "query-mirror")
+            self._answered_s[at] = time.monotonic()
             if is_same_place(mirror["source"], move.destination):
                 self._note(at, phase=MOVED, bytes_done=self.progress[at].bytes_total)
                 return
@@ -136,11 +144,11 @@ class Evacuation:
             create = await anyio.to_thread.run_sync(_must_be_made, move.disk, destination)
             arguments = {"destination": destination, "create": create} | ({"speed": speed} if speed else {})
             try:
-                await client.execute("mirror-start", arguments)
+                await _execute(client, "mirror-start", arguments, COMMAND_S)
                 return
             except RefusedError:
                 # Somebody else may have been quicker: another evacuation, or the backend, which resumes.
-                mirror = await client.execute("query-mirror")
+                mirror = await _execute(client, "query-mirror")
                 if mirror["state"] not in ATTACHED:
                     raise
         if not is_same_place(str(mirror["destination"]), destination):
@@ -149,7 +157,8 @@ class Evacuation:
     async def _until_steady(self, at: int, client: ControlClient, destination: str) -> None:
         """MirrorError where it will not become steady."""
         while True:
-            mirror = await client.execute("query-mirror")
+            mirror = await _execute(client, "query-mirror")
+            self._answered_s[at] = time.monotonic()
             state = mirror["state"]
             if state not in ATTACHED or not is_same_place(str(mirror["destination"]), destination):
                 why = mirror["last-error"] or mirror["reason"] or "another command has ended it"
@@ -165,6 +174,19 @@ class Evacuation:
             with anyio.move_on_after(LOOK_EVERY_S):
                 while (await client.next_event())["event"] != "MIRROR_STATE_CHANGE":
                     pass
+
+
+async def _execute(
+    client: ControlClient, command: str, arguments: Mapping[str, Any] | None = None,
+    patience_s: float | None = None,
+) -> Any:
+    """UnreachableError, too, where no answer comes: not to be used again then."""
+    limit_s = ANSWER_S if patience_s is None else patience_s
+    try:
+        with anyio.fail_after(limit_s):
+            return await client.execute(command, arguments)
+    except TimeoutError as error:
+        raise UnreachableError(f"The backend does not answer ({command}, for {limit_s:g} s).") from error
 
 
 def _must_be_made(disk: HostDisk, destination: str) -> bool:
@@ -196,9 +218,9 @@ def _is_own(disk: HostDisk, destination: str) -> bool:
 async def _switch(client: ControlClient, destination: str) -> int | None:
     """For how long the guest was paused; None: it was there already."""
     try:
-        result = await client.execute("switch", {"deadline-ms": SWITCH_DEADLINE_MS})
+        result = await _execute(client, "switch", {"deadline-ms": SWITCH_DEADLINE_MS}, COMMAND_S)
     except RefusedError:
-        mirror = await client.execute("query-mirror")
+        mirror = await _execute(client, "query-mirror")
         if is_same_place(str(mirror["source"]), destination):
             return None  # another evacuation has done it
         raise

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vhostsync.errors import ConfigError, VhostsyncError
 from vhostsync.fleet.disks import HostDisk
+from vhostsync.storage.file import is_in_dev
 from vhostsync.storage.kinds import absolute_name, is_absolute
 
 
@@ -84,6 +85,11 @@ def _target(to: str) -> str:
     path = Path(to).absolute()
     if not path.is_dir():
         raise ConfigError(f"--to {path} is no directory; make it, or mount what belongs there, first.")
+    if is_in_dev(path):
+        raise ConfigError(
+            f"--to {path}: image files there would lie in memory, and be gone with a reboot; name a "
+            f"directory of a disk, or mirror to each device by itself (vhostsync mirror start)."
+        )
     return str(path)
 
 

@@ -4,11 +4,15 @@ slowed down before another one begins, and that begins with the least part that 
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import anyio
 
 from vhostsync.control.client import connect
 from vhostsync.errors import ControlError
+
+SET_S: Final = 5.0
+"""A backend that does not answer keeps the others waiting no longer."""
 
 
 class SpeedBudget:
@@ -45,12 +49,12 @@ class SpeedBudget:
         return max(self._bytes_per_s // max(len(self._copies), 1), 1)
 
     async def _set(self, copies: list[Path], bytes_per_s: int) -> None:
-        """A backend that is gone has no copy."""
+        """A backend that is gone, or says nothing, has no copy that goes on."""
         if not self._bytes_per_s:
             return
 
         async def set_one(control: Path) -> None:
-            with suppress(ControlError):
+            with suppress(ControlError), anyio.move_on_after(SET_S):
                 async with connect(control) as client:
                     await client.execute("mirror-set-speed", {"speed": bytes_per_s})
 

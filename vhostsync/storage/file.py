@@ -45,12 +45,27 @@ class ImageFile:
         return disk.kind == "file" and (status.st_dev, status.st_ino) == (disk.device, disk.inode)
 
 
+def is_in_dev(folder: Path) -> bool:
+    """Whether it is among the device nodes, where a file is in memory, and none that anybody keeps disks in.
+    What is mounted below /dev (/dev/shm) is something else."""
+    real = Path(os.path.realpath(folder))
+    try:
+        return real.is_relative_to("/dev") and real.stat().st_dev == Path("/dev").stat().st_dev
+    except OSError:
+        return False
+
+
 def create_image(path: Path, size_bytes: int) -> os.stat_result:
     """A new, empty (sparse) image file, durable under its name. DiskError, and no file left, when that
     fails."""
     if size_bytes <= 0:
         raise ValueError("an image has at least one byte")
     absolute = path.absolute()
+    if is_in_dev(absolute.parent):
+        raise DiskError(
+            f"{absolute} would lie in memory, as everything in /dev, and be gone with a reboot; name another "
+            f"place for an image file, or a device that is there"
+        )
     try:
         fd = os.open(absolute, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
