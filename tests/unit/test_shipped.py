@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def test_a_wheel_is_made_of_the_package_alone() -> None:
 
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def test_no_compiled_python_of_the_source_folder_is_installed() -> None:
+    """meson takes no pattern: each folder with Python in it has to be named."""
+    package = REPOSITORY / "vhostsync"
+    folders = {file.parent.relative_to(package) for file in package.rglob("*.py")}
+    excluded = re.findall(r"'([\w/]*__pycache__)'", (REPOSITORY / "meson.build").read_text())
+    assert sorted(excluded) == sorted(str(folder / "__pycache__") for folder in folders)
 
 
 @pytest.fixture(scope="module")
