@@ -75,13 +75,13 @@ static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
 static struct queue *next_queue(struct vs_engine *e, struct list *turn)
 {
     struct limited_rings *limited = &e->guest.limited;
-    bool half = e->guest.taken_in_pass < PASS_BUDGET / 2;
-    struct queue *q = half ? limited_rings_next(limited, engine_now(e)) : NULL;
     struct list *node;
-    limited->turn = q;
-    if (q || !(node = list_pop(turn)))
-        return q;
-    return container_of(node, struct queue, ready_link);
+    limited->turn = NULL;
+    if (limited->limit.on && e->guest.taken_in_pass < PASS_BUDGET / 2 &&
+        (limited->turn = limited_rings_next(limited, engine_now(e))))
+        return limited->turn;
+    node = list_pop(turn);
+    return node ? container_of(node, struct queue, ready_link) : NULL;
 }
 
 static void serve_queues(struct vs_engine *e)
@@ -209,7 +209,8 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     if (list_empty(&e->guest.frontends.stalled) || !guest_is_taken_up(&e->guest.load))
         /* Who waited for room does not any more: stopped, gone, or held by a switch. */
         tap_wait_is_over(&e->mirror.tap);
-    limited_rings_pump(&e->guest.limited, engine_now(e));
+    if (e->guest.limited.since_ns)
+        limited_rings_pump(&e->guest.limited, engine_now(e));
     mirror_pump(&e->mirror);
     difference_pump(&e->mirror.difference);
     verifier_pump(&e->mirror.verifier);

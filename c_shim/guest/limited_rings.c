@@ -57,8 +57,6 @@ static bool is_due(const struct limited_rings *l, bool writes, uint64_t now_ns)
 struct queue *limited_rings_next(struct limited_rings *l, uint64_t now_ns)
 {
     bool writes = !l->last;
-    if (!l->limit.on)
-        return NULL;
     if (!is_due(l, writes, now_ns))
         writes = !writes;
     if (!is_due(l, writes, now_ns))
@@ -103,7 +101,7 @@ void limited_rings_taken(struct limited_rings *l, struct queue *q, const struct 
     q->limited = false;
 }
 
-uint64_t limited_rings_due_ns(const struct limited_rings *l)
+uint64_t limited_rings_next_ns(const struct limited_rings *l)
 {
     uint64_t due_ns = UINT64_MAX;
     for (unsigned writes = 0; writes < 2; writes++)
@@ -119,7 +117,7 @@ uint64_t limited_rings_waited_ns(const struct limited_rings *l, uint64_t now_ns)
 
 void limited_rings_pump(struct limited_rings *l, uint64_t now_ns)
 {
-    if (!l->since_ns || limited_rings_due_ns(l) != UINT64_MAX)
+    if (limited_rings_due_ns(l) != UINT64_MAX)
         return;
     l->waited_ns = limited_rings_waited_ns(l, now_ns);
     l->since_ns = 0;

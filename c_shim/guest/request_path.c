@@ -331,7 +331,6 @@ static int take_up(struct guest *g, struct queue *q, uint16_t head)
 {
     struct request *r;
     int verdict;
-    bool limited = g->limited.limit.on;
     if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX || !(r = request_spare(g)))
         return TAKE_STALLED;
     verdict = blk_request_parse(&r->blk, &q->vq, q->attachment->memory.current, head, &g->limits);
@@ -339,13 +338,13 @@ static int take_up(struct guest *g, struct queue *q, uint16_t head)
         return verdict;
     r->write.entry = NULL;
     r->bounce = NULL;
-    if (limited && verdict == BLK_OK && limited_rings_wait(&g->limited, q, &r->blk, g->host->now_ns))
+    if (g->limited.limit.on && verdict == BLK_OK && limited_rings_wait(&g->limited, q, &r->blk, g->host->now_ns))
         return TAKE_LIMITED;
     if (verdict == BLK_OK && !reserve(r)) {
         tap_give_back(&g->mirror->tap, &r->write);
         return TAKE_STALLED;
     }
-    if (limited && verdict == BLK_OK)
+    if (g->limited.limit.on && verdict == BLK_OK)
         limited_rings_taken(&g->limited, q, &r->blk);
     virtqueue_take(&q->vq, head);
     list_remove(&r->link);
