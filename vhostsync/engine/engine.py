@@ -51,10 +51,9 @@ LOSSES: Final = {
 }
 """enum vs_loss: why an attachment was lost, for people."""
 
-# snapshot.py does without the binding, and so with numbers of its own.
+# snapshot.py and limits.py do without the binding, and so with numbers of their own.
 assert list(State) == [lib.VS_PASSTHROUGH, lib.VS_SYNCING, lib.VS_STEADY, lib.VS_AHEAD, lib.VS_DEGRADED]
 assert lib.VS_BREACH_NO_STATUS == 6
-# Nor does limits.py.
 assert [getattr(lib, f"VS_{kind.upper()}") for kind in KINDS] == list(range(lib.VS_LIMITED_KINDS))
 
 
@@ -90,7 +89,7 @@ class EngineConfig:
 
 def _c_limits(limits: Limits) -> Any:
     rates = [(rate.per_s, rate.burst, rate.length_s) for rate in limits.rates().values()]
-    return ffi.new("struct vs_limits *", {"rate": rates, "iops_size": limits.iops_size})
+    return ffi.new("struct vs_limits *", (rates, limits.iops_size))
 
 
 def _c_shape(shape: Shape) -> Any:
@@ -349,11 +348,8 @@ class Engine:
     async def verify(self, *, repair: bool, speed_bytes_per_s: int) -> None:
         """Begin to compare both disks; EventKind.VERIFIED tells of the end. EngineError ENOTCONN: not
         steady; EBUSY: one is under way."""
-        await self.command(
-            lib.VS_CMD_VERIFY,
-            "comparing the disks",
-            verify={"repair": repair, "speed_bytes_per_s": speed_bytes_per_s},
-        )
+        wanted = {"repair": repair, "speed_bytes_per_s": speed_bytes_per_s}
+        await self.command(lib.VS_CMD_VERIFY, "comparing the disks", verify=wanted)
 
     async def peer_differs(self, differs: bool) -> None:
         """Whether a verification has found so: then nothing is answered by the destination, or left to it."""
