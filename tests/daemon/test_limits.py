@@ -82,16 +82,12 @@ def test_limits_are_shown_and_changed_by_the_command_line(work: Path) -> None:
     with Served(work, image(work / "a.img"), "--limit-iops", "500:2000:10s") as served:
         shown = command(served, "limit")
         assert shown.returncode == 0 and "500 requests/s (2,000 for 10 s)" in shown.stdout, shown
-        assert "500 requests/s" in command(served, "status").stdout
         done = command(served, "limit", "--bps", "100M", "--iops-wr", "none", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["limits"]["bps"] == 100 * MIB
         assert limits(served) == {"bps": 100 * MIB, "iops": 500, "iops-max": 2000}
-        assert command(served, "limit", "--iops", "7").returncode == 0
-        assert limits(served) == {"bps": 100 * MIB, "iops": 7}
         assert command(served, "limit", "--none").returncode == 0
         assert limits(served) == {}
-        assert "none" in command(served, "limit").stdout
 
 
 @pytest.mark.parametrize(
