@@ -18,8 +18,8 @@ GROUPS = [
         "a-group-opens-whatever-was-refused",
         "no gate opens before the step before it was taken on all disks",
         "vhostsync/cli/group.py",
-        '    if not await _all(members, "close") or not await _all(members, "carry-out"):\n',
-        '    await _all(members, "close")\n    await _all(members, "carry-out")\n    if not members:\n',
+        'if not await _all(members, "close", patience_s) or not await _all(members, "carry-out", patience_s)',
+        'await _all(members, "close", 9)\n    await _all(members, "carry-out", 9)\n    if not members',
         "unit/test_group.py::test_where_one_step_is_refused_all_is_taken_back_and_tried_again",
     ),
     mutation(

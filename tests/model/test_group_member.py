@@ -14,7 +14,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.engine_driver import Cut, DiskOp
+from tests.engine_driver import Cut, DiskOp, MemoryDisk
+from tests.model import stage
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import Stage, play, until
 from vhostsync.errors import MirrorError, VhostsyncError
@@ -204,3 +205,54 @@ def test_one_that_is_not_steady_is_refused(tmp_path: Path, monkeypatch: pytest.M
             await prepared(member, "snapshot")
 
     play(scene, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("end", ["said", "silent"])
+def test_an_exchange_that_cannot_be_taken_back_is_opened_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """The old disk is lost while the guest is held on the new one."""
+
+    class RemoteDisk(MemoryDisk):
+        def __init__(self, size_bytes: int) -> None:
+            super().__init__(size_bytes)
+            self.make_remote()
+
+    monkeypatch.setattr(stage, "MemoryDisk", RemoteDisk)
+
+    async def scene(it: Stage, before: StateRecord) -> None:
+        async with client(it) as member:
+            await prepared(member, "switch", max_pause_ms=300 if end == "silent" else 60_000)
+            for step in STEPS:
+                await member.take(step)
+            it.first.cut()
+            if end == "silent":
+                await it.mirror.turns.free()
+            assert (await member.take("take-back")).source_path == str(it.paths[1])
+        assert (await it.guest_does(partial(it.guest.write_now, BLOCK, pattern(2)))).ok
+        assert it.second.read(BLOCK, BLOCK) == pattern(2)
+        assert it.record().current.path == str(it.paths[1]) and it.record().peer_worth is Worth.OUTDATED
+
+    steady(scene, tmp_path, monkeypatch)
+
+
+def test_a_record_whose_disk_hangs_holds_no_guest_when_a_snapshot_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: Stage, before: StateRecord) -> None:
+        async with client(it) as member:
+            await prepared(member, "snapshot")
+            for step in STEPS:
+                await member.take(step)
+            it.state_file.hold = True
+            late = it.guest.write(2 * BLOCK, pattern(3))
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(member.take, "take-back")
+                try:
+                    await it.guest_does(partial(it.guest.wait, late))
+                    assert await it.guest_does(partial(it.state_file.reached.wait, 5))
+                finally:
+                    it.state_file.release.set()
+        await as_before(it, before)
+
+    steady(scene, tmp_path, monkeypatch)

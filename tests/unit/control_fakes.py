@@ -149,31 +149,42 @@ class FakeOpened:
 
 
 class FakeGroupMember:
-    """Of one client: what it has begun, and whether it is gone. A step of `refused` is refused that often."""
+    """Of one client: what it has begun, and whether it is gone. A step of `refused` is refused that often,
+    one of `silent` not answered, and one of `kept` done."""
 
-    def __init__(self, mirror: FakeMirror, refused: dict[str, int]) -> None:
+    def __init__(
+        self, mirror: FakeMirror, refused: dict[str, int], silent: set[str], kept: set[str]
+    ) -> None:
         self._mirror = mirror
         self._refused = refused
+        self._silent = silent
+        self._kept = {"open", *kept}
         self.steps: list[str] = []
         self.left = anyio.Event()
 
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None:
-        self._prepare(f"switch {max_pause_ms:g} {keep_mirror}")
+        await self._prepare(f"switch {max_pause_ms:g} {keep_mirror}")
 
     async def prepare_snapshot(self, *, max_pause_ms: float) -> None:
-        self._prepare(f"snapshot {max_pause_ms:g}")
+        await self._prepare(f"snapshot {max_pause_ms:g}")
 
-    def _prepare(self, what: str) -> None:
+    async def _prepare(self, what: str) -> None:
         if self._mirror.now.state != "steady":
             raise SwitchError(f"The mirror is {self._mirror.now.state}, not steady.")
         self.steps.append(what)
+        await self._fall_silent("prepare")
+
+    async def _fall_silent(self, name: str) -> None:
+        if name in self._silent:
+            await anyio.sleep_forever()
 
     async def take(self, name: str) -> Any:
         self.steps.append(name)
+        await self._fall_silent(name)
         if self._refused.get(name):
             self._refused[name] -= 1
             raise MirrorError(f"No {name} now.")
-        return FakeOpened(1000, time.monotonic_ns(), "/b.img", "/a.img") if name == "open" else {}
+        return FakeOpened(1000, time.monotonic_ns(), "/b.img", "/a.img") if name in self._kept else {}
 
     async def leave_at_the_end(self) -> None:
         try:
@@ -226,6 +237,8 @@ class FakeBackend:
         self.refused_steps: dict[str, int] = {}
         self.limits = NO_LIMITS
         self.shows_limits = True
+        self.silent_steps: set[str] = set()
+        self.kept_steps: set[str] = set()
         self.quit_asked = anyio.Event()
         self.quit_force: bool | None = None
         self.handed_over: Path | None = None
@@ -245,7 +258,8 @@ class FakeBackend:
         }
 
     def group_member(self, tasks: TaskGroup) -> FakeGroupMember:
-        self.members.append(FakeGroupMember(self.mirror, self.refused_steps))
+        member = FakeGroupMember(self.mirror, self.refused_steps, self.silent_steps, self.kept_steps)
+        self.members.append(member)
         tasks.start_soon(self.members[-1].leave_at_the_end)
         return self.members[-1]
 

@@ -13,6 +13,7 @@ import anyio
 import pytest
 
 from tests.unit.control_fakes import FakeBackend, running
+from vhostsync.cli import group
 from vhostsync.cli.group import Action, GroupError, LateError, Plan, coordinate
 from vhostsync.errors import UnreachableError
 
@@ -87,6 +88,32 @@ async def test_where_one_does_not_open_it_is_said_what_is_left(
         played[0].refused_steps = {"open": 1}
         with pytest.raises(GroupError, match=rf"done on .*a.control, and not on all: .*No open now.*{then}"):
             await coordinate(paths, plan(action))
+
+
+@pytest.mark.parametrize("step", ["prepare", *ALL])
+async def test_one_that_does_not_answer_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A backend that was stopped. The others are asked to take it back, unless they have opened."""
+    monkeypatch.setattr(group, "LATE_S", 0.2)
+    monkeypatch.setattr(group, "OPEN_S", 0.5)
+    async with backends(tmp_path) as (paths, played):
+        played[0].silent_steps = {step}
+        with anyio.fail_after(10), pytest.raises(GroupError, match="does not answer") as said:
+            await coordinate(paths, plan(deadline_s=0.5))
+        assert isinstance(said.value, LateError) == (step == "prepare")
+        assert ("done on" in str(said.value)) == (step == "open")
+        assert played[1].members[-1].steps[-1] == ("open" if step == "open" else "take-back")
+        assert played[0].members[-1].steps[-1] == ("switch 500 False" if step == "prepare" else step)
+
+
+async def test_what_one_could_not_take_back_is_said(tmp_path: Path) -> None:
+    async with backends(tmp_path) as (paths, played):
+        played[0].kept_steps = {"take-back"}
+        played[1].refused_steps = {"carry-out": 1}
+        rest = r"done on .*b.control, and not on all: .*do the rest: vhostsync switch --control .*a.control"
+        with pytest.raises(GroupError, match=rest):
+            await coordinate(paths, plan())
 
 
 async def test_a_backend_that_is_not_there_stops_nobody(tmp_path: Path) -> None:

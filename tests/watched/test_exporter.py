@@ -111,6 +111,14 @@ def test_a_backend_that_hangs_delays_one_page_and_no_more(work: Path) -> None:
         assert said == ["backend is down", "backend is up again"]
 
 
+def test_a_deadline_that_is_longer_than_a_scraper_may_take(work: Path) -> None:
+    """All figures would be missing because of one backend that hangs."""
+    with socket.socket(socket.AF_UNIX) as hanging, Exporter(work, "--deadline", "11s") as exporter:
+        hanging.bind(str(work / "vm1.control"))
+        hanging.listen()
+        assert exporter.up() == {"vm1": 0}
+
+
 def test_a_disk_that_was_replaced_is_told(work: Path) -> None:
     with Served(work, image(work / "a.img"), name="vm1"), Exporter(work) as exporter:
         (work / "a.img").rename(work / "moved.img")

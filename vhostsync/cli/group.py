@@ -35,6 +35,8 @@ LAST_CALL: Final = 0.75
 """Of the pause: later than that nothing is opened."""
 OPEN_S: Final = 60.0
 """An answer takes as long as the record's disk, and the former destination's last request."""
+LATE_S: Final = 5.0
+"""So long after the pause, or the deadline, a backend has answered, or has been stopped itself."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class LateError(GroupError):
     """The deadline has passed."""
 
 
+class SilentError(ControlError):
+    """It has not answered a step. Its connection is of no use any more: what it takes at last, it takes back
+    when that is closed."""
+
+
 @dataclass
 class Member:
     """One backend."""
@@ -65,6 +72,7 @@ class Member:
     error: ControlError | None = None
 
     async def step(self, name: str, arguments: dict[str, Any] | None = None) -> None:
+        self.result, self.error = None, SilentError("it does not answer")
         try:
             self.result, self.error = await self.client.execute(f"group-{name}", arguments), None
         except ControlError as error:
@@ -89,62 +97,74 @@ async def coordinate(controls: Sequence[Path], plan: Plan) -> Done:
         attempts = 0
         while True:
             attempts += 1
-            await _prepare(members, plan)
+            await _prepare(members, plan, until_s)
             if await _attempt(members, plan):
                 return Done(_pause_us(members), attempts, members)
             why = _complaints(members) or "the pause that is allowed was nearly used up"
-            await _take_back(members)
+            await _take_back(members, plan)
             wait_s = RETRY_S * attempts
             if time.monotonic() + wait_s >= until_s:
-                raise LateError(
-                    f"It was not done within {plan.deadline_s:g} s, and all is as it was; the last try: {why}"
-                )
+                raise _late(plan, why)
             await anyio.sleep(wait_s)
 
 
-async def _prepare(members: list[Member], plan: Plan) -> None:
+def _late(plan: Plan, why: str) -> LateError:
+    return LateError(
+        f"It was not done within {plan.deadline_s:g} s, and all is as it was; the last try: {why}"
+    )
+
+
+async def _prepare(members: list[Member], plan: Plan, until_s: float) -> None:
     arguments: dict[str, Any] = {"action": plan.action, "max-pause-ms": round(plan.max_pause_s * 1000)}
     if plan.action == "switch":
         arguments["keep-mirror"] = plan.keep_mirror
     for count, member in enumerate(members):
-        await member.step("prepare", arguments)
+        with anyio.move_on_after(max(until_s - time.monotonic(), 0) + LATE_S):
+            await member.step("prepare", arguments)
         if member.error is not None:
-            why = _complaints(members)
-            await _take_back(members[:count])
-            raise GroupError(f"All is as it was: {why}")
+            why, in_time = _complaints(members), not isinstance(member.error, SilentError)
+            await _take_back(members[:count], plan)
+            raise GroupError(f"All is as it was: {why}") if in_time else _late(plan, why)
 
 
 async def _attempt(members: list[Member], plan: Plan) -> bool:
     """False: it was not to be, and not all is taken back yet."""
     began_s = time.monotonic()
-    if not await _all(members, "close") or not await _all(members, "carry-out"):
+    patience_s = plan.max_pause_s + LATE_S
+    if not await _all(members, "close", patience_s) or not await _all(members, "carry-out", patience_s):
         return False
     if time.monotonic() - began_s > LAST_CALL * plan.max_pause_s:
         return False
-    with anyio.CancelScope(shield=True), anyio.move_on_after(OPEN_S):
-        if await _all(members, "open"):
+    with anyio.CancelScope(shield=True):
+        if await _all(members, "open", OPEN_S):
             return True
     raise GroupError(_split(members, plan))
 
 
-async def _all(members: Sequence[Member], step: str) -> bool:
+async def _all(members: Sequence[Member], step: str, patience_s: float) -> bool:
     """On all at once; whether it was done on all."""
-    for member in members:
-        member.result, member.error = None, None
-    async with anyio.create_task_group() as tasks:
-        for member in members:
-            tasks.start_soon(member.step, step)
+    with anyio.move_on_after(patience_s):
+        async with anyio.create_task_group() as tasks:
+            for member in members:
+                tasks.start_soon(member.step, step)
     return all(member.error is None for member in members)
 
 
-async def _take_back(members: Sequence[Member]) -> None:
-    """Those that have done so by themselves say no. GroupError: one is gone, and its restart serves what its
-    record names."""
+async def _take_back(members: Sequence[Member], plan: Plan) -> None:
+    """Those that have done so by themselves say no. GroupError: one does not answer, or could not take it
+    back; or it is gone, and its restart serves what its record names."""
+    silent = [member for member in members if isinstance(member.error, SilentError)]
     with anyio.CancelScope(shield=True):
-        await _all(members, "take-back")
+        await _all([member for member in members if member not in silent], "take-back", OPEN_S)
+    if any(member.result for member in members):
+        raise GroupError(_split(members, plan))
     for member in members:
         if isinstance(member.error, UnreachableError):
             raise GroupError(f"All is as it was, but a backend has ended meanwhile: {member.error}")
+        if isinstance(member.error, SilentError):
+            raise GroupError(
+                f"All is as it was, or will be once {member.control} goes on: it does not answer"
+            )
 
 
 def _pause_us(members: Sequence[Member]) -> int:
@@ -160,10 +180,10 @@ def _complaints(members: Sequence[Member]) -> str:
 
 def _split(members: Sequence[Member], plan: Plan) -> str:
     """What is left to do."""
-    done = [str(member.control) for member in members if member.result is not None]
-    left = [member for member in members if member.result is None]
+    done = [str(member.control) for member in members if member.result]
+    left = [member for member in members if not member.result]
     for member in left:
-        member.error = member.error or ControlError("it does not answer")
+        member.error = member.error or ControlError("it is as it was")
     again = shlex.join(word for member in left for word in ("--control", str(member.control)))
     rest = f"do the rest: vhostsync switch {again}"
     if plan.action == "snapshot":

@@ -43,11 +43,12 @@ HOST_AND_PORT: Final = re.compile(r"(?:\[(.*)\]|([^:]*))(?::\d*)?")
 async def serve_page(
     where: Path | TcpAddress,
     page: Callable[[], Awaitable[str]],
+    page_s: float = 0.0,
     *,
     task_status: anyio.abc.TaskStatus[Path | TcpAddress] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; `task_status` tells the place, with the port that the kernel chose.
-    ConfigError."""
+    """Serve until cancelled; `task_status` tells the place, with the port that the kernel chose. `page_s`:
+    how long the page itself may take. ConfigError."""
     bound: unix_socket.BoundSocket | None = None
     if isinstance(where, Path):
         bound = await anyio.to_thread.run_sync(unix_socket.bind_unix_socket, where, 0o660)
@@ -64,7 +65,7 @@ async def serve_page(
                 connection = await sockets.accept(listener)
                 if len(open_now) == CONNECTIONS_MAX:
                     open_now.popleft().cancel()
-                open_now.append(anyio.CancelScope())
+                open_now.append(anyio.CancelScope(deadline=anyio.current_time() + CONNECTION_S + page_s))
                 tasks.start_soon(_answer, connection, page, open_now, is_loopback)
                 await anyio.lowlevel.checkpoint()  # what was cancelled closes before the next is taken
     finally:
@@ -95,7 +96,6 @@ async def _answer(
 ) -> None:
     """The newest of `open_now` is this connection's."""
     scope = open_now[-1]
-    scope.deadline = anyio.current_time() + CONNECTION_S
     try:
         with connection, scope:
             request = b""

@@ -117,7 +117,8 @@ async def _serve(config: ExporterConfig) -> None:
     logging.write_in_background()
     async with anyio.create_task_group() as tasks:
         await tasks.start(watch_signals, process)
-        where: Path | TcpAddress = await tasks.start(serve_page, config.listen, Exporter(config, tasks).page)
+        page = Exporter(config, tasks).page
+        where: Path | TcpAddress = await tasks.start(serve_page, config.listen, page, config.deadline_s)
         manager.tell(READY=1, STATUS=f"serving metrics on {where}")
         await process.wait_stopped()
         manager.tell(STOPPING=1)

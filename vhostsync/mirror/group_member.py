@@ -25,7 +25,7 @@ import structlog
 from vhostsync.errors import MirrorError, VhostsyncError
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
-from vhostsync.mirror.mirror_status import SwitchPlan
+from vhostsync.mirror.mirror_status import Opened, SwitchPlan
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +47,10 @@ _NEXT: Final[Mapping[Step | None, Step]] = MappingProxyType(
 
 
 class Steps(Protocol):
-    """What the steps of a switch and of a snapshot have in common (group_switch.py, group_snapshot.py)."""
+    """What the steps of a switch and of a snapshot have in common (group_switch.py, group_snapshot.py).
+    `result`: of `open`, also where that was the only way to end; None: all is as it was."""
+
+    result: Opened | None
 
     async def prepare(self) -> None: ...
     async def close(self) -> bool: ...
@@ -85,6 +88,7 @@ class GroupMember:
         self._came = anyio.Event()
         self._done: Step | None = None  # the last step, of an attempt that is under way
         self._gave_up: str | None = None  # why the last attempt ended before the client had ended it
+        self._kept: Opened | None = None  # what was done then all the same, for it could not be taken back
 
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None:
         """The first step of a switch. Errors as of `_begin`."""
@@ -99,14 +103,17 @@ class GroupMember:
         """MirrorError, EngineError, StateRecordError: nothing has changed."""
         if self._done is not None or self._order is not None:
             raise MirrorError("this connection has begun something already; end that first (group-take-back)")
-        self._gave_up = None
+        self._gave_up = self._kept = None
         self._order = order = _Order(Step.PREPARE)
         self._tasks.start_soon(self._run, attempt, max_pause_ms)
         await order.outcome()
 
     async def take(self, name: str) -> Any:
-        """The next step, of those of enum Step. VhostsyncError: all is as it was, and the attempt is over."""
+        """The next step, of those of enum Step. VhostsyncError: all is as it was, and the attempt is over.
+        What could not be taken back is returned, as by `open`."""
         step = Step(name)
+        if self._kept is not None and step in (Step.OPEN, Step.TAKE_BACK):
+            return self._kept
         if self._gave_up is not None:
             raise MirrorError(f"all was taken back before: {self._gave_up}")
         if self._done is None or step not in (_NEXT.get(self._done), Step.TAKE_BACK):
@@ -118,24 +125,25 @@ class GroupMember:
 
     async def _run(self, attempt: AbstractAsyncContextManager[Steps], max_pause_ms: float) -> None:
         """Never raises but when cancelled. The last step is answered when all else is over."""
-        result, failure = None, None
+        steps, failure = None, None
         try:
             async with attempt as steps:
-                result = await self._obey(steps, max_pause_ms)
+                await self._obey(steps, max_pause_ms)
         except VhostsyncError as error:
             failure = error
+        done = steps.result if steps is not None else None
         self._done = None
         order, self._order = self._order, None
         if order is None:
-            self._gave_up = str(failure)
-            log.warning("a step of a group did not come; all is as it was", reason=self._gave_up)
-        elif order.step is Step.TAKE_BACK:
-            order.obeyed({})
+            self._gave_up, self._kept = str(failure), done
+            disk = self._mirror.source_path
+            log.warning("a step of a group did not come", guest_on=disk, reason=self._gave_up)
+        elif order.step in (Step.OPEN, Step.TAKE_BACK) and done is not None:
+            order.obeyed(done)
         else:
-            order.obeyed(result, failure)
+            order.obeyed({}, failure if order.step is not Step.TAKE_BACK else None)
 
-    async def _obey(self, steps: Steps, max_pause_ms: float) -> Any:
-        """What `open` returns."""
+    async def _obey(self, steps: Steps, max_pause_ms: float) -> None:
         await steps.prepare()
         self._answer(Step.PREPARE)
         await self._next()
@@ -148,7 +156,8 @@ class GroupMember:
             await steps.carry_out()
             self._answer(Step.CARRY_OUT)
             await self._next(steady=False)
-            return await steps.open()
+            await steps.open()
+            return
         raise MirrorError(f"the guest would have been held for longer than {max_pause_ms:g} ms")
 
     def _answer(self, step: Step) -> None:

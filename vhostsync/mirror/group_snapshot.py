@@ -69,15 +69,16 @@ class SnapshotSteps:
         return self.result
 
     async def leave(self) -> None:
-        """The end: unless the destination was let go, all is taken back. First the record."""
+        """The end: unless the destination was let go, all is taken back. The guest goes on first: until the
+        record follows it is too modest, and its disk may hang."""
         if self.result is not None or not self._prepared:
             return
         with anyio.CancelScope(shield=True):
             try:
-                await self._keeper.write_back(self._former, "the record calls the mirror outdated still")
-            finally:
                 if self._closed:
                     await self._engine.ungate()
+            finally:
+                await self._keeper.write_back(self._former, "the record calls the mirror outdated still")
 
 
 @asynccontextmanager

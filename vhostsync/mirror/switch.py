@@ -152,8 +152,10 @@ class Switch:
 
     @asynccontextmanager
     async def steps_in_group(self, plan: SwitchPlan) -> AsyncIterator[GroupSwitchSteps]:
-        """The same for a coordinator of several disks. SwitchError where that was given up."""
+        """The same for a coordinator of several disks. SwitchError where that was given up; with what the
+        steps have opened all the same, where it could not be taken back."""
         self._hub.publish(events.SWITCH_STARTED, {"destination": str(self._roles.destination_path)})
+        steps: GroupSwitchSteps | None = None
         try:
             await self.drain(replace(plan, keep_mirror=True))  # so that it can be taken back
             async with self._keeper.lock:
@@ -163,8 +165,18 @@ class Switch:
                 finally:
                     await steps.leave()
         except VhostsyncError as error:
-            raise self._failed(self._why(error)) from error
-        if (opened := steps.result) is not None:
-            result = SwitchResult(opened.pause_us, 1, opened.source_path, opened.destination_path, {})
-            log.info("switched in a group", **asdict(result))
-            self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
+            raise self._ended_in_group(steps, self._why(error)) from error
+        except anyio.get_cancelled_exc_class():
+            self._ended_in_group(steps, "the coordinator is gone, or something else goes first")
+            raise
+        self._ended_in_group(steps, "it was not opened")
+
+    def _ended_in_group(self, steps: GroupSwitchSteps | None, why: str) -> SwitchError:
+        """Told to whoever listens. The error, where it is one."""
+        if steps is None or steps.result is None:
+            return self._failed(why)
+        opened = steps.result
+        result = SwitchResult(opened.pause_us, 1, opened.source_path, opened.destination_path, {})
+        log.info("switched in a group", **asdict(result))
+        self._hub.publish(events.SWITCH_COMPLETED, asdict(result))
+        return SwitchError(f"the guest goes on, on {opened.source_path}: {why}")
