@@ -18,11 +18,18 @@ from tests.engine_driver import Cut, DiskOp, MemoryDisk
 from tests.model import stage
 from tests.model.rig import BLOCK, pattern
 from tests.model.stage import Stage, play, until
-from vhostsync.errors import MirrorError, VhostsyncError
+from vhostsync.errors import MirrorError, StateRecordError, VhostsyncError
 from vhostsync.mirror import group_member
 from vhostsync.mirror.group_member import GroupMember
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.record.state_file import RealFileSystem, StateFile
 from vhostsync.record.state_record import StateRecord, Worth
+
+
+class FullFileSystem(RealFileSystem):
+    def write_durable(self, path: Path, text: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
 
 ACTIONS = ["switch", "snapshot"]
 STEPS = ["close", "carry-out"]
@@ -236,23 +243,82 @@ def test_an_exchange_that_cannot_be_taken_back_is_opened_and_said(
     steady(scene, tmp_path, monkeypatch)
 
 
-def test_a_record_whose_disk_hangs_holds_no_guest_when_a_snapshot_is_taken_back(
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("end", ["said", "gone", "silent"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_record_whose_disk_hangs_holds_no_guest_when_all_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, end: str, steps: int
+) -> None:
+    """The record follows later, and names the guest's disk to a restart all the time."""
+
+    async def scene(it: Stage, before: StateRecord) -> None:
+        it.state_file.lock(1)
+        async with client(it) as member:
+            await prepared(member, action, max_pause_ms=300 if end == "silent" else 60_000)
+            for step in STEPS[:steps]:
+                await member.take(step)
+            it.state_file.hold = True
+            late = it.guest.write(2 * BLOCK, pattern(3))
+            async with anyio.create_task_group() as tasks:
+                if end == "said":
+                    tasks.start_soon(member.take, "take-back")
+                elif end == "gone":
+                    member._tasks.cancel_scope.cancel()
+                try:
+                    with anyio.CancelScope(shield=True):
+                        await it.guest_does(partial(it.guest.wait, late))
+                        assert await it.guest_does(partial(it.state_file.reached.wait, 5))
+                        assert it.first.read(2 * BLOCK, BLOCK) == pattern(3)
+                        assert StateFile(it.state_file.path).load() in (before, outdated(it, before))
+                finally:
+                    it.state_file.release.set()
+        await it.mirror.turns.free()
+        await as_before(it, before)
+
+    steady(scene, tmp_path, monkeypatch)
+
+
+def outdated(it: Stage, record: StateRecord) -> StateRecord:
+    """As a snapshot has it, before anything was let go."""
+    return record.with_worth(Worth.OUTDATED, it.record().outdated_since)
+
+
+def test_a_snapshot_that_is_cut_short_leaves_the_mirror_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A restart after a kill at each step finds what is wanted, until the destination is let go; what was
+    answered stays a copy: no restart mirrors to it."""
+
+    async def scene(it: Stage, before: StateRecord) -> None:
+        assert before.wanted is not None
+        async with client(it) as member:
+            await prepared(member, "snapshot")
+            for step in STEPS:
+                assert it.record().wanted == before.wanted, f"before {step}"
+                await member.take(step)
+            assert it.record().wanted == before.wanted
+            await member.take("open")
+            assert it.record().wanted is None
+
+    steady(scene, tmp_path, monkeypatch)
+
+
+def test_a_snapshot_whose_record_cannot_be_written_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart would mirror to it again, so nobody is told that it is one."""
+
     async def scene(it: Stage, before: StateRecord) -> None:
         async with client(it) as member:
             await prepared(member, "snapshot")
             for step in STEPS:
                 await member.take(step)
-            it.state_file.hold = True
-            late = it.guest.write(2 * BLOCK, pattern(3))
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(member.take, "take-back")
-                try:
-                    await it.guest_does(partial(it.guest.wait, late))
-                    assert await it.guest_does(partial(it.state_file.reached.wait, 5))
-                finally:
-                    it.state_file.release.set()
-        await as_before(it, before)
+            with monkeypatch.context() as broken:
+                broken.setattr(it.state_file, "_files", FullFileSystem())
+                with pytest.raises(StateRecordError, match="a restart would mirror to it again"):
+                    await member.take("open")
+            assert (await it.guest_does(it.guest.flush_now)).ok
+            assert it.mirror.state is MirrorState.PASSTHROUGH and it.mirror.wanted is None
+            await until(lambda: it.record().wanted is None)
 
     steady(scene, tmp_path, monkeypatch)

@@ -7,15 +7,22 @@ from typing import Final
 
 import anyio
 
-from vhostsync.errors import ControlError
+from vhostsync.errors import ControlError, StateRecordError
 from vhostsync.fleet.disks import HostDisk, host_disks
+from vhostsync.record.names import Names, state_directories
+from vhostsync.record.state_index import default_directory
 
 _BEST_FIRST: Final = ("up-to-date", "outdated", "inconsistent", None)
 
 
 def controls_of_group(group: str) -> list[Path]:
-    """The control sockets of all its backends. Blocks. ControlError where one cannot be had: then nothing can
-    be done to all."""
+    """The control sockets of all its backends. Blocks. ControlError where one cannot be had, or it cannot be
+    told which there are: then nothing can be done to all. StateRecordError."""
+    if unread := _unread_names():
+        raise ControlError(
+            f"It cannot be told which disks are in the group {group}, and nothing was done: "
+            f"{'; '.join(unread)}."
+        )
     found = [disk for disk in anyio.run(host_disks) if disk.group == group]
     if not found:
         raise ControlError(
@@ -29,6 +36,17 @@ def controls_of_group(group: str) -> list[Path]:
             f"Not all disks of the group {group} can be asked, and nothing was done: {reasons}."
         )
     return [disk.control for disk in found if disk.control is not None]
+
+
+def _unread_names() -> list[str]:
+    """Why, for each that may be one of any group. StateRecordError."""
+    unread = []
+    for directory in state_directories(default_directory()):
+        try:
+            unread += Names(directory).damaged()
+        except StateRecordError as error:
+            unread.append(str(error))
+    return unread
 
 
 def groups_of(disks: Sequence[HostDisk]) -> dict[str, list[HostDisk]]:

@@ -139,7 +139,7 @@ class GroupMember:
             disk = self._mirror.source_path
             log.warning("a step of a group did not come", guest_on=disk, reason=self._gave_up)
         elif order.step in (Step.OPEN, Step.TAKE_BACK) and done is not None:
-            order.obeyed(done)
+            order.obeyed(done, failure if order.step is Step.OPEN else None)
         else:
             order.obeyed({}, failure if order.step is not Step.TAKE_BACK else None)
 

@@ -8,7 +8,8 @@ is let go before all of them hold that durably (`carry_out`), and none of the gu
 before its own destination was let go.
 
 The record calls the destination outdated before the gate closes: that is too modest until it is let go, and
-spares the guest a wait for the record's disk.
+spares the guest a wait for the record's disk. It wants the mirror until that was let go, for a kill before
+that has ended nothing; and no more before that is told, for a restart would mirror to the copy again.
 """
 
 import time
@@ -18,7 +19,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from vhostsync.engine.engine import Engine
-from vhostsync.errors import MirrorError
+from vhostsync.errors import MirrorError, StateRecordError
 from vhostsync.mirror.bad_ranges import BadRanges
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Opened
@@ -41,10 +42,9 @@ class SnapshotSteps:
         self.result: Opened | None = None
 
     async def prepare(self) -> None:
-        """Promises: the record calls the destination outdated, and wants no mirror. Undone by `leave`.
-        StateRecordError."""
+        """Promises: the record calls the destination outdated. Undone by `leave`. StateRecordError."""
         self._prepared = True
-        await self._keeper.write(outdated(self._former).with_wanted(None))
+        await self._keeper.write(outdated(self._former))
 
     async def close(self) -> bool:
         """As of SwitchSteps."""
@@ -58,7 +58,7 @@ class SnapshotSteps:
         await self._engine.mirror_drain()
 
     async def open(self) -> Opened:
-        """Promises: the destination is let go, then the guest goes on. Not undone."""
+        """Promises: the destination is let go, then the guest goes on. Not undone. Told after `leave`."""
         with anyio.CancelScope(shield=True):
             destination = self._roles.destination_path
             self._roles.fence()
@@ -70,15 +70,27 @@ class SnapshotSteps:
 
     async def leave(self) -> None:
         """The end: unless the destination was let go, all is taken back. The guest goes on first: until the
-        record follows it is too modest, and its disk may hang."""
-        if self.result is not None or not self._prepared:
+        record follows it is too modest, and its disk may hang. StateRecordError: it was let go, and a restart
+        would mirror to it again."""
+        if not self._prepared:
             return
         with anyio.CancelScope(shield=True):
+            if self.result is not None:
+                await self._record_let_go()
+                return
             try:
                 if self._closed:
                     await self._engine.ungate()
             finally:
                 await self._keeper.write_back(self._former, "the record calls the mirror outdated still")
+
+    async def _record_let_go(self) -> None:
+        unwanted = self._keeper.record.with_wanted(None)
+        if not await self._keeper.write_back(unwanted, "a restart would mirror to the copy again"):
+            raise StateRecordError(
+                f"the destination is let go of, but until the state record can be written a restart would "
+                f"mirror to it again: {self._keeper.write_error}"
+            )
 
 
 @asynccontextmanager

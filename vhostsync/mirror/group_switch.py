@@ -56,6 +56,7 @@ class GroupSwitchSteps(SwitchSteps):
         mark = self._prepared.mark if self._prepared is not None else None
         with anyio.CancelScope(shield=True):
             if self._prepared is not None and mark is None:
+                self._renamed = True
                 await self._keeper.change_to(self._prepared)
             await self._engine.exchange_and_hold(mark, accept_different=self._plan.accept_different)
             self._exchanged = True

@@ -50,6 +50,7 @@ class SwitchSteps:
         self._plan = plan
         self._prepared: Prepared | None = None  # None: there is no store
         self._closed = False
+        self._renamed = False  # there is no mark, and what is announced was made to hold (perhaps)
         self._switched: Switched | None = None
 
     async def prepare(self) -> None:
@@ -63,8 +64,8 @@ class SwitchSteps:
     async def close(self, *, and_exchange: bool = False) -> bool:
         """Promises: no request of the guest is taken up, all that were have been answered, and the
         destination holds what they have written. False: that could not be reached in the pause that is
-        allowed, and the guest goes on (so it does when this raises or is cancelled). Undone by `take_back`:
-        the former record, then the gate. EngineError.
+        allowed, and the guest goes on (so it does when this raises or is cancelled). Undone by `take_back`.
+        EngineError.
 
         `and_exchange`: this is the guest's only disk, and where nothing has to be done while it is held, the
         engine exchanges the disks at once; `exchange` finds it done."""
@@ -110,6 +111,7 @@ class SwitchSteps:
         if plan.accept_unreadable:
             accepted = BadRanges.of(await self._engine.snapshot())
         if self._prepared is not None:
+            self._renamed = True
             await self._keeper.change_to(self._prepared)
         pause_ns = await self._engine.exchange(
             keep_mirror=plan.keep_mirror, accept_unreadable=plan.accept_unreadable,
@@ -126,16 +128,25 @@ class SwitchSteps:
 
     async def take_back(self) -> None:
         """Undoes what was done, as each step says; nothing after the exchange, so it may stand in a finally.
-        First the record: what the guest writes from here on goes to the disk that it is to name again."""
+        The guest goes on first, for the record's disk may hang: what is announced and not marked means the
+        former disk in this boot. Where the record was renamed instead, it is put back first: what the guest
+        writes from here on goes to the disk that it is to name again."""
         if self._switched is not None:
             return
         with anyio.CancelScope(shield=True):
             try:
-                await self._keeper.take_back(self._prepared)
+                if not self._renamed:
+                    await self._open_gate()
             finally:
-                if self._closed:
-                    self._closed = False
-                    await self._engine.ungate()
+                try:
+                    await self._keeper.take_back(self._prepared)
+                finally:
+                    await self._open_gate()
+
+    async def _open_gate(self) -> None:
+        if self._closed:
+            self._closed = False
+            await self._engine.ungate()
 
     @property
     def _pause_us(self) -> int:

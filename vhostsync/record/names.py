@@ -73,17 +73,28 @@ class Names:
     def all(self) -> list[Lineage]:
         """By name; what is damaged is passed over."""
         found = []
+        for each in self._each():
+            if isinstance(each, Lineage):
+                found.append(each)
+            else:
+                log.warning("a name is passed over", reason=str(each))
+        return found
+
+    def damaged(self) -> list[str]:
+        """A sentence for each name of which nobody can tell what it means."""
+        return [str(each) for each in self._each() if not isinstance(each, Lineage)]
+
+    def _each(self) -> Iterator[Lineage | StateRecordError]:
         for name in self._file_names():
             if not name.endswith(NAME_SUFFIX) or not is_lineage_name(name.removesuffix(NAME_SUFFIX)):
                 continue
             try:
                 lineage = self.find(name.removesuffix(NAME_SUFFIX))
             except StateRecordError as error:
-                log.warning("a name is passed over", reason=str(error))
-                continue
-            if lineage is not None:
-                found.append(lineage)
-        return found
+                yield error
+            else:
+                if lineage is not None:
+                    yield lineage
 
     def of_record(self, record: Path) -> list[Lineage]:
         """What leads to this record: one name, or none."""

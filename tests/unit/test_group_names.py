@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which disks are in a group: all of them or a sentence, never some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_names import recorded
+from vhostsync.errors import ControlError
+from vhostsync.fleet.group import controls_of_group
+from vhostsync.record.names import Lineage, Names
+from vhostsync.record.state_file import RealFileSystem
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("VHOSTSYNC_RUNTIME_DIRECTORY", str(tmp_path / "run"))
+
+
+def in_group(folder: Path, name: str) -> None:
+    folder.mkdir(exist_ok=True)
+    record = recorded(folder, None)
+    Names(folder).give(Lineage(name, record, "vm1"))
+
+
+def test_a_name_that_cannot_be_read_may_be_of_the_group(tmp_path: Path) -> None:
+    in_group(tmp_path, "vm1-root")
+    in_group(tmp_path / "data", "vm1-data")
+    with pytest.raises(ControlError, match=r"vm1-data: no backend runs; vm1-root: no backend runs\.$"):
+        controls_of_group("vm1")
+    (tmp_path / "data" / "vm1-data.name.json").write_bytes(b"torn")
+    why = r"cannot be told which disks are in the group vm1, and nothing was done: .*vm1-data.* is damaged"
+    with pytest.raises(ControlError, match=why):
+        controls_of_group("vm1")
+
+
+def test_so_may_all_names_of_a_directory_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_group(tmp_path, "vm1-root")
+    in_group(tmp_path / "data", "vm1-data")
+    names = RealFileSystem.names
+
+    def refused(files: RealFileSystem, path: Path) -> list[str]:
+        if path.name == "data":
+            raise PermissionError(13, "Permission denied")
+        return names(files, path)
+
+    monkeypatch.setattr(RealFileSystem, "names", refused)
+    with pytest.raises(ControlError, match=r"nothing was done: .*/data, cannot be read: Permission denied"):
+        controls_of_group("vm1")
