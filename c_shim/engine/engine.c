@@ -24,6 +24,7 @@
 #include "read_fallback.h"
 #include "request.h"
 #include "request_path.h"
+#include "serving.h"
 #include "source_failover.h"
 #include "switching.h"
 
@@ -70,51 +71,6 @@ static void take_commands(struct vs_engine *e, struct mailbox_watch *w)
     e->quit = mailbox_stopped(&e->mailbox);
 }
 
-/* Whose turn it is. Rings that have waited for a limit come first, but have no more than half of a pass: where it does
- * not hold them back any more, they would leave nothing to the others. */
-static struct queue *next_queue(struct vs_engine *e, struct list *turn)
-{
-    struct limited_rings *limited = &e->guest.limited;
-    struct list *node;
-    limited->turn = NULL;
-    if (limited->limit.on && e->guest.taken_in_pass < PASS_BUDGET / 2 &&
-        (limited->turn = limited_rings_next(limited, engine_now(e))))
-        return limited->turn;
-    node = list_pop(turn);
-    return node ? container_of(node, struct queue, ready_link) : NULL;
-}
-
-static void serve_queues(struct vs_engine *e)
-{
-    struct list turn;
-    struct queue *q;
-    if (!guest_is_taken_up(&e->guest.load))
-        return;
-    if (e->guest.room || (e->mirror.tap.retry_ns && e->mirror.tap.retry_ns <= engine_now(e))) {
-        e->guest.room = false;
-        e->mirror.tap.retry_ns = 0;
-        queues_retry(&e->guest.frontends);
-    }
-    list_init(&turn);
-    list_splice(&turn, &e->guest.frontends.ready);
-    e->guest.taken_in_pass = 0;
-    while (e->guest.taken_in_pass < PASS_BUDGET && (q = next_queue(e, &turn))) {
-        switch (request_path_service(&e->guest, q)) {
-        case SERVICE_MORE:
-            list_append(&e->guest.frontends.ready, &q->ready_link);
-            break;
-        case SERVICE_STALLED:
-            list_append(&e->guest.frontends.stalled, &q->ready_link);
-            break;
-        case SERVICE_LIMITED:
-        case SERVICE_EMPTY:
-            break;
-        }
-    }
-    list_splice(&turn, &e->guest.frontends.ready); /* those that had no turn are the first of the next pass */
-    list_splice(&e->guest.frontends.ready, &turn);
-}
-
 static uint64_t min_ns(uint64_t a, uint64_t b)
 {
     return a < b ? a : b;
@@ -144,7 +100,7 @@ static struct outlook outlook(const struct vs_engine *e)
 {
     return (struct outlook){
         /* Who is held by a limit has nothing to gain from a thread that stays awake. */
-        .takes_up = guest_is_taken_up(&e->guest.load) && limited_rings_due_ns(&e->guest.limited) == UINT64_MAX,
+        .takes_up = guest_is_taken_up(&e->guest.load) && !serving_is_limited(&e->guest),
         .disk = e->mirror.source.disk->stats.in_flight > 0 ||
                 (e->mirror.destination.disk && e->mirror.destination.disk->stats.in_flight > 0),
         .flush = e->mirror.flush.waiting > 0,
@@ -155,17 +111,12 @@ static struct outlook outlook(const struct vs_engine *e)
 /* How long the loop may sleep. */
 static uint64_t wait_ns(const struct vs_engine *e)
 {
-    uint64_t deadline = UINT64_MAX, patience = patience_ends_ns(e), now;
-    bool queues = guest_is_taken_up(&e->guest.load) && (!list_empty(&e->guest.frontends.ready) ||
-                                                        (e->guest.room && !list_empty(&e->guest.frontends.stalled)));
-    if (queues || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) || e->mirror.difference.more ||
-        e->mirror.verifier.more || e->quit || read_fallback_due(&e->guest) ||
+    uint64_t deadline, patience = patience_ends_ns(e), now;
+    if (serving_is_due(&e->guest) || !list_empty(&e->host.done) || io_threads_returned(&e->host.threads) ||
+        e->mirror.difference.more || e->mirror.verifier.more || e->quit || read_fallback_due(&e->guest) ||
         source_failover_due(&e->guest, e->gate == GATE_CLOSED) || e->mirror.state.durability_changed)
         return 0;
-    if (e->mirror.tap.retry_ns && guest_is_taken_up(&e->guest.load) && !list_empty(&e->guest.frontends.stalled))
-        deadline = e->mirror.tap.retry_ns;
-    if (guest_is_taken_up(&e->guest.load))
-        deadline = min_ns(deadline, limited_rings_due_ns(&e->guest.limited));
+    deadline = serving_deadline_ns(&e->guest);
     deadline = min_ns(deadline, copier_deadline_ns(&e->mirror.copier));
     deadline = min_ns(deadline, pull_ahead_deadline_ns(&e->mirror.ahead));
     deadline = min_ns(deadline, difference_deadline_ns(&e->mirror.difference));
@@ -194,7 +145,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     reap(e, slept_ns);
     take_commands(e, w);
     poller_begin(&e->guest.poller, outlook(e));
-    serve_queues(e);
+    serving_pump(&e->guest);
     io_threads_wake(&e->host.threads);
     look_at_clock(e, 0);
     disk_run_done(&e->host); /* what completed at once */
@@ -209,8 +160,7 @@ static void pass(struct vs_engine *e, struct mailbox_watch *w, uint64_t slept_ns
     if (list_empty(&e->guest.frontends.stalled) || !guest_is_taken_up(&e->guest.load))
         /* Who waited for room does not any more: stopped, gone, or held by a switch. */
         tap_wait_is_over(&e->mirror.tap);
-    if (e->guest.limited.since_ns)
-        limited_rings_pump(&e->guest.limited, engine_now(e));
+    serving_watch_limits(&e->guest);
     mirror_pump(&e->mirror);
     difference_pump(&e->mirror.difference);
     verifier_pump(&e->mirror.verifier);
@@ -247,7 +197,7 @@ static bool wind_up(struct vs_engine *e)
 {
     uint64_t deadline = engine_now(e) + QUIT_PATIENCE_NS;
     bool cut_off = false;
-    e->guest.ends = true;
+    guest_answers_end(&e->guest);
     mirror_stop(&e->mirror, VS_REASON_COMMAND);
     e->gate = GATE_CLOSED;
     guest_hold(&e->guest, GUEST_HOLD_SWITCH);
@@ -362,8 +312,7 @@ static int init_engine(struct vs_engine *e, const char **step)
     e->guest.activity = &e->activity;
     frontends_init(&e->guest.frontends, &e->mailbox, &e->host, &e->config);
     poller_init(&e->guest.poller, &e->host, e->config.poll_us);
-    limited_rings_init(&e->guest.limited);
-    limited_rings_set(&e->guest.limited, &e->guest.frontends, &e->config.limits, engine_now(e));
+    serving_init(&e->guest);
     source_failover_init(&e->guest);
     request_path_init(&e->guest);
     *step = "allocation of the engine's buffers";

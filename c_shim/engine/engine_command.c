@@ -10,6 +10,7 @@
 
 #include "attachment_command.h"
 #include "engine_state.h"
+#include "serving.h"
 #include "snapshot.h"
 #include "source_failover.h"
 #include "switching.h"
@@ -67,7 +68,7 @@ static int obey(struct vs_engine *e, const struct vs_command *c)
     case VS_CMD_LIMIT:
         if (!rate_limit_possible(&c->limits))
             return -EINVAL;
-        limited_rings_set(&e->guest.limited, &e->guest.frontends, &c->limits, engine_now(e));
+        serving_limit(&e->guest, &c->limits);
         break;
     case VS_CMD_SNAPSHOT:
         snapshot_take(e);

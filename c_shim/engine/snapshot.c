@@ -8,12 +8,7 @@
 
 #include "engine_state.h"
 
-static void fill_limited(const struct limited_rings *l, uint64_t now_ns, struct vs_snapshot *s)
-{
-    s->limited_requests = l->requests;
-    s->limited_bytes = l->bytes;
-    s->limited_ns = limited_rings_waited_ns(l, now_ns);
-}
+#include "serving.h"
 
 static void fill(const struct vs_engine *e, struct vs_snapshot *s)
 {
@@ -81,7 +76,7 @@ void snapshot_take(struct vs_engine *e)
     struct mailbox *m = &e->mailbox;
     struct vs_snapshot s;
     fill(e, &s);
-    fill_limited(&e->guest.limited, engine_now(e), &s);
+    serving_fill(&e->guest, &s);
     pthread_mutex_lock(&m->lock);
     m->snapshot = s;
     m->snapshot.events_lost = m->events_lost;

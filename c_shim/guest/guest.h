@@ -84,6 +84,12 @@ static inline void guest_hold(struct guest *g, enum guest_hold reason)
     g->load.holds |= reason;
 }
 
+/* From now on nothing is answered. */
+static inline void guest_answers_end(struct guest *g)
+{
+    g->ends = true;
+}
+
 static inline void guest_release(struct guest *g, enum guest_hold reason)
 {
     g->load.holds &= ~(unsigned)reason;

@@ -109,6 +109,15 @@ static void write_failed(struct request *r)
     request_finish(r, VIRTIO_BLK_S_IOERR);
 }
 
+/* Only what waits for a flush is one: most requests do not. */
+static struct flush_waiter *as_flush(struct request *r)
+{
+    r->flush.done = durable;
+    r->flush.destination_only = false;
+    r->flush.owner = r->queue;
+    return &r->flush;
+}
+
 static void write_completed(struct request *r)
 {
     struct guest *g = r->guest;
@@ -116,7 +125,7 @@ static void write_completed(struct request *r)
     r->generation = tap_completed(&g->mirror->tap, &r->write);
     if (r->write_through) {
         request_give_bounce(r); /* it may wait for long, and others need the room */
-        guest_flush_asked_for(&g->mirror->flush, &r->flush, r->generation);
+        guest_flush_asked_for(&g->mirror->flush, as_flush(r), r->generation);
     } else {
         request_finish(r, VIRTIO_BLK_S_OK);
     }
@@ -317,7 +326,7 @@ static void start(struct request *r, int verdict)
         start_write(r);
         break;
     case VS_OP_FLUSH:
-        guest_flush_asked(&g->mirror->flush, &r->flush);
+        guest_flush_asked(&g->mirror->flush, as_flush(r));
         break;
     default:
         answer_id(r);
@@ -330,6 +339,7 @@ enum { TAKE_STALLED = 0, TAKE_TAKEN = 1, TAKE_LIMITED = 2 };
 static int take_up(struct guest *g, struct queue *q, uint16_t head)
 {
     struct request *r;
+    bool limited;
     int verdict;
     if (g->load.in_flight - guest_flush_guests(&g->mirror->flush) >= REQUESTS_MAX || !(r = request_spare(g)))
         return TAKE_STALLED;
@@ -338,13 +348,14 @@ static int take_up(struct guest *g, struct queue *q, uint16_t head)
         return verdict;
     r->write.entry = NULL;
     r->bounce = NULL;
-    if (g->limited.limit.on && verdict == BLK_OK && limited_rings_wait(&g->limited, q, &r->blk, g->host->now_ns))
+    limited = g->limited.limit.on && verdict == BLK_OK;
+    if (limited && limited_rings_wait(&g->limited, q, &r->blk, g->host->now_ns))
         return TAKE_LIMITED;
     if (verdict == BLK_OK && !reserve(r)) {
         tap_give_back(&g->mirror->tap, &r->write);
         return TAKE_STALLED;
     }
-    if (g->limited.limit.on && verdict == BLK_OK)
+    if (limited)
         limited_rings_taken(&g->limited, q, &r->blk);
     virtqueue_take(&q->vq, head);
     list_remove(&r->link);
@@ -352,9 +363,6 @@ static int take_up(struct guest *g, struct queue *q, uint16_t head)
     r->head = head;
     r->table = mem_table_pin(&q->attachment->memory);
     r->taken_ns = g->host->now_ns;
-    r->flush.done = durable;
-    r->flush.destination_only = false;
-    r->flush.owner = q;
     q->in_flight++;
     q->attachment->in_flight++;
     g->load.in_flight++;

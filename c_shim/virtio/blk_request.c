@@ -77,16 +77,18 @@ static int gather(struct blk_request *r, struct gathered *g, const struct virtqu
         return rc;
     if (g->last_writable.len == 0)
         return -VS_BREACH_NO_STATUS;
-    r->status = guest_at(table, g->last_writable.addr + g->last_writable.len - 1, 1);
-    if (!r->status)
-        return -VS_BREACH_NO_STATUS;
     if (g->readable > VS_REQUEST_BYTES_MAX || g->writable > VS_REQUEST_BYTES_MAX + 1u)
         g->bad = true;
-    if (!g->bad) { /* the status byte is no data */
+    if (!g->bad) { /* the last byte of the last piece is the status, and no data */
         struct iovec *last = &r->iov[r->iov_count - 1];
-        if (--last->iov_len == 0)
+        r->status = (uint8_t *)last->iov_base + --last->iov_len;
+        if (last->iov_len == 0)
             r->iov_count--;
         r->writable_bytes = (uint32_t)g->writable;
+    } else {
+        r->status = guest_at(table, g->last_writable.addr + g->last_writable.len - 1, 1);
+        if (!r->status)
+            return -VS_BREACH_NO_STATUS;
     }
     return 0;
 }

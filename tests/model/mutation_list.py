@@ -546,8 +546,8 @@ MUTATIONS = [
     _m(
         "gate-stands-open",
         "switch: take up no new requests",
-        "engine.c",
-        "    struct queue *q;\n    if (!guest_is_taken_up(&e->guest.load))\n        return;",
+        "serving.c",
+        "    struct queue *q;\n    if (!guest_is_taken_up(&g->load))\n        return;",
         "    struct queue *q;",
         "switch.py::test_requests_that_arrive_at_the_gate_go_to_the_new_disk",
     ),

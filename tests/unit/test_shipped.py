@@ -61,7 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     is left in the repository."""
     folder = tmp_path_factory.mktemp("wheel")
     sources = folder / "sources"
-    for name in ("vhostsync", "c_shim", "bench", "tests/c", "tests/guard"):
+    for name in ("vhostsync", "c_shim", "bench", "share/licenses", "tests/c", "tests/guard"):
         shutil.copytree(
             REPOSITORY / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
