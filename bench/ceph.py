@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows N5 and N6: mirrored to, and served from, Ceph RBD. The cluster is the tests': a monitor and an OSD, in
-memory. An image has one owner, so each contender has its own; the limit is fio's RBD engine."""
+memory. An image has one owner, so each contender has its own; the limit is fio's RBD engine.
+
+Nobody has librbd's cache, which is on unless it is turned off: it answers a write that no OSD has, and hands
+many to the OSD at once. Ours never uses it. fio with it is 1.2 to 1.4 times as fast as without.
+"""
 
 import contextlib
 import os
@@ -35,8 +39,14 @@ def _cluster() -> Iterator[CephCluster]:
                 os.environ["CEPH_CONF"] = before
 
 
+def _turn_off_cache(cluster: CephCluster) -> None:
+    """For clients that begin from here on; fio's engine has no option for it."""
+    with cluster.conf.open("a") as conf:
+        conf.write("[client]\nrbd cache = false\n")
+
+
 class RawRbd(Raw):
-    """fio with its RBD engine, and no cache."""
+    """fio with its RBD engine."""
 
     def __init__(self, image: str) -> None:
         super().__init__(Path(image), direct=False)
@@ -57,7 +67,9 @@ def _name(image: str) -> str:
 
 
 def _node(cluster: CephCluster, image: str) -> dict[str, object]:
-    return {"driver": "rbd", "pool": POOL, "image": image, "conf": str(cluster.conf)}
+    # QEMU turns librbd's cache on or off by its own setting, whatever the configuration says.
+    cache = {"direct": True, "no-flush": False}
+    return {"driver": "rbd", "pool": POOL, "image": image, "conf": str(cluster.conf), "cache": cache}
 
 
 def measure_mirrored_to_rbd(plan: Plan) -> list[Round]:
@@ -83,7 +95,9 @@ def _bench_images(plan: Plan) -> Iterator[tuple[Path, CephCluster, Path, dict[st
     """A folder, a cluster, a file, and images that are full of it: one for each contender."""
     with bench_folder(plan, "memory") as folder, _cluster() as cluster:
         file = make_file(folder / "source.img", plan.bytes_of["memory"], direct=False)
-        yield folder, cluster, file, {name: _image(cluster, name, file) for name in ("raw", "rival", "ours")}
+        images = {name: _image(cluster, name, file) for name in ("raw", "rival", "ours")}
+        _turn_off_cache(cluster)
+        yield folder, cluster, file, images
 
 
 def _measure(
