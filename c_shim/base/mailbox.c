@@ -7,7 +7,6 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -20,7 +19,6 @@ static void wake(int fd)
 
 int mailbox_init(struct mailbox *m, const char **step)
 {
-    memset(m, 0, sizeof *m);
     pthread_mutex_init(&m->lock, NULL);
     m->next_token = 1;
     m->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -34,6 +34,7 @@ struct mailbox {
     struct vs_queue_stats queue_stats[VS_MAX_QUEUES];
 };
 
+/* Of one that is all zero: it is large, and what is never used of it is never touched. */
 int mailbox_init(struct mailbox *m, const char **step);
 void mailbox_free(struct mailbox *m);
 

@@ -4,6 +4,7 @@
  */
 #include "snapshot.h"
 
+#include <stddef.h>
 #include <string.h>
 
 #include "engine_state.h"
@@ -71,6 +72,20 @@ static void fill(const struct vs_engine *e, struct vs_snapshot *s)
         s->disk[VS_DESTINATION] = e->mirror.destination.disk->stats;
 }
 
+/* Nothing is written where nothing has changed: what is shown of queues that no guest has used stays untouched memory.
+ * q: NULL, no frontend's rings run. */
+static void show_queue(struct vs_queue_stats *shown, const struct vs_queue_stats *now, const struct queue *q)
+{
+    const uint32_t in_flight = q ? q->in_flight : 0, running = q ? q->running : 0, broken = q ? q->broken : 0;
+    if (memcmp(shown, now, offsetof(struct vs_queue_stats, in_flight)) != 0)
+        *shown = *now;
+    if (shown->in_flight != in_flight || shown->running != running || shown->broken != broken) {
+        shown->in_flight = in_flight;
+        shown->running = running;
+        shown->broken = broken;
+    }
+}
+
 void snapshot_take(struct vs_engine *e)
 {
     struct mailbox *m = &e->mailbox;
@@ -80,12 +95,9 @@ void snapshot_take(struct vs_engine *e)
     pthread_mutex_lock(&m->lock);
     m->snapshot = s;
     m->snapshot.events_lost = m->events_lost;
-    memcpy(m->queue_stats, e->guest.frontends.queue_stats, sizeof m->queue_stats);
-    for (unsigned i = 0; e->guest.frontends.active && i < VS_MAX_QUEUES; i++) {
-        const struct queue *q = &e->guest.frontends.active->queue[i];
-        m->queue_stats[i].in_flight = q->in_flight;
-        m->queue_stats[i].running = q->running;
-        m->queue_stats[i].broken = q->broken;
+    for (unsigned i = 0; i < VS_MAX_QUEUES; i++) {
+        const struct attachment *active = e->guest.frontends.active;
+        show_queue(&m->queue_stats[i], &e->guest.frontends.queue_stats[i], active ? &active->queue[i] : NULL);
     }
     pthread_mutex_unlock(&m->lock);
 }

@@ -253,18 +253,21 @@ void frontends_init(struct frontends *f, struct mailbox *mailbox, const struct d
     list_init(&f->ready);
     list_init(&f->stalled);
     list_init(&f->notify);
-    for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
-        struct attachment *a = &f->attachment[i];
-        a->frontends = f;
-        for (unsigned k = 0; k < VS_MAX_QUEUES; k++) {
-            struct queue *q = &a->queue[k];
-            q->attachment = a;
-            q->index = k;
-            q->kick.kicked = kicked;
-            virtqueue_reset(&q->vq);
-            list_init(&q->ready_link);
-            list_init(&q->notify_link);
-        }
+}
+
+void attachment_prepare(struct attachment *a, struct frontends *f)
+{
+    if (a->frontends)
+        return;
+    a->frontends = f;
+    for (unsigned k = 0; k < VS_MAX_QUEUES; k++) {
+        struct queue *q = &a->queue[k];
+        q->attachment = a;
+        q->index = k;
+        q->kick.kicked = kicked;
+        virtqueue_reset(&q->vq);
+        list_init(&q->ready_link);
+        list_init(&q->notify_link);
     }
 }
 
@@ -273,7 +276,9 @@ void frontends_free(struct frontends *f)
     kick_watches_free(&f->watches);
     for (unsigned i = 0; i < VS_MAX_ATTACHMENTS; i++) {
         struct attachment *a = &f->attachment[i];
-        for (unsigned k = 0; a->frontends && k < VS_MAX_QUEUES; k++) {
+        if (!a->frontends)
+            continue;
+        for (unsigned k = 0; k < VS_MAX_QUEUES; k++) {
             bell_hang(&f->bells, &a->queue[k].call, -1);
             bell_hang(&f->bells, &a->queue[k].err, -1);
             forget_old_ring(&a->queue[k]);

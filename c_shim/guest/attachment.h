@@ -86,6 +86,8 @@ struct frontends {
 /* host's ring may come to run later: see bells.uring. */
 void frontends_init(struct frontends *f, struct mailbox *mailbox, const struct disk_host *host,
                     const struct vs_engine_config *config);
+/* Once its first frontend comes: most of the memory for attachments is never touched, and costs nothing. */
+void attachment_prepare(struct attachment *a, struct frontends *f);
 /* The engine's thread has ended, and its ring with it. */
 void frontends_free(struct frontends *f);
 /* Ends what a lost mapping has touched. */

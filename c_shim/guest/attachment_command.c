@@ -360,6 +360,7 @@ void attachment_command(struct frontends *f, uint64_t token, const struct vs_com
     } else {
         switch (c->kind) {
         case VS_CMD_ATTACH:
+            attachment_prepare(a, f);
             rc = attach(a);
             break;
         case VS_CMD_DETACH:
