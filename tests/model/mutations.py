@@ -56,11 +56,13 @@ LIMIT_S = 180
 LIMIT_OF_ALL_S = 900  # for the tests of all mutations in one run
 OUT_OF_TIME = re.compile(r"time limit|Timeout|timed out|within [0-9.]+ s")
 
-# Python runs this first in the processes that a test starts: an editable install puts a finder of its own
-# before sys.path, and here the copied tree alone is wanted.
+# Python runs this first in the processes that a test starts: `./run` (this_tree.py) or an editable install
+# puts a finder before sys.path, and here the copied tree alone is wanted.
 SITE = """
 import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "eson" not in type(finder).__name__]
+sys.meta_path[:] = [
+    finder for finder in sys.meta_path if not {"ThisTree", "MesonpyMetaFinder"} & {type(finder).__name__}
+]
 """
 
 # What every test loads and no mutation changes: loaded once, by a process that then forks one for each test.
