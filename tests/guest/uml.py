@@ -59,11 +59,33 @@ def run_uml(
     for program, target in ((assets.busybox, "busybox"), (assets.vhs_load, "vhs-load")):
         shutil.copy(program, root / "bin" / target)
         (root / "bin" / target).chmod(0o755)
-    shutil.copy(next(MODULES.rglob("virtio_blk.ko*")), root / "modules")
+    shutil.copy(virtio_module(), root / "modules")
     (root / "init").write_text(_INIT % script)
     (root / "init").chmod(0o755)
 
-    devices = [f"virtio_uml.device={socket}:2" for socket in sockets]  # 2: virtio's number of a block device
+    log = folder / "uml.log"
+    with start_uml(assets, folder, root, Path("/init"), words_of(sockets), log) as process:
+        process.wait(timeout_s)
+    output = log.read_text(errors="replace").replace("\r\n", "\n")
+    before, status, after = output.partition("@@STATUS ")
+    if not status or not after.startswith("0\n"):
+        raise ProcessError(f"the user-mode guest's script failed:\n{output[-3000:]}")
+    return before.partition("@@OUTPUT\n")[2], after.partition("@@DMESG\n")[2]
+
+
+def virtio_module() -> Path:
+    return next(MODULES.rglob("virtio_blk.ko*"))
+
+
+def words_of(sockets: Sequence[Path]) -> list[str]:
+    """For vhost-user disks."""
+    return [f"virtio_uml.device={socket}:2" for socket in sockets]  # 2: virtio's number of a block device
+
+
+def start_uml(
+    assets: GuestAssets, folder: Path, root: Path, init: Path, devices: Sequence[str], log: Path
+) -> Process:
+    """A guest whose files are those below `root`, which it only may write to where that is in `folder`."""
     launch: list[str | Path] = []
     avoid = []
     if " amx_tile" in Path("/proc/cpuinfo").read_text():
@@ -73,14 +95,8 @@ def run_uml(
         avoid = [f"GLIBC_TUNABLES=glibc.cpu.hwcaps={features}"]
     command = [
         *launch,
-        KERNEL, "mem=128M", "rootfstype=hostfs", f"rootflags={root}", "rw", "init=/init",
+        KERNEL, "mem=128M", "rootfstype=hostfs", f"rootflags={root}",
+        "rw" if root.is_relative_to(folder) else "ro", f"init={init}",
         "con=null", "con0=null,fd:1", "ssl=null", "loglevel=1", *avoid, *devices,
     ]  # fmt: skip
-    log = folder / "uml.log"
-    with Process("the user-mode guest", command, log, env={"TMPDIR": str(folder)}) as process:
-        process.wait(timeout_s)
-    output = log.read_text(errors="replace").replace("\r\n", "\n")
-    before, status, after = output.partition("@@STATUS ")
-    if not status or not after.startswith("0\n"):
-        raise ProcessError(f"the user-mode guest's script failed:\n{output[-3000:]}")
-    return before.partition("@@OUTPUT\n")[2], after.partition("@@DMESG\n")[2]
+    return Process("the user-mode guest", command, log, env={"TMPDIR": str(folder)})
