@@ -54,7 +54,7 @@ def test_a_disk_whose_backend_runs_gets_its_name(host: Host, work: Path) -> None
         found = host.list()["vm1"]
         # Its sockets lie elsewhere: its backend is the one that holds the record's lock.
         assert (found["running"], found["control"], found["group"]) == (True, str(served.control), "web")
-        assert host.status("vm1")["disk"] == str(disk)
+        assert json.loads(host.tell("status", "--name", "vm1", "--json"))["status"]["disk"] == str(disk)
         served.stop()
     with host.serve("vm1"):
         assert host.status("vm1")["disk"] == str(disk)

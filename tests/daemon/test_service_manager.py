@@ -171,34 +171,58 @@ def test_the_service_is_hardened(units: Path, with_drop_ins: bool) -> None:
     assert ("Service has access to the host's network" in found.stdout) == with_drop_ins, found.stdout
 
 
-def documented_commands() -> str:
-    """The block of docs/operations.md that installs the service."""
+def documented_commands() -> tuple[str, str]:
+    """The blocks of docs/operations.md: for each disk; once before that, where there is no package."""
     text = (UNITS.parents[1] / "docs" / "operations.md").read_text()
-    section = text[text.index("### As a service") :]
-    block = re.search(r"(?:^    .*\n)+", section, re.MULTILINE)
-    assert block is not None
-    return block[0]
+    section = text[text.index("### As a service") : text.index("* The control socket is")]
+    each, once = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+    return each, once
 
 
-def test_the_documented_commands_taken_literally(tmp_path: Path) -> None:
-    """In a root of their own. The user and the manager are the machine's: those commands are noted only."""
-    root, tools, noted = tmp_path / "root", tmp_path / "tools", tmp_path / "noted"
-    (root / "etc/systemd/system").mkdir(parents=True)  # wherever systemd is installed
-    tools.mkdir()
-    for name in ("useradd", "systemctl"):
-        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{noted}\n')
-        (tools / name).chmod(0o755)
-    words = documented_commands().replace("/etc/", f"{root}/etc/")
+def run_in_root(words: str, root: Path, tools: Path) -> None:
+    """The folders of the machine that they name are those of the root."""
+    in_root = re.sub(r"(?<=[ >])/(etc|usr)/", rf"{root}/\1/", words)
     done = subprocess.run(
-        ["sh", "-e", "-c", words], cwd=UNITS.parents[1], capture_output=True, text=True, check=False,
+        ["sh", "-e", "-c", in_root], cwd=UNITS.parents[1], capture_output=True, text=True, check=False,
         env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}, timeout=WAIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_has_made_what_the_documented_commands_need(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for folder in (UNITS.parents[1] / "debian/vhostsync.dirs").read_text().split():
+        (root / folder).mkdir(parents=True)
+    each, _ = documented_commands()
+    run_in_root(each, root, noting_tools(tmp_path))
+    assert (root / "etc/vhostsync/vm.conf").read_text().startswith("DISK=")
+    assert (tmp_path / "noted").read_text() == "systemctl enable --now vhostsync@vm.socket\n"
+
+
+def noting_tools(folder: Path) -> Path:
+    """The user and the manager are the machine's: those commands are noted only, in the file `noted`."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in ("useradd", "systemctl"):
+        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{folder}/noted\n')
+        (tools / name).chmod(0o755)
+    return tools
+
+
+def test_the_documented_commands_taken_literally(tmp_path: Path) -> None:
+    """Without the package, in a root of their own."""
+    root, noted = tmp_path / "root", tmp_path / "noted"
+    for folder in ("etc/systemd/system", "usr/bin"):  # wherever systemd is installed
+        (root / folder).mkdir(parents=True)
+    each, once = documented_commands()
+    run_in_root(once + each, root, noting_tools(tmp_path))
     service = (root / "etc/systemd/system/vhostsync@.service").read_text()
     wanted = re.search(r"^EnvironmentFile=-(.*)$", service, re.MULTILINE)
     user = re.search(r"^User=(.*)$", service, re.MULTILINE)
     assert wanted is not None and user is not None
     assert (root / wanted[1].replace("%i", "vm").lstrip("/")).read_text().startswith("DISK=")
+    started = re.findall(r"^Exec\w+=(/usr/\S+)", service, re.MULTILINE)
+    assert started and all((root / path.lstrip("/")).is_symlink() for path in started)
     made, reloaded, enabled = noted.read_text().splitlines()
     assert made.endswith(f" {user[1]}")
     assert (reloaded, enabled) == ("systemctl daemon-reload", "systemctl enable --now vhostsync@vm.socket")

@@ -18,12 +18,18 @@ from tests.watched.exporter import Exporter
 from tests.watched.prometheus import Prometheus
 from vhostsync import metrics, receive_metrics
 from vhostsync.exporter import process as exporter
+from vhostsync.limits import KINDS
 from vhostsync.metrics_page import PREFIX
 
 DASHBOARD = ROOT / "share/grafana/vhostsync.json"
 NOTHING = "Empty as long as"
 OF_PROMETHEUS = {"up", "ALERTS"}
 WIDTH = 24
+# A limit of every kind, for each has its figure; so wide that the guest never meets one.
+WIDE = {"bps": "1G", "iops": "1000000"}
+LIMITED = [
+    word for kind in KINDS for word in (f"--limit-{kind.replace('_', '-')}", WIDE[kind.partition("_")[0]])
+]
 
 
 def dashboard() -> dict[str, Any]:
@@ -131,7 +137,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         pytest.skip(f"NOT TESTED: Prometheus cannot be had here: {error}")
     work = tmp_path_factory.mktemp("watched")
     with (
-        Served(work, image(work / "a.img"), "--bitmap", work / "bits", name="vm1") as served,
+        Served(work, image(work / "a.img"), "--bitmap", work / "bits", *LIMITED, name="vm1") as served,
         Served(work, image(work / "b.img"), "--no-state-file", name="vm2"),
         Exporter(work) as page,
         Prometheus(work, {"vhostsync": page.address or ""}) as prometheus,
@@ -195,6 +201,16 @@ def test_every_declared_metric_of_a_backend_at_work_is_there(watched: Watched) -
         if PREFIX + each.name + ("_count" if each.kind == "histogram" else "") not in there
     }  # fmt: skip
     assert missing == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_each_limit_of_the_guest_has_its_figure(watched: Watched) -> None:
+    for unit, wanted in (("bytes", 2**30), ("requests", 1e6)):
+        found = watched.query(f"vhostsync_limit_{unit}_per_second")
+        assert {(labels["vm"], labels["of"]): value for labels, value in found} == {
+            ("vm1", of): wanted for of in metrics.LIMITED.values()
+        }
 
 
 @pytest.mark.slow
