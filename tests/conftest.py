@@ -79,9 +79,13 @@ def _alone(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first, so that of two processes neither is left with one at the end; last those beside
-    which nothing may run."""
-    items.sort(key=lambda item: (_alone(item), item.get_closest_marker("slow") is None))
+    """The long tests first, and then those that boot a guest, so that of several processes none is left with
+    one at the end; last those beside which nothing may run."""
+
+    def turn(item: pytest.Item) -> tuple[bool, ...]:
+        return _alone(item), *(item.get_closest_marker(name) is None for name in ("slow", "guest"))
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -36,9 +36,12 @@ IO_TROUBLE = re.compile(
 # A guest that takes longer has hung: on a machine whose processors others want, everything takes many times
 # as long as it should. A test's own time limit may come first.
 ANSWER_S = 180.0
+# loglevel=5: the console, a port of an emulated machine, gets warnings and worse; `dmesg` has all.
 # init_on_alloc=0: only the backend writes what is read from the disk, and so a migration without its dirty
 # log shows. no_timer_check: on a busy host the kernel may see no tick while it looks for one, and panic.
-KERNEL_OPTIONS = "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog init_on_alloc=0 no_timer_check"
+KERNEL_OPTIONS = (
+    "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr nowatchdog init_on_alloc=0 no_timer_check"
+)
 
 
 class GuestError(Exception):

@@ -21,6 +21,9 @@ SEEDED = int(os.environ.get("VHOSTSYNC_MUTATIONS", "60"))
 SEEDED_BY_FILE = sorted(MUTATIONS[:SEEDED], key=lambda mutation: mutation.file)
 """Those of a file share a build of all other files."""
 
+ONE_WORKSHOP = pytest.mark.xdist_group("mutations")
+"""The tree is copied and first built once, by one process: else by each of those that run tests."""
+
 
 @pytest.fixture(scope="module")
 def workshop() -> Iterator[Workshop]:
@@ -28,12 +31,14 @@ def workshop() -> Iterator[Workshop]:
         yield Workshop(Path(folder))
 
 
+@ONE_WORKSHOP
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_without_a_fault_the_tests_pass(workshop: Workshop) -> None:
     assert workshop.fails_unchanged(SEEDED_BY_FILE) is None
 
 
+@ONE_WORKSHOP
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutation", SEEDED_BY_FILE, ids=lambda mutation: mutation.name)
