@@ -23,6 +23,7 @@ from vhostsync.exporter import process as exporter  # noqa: E402
 from vhostsync.exporter.exporter_config import ExporterConfig  # noqa: E402
 from vhostsync.metrics_page import PREFIX, Family  # noqa: E402
 from vhostsync.mirror.mirror_status import MirrorStatus  # noqa: E402
+from vhostsync.node.node_config import NodeConfig  # noqa: E402
 from vhostsync.option import FLAG, Option, options_of  # noqa: E402
 from vhostsync.receive.receive_config import ReceiveConfig  # noqa: E402
 from vhostsync.statistic import statistics_of  # noqa: E402
@@ -31,7 +32,8 @@ OPTIONS_HEAD = """\
 # The options of `serve`
 
 Made by docs/generate.py from the declarations in vhostsync/config.py. Sizes are bytes, or have a unit: 64M,
-1GiB. Times are seconds, or have a unit: 500ms, 10s. Those of `receive` and `exporter` stand at the end.
+1GiB. Times are seconds, or have a unit: 500ms, 10s. Those of `receive`, `exporter` and `node` stand at the
+end.
 """
 
 RECEIVE_HEAD = """\
@@ -46,12 +48,19 @@ EXPORTER_HEAD = """\
 From vhostsync/exporter/exporter_config.py.
 """
 
+NODE_HEAD = """\
+# The options of `node`
+
+From vhostsync/node/node_config.py.
+"""
+
 
 def options_page() -> str:
     return "\n".join(
         [
             OPTIONS_HEAD, *_groups(ServeConfig), RECEIVE_HEAD, *_groups(ReceiveConfig),
             EXPORTER_HEAD, *_groups(ExporterConfig),
+            NODE_HEAD, *_groups(NodeConfig),
         ]
     )  # fmt: skip
 

@@ -19,6 +19,10 @@ def run() -> int:
     if interruptible:
         signal.signal(signal.SIGINT, _leave)
     try:
+        if sys.argv[1:2] == ["serve"] and any(word.startswith("--from-node") for word in sys.argv):
+            from vhostsync.node.request import run as ask_node  # nothing else is loaded: it is to be quick
+
+            return ask_node(sys.argv[2:])
         from vhostsync.cli.main import main
 
         if interruptible:

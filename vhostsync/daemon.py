@@ -117,7 +117,7 @@ class Started:
 
 
 @functools.cache
-def _load_modules() -> None:
+def load_modules() -> None:
     """What is loaded when it is first used: now, while every file can still be read."""
     for name in dir(anyio):
         getattr(anyio, name)
@@ -130,7 +130,7 @@ def _take_over(config: ServeConfig, *, log_too: bool) -> TakenOver | None:
     HandOverError, ControlError: the backend that is there goes on."""
     if config.control_socket is None:
         raise ConfigError("--take-over needs --control, which says whose guest is taken over.")
-    _load_modules()
+    load_modules()
     kinds.kind_of(config.disk)  # loads its module: the guest does not wait for that
     predecessor = anyio.run(ask, config.control_socket, config.socket_path, config.disk)
     inheritance = predecessor.inherit() if predecessor is not None else None
@@ -147,7 +147,7 @@ def _start(config: ServeConfig, taken_over: TakenOver | None) -> Started:
     """Steps 1 to 4 of privileges.py. Blocks. VhostsyncError: nothing is left open."""
     user = find_user(config.user) if config.user is not None else None
     owner = (user.uid, user.gid) if user is not None else None
-    _load_modules()
+    load_modules()
     use_network(config.network_use)
     if config.names_ceph:
         kinds.kind_of("rbd:").keep_files()

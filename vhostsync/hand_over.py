@@ -18,12 +18,10 @@ does not come back; it ends, and a start (the service manager's, or the successo
 dies first) serves as after any restart, to frontends that connect again.
 """
 
-import array
 import json
 import os
 import socket
 import stat
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +35,7 @@ from vhostsync.control.client import RefusedError, connect
 from vhostsync.control.sockets import peer_process, peer_uid
 from vhostsync.errors import FrontendError, HandOverError
 from vhostsync.host.owned_fd import OwnedFd, close_all
+from vhostsync.host.parcel import receive_parcel, send_parcel
 from vhostsync.host.unix_socket import BoundSocket, bind_unix_socket
 from vhostsync.vhost_user.heritage import Heritage
 from vhostsync.vhost_user.messages import HEADER, encode_request, parse_header, parse_message
@@ -54,8 +53,6 @@ STARTING_S: Final = 60.0
 ENVIRONMENT: Final = ("NOTIFY_SOCKET", "CEPH_CONF", "CEPH_ARGS", "STATE_DIRECTORY")
 PARCEL_BYTES_MAX: Final = 1 << 16
 PARCEL_FDS_MAX: Final = max(MESSAGE_FDS_MAX, 2 + ATTACHMENTS_MAX)
-_LENGTH: Final = struct.Struct("=I")
-_INT_BYTES: Final = array.array("i").itemsize
 _SERVING: Final = b"S"
 
 
@@ -76,48 +73,6 @@ class Inheritance:
     file_is_ours: bool
     frontends: Sequence[Heritage]
     equal: bool
-
-
-# ---- parcels: bytes and descriptors, whole or not at all ---------------------------------------------------
-
-
-def _send(to: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    parcel = _LENGTH.pack(len(data)) + data
-    sent = to.sendmsg([parcel], rights, socket.MSG_NOSIGNAL)
-    to.sendall(parcel[sent:], socket.MSG_NOSIGNAL)
-
-
-def _receive(of: socket.socket) -> tuple[bytes, list[OwnedFd]]:
-    """EOFError, OSError: there is no whole parcel, and nothing is left open."""
-    fds: list[OwnedFd] = []
-    try:
-        head = b""
-        while len(head) < _LENGTH.size:
-            part, ancillary, _, _ = of.recvmsg(
-                _LENGTH.size - len(head), socket.CMSG_SPACE(PARCEL_FDS_MAX * _INT_BYTES),
-                socket.MSG_CMSG_CLOEXEC,
-            )  # fmt: skip
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    numbers = array.array("i")
-                    numbers.frombytes(data[: len(data) - len(data) % _INT_BYTES])
-                    fds.extend(map(OwnedFd, numbers))
-            if not part:
-                raise EOFError
-            head += part
-        (size,) = _LENGTH.unpack(head)
-        if size > PARCEL_BYTES_MAX:
-            raise EOFError
-        data = b""
-        while len(data) < size:
-            if not (part := of.recv(size - len(data))):
-                raise EOFError
-            data += part
-    except BaseException:
-        close_all(fds)
-        raise
-    return data, fds
 
 
 # ---- the predecessor -----------------------------------------------------------------------------------
@@ -169,11 +124,11 @@ class Successor:
             "said": [len(each.said) for each in estate.frontends],
             "equal": estate.equal,
         }
-        _send(self._socket, json.dumps(described).encode(), fds)
+        send_parcel(self._socket, json.dumps(described).encode(), fds)
         for frontend in estate.frontends:
             for message, brought in frontend.said:
                 data = encode_request(message.request, encode_payload(message.payload))
-                _send(self._socket, data, [fd.fileno() for fd in brought])
+                send_parcel(self._socket, data, [fd.fileno() for fd in brought])
 
 
 # ---- the successor -------------------------------------------------------------------------------------
@@ -190,7 +145,7 @@ class Predecessor:
         self._socket.settimeout(LETTING_GO_S)
         unowned: list[OwnedFd] = []
         try:
-            data, fds = _receive(self._socket)
+            data, fds = receive_parcel(self._socket, PARCEL_BYTES_MAX, PARCEL_FDS_MAX)
             unowned += fds
             described: dict[str, Any] = json.loads(data)
             said = [[self._saying(unowned) for _ in range(count)] for count in described["said"]]
@@ -214,7 +169,7 @@ class Predecessor:
         )  # fmt: skip
 
     def _saying(self, unowned: list[OwnedFd]) -> Saying:
-        data, fds = _receive(self._socket)
+        data, fds = receive_parcel(self._socket, PARCEL_BYTES_MAX, PARCEL_FDS_MAX)
         unowned += fds
         header = parse_header(data[: HEADER.size])
         return parse_message(header, data[HEADER.size :], len(fds)), fds

@@ -39,7 +39,8 @@ from tests.sizes import MIB
 from tests.vhost_client import LOG, WANTED_PROTOCOL, Message, ProtocolFeature, VhostUserTransport
 from vhostsync import hand_over
 from vhostsync.errors import HandOverError
-from vhostsync.host.owned_fd import close_all, new_memory
+from vhostsync.host.owned_fd import OwnedFd, close_all, new_memory
+from vhostsync.host.parcel import receive_parcel
 from vhostsync.host.unix_socket import bind_unix_socket
 
 HANDED_OVER = "frontend handed over"
@@ -266,6 +267,10 @@ def test_without_a_backend_there_is_nothing_to_take_over(work: Path) -> None:
 # ---- one of the two dies ------------------------------------------------------------
 
 
+def _received(connection: socket.socket) -> tuple[bytes, list[OwnedFd]]:
+    return receive_parcel(connection, hand_over.PARCEL_BYTES_MAX, hand_over.PARCEL_FDS_MAX)
+
+
 @contextlib.contextmanager
 def meeting(served: Served) -> Iterator[socket.socket]:
     """Where the backend comes to, in the place of its successor."""
@@ -298,12 +303,12 @@ def test_a_successor_that_dies_leaves_a_plain_restart(work: Path, after: str) ->
                 connection, _ = listener.accept()
                 with connection:
                     if after == "all was given":
-                        data, fds = hand_over._receive(connection)
+                        data, fds = _received(connection)
                         described = json.loads(data)
                         assert described["equal"]
                         assert len(fds) == 3  # the log, the listening socket, the connection
                         for _ in range(described["said"][0]):
-                            fds += hand_over._receive(connection)[1]
+                            fds += _received(connection)[1]
                         close_all(fds)
             assert served.process.wait(WAIT_S) == 1
             assert "The successor" in served.process.last_output()

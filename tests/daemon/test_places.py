@@ -32,7 +32,7 @@ def _serve(words: list[str], said: Path, environment: dict[str, str], user: int 
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(out, 2)
     sys.stderr = os.fdopen(2, "w", closefd=False)
-    daemon._load_modules()  # the user may not be let through to them
+    daemon.load_modules()  # the user may not be let through to them
     os.environ.update(environment)
     if user is not None:
         os.setgroups([])

@@ -47,6 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The process of `receive`: a disk of this host, for an owner on another one.
     "receive": {"words", "host", "storage", "config", "confine", "record", "control"},
+    # The process of `node`, from which backends are forked.
+    "node": {"words", "host", "config", "control", "daemon"},
     # All disks of this host: which there are, and what is done with many. Of what runs it asks by the control
     # sockets alone.
     "fleet": {"words", "storage", "record", "control"},
@@ -54,7 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporter": {"words", "host", "config", "control", "metrics", "fleet"},
     # The command line: of what runs it asks by the control socket alone.
     "cli": {
-        "words", "storage", "config", "record", "control", "device", "daemon", "receive", "exporter", "fleet",
+        "words", "storage", "config", "record", "control", "device", "daemon", "receive", "node",
+        "exporter", "fleet",
     },
 }
 """From the lowest floor up: each names only such as stand above it here."""

@@ -79,7 +79,7 @@ def test_the_last_words_of_a_start(tmp_path: Path, capsys: pytest.CaptureFixture
         disk.close()
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("vhostsync.device.opening.SOURCE_LOCK_S", 0.0)
-            patched.setattr(daemon, "_load_modules", lambda: None)
+            patched.setattr(daemon, "load_modules", lambda: None)
             config = ServeConfig(
                 blk_file=str(image), socket_path=tmp_path / "s", no_state_file=True, cache="writeback",
                 log_format="json",

@@ -2,6 +2,7 @@
 """The command line: each command, its arguments and its help. serve_arguments.py has those of `serve`."""
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from vhostsync.cli import argument_types as types
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.exporter_arguments import add_exporter
 from vhostsync.cli.fleet_arguments import add_create, add_evacuate, add_list, add_top
+from vhostsync.cli.node_arguments import add_node
 from vhostsync.cli.option_arguments import add_limits
 from vhostsync.cli.receive_arguments import add_receive
 from vhostsync.cli.serve_arguments import add_serve
@@ -146,7 +148,9 @@ It exits 0 if a record was found, 1 if not.
 """
 
 
+@functools.cache
 def make_parser() -> argparse.ArgumentParser:
+    """One for all: a node makes it before it forks."""
     parser = Parser(prog="vhostsync", description=_MAIN, epilog=_MAIN_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"vhostsync {__version__}")
     _add_control(parser, default=None)
@@ -154,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_serve(commands)
     add_receive(commands)
     add_exporter(commands)
+    add_node(commands)
     add_create(commands)
     add_list(commands)
     add_evacuate(commands)

@@ -19,10 +19,12 @@ from typing import Final, NoReturn, TypeVar
 from vhostsync import config
 from vhostsync.cli.arguments import make_parser
 from vhostsync.cli.exporter_arguments import exporter_config
+from vhostsync.cli.node_arguments import node_config
 from vhostsync.cli.receive_arguments import receive_config
 from vhostsync.cli.serve_arguments import serve_config
 from vhostsync.errors import ConfigError, UnreachableError, VhostsyncError
 from vhostsync.exporter.exporter_config import ExporterConfig
+from vhostsync.node.node_config import NodeConfig
 from vhostsync.option_values import TakeOver
 from vhostsync.printable import printable
 from vhostsync.receive.receive_config import ReceiveConfig
@@ -77,6 +79,12 @@ def _export(settings: ExporterConfig) -> int:
     from vhostsync.exporter.process import run
 
     return run(settings)
+
+
+def _be_node(settings: NodeConfig) -> int:
+    from vhostsync.node.process import run
+
+    return run(settings, main)
 
 
 def _operate(options: argparse.Namespace) -> int:
@@ -141,6 +149,8 @@ def _run(words: list[str]) -> int:
         return _receive(_or_usage(parser, lambda: receive_config(options)))
     if options.command == "exporter":
         return _export(_or_usage(parser, lambda: exporter_config(options)))
+    if options.command == "node":
+        return _be_node(_or_usage(parser, lambda: node_config(options)))
     if options.command == "record":
         from vhostsync.record import record_report
 

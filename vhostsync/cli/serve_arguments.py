@@ -7,6 +7,7 @@ from typing import Final
 from vhostsync.cli.argument_types import Parser
 from vhostsync.cli.option_arguments import add_options, given_options
 from vhostsync.config import OPERATION, SOCKET, STATE_RECORD, ServeConfig
+from vhostsync.node.request import OPTION
 from vhostsync.option_values import Answer, TakeOver
 
 _SERVE_EXAMPLES: Final = """\
@@ -46,6 +47,11 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=TakeOver.NOTHING, const=TakeOver.GUEST, metavar="guest|guest-and-log",
         help="for one start: go on for the backend that has this control socket, while its guest runs, and "
         "perhaps on its stderr (`vhostsync upgrade` does that)",
+    )  # fmt: skip
+    groups[OPERATION].add_argument(
+        OPTION, metavar="PATH",
+        help="let the node that listens there start it (`vhostsync node`): prints the process, and does not "
+        "wait for it",
     )  # fmt: skip
     answers = groups[STATE_RECORD].add_mutually_exclusive_group()
     for answer, meaning in ANSWERS.items():
