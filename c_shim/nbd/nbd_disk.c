@@ -201,6 +201,12 @@ static bool may_sleep(struct nbd_disk *d)
     return asleep;
 }
 
+/* Nothing that was sent has its answer to come. What the server says all the same, look_around() finds. */
+static bool none_is_due(const struct nbd_disk *d)
+{
+    return list_empty(&d->under_way) && d->durable_asked == 0;
+}
+
 /* All that is there. Only what the socket says counts: libnbd, told to read where there is nothing, would leave what it
  * is sending for an answer that cannot come before. A handle's direction changes with each call. */
 static void serve_socket(struct nbd_disk *d, struct nbd_handle *handle, short events)
@@ -216,7 +222,7 @@ static void serve_socket(struct nbd_disk *d, struct nbd_handle *handle, short ev
         if (told < 0 && nbd_get_error())
             snprintf(d->why, sizeof d->why, "%s", nbd_get_error());
         again.events = POLLIN;
-        if (poll(&again, 1, 0) < 0)
+        if (none_is_due(d) || poll(&again, 1, 0) < 0)
             return;
     }
 }
