@@ -92,8 +92,7 @@ class Backend(Contender):
         self.qmp: Qmp | None = None
 
     def _start(self, command: list[str]) -> None:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._process = self._spawn(command)
         try:
             self.qmp = Qmp(self._monitor_path)
             deadline = time.monotonic() + START_S
@@ -105,6 +104,10 @@ class Backend(Contender):
             said = self._log.read_text()[-500:]
             self.close()
             raise BenchError(f"{self.name} does not start ({error}): {said}") from error
+
+    def _spawn(self, command: Sequence[str]) -> "subprocess.Popen[bytes]":
+        with self._log.open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
 
     def _mirror_or_end(self, destination: Any) -> None:
         """Nobody would end a backend that was not made to the end."""

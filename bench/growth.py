@@ -19,6 +19,7 @@ from bench.disk_sizes import SIZES, measure_size, own_mib
 from bench.files import make_file
 from bench.generator import load_beside
 from bench.idle import on_cpu_ns
+from bench.node_growth import ForkedOurs, median_start_ms, node_at, pss_mib
 from bench.plan import GIB, Plan
 from bench.report import describe, describe_machine
 from bench.rows import Tell
@@ -32,6 +33,7 @@ THREADS_ROUNDS = 3
 THREADS_DISK_BYTES = 256 << 20
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BACKENDS = (1, 4, 16, 64)
+FORKED = (1, 8, 64, 250, 500)
 RAMP_S = 0.3
 IDLE_S = 4.0
 Json = dict[str, Any]
@@ -217,7 +219,47 @@ def _idle_backends(plan: Plan) -> list[Table]:
     return [Table(title, columns, rows)]
 
 
-def _idle(running: list[Ours]) -> tuple[float, ...]:
+def _forked_backends(plan: Plan) -> list[Table]:
+    """As the idle ones, forked from a node; until the limit on locked memory or on processes is reached."""
+    columns = (
+        "backends", "PSS of each, MiB", "of all and the node, MiB", "CPU of all, % of a core", "wake-ups/s",
+        "start ms",
+    )  # fmt: skip
+    rows: list[tuple[str | float | None, ...]] = []
+    with _folder(plan.directory_of["memory"]) as folder, contextlib.ExitStack() as stack:
+        running: list[ForkedOurs] = []
+        node = stack.enter_context(node_at(folder / "node"))
+        for count in FORKED[:2] if plan.quick else FORKED:
+            try:
+                while len(running) < count:
+                    _start_forked(folder, stack, running)
+            except (BenchError, OSError) as error:
+                why = f"{count}: after {len(running)}, {error}"
+                rows.append((why, *(None,) * (len(columns) - 1)))
+                break
+            _, _, _, core_percent, sleeps = _idle(running)
+            pss = pss_mib([node, *(each.pid for each in running)])
+            rows.append((count, pss / count, pss, core_percent, sleeps, median_start_ms(running)))
+    title = "Idle backends of a node: guest connected, mirror steady, 16 MiB of disk, a log of 8 MiB"
+    return [Table(title, columns, rows)]
+
+
+def _start_forked(folder: Path, stack: contextlib.ExitStack, running: list[ForkedOurs]) -> None:
+    number = len(running)
+    source, to = (
+        make_file(folder / f"{number}-{name}.img", 16 * MIB, direct=False) for name in ("from", "to")
+    )
+    ours = ForkedOurs(
+        folder / "node", f"ours {number}", folder, source, direct=False, destination=to, queues=1,
+        options=("--log-size", "8M"),
+    )  # fmt: skip
+    stack.callback(ours.close)
+    load = ("--operations", "100", "--stay")
+    stack.enter_context(load_beside(ours.socket, Work("randwrite", 4), 1800, *load))
+    running.append(ours)
+
+
+def _idle(running: Sequence[Ours]) -> tuple[float, ...]:
     time.sleep(1.5)  # for the writes, and what a start leaves to do
     # A query would wake them: threads' own counts of voluntary sleeps do not.
     cpu, sleeps = [sum(on_cpu_ns(each.pid) for each in running)], [sum(map(_sleeps, running))]
@@ -246,6 +288,7 @@ KINDS: dict[str, Callable[[Plan], list[Table]]] = {
     "depths": _depths,
     "disks": _disks,
     "idle": _idle_backends,
+    "node": _forked_backends,
 }
 
 
