@@ -54,7 +54,7 @@ def write(stop: str) -> None:
         print(f"confirmed {number} {db.total_changes}", flush=True)
 
 
-def check(sets: int) -> None:
+def check_sets(sets: int) -> None:
     for at in range(sets):
         disks = [f"/dev/ubd{chr(ord('a') + 2 * at + which)}" for which in range(2)]
         mount(disks)
@@ -87,4 +87,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write(sys.argv[2])
     else:
-        check(int(sys.argv[2]))
+        check_sets(int(sys.argv[2]))

@@ -133,9 +133,9 @@ def prove(assets: GuestAssets, work: Path, times: int, *, commits_between: int =
             waiting.append(taken(pair, guest, work / f"set{count}"))
             pair.mirror_again()
             if len(waiting) == SETS_AT_ONCE:
-                check(assets, work, waiting, verdict)
+                check_sets(assets, work, waiting, verdict)
                 waiting.clear()
-        check(assets, work, waiting, verdict)
+        check_sets(assets, work, waiting, verdict)
         verdict.commits = guest.stop()
     return verdict
 
@@ -153,7 +153,7 @@ def keep(pair: Pair, name: Path, before: int, after: int) -> Copy:
     return Copy(disks, before, after)
 
 
-def check(assets: GuestAssets, work: Path, copies: list[Copy], verdict: Verdict) -> None:
+def check_sets(assets: GuestAssets, work: Path, copies: list[Copy], verdict: Verdict) -> None:
     """BrokenSetError. The copies are removed."""
     if not copies:
         return

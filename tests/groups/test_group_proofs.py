@@ -40,7 +40,7 @@ def test_a_database_on_two_disks(assets: GuestAssets, work: Path) -> None:
         pair.host.ask(DISKS[1], "mirror-cancel")
         uneven = ledgers.keep(pair, work / "uneven", before, guest.confirmed() + 1)
         guest.stop()
-    ledgers.check(assets, work, copies, verdict)
+    ledgers.check_sets(assets, work, copies, verdict)
     assert verdict.sets == 3
     with pytest.raises(ledgers.BrokenSetError, match="half a transaction"):
-        ledgers.check(assets, work, [uneven], verdict)
+        ledgers.check_sets(assets, work, [uneven], verdict)
