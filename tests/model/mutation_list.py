@@ -1271,7 +1271,7 @@ MUTATIONS = [
         "rate_limit.c",
         "return left > 0 ? left : 0;",
         "return left;",
-        "limits.py::test_what_waits_is_in_the_ring_and_goes_on_elsewhere[split]",
+        "limits.py::test_time_in_which_nothing_was_asked_for_is_not_saved_up",
     ),
     # -- the data thread waits for nobody ------------------------------------------
     _m(
