@@ -32,10 +32,10 @@ import structlog
 
 from vhostsync.control import qmp
 from vhostsync.control.client import RefusedError, connect
-from vhostsync.control.sockets import peer_process, peer_uid
 from vhostsync.errors import FrontendError, HandOverError
 from vhostsync.host.owned_fd import OwnedFd, close_all
 from vhostsync.host.parcel import receive_parcel, send_parcel
+from vhostsync.host.peer import peer_process, peer_uid
 from vhostsync.host.unix_socket import BoundSocket, bind_unix_socket
 from vhostsync.vhost_user.heritage import Heritage
 from vhostsync.vhost_user.messages import HEADER, encode_request, parse_header, parse_message

@@ -8,8 +8,12 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +21,12 @@ import pytest
 from tests.daemon.node_rig import ForkedServed, Node
 from tests.daemon.rig import WAIT_S, Served, await_true, flush, image, same_content, write_block
 from tests.guest.backends import vhostsync_command
-from vhostsync.errors import ControlError
+from vhostsync.errors import ControlError, UnreachableError
 from vhostsync.host.parcel import receive_parcel, send_parcel
+from vhostsync.host.unix_socket import BACKLOG
+from vhostsync.node.process import REQUEST_S
 from vhostsync.node.request import Request, start
+from vhostsync.storage import receive
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -114,7 +121,10 @@ def test_a_start_that_is_refused_is_told(node: Node, work: Path) -> None:
     assert node.running
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"words": []}', b"\xff" * 100, b"[" * 5000])
+INFINITE = b'{"words": [], "environment": {}, "directory": "/", "umask": Infinity, "descriptors": []}'
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"words": []}', b"\xff" * 100, b"[" * 5000, INFINITE])
 def test_rubbish_is_refused_and_the_node_goes_on(node: Node, data: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as asker:
         asker.connect(str(node.socket))
@@ -127,6 +137,69 @@ def test_rubbish_is_refused_and_the_node_goes_on(node: Node, data: bytes) -> Non
         answer, _ = receive_parcel(silent, 1 << 16, 0)  # it is waited for, but not for long
         assert b"refuses the request" in answer
     assert node.running
+
+
+def asks_wrongly(node: Node, work: Path) -> int:
+    with Path(os.devnull).open("r+b") as nothing:
+        request = Request(("--no-such-option",), {"PATH": os.defpath}, str(work), 0o077, (0, 1, 2))
+        with contextlib.closing(start(node.socket, request, [nothing.fileno()] * 3)) as started:
+            return started.wait(WAIT_S)
+
+
+def test_who_sends_byte_by_byte_holds_up_nobody_for_long(node: Node, work: Path) -> None:
+    ended = threading.Event()
+
+    def drip() -> None:
+        with socket.socket(socket.AF_UNIX) as asker, contextlib.suppress(OSError):
+            asker.connect(str(node.socket))
+            asker.send(struct.pack("=I", 1 << 20))
+            while not ended.wait(REQUEST_S / 4):
+                asker.send(b"x", socket.MSG_NOSIGNAL)
+
+    slow = threading.Thread(target=drip)
+    slow.start()
+    try:
+        ended.wait(REQUEST_S / 4)
+        assert asks_wrongly(node, work) == 2
+    finally:
+        ended.set()
+        slow.join()
+
+
+def test_many_who_ask_at_once_all_get_their_turn(node: Node, work: Path) -> None:
+    node.signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(2 * BACKLOG) as pool:
+        asked = [pool.submit(asks_wrongly, node, work) for _ in range(2 * BACKLOG)]
+        time.sleep(0.5)
+        node.signal(signal.SIGCONT)
+        assert [each.result() for each in asked] == [2] * len(asked)
+
+
+def test_nothing_is_started_for_who_has_given_up(
+    node: Node, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhostsync.node.request.ANSWER_S", 0.5)
+    node.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(UnreachableError, match="has not answered"):
+            asks_wrongly(node, work)
+    finally:
+        node.signal(signal.SIGCONT)
+    await_true(lambda: "has given up" in node.last_output(), "it is refused")
+    assert "backend forked" not in node.last_output()
+
+
+def test_two_forks_are_two_instances_to_a_receiver() -> None:
+    """Else a backend that another has followed would be let in again, and write beside it (receiver.py)."""
+    here, there = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.write(there, receive._instance.encode())
+        os._exit(0)
+    os.waitpid(process, 0)
+    os.close(there)
+    with os.fdopen(here) as told:
+        assert told.read() != receive._instance
 
 
 def test_the_socket_is_for_its_user(node: Node) -> None:

@@ -13,6 +13,7 @@ import anyio
 
 from vhostsync.control.client import ControlClient, connect
 from vhostsync.errors import HandOverError, UnreachableError
+from vhostsync.node.request import OPTION, node_of
 from vhostsync.option_values import TakeOver
 
 EXIT_OK: Final = 0
@@ -27,6 +28,8 @@ async def run(options: argparse.Namespace) -> int:
         await _check_mirror(client, force=options.force)
         knows = any(each["name"] == "hand-over" for each in await client.execute("query-commands"))
     words = options.words or _words_of(former)
+    if node_of(words)[0] is not None:
+        raise HandOverError(f"The new backend is started by this command, not by a node: leave out {OPTION}.")
     _check_service(former)
     with anyio.fail_after(options.timeout):
         successor = _start(former, words, log_too=knows)

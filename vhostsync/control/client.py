@@ -15,6 +15,7 @@ from typing import Any, Final
 import anyio
 
 from ..errors import ControlError, UnreachableError
+from ..host import peer
 from . import qmp, sockets
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -44,12 +45,12 @@ class ControlClient:
     @property
     def process(self) -> int:
         """The backend's, 0 where it is in a namespace of its own."""
-        return sockets.peer_process(self._connection)
+        return peer.peer_process(self._connection)
 
     @property
     def user(self) -> int:
         """The backend's."""
-        return sockets.peer_uid(self._connection)
+        return peer.peer_uid(self._connection)
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """What the command returns. RefusedError, UnreachableError, ControlError. Not to be used again when
@@ -112,7 +113,7 @@ class ControlClient:
     async def execute_to_the_end(self, command: str, arguments: Mapping[str, Any]) -> None:
         """Execute what ends the backend, and wait until its process is over (it lets go of its control socket
         before that) or, where the kernel does not show the process, until the connection is closed."""
-        process = sockets.peer_process(self._connection)
+        process = peer.peer_process(self._connection)
         try:
             watched = os.pidfd_open(process) if process not in (0, os.getpid()) else None
         except OSError:

@@ -26,6 +26,7 @@ import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from vhostsync.host import peer
 from vhostsync.host.unix_socket import bind_unix_socket
 
 from ..events import EVENTS_LOST, Event, EventHub, Subscription
@@ -85,7 +86,7 @@ class ControlServer:
                     client.hurry()
 
     def _welcome(self, connection: socket.socket) -> bool:
-        uid = sockets.peer_uid(connection)
+        uid = peer.peer_uid(connection)
         if uid not in (0, os.geteuid()):
             log.warning("control client refused: another user", uid=uid)
             return False

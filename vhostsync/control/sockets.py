@@ -6,7 +6,6 @@ arrives, leaves an InvalidStateError for the loop's exception handler (seen with
 wait_readable does not."""
 
 import socket
-import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -17,23 +16,6 @@ import structlog
 log = structlog.get_logger(__name__)
 
 READ_BYTES: Final = 16 * 1024
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end when it connected, or listened (SO_PEERCRED, unix(7))."""
-    return _peer(connection)[1]
-
-
-def peer_process(connection: socket.socket) -> int:
-    """The process at the other end when it connected, or listened; 0 where it is in a namespace of its
-    own."""
-    return _peer(connection)[0]
-
-
-def _peer(connection: socket.socket) -> tuple[int, int, int]:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    process, user, group = struct.unpack("3i", credentials)
-    return process, user, group
 
 
 async def accept(listener: socket.socket) -> socket.socket:

@@ -5,6 +5,7 @@ socket's timeout lets it."""
 import array
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -21,12 +22,17 @@ def send_parcel(to: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None
     to.sendall(parcel[sent:], socket.MSG_NOSIGNAL)
 
 
-def receive_parcel(of: socket.socket, bytes_max: int, fds_max: int) -> tuple[bytes, list[OwnedFd]]:
-    """EOFError, OSError: there is no whole parcel, and nothing is left open."""
+def receive_parcel(
+    of: socket.socket, bytes_max: int, fds_max: int, within_s: float | None = None
+) -> tuple[bytes, list[OwnedFd]]:
+    """EOFError, OSError: there is no whole parcel, and nothing is left open. `within_s`: all of it, for the
+    socket's timeout begins anew with each byte."""
+    until = None if within_s is None else time.monotonic() + within_s
     fds: list[OwnedFd] = []
     try:
         head = b""
         while len(head) < _LENGTH.size:
+            _wait_until(of, until)
             part, ancillary, _, _ = of.recvmsg(
                 _LENGTH.size - len(head), socket.CMSG_SPACE(fds_max * _INT_BYTES),
                 socket.MSG_CMSG_CLOEXEC,
@@ -44,6 +50,7 @@ def receive_parcel(of: socket.socket, bytes_max: int, fds_max: int) -> tuple[byt
             raise EOFError
         data = b""
         while len(data) < size:
+            _wait_until(of, until)
             if not (part := of.recv(size - len(data))):
                 raise EOFError
             data += part
@@ -51,3 +58,11 @@ def receive_parcel(of: socket.socket, bytes_max: int, fds_max: int) -> tuple[byt
         close_all(fds)
         raise
     return data, fds
+
+
+def _wait_until(of: socket.socket, until: float | None) -> None:
+    if until is None:
+        return
+    if (left_s := until - time.monotonic()) <= 0:
+        raise TimeoutError("timed out")
+    of.settimeout(left_s)

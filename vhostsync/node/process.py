@@ -23,6 +23,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,16 +36,17 @@ import structlog
 import vhostsync
 from vhostsync import daemon
 from vhostsync import log as logging
-from vhostsync.control.sockets import peer_process, peer_uid
 from vhostsync.errors import ConfigError
 from vhostsync.host.owned_fd import OwnedFd, close_all
 from vhostsync.host.parcel import receive_parcel, send_parcel
+from vhostsync.host.peer import peer_process, peer_uid
 from vhostsync.host.unix_socket import bind_unix_socket
 from vhostsync.node.node_config import NodeConfig
 from vhostsync.node.request import DESCRIPTORS_MAX, OPTION, REQUEST_BYTES_MAX, Request, node_of
 
 log = structlog.get_logger(__name__)
 
+NO_DESCRIPTORS_S: Final = 0.1
 REQUEST_S: Final = 2.0
 """How long whoever has connected may take to send a request: meanwhile nobody else is served."""
 
@@ -171,16 +173,19 @@ class _Node:
             asker, _ = self._listener.accept()
         except OSError as error:  # it has gone again; or there are no descriptors, and it is tried again
             log.warning("nobody can be answered", error=error.strerror or str(error))
+            time.sleep(NO_DESCRIPTORS_S)  # whoever waits is still there, and would be tried without a pause
             return
         asker.settimeout(REQUEST_S)
         fds: list[OwnedFd] = []
         try:
             if peer_uid(asker) not in (0, os.geteuid()):
                 raise ValueError("only the node's own user and root may ask")
-            data, fds = receive_parcel(asker, REQUEST_BYTES_MAX, DESCRIPTORS_MAX)
+            data, fds = receive_parcel(asker, REQUEST_BYTES_MAX, DESCRIPTORS_MAX, REQUEST_S)
             request = Request.decoded(data, len(fds))
             if node_of(request.words)[0] is not None:
                 raise ValueError(f"{OPTION} stands in it once more")
+            if _has_gone(asker):
+                raise ValueError("whoever asked has given up")
             child = self._fork(request, fds, asker)
         except (EOFError, OSError, ValueError) as error:
             log.warning("request refused", error=str(error))
@@ -231,7 +236,7 @@ class _Node:
         except BaseException:
             traceback.print_exc()
         finally:
-            with suppress(OSError, ValueError):
+            with suppress(BaseException):  # of a node without a stdout there is None
                 sys.stdout.flush()
             os._exit(code & 0xFF)
 
@@ -268,6 +273,19 @@ def _enter(cgroup: Path) -> None:
         (cgroup / "cgroup.procs").write_text("0")
     except OSError as error:
         log.warning("stays in the node's cgroup", error=error.strerror or str(error), asked_for=str(cgroup))
+
+
+def _has_gone(asker: socket.socket) -> bool:
+    """It has waited too long, and takes it as not begun: by now the disk may be served elsewhere."""
+    asker.settimeout(0)
+    try:
+        return not asker.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        asker.settimeout(REQUEST_S)
 
 
 def _tell(asker: socket.socket, answer: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any, Final
 from vhostsync.errors import ControlError, UnreachableError, VhostsyncError
 from vhostsync.host.owned_fd import close_all
 from vhostsync.host.parcel import receive_parcel, send_parcel
+from vhostsync.host.peer import peer_uid
 
 REQUEST_BYTES_MAX: Final = 1 << 20
 ANSWER_BYTES_MAX: Final = 1 << 16
 DESCRIPTORS_MAX: Final = 16
 ANSWER_S: Final = 10.0
+TRY_AGAIN_S: Final = 0.02
 OPTION: Final = "--from-node"
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -56,7 +59,7 @@ class Request:
                 {str(name): str(value) for name, value in told["environment"].items()},
                 str(told["directory"]), int(told["umask"]) & 0o777, numbers,
             )  # fmt: skip
-        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"it is no request: {error!r}") from error
         if len(numbers) != descriptors or len(set(numbers)) != descriptors or not {0, 1, 2} <= set(numbers):
             raise ValueError("its descriptors are not those that it names")
@@ -89,20 +92,41 @@ def start(node: Path, request: Request, fds: Sequence[int] | None = None) -> Sta
     try:
         connection.settimeout(ANSWER_S)
         try:
-            connection.connect(os.fspath(node))
+            _connect(connection, node)
+            # It gets the environment and descriptors. Whom root trusts is root's matter.
+            if os.geteuid() not in (0, peer_uid(connection)):
+                raise ControlError(f"Whoever listens at {node} is another user, who gets nothing.")
             send_parcel(connection, request.encoded(), request.descriptors if fds is None else fds)
         except OSError as error:
             raise UnreachableError(
                 f"No node can be reached at {node}: {error.strerror or error}; start one there with "
                 f"`vhostsync node --listen {node}`, or leave out {OPTION}."
             ) from error
-        answer = _answer(connection)
+        try:
+            answer = _answer(connection)
+        except TimeoutError as error:
+            raise UnreachableError(
+                f"The node at {node} has not answered in {ANSWER_S:.0f} s; its log says what it has started."
+            ) from error
         if "error" in answer:
             raise ControlError(str(answer["error"]))
         return Started(connection, int(answer["process"]))
     except BaseException:
         connection.close()
         raise
+
+
+def _connect(connection: socket.socket, node: Path) -> None:
+    """OSError. Where as many wait as the node's socket lets, the kernel says so at once."""
+    until = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            connection.connect(os.fspath(node))
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(TRY_AGAIN_S)
 
 
 def _answer(connection: socket.socket) -> dict[str, Any]:

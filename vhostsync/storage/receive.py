@@ -47,8 +47,16 @@ ANSWER_BYTES_MAX: Final = 64 * 1024
 TOKEN_BYTES: Final = 16
 KIND: Final = "receive"
 
-INSTANCE: Final = secrets.token_hex(TOKEN_BYTES)
+_instance = secrets.token_hex(TOKEN_BYTES)
 """This process, among those of the same owner: one that another has followed is let in no more."""
+
+
+def _name_anew() -> None:
+    global _instance
+    _instance = secrets.token_hex(TOKEN_BYTES)
+
+
+os.register_at_fork(after_in_child=_name_anew)  # the backends of a node are processes as any others
 
 _begun: Final[dict[str, int]] = {}
 """The last generation that this process has begun, by the disk's name."""
@@ -405,7 +413,7 @@ def _begin_generation(
         token = tokens.pop(0)
         try:
             told = receiver.ask(
-                "begin", timeout_s=timeout_s, disk=disk, token=token, instance=INSTANCE,
+                "begin", timeout_s=timeout_s, disk=disk, token=token, instance=_instance,
                 generation=_begun.get(str(disk)),
             )  # fmt: skip
             break
