@@ -19,8 +19,9 @@ from qemu.qmp import ConnectError, ExecuteError, QMPClient
 from tests.unit.control_fakes import FakeBackend, running
 from vhostsync import events
 from vhostsync.control import client as control_client
-from vhostsync.control import server, sockets
+from vhostsync.control import server
 from vhostsync.control.commands import COMMANDS
+from vhostsync.host import peer
 
 pytestmark = pytest.mark.anyio
 
@@ -115,7 +116,7 @@ async def test_only_the_owner_may_open_the_socket(path: Path) -> None:
 async def test_peers_of_other_users_are_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, uid: int | None, welcome: bool
 ) -> None:
-    monkeypatch.setattr(sockets, "peer_uid", lambda _: os.geteuid() if uid is None else uid)
+    monkeypatch.setattr(peer, "peer_uid", lambda _: os.geteuid() if uid is None else uid)
     async with running(path, FakeBackend()):
         stream = await anyio.connect_unix(path)
         if welcome:
@@ -129,7 +130,7 @@ async def test_peers_of_other_users_are_refused(
 async def test_the_peer_is_who_connected(path: Path) -> None:
     a, b = socket.socketpair(socket.AF_UNIX)
     with a, b:
-        assert sockets.peer_uid(a) == os.geteuid()
+        assert peer.peer_uid(a) == os.geteuid()
 
 
 async def test_a_command_under_way_holds_up_only_its_own_client(path: Path, connect: Connect) -> None:
