@@ -44,7 +44,8 @@ def _install(package: str, extensions: str) -> None:
     site = Path(sysconfig.get_paths()["purelib"])
     shutil.copyfile(__file__, site / f"{NAME}.py")
     # Of several .pth files the last one's finder goes first.
-    line = f"import {NAME}; {NAME}.find({package!r}, {extensions!r})\n"
+    # ASCII, whatever letters paths have: Python reads it in the locale's encoding, and ends where it cannot.
+    line = f"import {NAME}; {NAME}.find({package!a}, {extensions!a})\n"
     (site / "vhostsync-this-tree.pth").write_text(line)
     (site / "vhostsync-editable.pth").unlink(missing_ok=True)
 
