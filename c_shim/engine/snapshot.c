@@ -8,7 +8,6 @@
 #include <string.h>
 
 #include "engine_state.h"
-
 #include "serving.h"
 
 static void fill(const struct vs_engine *e, struct vs_snapshot *s)
