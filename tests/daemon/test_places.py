@@ -27,6 +27,9 @@ from vhostsync.storage.identity import DiskIdentity
 NOBODY: Final = 65534
 FORKED: Final = multiprocessing.get_context("fork")  # a start is a moment then, and there are many
 
+# All that runs as this user shares one limit of locked memory: one test at a time.
+pytestmark = pytest.mark.xdist_group("nobody")
+
 
 def _serve(words: list[str], said: Path, environment: dict[str, str], user: int | None) -> None:
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -36,6 +36,9 @@ from tests.sizes import MIB
 NOBODY = "nobody"
 LAST = 24 * MIB // BLOCK - 1
 
+# All that runs as this user shares one limit of locked memory: one test at a time.
+pytestmark = pytest.mark.xdist_group("nobody")
+
 
 def status_of(pid: int, thread: str) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines()
