@@ -30,8 +30,8 @@ from vhostsync.storage.nbd import Connection, Loss, NbdDisk
 
 BLOCKS = 256
 
-# The backend holds requests for a server that is gone only once a flush of its own is answered, which it sends before
-# the guest's first request. A server that answers in order has answered it when the guest's flush is.
+# The backend holds requests for a server that is gone only once a flush of its own is answered. It sends that
+# before the guest's first request. A server that answers in order has done so once it answers a flush.
 ONE_AT_A_TIME = ("--threads", "1")
 
 
@@ -223,7 +223,8 @@ def test_another_size_is_another_disk(tmp_path: Path, raw: Path) -> None:
                 file.truncate(2 * MIB)
             server.start()
             assert not answered(guest, guest.write(0, block_of(0, 2)))
-        await_true(lambda: "has 2097152 since its server is back" in served.process.last_output(), "it is logged")
+        told = "has 2097152 since its server is back"
+        await_true(lambda: told in served.process.last_output(), "it is logged")
         served.stop()
 
 
