@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The process of `receive`: a disk of this host, for an owner on another one.
     "receive": {"words", "host", "storage", "config", "confine", "record", "control"},
     # The process of `node`, from which backends are forked.
-    "node": {"words", "host", "config", "control", "daemon"},
+    "node": {"words", "host", "config", "daemon"},
     # All disks of this host: which there are, and what is done with many. Of what runs it asks by the control
     # sockets alone.
     "fleet": {"words", "storage", "record", "control"},
