@@ -33,6 +33,7 @@ BLOCKS = 256
 # The backend holds requests for a server that is gone only once a flush of its own is answered. It sends that
 # before the guest's first request. A server that answers in order has done so once it answers a flush.
 ONE_AT_A_TIME = ("--threads", "1")
+LOST = "the connection to an NBD server is lost"
 
 
 def test_a_guest_passes_through_it_and_comes_back(tmp_path: Path, disk: Path, raw: Path) -> None:
@@ -151,6 +152,7 @@ def test_an_idle_guest_does_not_notice_a_server_that_is_started_again(
             write_block(guest, 1, 1)
             flush(guest)
         server.kill()
+        await_true(lambda: LOST in served.process.last_output(), "nothing more is sent to it")
         write = guest.write(2 * BLOCK, block_of(2, 2))
         read = guest.read(BLOCK, BLOCK)
         flushed = guest.flush()
@@ -219,6 +221,7 @@ def test_another_size_is_another_disk(tmp_path: Path, raw: Path) -> None:
             write_block(guest, 1, 1)
             flush(guest)
             server.kill()
+            await_true(lambda: LOST in served.process.last_output(), "nothing more is sent to it")
             with raw.open("r+b") as file:
                 file.truncate(2 * MIB)
             server.start()
