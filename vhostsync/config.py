@@ -45,6 +45,8 @@ from .option_values import (
     TcpAddress,
     absolute,
     check_socket_paths,
+    log_format_option,
+    log_level_option,
     parse_metrics,
     within,
 )
@@ -309,13 +311,8 @@ class ServeConfig(LimitOptions):
         "label vm", "", default_text="of the vhost-user socket, without its suffix",
         detail="With `--blk-file` it need not be such a name. See [node.md](node.md).",
     )
-    log_format: LogFormat = option(
-        "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",
-        "auto",
-    )
-    log_level: LogLevel = option(
-        "--log-level", OPERATION, one_of("debug", "info", "warning", "error"), "what is logged", "info"
-    )
+    log_format: LogFormat = log_format_option(OPERATION)
+    log_level: LogLevel = log_level_option(OPERATION)
 
     user: str | None = option(
         "--user", PRIVILEGES, Kind("NAME[:GROUP]"),

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from .errors import ConfigError
-from .option import out_of_range
+from .option import one_of, option, out_of_range
 from .storage.disk import absolute_path
 
 SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of <sys/un.h>, less its final zero
@@ -23,6 +23,20 @@ OnCongestion = Literal["block", "pull-ahead"]
 Sandbox = Literal["auto", "off", "require"]
 OnSourceError = Literal["report", "switch"]
 OnDestinationError = Literal["degrade", "pause"]
+
+
+def log_format_option(group: str) -> Any:
+    """A field of type LogFormat."""
+    return option(
+        "--log-format", group, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON", "auto"
+    )
+
+
+def log_level_option(group: str) -> Any:
+    """A field of type LogLevel."""
+    return option(
+        "--log-level", group, one_of("debug", "info", "warning", "error"), "what is logged", "info"
+    )
 
 
 class Answer(StrEnum):

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vhostsync.option import FLAG, SECONDS, Kind, check_options, one_of, option
+from vhostsync.option import FLAG, SECONDS, Kind, check_options, option
 from vhostsync.option_values import (
     LogFormat,
     LogLevel,
     TcpAddress,
     absolute,
     check_socket_paths,
+    log_format_option,
+    log_level_option,
     parse_metrics,
 )
 
@@ -48,13 +50,8 @@ class ExporterConfig:
     )  # fmt: skip
     once: bool = option("--once", PAGE, FLAG, "print the page and end", False)
 
-    log_format: LogFormat = option(
-        "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",
-        "auto",
-    )
-    log_level: LogLevel = option(
-        "--log-level", OPERATION, one_of("debug", "info", "warning", "error"), "what is logged", "info"
-    )
+    log_format: LogFormat = log_format_option(OPERATION)
+    log_level: LogLevel = log_level_option(OPERATION)
 
     def __post_init__(self) -> None:
         directories = tuple(absolute(each, "--sockets") for each in self.directories)

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vhostsync.option import FLAG, Kind, check_options, one_of, option
-from vhostsync.option_values import LogFormat, LogLevel, absolute, check_socket_paths
+from vhostsync.option import FLAG, Kind, check_options, option
+from vhostsync.option_values import (
+    LogFormat,
+    LogLevel,
+    absolute,
+    check_socket_paths,
+    log_format_option,
+    log_level_option,
+)
 
 BACKENDS: Final = "the backends"
 OPERATION: Final = "operation"
@@ -28,13 +35,8 @@ class NodeConfig:
         "can then find out by timing whether another holds a page that he guesses.",
     )  # fmt: skip
 
-    log_format: LogFormat = option(
-        "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",
-        "auto",
-    )
-    log_level: LogLevel = option(
-        "--log-level", OPERATION, one_of("debug", "info", "warning", "error"), "what is logged", "info"
-    )
+    log_format: LogFormat = log_format_option(OPERATION)
+    log_level: LogLevel = log_level_option(OPERATION)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "listen", absolute(self.listen, "--listen"))

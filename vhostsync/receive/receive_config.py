@@ -14,6 +14,8 @@ from vhostsync.option_values import (
     Sandbox,
     TcpAddress,
     check_socket_paths,
+    log_format_option,
+    log_level_option,
     parse_metrics,
 )
 from vhostsync.storage.disk import absolute_path
@@ -82,13 +84,8 @@ class ReceiveConfig:
         "--metrics", OPERATION, Kind("PLACE", lambda text: parse_metrics(text)),
         "serve Prometheus metrics on this unix socket, or on ADDRESS:PORT",
     )
-    log_format: LogFormat = option(
-        "--log-format", OPERATION, one_of("auto", "text", "json"), "auto: text on a terminal, else JSON",
-        "auto",
-    )
-    log_level: LogLevel = option(
-        "--log-level", OPERATION, one_of("debug", "info", "warning", "error"), "what is logged", "info"
-    )
+    log_format: LogFormat = log_format_option(OPERATION)
+    log_level: LogLevel = log_level_option(OPERATION)
 
     user: str | None = option(
         "--user", PRIVILEGES, Kind("NAME[:GROUP]"),
