@@ -399,7 +399,7 @@ class ServeConfig(LimitOptions):
         check_socket_paths(sockets)
         files = [("--bitmap", self.bitmap), ("--state-file", self.state_file)]
         if self.state_file is not None:  # state_file.py makes these beside it
-            for end in (".lock", ".new"):
+            for end in (".lock", ".new", ".backend"):
                 files.append((f"the file {end} of --state-file", Path(f"{self.state_file}{end}")))
         seen: dict[str, str] = {}
         named = [(flag, str(path)) for flag, path in sockets + files if path is not None]

@@ -20,6 +20,9 @@ from tests.guest.qmp_client import Qmp
 from tests.guest_ring import GuestMemory
 from tests.sizes import MIB
 from tests.vhost_client import VhostUserTransport
+from vhostsync.record.names import find_name
+from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_record import StateRecord, Worth
 
 
 class Host:
@@ -79,9 +82,15 @@ class Host:
         return self.ask(name, "query-status")
 
     def mirror(self, name: str, destination: Path, *, create: bool = True) -> None:
-        """Returns in the steady state."""
+        """Returns in the steady state, when the record says so too."""
         self.ask(name, "mirror-start", destination=str(destination), create=create)
         self.await_state(name, "steady")
+        await_true(lambda: self.recorded(name).peer_worth is Worth.UP_TO_DATE, f"{name}'s record says so")
+
+    def recorded(self, name: str) -> StateRecord:
+        record = StateFile(find_name(name, self.state).record).load()
+        assert record is not None
+        return record
 
     def guest(self, name: str) -> Frontend:
         """Not started yet: use it as a context manager."""

@@ -72,10 +72,12 @@ class Forked(Process):
 class ForkedServed(Served):
     """A `Served` that a node has forked."""
 
-    def __init__(self, node: Node, folder: Path, disk: Path, *options: str | Path) -> None:
+    def __init__(
+        self, node: Node, folder: Path, disk: Path, *options: str | Path, state_directory: Path | None = None
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self._node = node
-        super().__init__(folder, disk, *options)
+        super().__init__(folder, disk, *options, state_directory=state_directory)
 
     def start(self, words: Sequence[str | Path], *, pass_fds: Sequence[int] = ()) -> Process:
         assert not pass_fds

@@ -89,13 +89,14 @@ class Served:
     def __init__(
         self, folder: Path, disk: Path | str, *options: str | Path, name: str = "vm",
         pass_fds: Sequence[int] = (), before: Sequence[str | Path] = (), control: Path | None = None,
+        state_directory: Path | None = None,
     ) -> None:
-        """`before`: a command that becomes `serve`, whose words are its last arguments. `control`: instead of
-        NAME.control in the folder."""
+        """`before`: a command that becomes `serve`, whose words are its last arguments. `control`,
+        `state_directory`: instead of NAME.control and state in the folder."""
         self.folder = folder
         self.socket = folder / f"{name}.sock"
         self.control = control if control is not None else folder / f"{name}.control"
-        self.state_directory = folder / "state"
+        self.state_directory = state_directory if state_directory is not None else folder / "state"
         words = [*before, *vhostsync_command(), "serve", "--blk-file", disk, "--control", self.control]
         words += options
         if "--fd" not in options:

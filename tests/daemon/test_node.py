@@ -5,6 +5,7 @@ nothing of each other's."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon.named_host import Host
 from tests.daemon.node_rig import ForkedServed, Node
 from tests.daemon.rig import WAIT_S, Served, await_true, flush, image, same_content, write_block
 from tests.guest.backends import vhostsync_command
@@ -105,6 +107,22 @@ def test_a_backend_has_nothing_of_another_or_of_the_node(node: Node, work: Path)
             assert Path(f"/proc/{process}/cwd").readlink() == backend.folder
             # Its environment is what was asked for: this is where its record went.
             assert backend.record() is not None
+
+
+def test_forked_backends_are_found_wherever_they_listen(node: Node, work: Path) -> None:
+    host = Host(work)
+    disk = image(work / "a.img")
+    host.tell("create", "vm1", "--disk", disk)
+    folder = work / "a place of its own"
+    with ForkedServed(node, folder, disk, state_directory=host.state) as backend:
+        found = host.list()["vm1"]
+        assert (found["running"], found["control"]) == (True, str(backend.control))
+        plan = json.loads(host.tell("evacuate", work, "--to", work.parent, "--dry-run", "--json"))["plan"]
+        assert [(each["label"], each["why-not"]) for each in plan] == [("vm1", None)]
+        assert 'vhostsync_up{vm="vm1"} 1' in host.tell("exporter", "--once")
+        assert json.loads(host.tell("status", "--name", "vm1", "--json"))["status"]["disk"] == str(disk)
+        backend.kill()
+        assert host.list()["vm1"]["state"] == "stopped"
 
 
 def test_a_start_that_is_refused_is_told(node: Node, work: Path) -> None:

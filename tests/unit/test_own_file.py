@@ -250,6 +250,7 @@ def test_a_bitmap_that_is_used_is_no_disk(tmp_path: Path) -> None:
         ({"state_file": "s"}, "--state-file and --socket-path"),
         ({"state_file": "r", "bitmap": "r.lock"}, "the file .lock of --state-file and --bitmap"),
         ({"state_file": "r", "blk_file": "r.new"}, "the file .new of --state-file and --blk-file"),
+        ({"state_file": "r", "bitmap": "r.backend"}, "the file .backend of --state-file and --bitmap"),
         ({"blk_file": "s.control"}, "--blk-file and --control"),
     ],
 )

@@ -14,7 +14,16 @@ from tests.sizes import MIB
 from tests.unit.test_disks import opened
 from vhostsync.errors import StateRecordError
 from vhostsync.record import record_report
-from vhostsync.record.record_report import advise, find, forget, good_copy, lock_holder, report
+from vhostsync.record.record_report import (
+    advise,
+    control_socket,
+    find,
+    forget,
+    good_copy,
+    lock_holder,
+    report,
+)
+from vhostsync.record.state_file import backend_link
 from vhostsync.record.state_index import open_state_file
 from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage import signatures
@@ -69,7 +78,7 @@ def test_what_comes_next(
     tmp_path: Path, worth: Worth | None, current: Look, peer: Look | None, words: str, command: str
 ) -> None:
     _, record = recorded(tmp_path, worth, "2026-01-01" if worth is Worth.OUTDATED else None)
-    found = advise(record, current, peer, None)
+    found = advise(tmp_path, record, current, peer, None)
     assert re.search(words, found.text), found.text
     assert " ".join(found.command).endswith(command)
     assert found.command[:3] == ("vhostsync", "serve", "--blk-file")
@@ -149,6 +158,26 @@ def test_who_holds_the_records_lock(tmp_path: Path) -> None:
         with pytest.raises(StateRecordError, match="in use by another process"):
             forget(path)
     assert path.exists()
+
+
+def test_where_the_backend_of_a_record_listens(tmp_path: Path) -> None:
+    """As it says itself, whatever its command line is; that of this process names no control socket."""
+    path, record = recorded(tmp_path, None)
+    disk, control = record.current, tmp_path / "a place" / "control"
+    with open_state_file(None, disk, lock_timeout_s=0, directory=tmp_path / "state") as file:
+        file.tell_backend(control)
+        found = report(path, lambda _: THERE)
+        assert found is not None
+        assert found.advice.command == ("vhostsync", "status", "--control", str(control))
+        left = backend_link(path).readlink()
+    assert not backend_link(path).is_symlink()
+    backend_link(path).symlink_to(left)  # by one that was killed
+    with open_state_file(None, disk, lock_timeout_s=0, directory=tmp_path / "state") as file:
+        file.tell_backend(None)
+        assert control_socket(path, os.getpid()) is None
+        backend_link(path).write_text("of somebody else")
+        file.tell_backend(control)
+    assert backend_link(path).read_text() == "of somebody else"
 
 
 def test_a_record_that_is_forgotten(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def open_device(
             config.state_file, disk.identity, lock_timeout_s=SOURCE_LOCK_S, directory=state_directory,
             answer=config.answer, of_name=config.record_of_name,
         )  # fmt: skip
+        store.tell_backend(config.control_socket)
         found, record = check_record(store, disk, config.answer)
         equal = handed_over_equal and _left_equal(found, record, disk)
         disk = _fenced_off(config, disk, found, fence)

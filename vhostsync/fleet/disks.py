@@ -161,7 +161,7 @@ def _recorded(
     if by_name is not None and _is_socket(by_name):
         return replace(disk, control=by_name)
     process = holder_of(Path(f"{path}.lock"), holders)
-    place = control_socket(process) if process else None
+    place = control_socket(path, process) if process is not None else None
     return replace(disk, control=Path(place)) if place is not None else disk
 
 
@@ -199,7 +199,7 @@ def find_control(name: str) -> Path:
     except StateRecordError:
         return place  # a name that only its backend has
     process = holder_of(Path(f"{lineage.record}.lock"), lock_holders())
-    other = control_socket(process) if process else None
+    other = control_socket(lineage.record, process) if process is not None else None
     return Path(other) if other is not None else place
 
 

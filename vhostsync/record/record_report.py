@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,7 @@ import structlog
 from vhostsync.errors import StateRecordError
 from vhostsync.printable import printable_lines
 from vhostsync.record.names import Lineage, Names, find_name
-from vhostsync.record.state_file import RealFileSystem, StateFile
+from vhostsync.record.state_file import RealFileSystem, StateFile, backend_link
 from vhostsync.record.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.record.state_record import StateRecord, Superseded, Worth, named
 from vhostsync.storage.condition import Condition, Look
@@ -78,16 +79,18 @@ def report(
     backend = lock_holder(Path(f"{path}.lock"))
     names = names if names is not None else Names(path.parent).all()
     name = next((each.name for each in names if each.record.name == path.name), None)
-    return Report(path, record, current, peer, backend, advise(record, current, peer, backend, name), name)
+    advice = advise(path, record, current, peer, backend, name)
+    return Report(path, record, current, peer, backend, advice, name)
 
 
 # ---- what comes next ---------------------------------------------------------------
 
 
 def advise(
-    record: StateRecord, current: Look, peer: Look | None, backend: int | None, name: str | None = None
+    place: Path, record: StateRecord, current: Look, peer: Look | None, backend: int | None,
+    name: str | None = None,
 ) -> Advice:
-    """`name`: of the lineage, by which it is served."""
+    """`place`: of the record. `name`: of the lineage, by which it is served."""
     path = record.current.path
 
     def serve(disk: str, *options: str) -> tuple[str, ...]:
@@ -96,7 +99,7 @@ def advise(
         return ("vhostsync", "serve", *by_name, *by_path, *options)
 
     if backend is not None:
-        control = control_socket(backend)
+        control = control_socket(place, backend)
         text = f"a backend runs (pid {backend}); ask it"
         return Advice(text, ("vhostsync", "status", *(("--control", control) if control else ())))
     if current.users:
@@ -223,6 +226,7 @@ def forget(path: Path) -> None:
                     pointer.path.unlink()
             Names(path.parent).forget_record(path)
             path.unlink(missing_ok=True)
+            backend_link(path).unlink(missing_ok=True)
             Path(f"{path}.lock").unlink(missing_ok=True)
             RealFileSystem().sync_directory(path.parent)
         except OSError as error:
@@ -256,8 +260,11 @@ def holder_of(lock: Path, holders: dict[str, int]) -> int | None:
     return holders.get(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}")
 
 
-def control_socket(pid: int) -> str | None:
-    """Of the backend, as its command line has it."""
+def control_socket(record: Path, pid: int) -> str | None:
+    """Of the backend that holds the record's lock: where it says that it listens. One of an earlier version
+    does not, but was not forked from a node, so its command line has it."""
+    with suppress(OSError):
+        return str(backend_link(record).readlink())
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -33,6 +33,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -126,6 +127,11 @@ MARK_BYTES = 4096  # the file's; a page, so that none is missing behind its end
 TEXT_BYTES_MAX = 4 * 1024 * 1024  # of a record; a disk of that name is not read into memory
 
 
+def backend_link(record: Path) -> Path:
+    """It leads to the control socket of the backend that uses the record, as long as one holds its lock."""
+    return Path(f"{record}.backend")
+
+
 class StateFile(RecordStore):
     """The record's file. `before_write` is called with each record before it is prepared (state_index makes
     both disks find it); `other_record` tells which other one has taken a disk since."""
@@ -148,6 +154,7 @@ class StateFile(RecordStore):
         self._serial = 0  # of the last record that was prepared
         self._lock_fd: int | None = None
         self._mark_memory: mmap.mmap | None = None
+        self._told: Path | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +254,25 @@ class StateFile(RecordStore):
         except (OSError, struct.error):
             return 0  # no lock: no process that could have exchanged anything
 
+    def tell_backend(self, control: Path | None) -> None:
+        """Where this process listens, which holds the lock: a link beside the record. Nothing but who asks
+        about this host's disks depends on it."""
+        link = backend_link(self.path)
+        try:
+            if link.is_symlink():  # what a process that died has left
+                link.unlink()
+            if control is not None:
+                link.symlink_to(control)
+            self._told = control
+        except OSError as error:
+            log.warning("`vhostsync list` may not find this backend", link=str(link), error=error.strerror)
+
     def close(self) -> None:
+        if self._told is not None:
+            link, told, self._told = backend_link(self.path), self._told, None
+            with suppress(OSError):
+                if link.readlink() == told:
+                    link.unlink()
         if self._mark_memory is not None:
             self._mark_memory.close()
             self._mark_memory = None
