@@ -87,3 +87,33 @@ async def test_it_is_tried_at_once_when_the_requests_that_it_was_given_are_over(
                     break
         tasks.cancel_scope.cancel()
     assert told == ["waiting", "failed", "attached"] and mirror.attempts == 1
+
+
+class HandMirror(GivenUpMirror):
+    """One at whose destination requests may be under way; it is known when the pause before a try is over."""
+
+    fenced = False
+    looks = 0
+
+    @property
+    def waits_for_hand(self) -> bool:  # type: ignore[override]
+        self.looks += 1
+        return self.looks > 1
+
+
+async def test_nothing_is_tried_once_it_waits_for_the_operator() -> None:
+    """A try would have the turn for a while, and the operator's own start would be refused."""
+    hub, mirror = EventHub(), HandMirror()
+    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=False)
+    told: list[str] = []
+    async with hub.subscribe() as events, anyio.create_task_group() as tasks:
+        tasks.start_soon(retry.run)
+        await anyio.wait_all_tasks_blocked()
+        mirror.enter(MirrorState.DEGRADED, fenced=False)
+        with anyio.fail_after(10):
+            async for event in events:
+                told.append(event.data["what"])
+                if told[-1] in ("fence", "attached"):
+                    break
+        tasks.cancel_scope.cancel()
+    assert told == ["waiting", "fence"] and mirror.attempts == 0

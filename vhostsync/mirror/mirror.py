@@ -212,15 +212,17 @@ class Mirror:
         target = self.wanted
         if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
             return
-        async with self.turns.take("resuming the mirror"):
-            self._course.resuming = True
-            try:
+        try:
+            if self.waits_for_hand:  # refused without the turn: the operator's own start is not to find it taken
+                await self._fence.make_certain(target.name)
+            async with self.turns.take("resuming the mirror"):
+                self._course.resuming = True
                 await self._start(target, former=self._keeper.record.peer)
-            except VhostsyncError as error:
-                self._course.last_error = str(error)
-                raise
-            finally:
-                self._course.resuming = False
+        except VhostsyncError as error:
+            self._course.last_error = str(error)
+            raise
+        finally:
+            self._course.resuming = False
 
     async def _start(self, target: MirrorTarget, former: DiskIdentity | None = None) -> None:
         if self.state in (MirrorState.SYNCING, MirrorState.STEADY, MirrorState.AHEAD):
@@ -269,8 +271,7 @@ class Mirror:
             return
         raise FenceError(
             f"requests of a lost connection may still be carried out at {target.name}, which was called "
-            f"{names[0]} then; start the mirror to {names[0]}, or, once they are certainly over, with "
-            f"--fenced"
+            f"{names[0]} then; start the mirror to {names[0]} or, once they are certainly over, with --fenced"
         )
 
     async def _is_ours(self, disk: DiskIdentity) -> bool:
@@ -291,10 +292,8 @@ class Mirror:
         with anyio.move_on_after(FENCE_WAIT_S):
             await self._keeper.wait_recorded()
         if (await self._engine.snapshot()).record_pending:
-            raise MirrorError(
-                "the state record does not say yet that the former destination is outdated, because it "
-                "cannot be written (see last-error); mend that first"
-            )
+            what = "the state record does not say yet that the former destination is outdated"
+            raise MirrorError(f"{what}, because it cannot be written (see last-error); mend that first")
 
     def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Disk]:
         """Why everything has to be copied; how it looks now; and the same disk, as it is recognised once it

@@ -87,8 +87,8 @@ class DestinationRetry:
             self._pause_s = min(pause_s * 2, PAUSE_S_MAX)
             if self._mirror.fenced:
                 await self._wait_for_former()
-                if not self._lacks_mirror() or self._mirror.waits_for_hand:
-                    continue
+            if not self._lacks_mirror() or self._mirror.waits_for_hand:
+                continue
             error = await self._attach()
             if error is not None:
                 log.warning("the destination is not back yet", attempt=self._attempts, error=error)
