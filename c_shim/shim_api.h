@@ -56,7 +56,7 @@ struct vs_disk_probe {
  * 0 or a negative errno. */
 int vs_disk_probe_fd(int fd, int direct, struct vs_disk_probe *out);
 
-/* A disk on an open file or block device. Owns fd on success. NULL: no memory. */
+/* A disk on an open file or block device. Owns fd on success. NULL: errno says why. */
 vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct);
 
 /* What a kind of disk from outside needs of the core: a library of its own, loaded at run time, which makes a vs_disk

@@ -28,7 +28,7 @@ The tree::
 
 import errno
 import os
-from typing import Any
+from typing import Any, Final
 
 
 class VhostsyncError(Exception):
@@ -71,6 +71,16 @@ class FrontendError(VhostsyncError):
     """A frontend sent what it must not; its connection ends."""
 
 
+_START_ADVICE: Final = {
+    errno.EPERM: "a seccomp profile or kernel.io_uring_disabled forbids io_uring here; allow it",
+    errno.ENOMEM: "the limit on locked memory is too small; raise it (LimitMEMLOCK=, ulimit -l)",
+    errno.EAGAIN: "no more threads are allowed; raise the limit (TasksMax=, ulimit -u) or lower --threads",
+    errno.EMFILE: "the limit on open files is too small; raise it (LimitNOFILE=, ulimit -n)",
+    errno.ENOSYS: "this kernel has no io_uring that will do; Linux 5.11 or newer is needed",
+    errno.EINVAL: "this kernel lacks a flag of io_uring that is needed, or the configuration is impossible",
+}
+
+
 class EngineError(VhostsyncError):
     """The engine (C) refused a call. `errno` is a positive error number of <errno.h>."""
 
@@ -85,6 +95,12 @@ class EngineError(VhostsyncError):
         number = abs(error_number)
         name = errno.errorcode.get(number, f"errno {number}")
         return cls(f"{doing}: {os.strerror(number)} ({name})", number)
+
+    @classmethod
+    def at_start(cls, doing: str, error_number: int) -> "EngineError":
+        """The same of what starts threads or makes a ring, with what the operator can do."""
+        advice = _START_ADVICE.get(abs(error_number))
+        return cls.from_errno(f"{doing} ({advice})" if advice else doing, error_number)
 
 
 class MirrorError(VhostsyncError):

@@ -385,10 +385,10 @@ static uint32_t abilities(const struct vs_disk_probe *probe, int direct)
 vs_disk *vs_disk_file(int fd, const struct vs_disk_probe *probe, int direct)
 {
     struct file_disk *f = calloc(1, sizeof *f);
-    if (!f)
-        return NULL;
-    if (disk_worker_start(&f->worker, errand) < 0) {
+    int rc = f ? disk_worker_start(&f->worker, errand) : -ENOMEM;
+    if (rc < 0) {
         free(f);
+        errno = -rc;
         return NULL;
     }
     f->fd = fd;

@@ -39,7 +39,7 @@ uint32_t vs_nbd_connections(const vs_nbd *nbd);
 void vs_nbd_close(vs_nbd *nbd);
 /* The last of the caller's calls: nobody waits for its end any more. */
 void vs_nbd_release(vs_nbd *nbd);
-/* A disk for the engine, which has the connections from here on. NULL: no memory, or no thread; they stay. */
+/* A disk for the engine, which has the connections from here on. NULL: errno says why; they stay. */
 vs_disk *vs_nbd_disk(vs_nbd *nbd);
 
 enum vs_nbd_state {

@@ -344,6 +344,7 @@ vs_disk *vs_nbd_disk(vs_nbd *nbd)
     static const struct disk_ops ops = {.submit = nbd_submit, .cut_off = nbd_cut_off, .close = nbd_close_disk};
     uint32_t block_bytes = nbd->export.minimum_bytes > 512 ? nbd->export.minimum_bytes : 512;
     struct nbd_disk *d = calloc(1, sizeof *d);
+    int rc;
     if (!d)
         return NULL;
     nbd_core->init(&d->disk, &ops, nbd->export.bytes, block_bytes, 1, abilities(&nbd->export));
@@ -355,16 +356,20 @@ vs_disk *vs_nbd_disk(vs_nbd *nbd)
     pthread_mutex_init(&d->lock, NULL);
     d->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (d->wake_fd < 0) {
+        rc = errno;
         pthread_mutex_destroy(&d->lock);
         free(d);
+        errno = rc;
         return NULL;
     }
     nbd_keep(nbd);
     nbd_wake_by(nbd, d->wake_fd);
-    if (pthread_create(&d->thread, NULL, run, d) != 0) {
+    rc = pthread_create(&d->thread, NULL, run, d);
+    if (rc != 0) {
         nbd_wake_by(nbd, -1);
         vs_nbd_release(nbd);
         free_disk(d);
+        errno = rc;
         return NULL;
     }
     return &d->disk;

@@ -76,13 +76,14 @@ static void worker_take(struct worker *w, struct list *taken)
     pthread_mutex_unlock(&w->lock);
 }
 
-static bool worker_start(struct worker *w, void *(*run)(void *disk), struct rbd_disk *d)
+/* 0 or an error number. */
+static int worker_start(struct worker *w, void *(*run)(void *disk), struct rbd_disk *d)
 {
     list_init(&w->todo);
     w->ending = false;
     pthread_mutex_init(&w->lock, NULL);
     pthread_cond_init(&w->came, NULL);
-    return pthread_create(&w->thread, NULL, run, d) == 0;
+    return pthread_create(&w->thread, NULL, run, d);
 }
 
 static void worker_end(struct worker *w)
@@ -287,6 +288,7 @@ vs_disk *vs_rbd_disk(rbd_image_t image, rados_ioctx_t pool, rados_t cluster, uin
 {
     static const struct disk_ops ops = {.submit = rbd_submit, .close = rbd_close_disk};
     struct rbd_disk *d = calloc(1, sizeof *d);
+    int rc;
     if (!d)
         return NULL;
     core->init(&d->disk, &ops, bytes, BLOCK_BYTES, 1,
@@ -299,16 +301,20 @@ vs_disk *vs_rbd_disk(rbd_image_t image, rados_ioctx_t pool, rados_t cluster, uin
         free(d);
         return NULL;
     }
-    if (!worker_start(&d->submitting, run_submitting, d)) {
+    rc = worker_start(&d->submitting, run_submitting, d);
+    if (rc != 0) {
         worker_free(&d->submitting);
         rbd_holes_free(&d->holes);
         free(d);
+        errno = rc;
         return NULL;
     }
-    if (!worker_start(&d->looking, run_looking, d)) {
+    rc = worker_start(&d->looking, run_looking, d);
+    if (rc != 0) {
         worker_end(&d->submitting);
         pthread_join(d->submitting.thread, NULL);
         free_disk(d);
+        errno = rc;
         return NULL;
     }
     d->client = rados_get_instance_id(cluster);

@@ -34,6 +34,7 @@ from tests.guest.qmp_client import QmpError
 from tests.sizes import MIB
 
 NOBODY = "nobody"
+ALONE = "games"  # no other test has processes of this user
 LAST = 24 * MIB // BLOCK - 1
 
 # All that runs as this user shares one limit of locked memory: one test at a time.
@@ -62,14 +63,14 @@ def has_landlock(served: Served) -> bool:
     return "landlock" in logged(served)["held"]
 
 
-def give_to_nobody(folder: Path) -> None:
+def give_to(user: str, folder: Path) -> None:
     """The folder of a test is of a user that is to work in it; the folders above let it through."""
-    entry = pwd.getpwnam(NOBODY)
+    entry = pwd.getpwnam(user)
     for path in (folder, *folder.iterdir()):
         os.chown(path, entry.pw_uid, entry.pw_gid)
     for above in folder.parents:
         if not above.stat().st_mode & 0o001:
-            pytest.skip(f"{NOBODY} cannot reach {folder}, as {above} is closed to others")
+            pytest.skip(f"{user} cannot reach {folder}, as {above} is closed to others")
 
 
 def work_it(served: Served, other: Path) -> None:
@@ -239,7 +240,7 @@ def metrics_page(port: int) -> str:
 def test_as_another_user(work: Path) -> None:
     need_root()
     disk = image(work / "a.img")
-    give_to_nobody(work)
+    give_to(NOBODY, work)
     options = ("--user", NOBODY, "--bitmap", work / "a.bitmap", "--metrics", work / "metrics.sock")
     with Served(work, disk, *options) as served:
         entry = pwd.getpwnam(NOBODY)
@@ -260,21 +261,22 @@ def test_as_another_user(work: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "told"),
     [
-        ("--nproc=3:3", "pthread_create (no more threads are allowed; raise the limit"),
+        ("--nproc=1:1", "starting the thread of {disk} (no more threads are allowed; raise the limit"),
+        ("--nproc=3:3", "failed in pthread_create (no more threads are allowed; raise the limit"),
         ("--nofile=19:19", "(the limit on open files is too small; raise it"),
     ],
 )
 def test_a_limit_that_is_too_low_for_the_threads(work: Path, limit: str, told: str) -> None:
-    """Some of them run already."""
+    """Some of them run already, or none; what others run as this user would count, too."""
     need_root()
     disk = image(work / "a.img")
     (work / "state").mkdir()
-    give_to_nobody(work)
+    give_to(ALONE, work)
     code, stderr = refused_start(
-        "serve", "--blk-file", disk, "--socket-path", work / "no.sock", "--user", NOBODY, "--threads", "16",
+        "serve", "--blk-file", disk, "--socket-path", work / "no.sock", "--user", ALONE, "--threads", "16",
         env={"STATE_DIRECTORY": str(work / "state")}, before=("prlimit", limit),
     )  # fmt: skip
-    assert code == 1 and told in stderr and stderr.count("\n") == 1, stderr
+    assert code == 1 and told.format(disk=disk) in stderr and stderr.count("\n") == 1, stderr
     assert not (work / "no.sock").exists()
 
 

@@ -128,16 +128,6 @@ def _engine_bitmap(file: BitmapFile) -> Any:
     return out[0]
 
 
-_SETUP_ADVICE: Final = {
-    errno.EPERM: "a seccomp profile or kernel.io_uring_disabled forbids io_uring here; allow it",
-    errno.ENOMEM: "the limit on locked memory is too small; raise it (LimitMEMLOCK=, ulimit -l)",
-    errno.EAGAIN: "no more threads are allowed; raise the limit (TasksMax=, ulimit -u) or lower --threads",
-    errno.EMFILE: "the limit on open files is too small; raise it (LimitNOFILE=, ulimit -n)",
-    errno.ENOSYS: "this kernel has no io_uring that will do; Linux 5.11 or newer is needed",
-    errno.EINVAL: "this kernel lacks a flag of io_uring that is needed, or the configuration is impossible",
-}
-
-
 class _Waiter:
     """Somebody who awaits a command."""
 
@@ -191,10 +181,7 @@ class Engine:
             lib.vs_disk_close(disk)
             if bitmap is not None:
                 lib.vs_bitmap_close(c_config.bitmap)
-            doing = f"starting the data plane failed in {ffi.string(step[0]).decode()}"
-            if -rc in _SETUP_ADVICE:
-                doing += f" ({_SETUP_ADVICE[-rc]})"
-            raise EngineError.from_errno(doing, rc)
+            raise EngineError.at_start(f"starting the data plane failed in {ffi.string(step[0]).decode()}", rc)
         return cls(out[0], config)
 
     def check_rings_restricted(self) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C part of disks: of those at a path (c_shim/disk/disk_file.c), and what all others need of it."""
 
-import errno
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,5 +49,5 @@ def file_disk(fd: int, found: DiskProbe, direct: bool, name: str) -> Any:
     """A vs_disk that owns the descriptor. EngineError."""
     handle = lib.vs_disk_file(fd, ffi.new("struct vs_disk_probe *", asdict(found)), direct)
     if handle == ffi.NULL:
-        raise EngineError.from_errno(f"opening {name}", errno.ENOMEM)
+        raise EngineError.at_start(f"starting the thread of {name}", ffi.errno)
     return handle

@@ -118,8 +118,10 @@ class Connection:
         return bytes(self._ffi.buffer(piece))
 
     def to_disk(self) -> Any:
-        """A vs_disk, or NULL."""
-        return self._lib.vs_nbd_disk(self.handle)
+        """A vs_disk. OSError."""
+        if (handle := self._lib.vs_nbd_disk(self.handle)) == self._ffi.NULL:
+            raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
+        return handle
 
     # Of what `to_disk` has made:
 
@@ -213,9 +215,10 @@ class NbdDisk:
         """It has none yet."""
 
     def to_engine(self) -> Any:
-        handle = self.connection.to_disk()
-        if not handle:
-            raise EngineError.from_errno(f"starting the thread of {self.name}", errno.ENOMEM)
+        try:
+            handle = self.connection.to_disk()
+        except OSError as error:
+            raise EngineError.at_start(f"starting the thread of {self.name}", error.errno) from error
         threading.Thread(target=self._look_after, name="nbd-connection", daemon=True).start()
         return handle
 

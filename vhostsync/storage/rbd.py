@@ -91,8 +91,8 @@ class RbdDisk:
             handle = self._image.to_engine(self.bytes)
         except DiskError as error:
             raise EngineError(str(error), errno.EIO) from error
-        except MemoryError as error:
-            raise EngineError.from_errno(f"opening {self.name}", errno.ENOMEM) from error
+        except OSError as error:
+            raise EngineError.at_start(f"starting the threads of {self.name}", error.errno) from error
         self._image = None
         KIND.note_begun()
         return handle

@@ -13,6 +13,7 @@ process of this host that is gone (rbd_owner.py).
 """
 
 import errno
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -224,10 +225,10 @@ class Image:
     # ---- its end -----------------------------------------------------------------
 
     def to_engine(self, size_bytes: int) -> Any:
-        """A vs_disk, which owns it from here on. MemoryError."""
+        """A vs_disk, which owns it from here on. OSError."""
         handle = self._lib.vs_rbd_disk(self.image, self.pool.pool, self.pool.cluster, size_bytes, CALL_S)
         if handle == self._ffi.NULL:
-            raise MemoryError
+            raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
         self.image = self.pool.pool = self.pool.cluster = None
         _OPEN.discard(self.client)
         return handle
