@@ -181,7 +181,8 @@ class Engine:
             lib.vs_disk_close(disk)
             if bitmap is not None:
                 lib.vs_bitmap_close(c_config.bitmap)
-            raise EngineError.at_start(f"starting the data plane failed in {ffi.string(step[0]).decode()}", rc)
+            failed_in = ffi.string(step[0]).decode()
+            raise EngineError.at_start(f"starting the data plane failed in {failed_in}", rc)
         return cls(out[0], config)
 
     def check_rings_restricted(self) -> None:

@@ -3,6 +3,7 @@
 to another host. They are made in threads that nobody has to wait for."""
 
 import asyncio
+import errno
 import threading
 import time
 from collections import deque
@@ -101,7 +102,7 @@ async def bring_unless_cancelled(bring: Callable[[], T], undo: Callable[[T], Non
         return await asyncio.wrap_future(brought)
     except anyio.get_cancelled_exc_class():
         if not brought.cancel() and brought.exception() is None:
-            _in_thread(lambda: undo(brought.result()))
+            in_thread(lambda: undo(brought.result()))
         raise
 
 
@@ -128,11 +129,14 @@ def _bring(bring: Callable[[], T], undo: Callable[[T], None]) -> "tuple[Future[T
         except InvalidStateError:
             undo(found)
 
-    return brought, _in_thread(work)
+    return brought, in_thread(work)
 
 
-def _in_thread(work: Callable[[], None]) -> threading.Thread:
-    """The process does not wait for it at its end."""
-    thread = threading.Thread(target=work, name="vhostsync-errand", daemon=True)
-    thread.start()
+def in_thread(work: Callable[[], None], name: str = "vhostsync-errand") -> threading.Thread:
+    """The process does not wait for it at its end. OSError (EAGAIN) where the system has no more threads."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no more threads are allowed") from error
     return thread

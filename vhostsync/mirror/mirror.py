@@ -213,7 +213,7 @@ class Mirror:
         if target is None or self.state not in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
             return
         try:
-            if self.waits_for_hand:  # refused without the turn: the operator's own start is not to find it taken
+            if self.waits_for_hand:  # refused without the turn, which the operator's own start has to have
                 await self._fence.make_certain(target.name)
             async with self.turns.take("resuming the mirror"):
                 self._course.resuming = True

@@ -51,3 +51,8 @@ def file_disk(fd: int, found: DiskProbe, direct: bool, name: str) -> Any:
     if handle == ffi.NULL:
         raise EngineError.at_start(f"starting the thread of {name}", ffi.errno)
     return handle
+
+
+def close_disk(handle: Any) -> None:
+    """Of a vs_disk that no engine has taken. Blocks."""
+    lib.vs_disk_close(handle)

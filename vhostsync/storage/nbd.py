@@ -12,7 +12,6 @@ forgotten when the server ends (docs/network.md).
 import errno
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ from typing import Any, Final
 import structlog
 
 from vhostsync.errors import DiskError, EngineError, VhostsyncError
-from vhostsync.host.errands import bring_in_time
+from vhostsync.host.errands import bring_in_time, in_thread
 from vhostsync.storage import signatures as looking
 from vhostsync.storage.condition import Condition, Look
 from vhostsync.storage.disk import CacheMode, Disk, Spot
 from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.native import close_disk
 from vhostsync.storage.nbd_uri import NbdUri
 from vhostsync.storage.network import Remote, network_use
 
@@ -217,9 +217,14 @@ class NbdDisk:
     def to_engine(self) -> Any:
         try:
             handle = self.connection.to_disk()
+            try:
+                in_thread(self._look_after, "nbd-connection")
+            except OSError:
+                close_disk(handle)
+                raise
         except OSError as error:
-            raise EngineError.at_start(f"starting the thread of {self.name}", error.errno) from error
-        threading.Thread(target=self._look_after, name="nbd-connection", daemon=True).start()
+            number = error.errno or errno.EIO
+            raise EngineError.at_start(f"starting the threads of {self.name}", number) from error
         return handle
 
     def _look_after(self) -> None:

@@ -92,7 +92,8 @@ class RbdDisk:
         except DiskError as error:
             raise EngineError(str(error), errno.EIO) from error
         except OSError as error:
-            raise EngineError.at_start(f"starting the threads of {self.name}", error.errno) from error
+            number = error.errno or errno.EIO
+            raise EngineError.at_start(f"starting the threads of {self.name}", number) from error
         self._image = None
         KIND.note_begun()
         return handle
