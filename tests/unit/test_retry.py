@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a failed attempt to bring a mirror back does to the backend: nothing."""
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import anyio
@@ -34,18 +36,27 @@ class LostMirror:
         self.state = MirrorState.STEADY
 
 
-async def test_an_error_that_nobody_foresaw_ends_neither_the_backend_nor_the_trying() -> None:
-    hub, mirror = EventHub(), LostMirror()
-    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=True)
-    told: list[Any] = []
+@asynccontextmanager
+async def tried(mirror: LostMirror, *, resume: bool) -> AsyncIterator[AsyncIterator[Mapping[str, Any]]]:
+    """What is told of the tries, once the mirror is looked after. Fails after 10 s."""
+    hub = EventHub()
+    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=resume)
     async with hub.subscribe() as events, anyio.create_task_group() as tasks:
         tasks.start_soon(retry.run)
+        if not resume:
+            await anyio.wait_all_tasks_blocked()
         with anyio.fail_after(10):
-            async for event in events:
-                told.append(event.data)
-                if event.data["what"] == "attached":
-                    break
+            yield (event.data async for event in events)
         tasks.cancel_scope.cancel()
+
+
+async def test_an_error_that_nobody_foresaw_ends_neither_the_backend_nor_the_trying() -> None:
+    told: list[Mapping[str, Any]] = []
+    async with tried(LostMirror(), resume=True) as tellings:
+        async for data in tellings:
+            told.append(data)
+            if data["what"] == "attached":
+                break
     failures = [data["error"] for data in told if data["what"] == "failed"]
     assert len(failures) == 2 and "Input/output error" in failures[0]
 
@@ -69,23 +80,18 @@ class GivenUpMirror(LostMirror):
 
 async def test_it_is_tried_at_once_when_the_requests_that_it_was_given_are_over() -> None:
     """However long that takes, and with no pause that has grown meanwhile."""
-    hub, mirror = EventHub(), GivenUpMirror()
-    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=False)
+    mirror = GivenUpMirror()
     told: list[str] = []
-    async with hub.subscribe() as events, anyio.create_task_group() as tasks:
-        tasks.start_soon(retry.run)
-        await anyio.wait_all_tasks_blocked()
+    async with tried(mirror, resume=False) as tellings:
         mirror.enter(MirrorState.DEGRADED, fenced=True)
-        with anyio.fail_after(10):
-            async for event in events:
-                told.append(event.data["what"])
-                if told[-1] == "failed":
-                    assert "not over yet" in event.data["error"]
-                    await anyio.wait_all_tasks_blocked()
-                    mirror.enter(MirrorState.DEGRADED, fenced=False)
-                elif told[-1] == "attached":
-                    break
-        tasks.cancel_scope.cancel()
+        async for data in tellings:
+            told.append(data["what"])
+            if told[-1] == "failed":
+                assert "not over yet" in data["error"]
+                await anyio.wait_all_tasks_blocked()
+                mirror.enter(MirrorState.DEGRADED, fenced=False)
+            elif told[-1] == "attached":
+                break
     assert told == ["waiting", "failed", "attached"] and mirror.attempts == 1
 
 
@@ -103,17 +109,12 @@ class HandMirror(GivenUpMirror):
 
 async def test_nothing_is_tried_once_it_waits_for_the_operator() -> None:
     """A try would have the turn for a while, and the operator's own start would be refused."""
-    hub, mirror = EventHub(), HandMirror()
-    retry = DestinationRetry(cast(Mirror, mirror), hub, 0.001, resume=False)
+    mirror = HandMirror()
     told: list[str] = []
-    async with hub.subscribe() as events, anyio.create_task_group() as tasks:
-        tasks.start_soon(retry.run)
-        await anyio.wait_all_tasks_blocked()
+    async with tried(mirror, resume=False) as tellings:
         mirror.enter(MirrorState.DEGRADED, fenced=False)
-        with anyio.fail_after(10):
-            async for event in events:
-                told.append(event.data["what"])
-                if told[-1] in ("fence", "attached"):
-                    break
-        tasks.cancel_scope.cancel()
+        async for data in tellings:
+            told.append(data["what"])
+            if told[-1] in ("fence", "attached"):
+                break
     assert told == ["waiting", "fence"] and mirror.attempts == 0
