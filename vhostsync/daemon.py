@@ -37,7 +37,7 @@ from vhostsync.control.server import serve_control
 from vhostsync.device.device import Device, start_engine
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.engine.engine import Engine
-from vhostsync.errors import ConfigError, HandOverError, VhostsyncError, leaves
+from vhostsync.errors import ConfigError, HandOverError
 from vhostsync.hand_over import ENVIRONMENT, Inheritance, Predecessor, Successor, ask
 from vhostsync.host import directory as own_directory
 from vhostsync.host import patience
@@ -47,7 +47,6 @@ from vhostsync.host.signals import watch_signals
 from vhostsync.lineage_name import is_lineage_name, socket_of
 from vhostsync.metrics import serve_metrics
 from vhostsync.option_values import TakeOver
-from vhostsync.printable import printable
 from vhostsync.record.names import follow_name
 from vhostsync.record.state_index import default_directory, make_directory
 from vhostsync.storage import kinds
@@ -68,22 +67,18 @@ def run(config: ServeConfig, take_over: TakeOver = TakeOver.NOTHING) -> int:
     """Serve until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1.
     `take_over`: what of the backend that has this control socket (hand_over.py)."""
     logging.configure(config.log_format, config.log_level)
-    failures: list[BaseException] = []
-    try:
-        taken_over = None
-        if take_over is not TakeOver.NOTHING:
-            # An answer was for the start of the backend that runs; asked once more, it would be refused, or
-            # mean something else.
-            config = replace(config, answer=None)
-            taken_over = _take_over(follow_name(config), log_too=take_over is TakeOver.GUEST_AND_LOG)
-        config = follow_name(config)  # once the predecessor has left its disk, that is certain
-        anyio.run(_serve, config, _start(config, taken_over))
-    except* VhostsyncError as group:
-        failures = leaves(group)
-    for failure in failures:
-        logging.say(f"vhostsync: {printable(str(failure))}")
-    logging.end()
-    return 1 if failures else 0
+    return logging.run_to_its_end(lambda: _run(config, take_over))
+
+
+def _run(config: ServeConfig, take_over: TakeOver) -> None:
+    taken_over = None
+    if take_over is not TakeOver.NOTHING:
+        # An answer was for the start of the backend that runs; asked once more, it would be refused, or mean
+        # something else.
+        config = replace(config, answer=None)
+        taken_over = _take_over(follow_name(config), log_too=take_over is TakeOver.GUEST_AND_LOG)
+    config = follow_name(config)  # once the predecessor has left its disk, that is certain
+    anyio.run(_serve, config, _start(config, taken_over))
 
 
 @dataclass(frozen=True)

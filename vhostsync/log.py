@@ -12,11 +12,13 @@ KIND_PERIOD_S are written; the rest is counted in one line."""
 import io
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any, Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
+from .errors import VhostsyncError, leaves
 from .log_writer import KindLimit, LineWriter
 from .option_values import LogFormat, LogLevel
 from .printable import printable, printable_lines
@@ -102,6 +104,20 @@ def say(text: str) -> None:
         _writer.write(text + "\n")
     else:
         sys.stderr.write(text + "\n")
+
+
+def run_to_its_end(program: Callable[[], None]) -> int:
+    """Its exit code: 1 where it ends by errors that have a reason outside the code, each of which is one
+    sentence on stderr. Then what is left of the log is written."""
+    failures: list[BaseException] = []
+    try:
+        program()
+    except* VhostsyncError as group:
+        failures = leaves(group)
+    for failure in failures:
+        say(f"vhostsync: {printable(str(failure))}")
+    end()
+    return 1 if failures else 0
 
 
 def dropped_lines() -> int:

@@ -15,14 +15,12 @@ import structlog
 
 from vhostsync import log as logging
 from vhostsync.control.scrape import serve_page
-from vhostsync.errors import VhostsyncError, leaves
 from vhostsync.exporter.backends import Asked, Place, look_around
 from vhostsync.exporter.exporter_config import ExporterConfig
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
 from vhostsync.metrics_page import Family, Page
 from vhostsync.option_values import TcpAddress
-from vhostsync.printable import printable
 
 log = structlog.get_logger(__name__)
 
@@ -95,15 +93,7 @@ class Process:
 def run(config: ExporterConfig) -> int:
     """Serve the page until told to stop, or print it; the exit code."""
     logging.configure(config.log_format, config.log_level)
-    failures: list[BaseException] = []
-    try:
-        anyio.run(_print_once if config.once else _serve, config)
-    except* VhostsyncError as group:
-        failures = leaves(group)
-    for failure in failures:
-        logging.say(f"vhostsync: {printable(str(failure))}")
-    logging.end()
-    return 1 if failures else 0
+    return logging.run_to_its_end(lambda: anyio.run(_print_once if config.once else _serve, config))
 
 
 async def _print_once(config: ExporterConfig) -> None:

@@ -25,10 +25,9 @@ from vhostsync.confine.privileges import Confinement, Programs, change_user, fin
 from vhostsync.control.command import Dispatcher
 from vhostsync.control.scrape import serve_page
 from vhostsync.control.server import serve_control
-from vhostsync.errors import ConfigError, VhostsyncError, leaves
+from vhostsync.errors import ConfigError
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
-from vhostsync.printable import printable
 from vhostsync.receive.nbd_server import PROGRAMS, check_programs, make_folder
 from vhostsync.receive.operator_commands import OPERATOR_COMMANDS
 from vhostsync.receive.owners import Certificates, Owners
@@ -51,15 +50,7 @@ UNANSWERED_MS: Final = 30_000
 def run(config: ReceiveConfig) -> int:
     """Receive until told to stop; the exit code. Errors at the start are one sentence on stderr, and 1."""
     logging.configure(config.log_format, config.log_level)
-    failures: list[BaseException] = []
-    try:
-        anyio.run(_receive, config, _start(config))
-    except* VhostsyncError as group:
-        failures = leaves(group)
-    for failure in failures:
-        logging.say(f"vhostsync: {printable(str(failure))}")
-    logging.end()
-    return 1 if failures else 0
+    return logging.run_to_its_end(lambda: anyio.run(_receive, config, _start(config)))
 
 
 @dataclass(frozen=True)
