@@ -18,9 +18,10 @@ from vhostsync.node.request import Request, Started, start
 
 
 class Node(Process):
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, before: Sequence[str] = ()) -> None:
+        """`before`: a command that becomes the node, whose words are its last arguments."""
         self.socket = folder / "node"
-        command = [*vhostsync_command(), "node", "--listen", str(self.socket), *options]
+        command = [*before, *vhostsync_command(), "node", "--listen", str(self.socket), *options]
         super().__init__("vhostsync node", command, folder / "node.log")
         wait_listening(self, self.socket)
 

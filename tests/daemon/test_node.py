@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -22,12 +23,13 @@ import pytest
 from tests.daemon.named_host import Host
 from tests.daemon.node_rig import ForkedServed, Node
 from tests.daemon.rig import WAIT_S, Served, await_true, flush, image, same_content, write_block
+from tests.daemon.test_stderr import fill, into, unread
 from tests.guest.backends import vhostsync_command
 from vhostsync.errors import ControlError, UnreachableError
 from vhostsync.host.parcel import receive_parcel, send_parcel
 from vhostsync.host.unix_socket import BACKLOG
 from vhostsync.node.process import REQUEST_S
-from vhostsync.node.request import Request, start
+from vhostsync.node.request import Request, _descriptor_of, start
 from vhostsync.storage import receive
 
 pytestmark = pytest.mark.timeout(240)
@@ -123,6 +125,45 @@ def test_forked_backends_are_found_wherever_they_listen(node: Node, work: Path) 
         assert json.loads(host.tell("status", "--name", "vm1", "--json"))["status"]["disk"] == str(disk)
         backend.kill()
         assert host.list()["vm1"]["state"] == "stopped"
+
+
+def read_until(fd: int, text: bytes) -> None:
+    seen = b""
+    while text not in seen:
+        assert select.select([fd], [], [], WAIT_S)[0], seen
+        seen += os.read(fd, 1 << 16)
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(work: Path) -> None:
+    with unread(work) as (pipe, fd):
+        fill(fd)
+        with Node(work, before=into(str(pipe))) as node:
+            with pipe.open("r+b", buffering=0) as full, Path(os.devnull).open("rb") as nothing:
+                ask = Request(("--no-such-option",), {"PATH": os.defpath}, str(work), 0o077, (0, 1, 2))
+                waits = start(node.socket, ask, [nothing.fileno(), full.fileno(), full.fileno()])
+            with contextlib.closing(waits):
+                assert asks_wrongly(node, work) == 2
+                with pytest.raises(TimeoutError):
+                    waits.wait(0.1)  # its own log holds it up, and nobody else
+                read_until(fd, b"backend forked")
+                assert waits.wait(WAIT_S) == 2
+            assert node.terminate() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "descriptors"),
+    [
+        (["--fd", "5"], (5,)),
+        (["--fd=5", "--name", "--fd=6"], (6,)),
+        (["--fd", "5", "--fd", "7"], (7,)),
+        (["--name=--fd=6", "--fd=5", "--fds=8"], (5,)),
+        (["--fd", "--fd"], ()),
+        (["--fd", "\u0663"], ()),
+        (["--fd"], ()),
+    ],
+)
+def test_the_descriptor_is_that_which_serve_takes(words: list[str], descriptors: tuple[int, ...]) -> None:
+    assert _descriptor_of(words) == descriptors
 
 
 def test_a_start_that_is_refused_is_told(node: Node, work: Path) -> None:

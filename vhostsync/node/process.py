@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of `node`: everything that a backend needs is loaded here, and a backend is a fork of it.
 
-It has one thread and no event loop, for a fork copies no more than that. What its children need not write
-to they share with it, so all that is loaded is taken out of the garbage collector's sight (gc.freeze),
-which would write to it. It opens no disk, and keeps nothing of a request: a child has the descriptors, the
-environment and the directory of whoever asked, and nothing of the node's but its memory as it was before
-the first request.
+It has no event loop, and beside this thread one that writes its log (log_writer.py), so that a log which
+nobody reads holds up nobody. A fork copies this thread alone: a child begins a log of its own before it says
+anything, and takes no lock that the other thread may have had. What its children need not write to they share
+with it, so all that is loaded is taken out of the garbage collector's sight (gc.freeze), which would write to
+it. It opens no disk, and keeps nothing of a request: a child has the descriptors, the environment and the
+directory of whoever asked, and nothing of the node's but its memory as it was before the first request.
 
 A child is the node's user, with a session of its own; its sandbox it makes itself, as every backend. It
 belongs to the cgroup of whoever asked, where this user may put it there. It outlives the node.
@@ -66,11 +67,13 @@ def run(config: NodeConfig, serve: Serve) -> int:
     _load_modules()
     if config.merge_memory:
         _offer_memory()
-    node = _Node(config.listen, serve)
+    node = _Node(config, serve)
+    logging.write_in_background()
     gc.collect()
     gc.freeze()
     log.info("node ready", socket=str(config.listen), modules=len(sys.modules))
     node.serve()
+    logging.end()
     return 0
 
 
@@ -104,9 +107,9 @@ class _Child:
 class _Node:
     """poll(2) and no epoll: a child inherits no descriptor that it does not know of."""
 
-    def __init__(self, place: Path, serve: Serve) -> None:
+    def __init__(self, config: NodeConfig, serve: Serve) -> None:
         """ConfigError: it cannot listen there."""
-        self._serve = serve
+        self._config, self._serve = config, serve
         self._children: dict[int, _Child] = {}
         self._stopping = False
         self._woken, self._waker = socket.socketpair()
@@ -116,7 +119,7 @@ class _Node:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # it wakes; _reap does the rest
-        self._bound = bind_unix_socket(place)
+        self._bound = bind_unix_socket(config.listen)
         self._listener = self._bound.listener
 
     def serve(self) -> None:
@@ -223,6 +226,7 @@ class _Node:
                 each.detach()
             self._children.clear()
             _take_descriptors([fd.take() for fd in fds], request.descriptors)
+            logging.configure(self._config.log_format, self._config.log_level)
             os.setsid()
             if cgroup is not None:
                 _enter(cgroup)

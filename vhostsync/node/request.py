@@ -157,13 +157,13 @@ def node_of(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _descriptor_of(words: Sequence[str]) -> tuple[int, ...]:
-    """Of --fd."""
-    for place, word in enumerate(words):
-        name, separator, value = word.partition("=")
+    """Of --fd: of several, the last, which is the one that `serve` takes."""
+    value, rest = "", iter(words)
+    for word in rest:
+        name, separator, given = word.partition("=")
         if name == "--fd":
-            value = value if separator else "".join(words[place + 1 : place + 2])
-            return (int(value),) if value.isdecimal() else ()
-    return ()
+            value = given if separator else next(rest, "")
+    return (int(value),) if value.isascii() and value.isdigit() else ()
 
 
 def run(words: Sequence[str]) -> int:
