@@ -9,6 +9,7 @@ A stderr that takes nothing holds up nobody (log_writer.py): once `write_in_back
 no room is dropped and counted. Of lines that say the same (but for their values) at most KIND_LINES in
 KIND_PERIOD_S are written; the rest is counted in one line."""
 
+import errno
 import io
 import logging
 import sys
@@ -18,7 +19,7 @@ from typing import Any, Final, TextIO, cast
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
-from .errors import VhostsyncError, leaves
+from .errors import EngineError, VhostsyncError, leaves
 from .log_writer import KindLimit, LineWriter
 from .option_values import LogFormat, LogLevel
 from .printable import printable, printable_lines
@@ -114,6 +115,10 @@ def run_to_its_end(program: Callable[[], None]) -> int:
         program()
     except* VhostsyncError as group:
         failures = leaves(group)
+    except* RuntimeError as group:
+        if any(str(error) != "can't start new thread" for error in leaves(group)):
+            raise
+        failures = [EngineError.at_start("starting a thread", errno.EAGAIN)]
     for failure in failures:
         say(f"vhostsync: {printable(str(failure))}")
     end()

@@ -37,11 +37,16 @@ class LineWriter:
         self.dropped = 0
 
     def start(self) -> None:
-        """A thread: to be called when every later one may have what this process may do."""
+        """A thread: to be called when every later one may have what this process may do. RuntimeError: the
+        system has no more; whoever writes goes on waiting."""
         if self._thread is None:
             self._ending = False
             self._thread = threading.Thread(target=self._run, name="vhostsync-log", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._thread = None
+                raise
 
     def end(self, patience_s: float = END_PATIENCE_S) -> None:
         """What is in the queue is written for so long, and is lost then."""

@@ -259,24 +259,27 @@ def test_as_another_user(work: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "told"),
+    ("limit", "threads", "told"),
     [
-        ("--nproc=1:1", "starting the thread of {disk} (no more threads are allowed; raise the limit"),
-        ("--nproc=3:3", "failed in pthread_create (no more threads are allowed; raise the limit"),
-        ("--nofile=19:19", "(the limit on open files is too small; raise it"),
+        ("--nproc=1:1", 16, "starting the thread of {disk} (no more threads are allowed; raise the limit"),
+        ("--nproc=3:3", 16, "failed in pthread_create (no more threads are allowed; raise the limit"),
+        ("--nproc=3:3", 1, "starting a thread (no more threads are allowed; raise the limit"),
+        ("--nofile=19:19", 16, "(the limit on open files is too small; raise it"),
     ],
 )
-def test_a_limit_that_is_too_low_for_the_threads(work: Path, limit: str, told: str) -> None:
+def test_a_limit_that_is_too_low_for_the_threads(work: Path, limit: str, threads: int, told: str) -> None:
     """Some of them run already, or none; what others run as this user would count, too."""
     need_root()
     disk = image(work / "a.img")
     (work / "state").mkdir()
     give_to(ALONE, work)
     code, stderr = refused_start(
-        "serve", "--blk-file", disk, "--socket-path", work / "no.sock", "--user", ALONE, "--threads", "16",
-        env={"STATE_DIRECTORY": str(work / "state")}, before=("prlimit", limit),
+        "serve", "--blk-file", disk, "--socket-path", work / "no.sock", "--user", ALONE,
+        "--threads", str(threads), env={"STATE_DIRECTORY": str(work / "state")}, before=("prlimit", limit),
     )  # fmt: skip
-    assert code == 1 and told.format(disk=disk) in stderr and stderr.count("\n") == 1, stderr
+    *logged_before, sentence = stderr.splitlines()
+    assert code == 1 and told.format(disk=disk) in sentence, stderr
+    assert all(line.startswith("{") for line in logged_before), stderr
     assert not (work / "no.sock").exists()
 
 
