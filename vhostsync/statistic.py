@@ -5,8 +5,9 @@ Where it comes from in the engine's structs, what query-mirror or query-stats ca
 docs/control-protocol.md and the Prometheus metric are made from it. So a new one of the engine's is three
 lines: a member of its struct (c_shim/shim_api.h), its value (snapshot.c), and the declaration."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from typing import Any, Final, Literal
 
 _KEY: Final = "statistic"
@@ -44,12 +45,13 @@ def statistic(meaning: str, metric: Metric | None = None, *, member: str | None 
     return field(metadata={_KEY: Statistic(meaning, metric, member, of)})
 
 
-def statistics_of(shown: object) -> Iterator[tuple[Field[Any], Statistic]]:
+@cache
+def statistics_of(shown: type) -> tuple[tuple[Field[Any], Statistic], ...]:
     """All of a dataclass; what it inherits comes last, as it is less its own."""
-    found = [each for each in fields(shown) if _KEY in each.metadata]  # type: ignore[arg-type]
-    own = vars(shown if isinstance(shown, type) else type(shown)).get("__annotations__", {})
-    for each in sorted(found, key=lambda each: each.name not in own):
-        yield each, each.metadata[_KEY]
+    found = [each for each in fields(shown) if _KEY in each.metadata]
+    own = vars(shown).get("__annotations__", {})
+    found.sort(key=lambda each: each.name not in own)
+    return tuple((each, each.metadata[_KEY]) for each in found)
 
 
 def from_engine(shown: type, c_struct: Any) -> dict[str, Any]:

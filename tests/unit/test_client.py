@@ -14,7 +14,7 @@ import pytest
 from tests.unit.control_fakes import FakeBackend, running
 from vhostsync import events
 from vhostsync.control import client as client_module
-from vhostsync.control.client import RefusedError, connect
+from vhostsync.control.client import RefusedError, ask_once, connect
 from vhostsync.errors import ControlError, UnreachableError
 
 pytestmark = pytest.mark.anyio
@@ -29,15 +29,17 @@ def path(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def answering(path: Path, *messages: Any) -> AsyncIterator[None]:
-    """A server that sends these, one for each packet that it receives after the first, and then hangs up."""
+async def answering(path: Path, *messages: Any) -> AsyncIterator[list[bytes]]:
+    """A server that sends these, one for each packet that it receives after the first, and then hangs up. The
+    packets."""
+    received: list[bytes] = []
 
     def serve() -> None:
         connection, _ = listener.accept()
         with connection:
             for number, message in enumerate(messages):
                 if number:
-                    connection.recv(4096)
+                    received.append(connection.recv(4096))
                 connection.sendall(
                     message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
                 )
@@ -48,7 +50,7 @@ async def answering(path: Path, *messages: Any) -> AsyncIterator[None]:
         listener.listen()
         thread = threading.Thread(target=serve)
         thread.start()
-        yield
+        yield received
         await anyio.to_thread.run_sync(thread.join)
 
 
@@ -63,6 +65,35 @@ async def test_commands_events_and_refusals(path: Path) -> None:
         backend.events.publish(events.IO_ERROR, {"number": 1})
         assert (await client.next_event())["event"] == "MIRROR_STATE_CHANGE"
         assert (await client.next_event())["data"] == {"number": 1}
+
+
+async def test_who_asks_once_wakes_the_backend_once(path: Path) -> None:
+    event = {"event": "IO_ERROR", "data": {}, "timestamp": {}}
+    refused = {"error": {"class": "GenericError", "desc": "no"}, "id": 3}
+    replies = b"".join(
+        json.dumps(each).encode() + b"\n"
+        for each in (NEGOTIATED, event, {"return": {"x": 1}, "id": 2}, refused, {"return": 5, "id": 4})
+    )
+    async with answering(path, GREETING, replies) as received:
+        status, refusal, last = await ask_once(path, "query-status", "nonsense", "query-x")
+    assert (status, last) == ({"x": 1}, 5)
+    assert isinstance(refusal, RefusedError) and str(refusal) == "no"
+    (packet,) = received
+    asked = [json.loads(line)["execute"] for line in packet.splitlines()]
+    assert asked == ["qmp_capabilities", "query-status", "nonsense", "query-x"]
+    async with answering(path.with_name("other"), b"SSH-2.0\n") as received:
+        with pytest.raises(ControlError, match="what is no JSON"):
+            await ask_once(path.with_name("other"), "query-status")
+    assert received == []  # nothing is said to who is no backend
+
+
+async def test_who_asks_once_is_answered_by_a_real_server(path: Path) -> None:
+    async with running(path, FakeBackend()):
+        version, unknown = await ask_once(path, "query-version", "nonsense")
+    assert version["package"].startswith("vhostsync")
+    assert isinstance(unknown, RefusedError) and unknown.kind == "CommandNotFound"
+    with pytest.raises(UnreachableError, match="is the backend running"):
+        await ask_once(path.with_name("none"), "query-version")
 
 
 async def test_a_wait_for_events_that_is_cancelled_loses_nothing(path: Path) -> None:

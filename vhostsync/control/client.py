@@ -130,11 +130,10 @@ class ControlClient:
             if watched is not None:
                 os.close(watched)
 
-    async def _negotiate(self) -> None:
+    async def _be_greeted(self) -> None:
         self.greeting = await self._read()
         if "QMP" not in self.greeting:
             raise ControlError(f"{self._path} is no control socket: its greeting is {dict(self.greeting)}.")
-        await self.execute(qmp.CAPABILITIES)
 
     async def _read(self) -> dict[str, Any]:
         """The next message. The bytes of one that is not complete stay in the buffer."""
@@ -176,10 +175,28 @@ async def connect(path: Path, patience_s: float = CONNECT_S) -> AsyncIterator[Co
         client = ControlClient(connection, path)
         try:
             with anyio.fail_after(patience_s):
-                await client._negotiate()
+                await client._be_greeted()
+                await client.execute(qmp.CAPABILITIES)
         except TimeoutError as error:
             raise UnreachableError(f"The backend at {path} does not answer.") from error
         yield client
+
+
+async def ask_once(path: Path, *commands: str) -> list[Any]:
+    """What each of them returns, or its RefusedError, by a connection of their own. All are sent together, so
+    the backend is woken as seldom as can be: this is for who asks many of them. UnreachableError,
+    ControlError. Waits for as long as the caller lets it."""
+    try:
+        connection = await sockets.connect(path)
+    except OSError as error:
+        raise UnreachableError(_why(path, error)) from error
+    with connection:
+        client = ControlClient(connection, path)
+        await client._be_greeted()
+        negotiated, *answers = await client.execute_all(qmp.CAPABILITIES, *commands)
+        if isinstance(negotiated, RefusedError):
+            raise negotiated
+        return answers
 
 
 def _why(path: Path, error: OSError) -> str:

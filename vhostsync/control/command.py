@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -127,8 +127,13 @@ class Dispatcher:
             )
 
 
+_PLAIN: Final = (int, str, float, bool, type(None))
+
+
 def dashed(value: Any) -> Any:
     """A dataclass, or a container of them, as JSON has it: names with dashes."""
+    if type(value) in _PLAIN:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -126,7 +126,7 @@ class ControlServer:
         """The client's requests, one after the other, also of a client that has gone meanwhile."""
         try:
             async with requests, self._dispatcher.conversation() as dispatcher:
-                async for item in requests:
+                while (item := await _next(requests)) is not None:
                     if isinstance(item, qmp.Request):
                         await client.send(await self._execute(dispatcher, client, item))
                         continue
@@ -166,6 +166,20 @@ class ControlServer:
                 await client.send(_event_lines(event))
 
 
+async def _next(
+    requests: MemoryObjectReceiveStream[qmp.Request | qmp.Reply],
+) -> qmp.Request | qmp.Reply | None:
+    """None: there are no more. One that is there already is taken without a turn of the event loop."""
+    try:
+        return requests.receive_nowait()
+    except anyio.WouldBlock:
+        with suppress(anyio.EndOfStream):
+            return await requests.receive()
+    except anyio.EndOfStream:
+        pass
+    return None
+
+
 def _event_lines(event: Event) -> bytes:
     lost = qmp.event_line(EVENTS_LOST, {"count": event.lost}, event.wall_ns) if event.lost else b""
     return lost + qmp.event_line(event.name, dashed(event.data), event.wall_ns)
@@ -194,11 +208,18 @@ class _Client:
             if not data:
                 return
             for item in self._session.receive(data):
-                await requests.send(item)
+                try:
+                    requests.send_nowait(item)
+                except anyio.WouldBlock:
+                    await requests.send(item)
 
     async def send(self, data: bytes) -> None:
         """Send all of `data`, or find that the client is gone. Not cancelled half-way: a half line would
-        spoil the next."""
+        spoil the next. Nearly always there is room for it, and nobody waits."""
+        if not self._gone and not self._writing.locked():
+            data = data[self._send_now(data) :]
+        if self._gone or not data:
+            return
         with anyio.CancelScope(shield=True) as scope:
             scope.deadline = anyio.current_time() + (CLOSING_S if self._server.closing else SEND_TIMEOUT_S)
             async with self._writing:
@@ -213,6 +234,16 @@ class _Client:
         if scope.cancelled_caught and not self._gone:
             log.warning("control client disconnected: it takes nothing", seconds=SEND_TIMEOUT_S)
             self.leave()
+
+    def _send_now(self, data: bytes) -> int:
+        """How much of it there was room for."""
+        try:
+            return self._connection.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self.leave()
+            return 0
 
     def hurry(self) -> None:
         """The server ends: what is being sent now has CLOSING_S left."""

@@ -20,7 +20,7 @@ import anyio
 import anyio.abc
 import structlog
 
-from vhostsync.control.client import ControlClient, RefusedError, connect
+from vhostsync.control.client import RefusedError, ask_once
 from vhostsync.errors import ControlError, StateRecordError, VhostsyncError
 from vhostsync.fleet.disks import known_disks
 from vhostsync.lineage_name import runtime_directory
@@ -129,8 +129,7 @@ class Asked:
         reason = f"no answer within {GIVE_UP_S:g} s"
         try:
             with anyio.move_on_after(GIVE_UP_S):
-                async with connect(self._place.control, GIVE_UP_S) as client:
-                    self.page = await _page_from(client, self._place.name)
+                self.page = await _page_from(self._place)
         except VhostsyncError as error:
             reason = str(error)
         except Exception as error:  # whatever it has answered
@@ -151,14 +150,14 @@ class Asked:
         self._was_up = is_up
 
 
-async def _page_from(client: ControlClient, name: str) -> Page:
-    status, mirror, stats = await client.execute_all("query-status", "query-mirror", "query-stats")
+async def _page_from(place: Place) -> Page:
+    status, mirror, stats = await ask_once(place.control, "query-status", "query-mirror", "query-stats")
     if isinstance(status, Mapping) and "receiver" in status:
-        return receiver_page(status, name)
+        return receiver_page(status, place.name)
     for answer in (status, mirror, stats):
         if isinstance(answer, RefusedError):
             raise answer
-    page = page_of(status, mirror, stats, name=name, buckets=COARSE_BUCKETS)
+    page = page_of(status, mirror, stats, name=place.name, buckets=COARSE_BUCKETS)
     if page.samples > SAMPLES_MAX:
         raise ControlError(f"it has {page.samples} samples, more than any disk has")
     return page

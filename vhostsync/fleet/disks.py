@@ -15,7 +15,7 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
-from vhostsync.control.client import connect
+from vhostsync.control.client import RefusedError, ask_once
 from vhostsync.errors import ControlError, StateRecordError
 from vhostsync.lineage_name import control_of, is_lineage_name, runtime_directory
 from vhostsync.record.names import Lineage, Names, find_name, state_directories
@@ -231,30 +231,33 @@ async def _ask(disk: HostDisk) -> HostDisk:
     assert disk.control is not None
     try:
         with anyio.fail_after(ANSWER_S):
-            async with connect(disk.control) as client:
-                status = await client.execute("query-status")
-                mirror = None if "receiver" in status else await client.execute("query-mirror")
+            status, mirror = await ask_once(disk.control, "query-status", "query-mirror")
     except TimeoutError:
         return replace(disk, problem=f"the backend at {disk.control} does not answer")
     except ControlError as error:
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
             return replace(disk, control=None)  # a socket that its backend has left behind
         return replace(disk, problem=str(error))
-    if mirror is None:
+    if isinstance(status, Mapping) and "receiver" in status:
         return replace(disk, control=None)  # the receiver of another host's disk
+    for answer in (status, mirror):
+        if isinstance(answer, RefusedError):
+            return replace(disk, problem=str(answer))
     return replace(disk, status=status, mirror=mirror)
 
 
 def _each_once(disks: list[HostDisk]) -> list[HostDisk]:
     """What answers at the place of a name may be the backend of another record: each answer goes to the
     record that its backend names, and what is left has none."""
-    answers = {place: each for each in disks if (place := _record_of_answer(each)) is not None}
-    known = {_real(each.record_path) for each in disks if each.record_path is not None}
+    records = [_real(each.record_path) for each in disks]
+    named = [_record_of_answer(each, own) for each, own in zip(disks, records, strict=True)]
+    answers = {place: each for each, place in zip(disks, named, strict=True) if place is not None}
+    known = set(records)
     found = []
-    for disk in disks:
-        if disk.record_path is not None:
-            found.append(_with_answer(disk, answers.get(_real(disk.record_path))))
-        if disk.status is not None and _record_of_answer(disk) not in known:
+    for disk, own, place in zip(disks, records, named, strict=True):
+        if own is not None:
+            found.append(_with_answer(disk, answers.get(own)))
+        if disk.status is not None and (place is None or place not in known):
             found.append(HostDisk(control=disk.control, status=disk.status, mirror=disk.mirror))
         if disk.record_path is None and disk.problem is not None:
             found.append(disk)
@@ -267,15 +270,16 @@ def _with_answer(disk: HostDisk, theirs: HostDisk | None) -> HostDisk:
     return replace(disk, control=theirs.control, status=theirs.status, mirror=theirs.mirror, problem=None)
 
 
-def _record_of_answer(disk: HostDisk) -> str | None:
+def _record_of_answer(disk: HostDisk, own: str | None) -> str | None:
     """The record that the backend names; one of an earlier version names none, and is believed to use that in
-    whose place it was found."""
+    whose place it was found, its `own`."""
     if disk.status is None:
         return None
-    own = str(disk.record_path) if disk.record_path is not None else None
-    place = disk.status.get("record", own)
-    return None if place is None else _real(Path(place))
+    if "record" not in disk.status:
+        return own
+    place = disk.status["record"]
+    return own if place == str(disk.record_path) else _real(Path(place)) if place is not None else None
 
 
-def _real(path: Path) -> str:
-    return os.path.realpath(path)
+def _real(path: Path | None) -> str | None:
+    return None if path is None else os.path.realpath(path)
