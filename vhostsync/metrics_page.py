@@ -95,9 +95,8 @@ class Page:
             inner = self._labels(family, labels)
             before = inner + "," if inner else ""
             up_to = list(accumulate(row.counts))
-            for power in buckets:
-                total = up_to[power]
-                lines.append(f'{name}_bucket{{{before}le="{2.0 ** (power + 1) / 1e9:.9g}"}} {total}')
+            for power, end in _ends(buckets):
+                lines.append(f'{name}_bucket{{{before}le="{end}"}} {up_to[power]}')
             total = up_to[-1]
             lines.append(f'{name}_bucket{{{before}le="+Inf"}} {total}')
             tail = "{" + inner + "}" if inner else ""
@@ -146,6 +145,12 @@ class Latency:
         self.seconds += (mean_us or 0.0) / 1e6 * operation["operations"]
 
 
+@lru_cache
+def _ends(buckets: range) -> tuple[tuple[int, str], ...]:
+    """Each with the end of its bucket, in seconds."""
+    return tuple((power, f"{2.0 ** (power + 1) / 1e9:.9g}") for power in buckets)
+
+
 @lru_cache(LABELS_KEPT)
 def _labels_text(labels: tuple[str, ...], values: tuple[str, ...]) -> str:
     return _inner(dict(zip(labels, values, strict=True)))
@@ -162,6 +167,8 @@ def _escaped(text: str) -> str:
 
 def _number(value: Any) -> str:
     """ValueError: it is none that fits on a page, so the backend that said it is not what it seems."""
+    if type(value) is int and -INTEGER_MAX < value < INTEGER_MAX:  # nearly always
+        return repr(value)
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float) and not math.isfinite(value):
