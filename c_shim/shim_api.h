@@ -190,6 +190,7 @@ enum vs_command_kind {
     VS_CMD_MIRROR_SPEED,     /* value: bytes per second of the bulk copy, 0: no limit */
     VS_CMD_MIRROR_DRAIN,     /* done when F has reached the G of now (1: source_flushed too); -ENOTCONN: not steady */
     VS_CMD_MIRROR_STOP,      /* value: reason (vs_reason); leaves the destination as it is */
+    VS_CMD_MIRROR_LEAVE,     /* as if a steady destination were lost: VS_EV_DEGRADED; -ENOTCONN: not steady */
     VS_CMD_BITMAP_VOID,      /* the state record does not name the bitmap any more: answers VS_EV_BITMAP_FAILED */
     VS_CMD_RECORD_WRITTEN,   /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,             /* value: microseconds allowed; done when all is drained and M = G, else gate reopened,
@@ -332,7 +333,8 @@ enum vs_reason {
     VS_REASON_SWITCH,
     VS_REASON_CONGESTION, /* the destination is too slow, and the guest is not to wait */
     VS_REASON_CATCH_UP,
-    VS_REASON_DESTINATION_LOST /* its connection */
+    VS_REASON_DESTINATION_LOST, /* its connection */
+    VS_REASON_GROUP             /* VS_CMD_MIRROR_LEAVE */
 };
 
 enum vs_event_kind {

@@ -78,6 +78,7 @@ class Reason(IntEnum):
     CONGESTION = 7
     CATCH_UP = 8
     DESTINATION_LOST = 9
+    GROUP = 10
 
 
 class Cut(IntEnum):

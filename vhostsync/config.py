@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from .errors import ConfigError
+from .group_options import GroupOptions
 from .limit_options import LimitOptions
 from .lineage_name import check_lineage_name, control_of, is_lineage_name, socket_of
 from .option import (
@@ -85,7 +86,7 @@ PRIVILEGES: Final = "privileges"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(LimitOptions):
+class ServeConfig(LimitOptions, GroupOptions):
     """Everything that `serve` is told. Paths are made absolute. Raises ConfigError.
 
     Each option is declared here (option.py), or in limit_options.py, and nowhere else."""
@@ -353,6 +354,7 @@ class ServeConfig(LimitOptions):
         self._check_places()
         self._check_device()
         self._check_mirror()
+        self.check_group()
         if self.user is not None and not all(self.user.split(":", 1)):
             raise ConfigError(f"--user {self.user!r} is not NAME or NAME:GROUP.")
         if not self.name.isprintable() or len(self.name) > NAME_CHARACTERS_MAX:

@@ -38,6 +38,7 @@ from vhostsync.device.device import Device, start_engine
 from vhostsync.device.opening import Opened, open_device
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import ConfigError, HandOverError
+from vhostsync.group_members import OtherMembers
 from vhostsync.hand_over import ENVIRONMENT, Inheritance, Predecessor, Successor, ask
 from vhostsync.host import directory as own_directory
 from vhostsync.host import patience
@@ -295,6 +296,10 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
     inherited = started.taken_over.inheritance.frontends if started.taken_over is not None else ()
     heirs: list[Heritage] = []
     device = Device(config, opened, started.engine, started.confinement.reach, process)
+    if config.group_freeze:
+        assert config.group is not None and started.state_directory is not None
+        others = OtherMembers(config.name, config.group, started.state_directory)
+        device.mirror.group_cut.join(others)
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(device.run)
         await lasting.start(watch_signals, process)

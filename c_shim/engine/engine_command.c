@@ -79,6 +79,8 @@ static int obey(struct vs_engine *e, const struct vs_command *c)
     case VS_CMD_MIRROR_STOP:
         mirror_stop(&e->mirror, (uint32_t)c->value);
         break;
+    case VS_CMD_MIRROR_LEAVE:
+        return mirror_leave(&e->mirror);
     case VS_CMD_PEER_DIFFERS:
         e->mirror.state.differs = c->value;
         break;

@@ -246,6 +246,14 @@ void mirror_degrade(struct mirror *m, uint32_t reason, int error)
     mirror_move(&m->state, VS_MIRROR_LOST, reason, error);
 }
 
+int mirror_leave(struct mirror *m)
+{
+    if (m->state.now != VS_STEADY)
+        return -ENOTCONN;
+    mirror_degrade(m, VS_REASON_GROUP, -ECANCELED);
+    return 0;
+}
+
 void mirror_stop(struct mirror *m, uint32_t reason)
 {
     if (destination_attached(&m->destination))

@@ -80,6 +80,8 @@ int mirror_start(struct mirror *m, vs_disk *disk, uint32_t flags);
 void mirror_stop(struct mirror *m, uint32_t reason);
 /* The destination is lost; the guest is not to notice. */
 void mirror_degrade(struct mirror *m, uint32_t reason, int error);
+/* The same for those of a group: 0, or -ENOTCONN where it is not steady. */
+int mirror_leave(struct mirror *m);
 /* Steps that depend on what has completed: steady, timeouts, the end of a former destination. */
 void mirror_pump(struct mirror *m);
 /* flags: enum vs_exchange_flags. gated: nothing of the guest's is in flight but what a source has failed. -ENOTCONN,

@@ -10,12 +10,13 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from tests.daemon.rig import BLOCK, STAMP, Served, block_of, image
+from tests.frontend import Frontend
 from tests.guest.backends import vhostsync_command
 
 WAIT_S = 30.0
@@ -36,18 +37,27 @@ def two_disks(work: Path, *options: str, mib: int = 16) -> Iterator[tuple[Served
         yield served[0], served[1]
 
 
+class HasGuest(Protocol):
+    def guest(self) -> Frontend: ...
+
+
 class Counter:
     """A guest that writes 1, 2, 3 … to the first blocks of two disks in turn, each confirmed before the next;
     now and then it flushes, too. So at any instant the disks hold n and n - 1."""
 
-    def __init__(self, served: Sequence[Served], *, flush_every: int = 16) -> None:
+    def __init__(self, served: Sequence[HasGuest], *, flush_every: int = 16) -> None:
         self._guests = [each.guest() for each in served]
         self._flush_every = flush_every
         self._end = threading.Event()
         self._turn = threading.Condition()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="counter")
+        self._errand: Callable[[Sequence[Frontend]], None] | None = None
         self.written = 0
+
+    def do(self, errand: Callable[[Sequence[Frontend]], None]) -> None:
+        """Once, between two writes. It is under way on return."""
+        self._errand = errand
 
     def __enter__(self) -> Self:
         for guest in self._guests:
@@ -71,6 +81,9 @@ class Counter:
             number = 0
             while not self._end.is_set():
                 number += 1
+                if (errand := self._errand) is not None:
+                    self._errand = None
+                    errand(self._guests)
                 guest = self._guests[number % 2]
                 request = guest.write_now(0, block_of(0, number))
                 assert request.ok, f"write {number}: status {request.status}"

@@ -165,7 +165,11 @@ class FakeGroupMember:
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None:
         await self._prepare(f"switch {max_pause_ms:g} {keep_mirror}")
 
-    async def prepare_snapshot(self, *, max_pause_ms: float) -> None:
+    async def cut(self, step: str, name: str) -> dict[str, str]:
+        self.steps.append(f"cut {step} {name}")
+        return {"cut": name}
+
+    async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None) -> None:
         await self._prepare(f"snapshot {max_pause_ms:g}")
 
     async def _prepare(self, what: str) -> None:

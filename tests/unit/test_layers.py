@@ -64,11 +64,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 AT_THE_TOP = {
     "__init__": "words", "errors": "words", "events": "words", "limit_options": "config", "limits": "words",
+    "group_options": "config",
     "log_writer": "words", "lineage_name": "words", "metrics_page": "words", "option": "words",
     "printable": "words", "receive_metrics": "words",
     "quantities": "words", "statistic": "words", "config": "config", "log": "config",
     "mirror_target": "config", "option_values": "config",
-    "metrics": "metrics", "daemon": "daemon", "hand_over": "daemon", "__main__": "cli",
+    "metrics": "metrics", "daemon": "daemon", "hand_over": "daemon",
+    "group_members": "daemon", "__main__": "cli",
     "_shim": "binding",
     "_source_hash": "binding",
 }  # fmt: skip

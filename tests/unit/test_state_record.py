@@ -48,6 +48,7 @@ def records(draw: st.DrawFn) -> StateRecord:
         guest=draw(st.none() | guests),
         unfenced=tuple(draw(st.lists(identities, max_size=2))),
         doubt=tuple(draw(st.lists(st.tuples(st.integers(0), st.integers(1)), max_size=3))),
+        cut="1f" if worth is Worth.OUTDATED and draw(st.booleans()) else None,
         wanted=Wanted(peer.path, "none", draw(st.integers(0, 9))) if peer and draw(st.booleans()) else None,
     )
 

@@ -15,6 +15,7 @@ or this process, that ends in that very moment can leave some disks with what wa
 It keeps no state: the backends and their records have it.
 """
 
+import secrets
 import shlex
 import time
 from collections.abc import Sequence
@@ -118,6 +119,8 @@ async def _prepare(members: list[Member], plan: Plan, until_s: float) -> None:
     arguments: dict[str, Any] = {"action": plan.action, "max-pause-ms": round(plan.max_pause_s * 1000)}
     if plan.action == "switch":
         arguments["keep-mirror"] = plan.keep_mirror
+    else:
+        arguments["cut"] = secrets.token_hex(8)
     for count, member in enumerate(members):
         with anyio.move_on_after(max(until_s - time.monotonic(), 0) + LATE_S):
             await member.step("prepare", arguments)

@@ -13,7 +13,7 @@ from vhostsync.cli.disk_words import lag, state
 from vhostsync.cli.show import table
 from vhostsync.errors import ConfigError
 from vhostsync.fleet.disks import HostDisk, host_disks
-from vhostsync.fleet.group import groups_of, what_is_left, worth_of_group
+from vhostsync.fleet.group import groups_of, is_one_instant, what_is_left, worth_of_group
 from vhostsync.mirror_target import MirrorTarget
 from vhostsync.printable import printable
 from vhostsync.record.names import Names
@@ -80,11 +80,22 @@ def list_disks(options: argparse.Namespace) -> int:
 
 def _json(disks: Sequence[HostDisk]) -> list[dict[str, Any]]:
     worths = {group: worth_of_group(of_group) for group, of_group in groups_of(disks).items()}
-    return [{**disk.in_json(), "group-worth": worths.get(disk.group or "")} for disk in disks]
+    instants = {group: is_one_instant(of_group) for group, of_group in groups_of(disks).items()}
+    return [
+        {
+            **disk.in_json(),
+            "group-worth": worths.get(disk.group or ""),
+            "group-one-instant": instants.get(disk.group or ""),
+        }
+        for disk in disks
+    ]
 
 
 def _group_line(group: str, disks: Sequence[HostDisk]) -> str:
-    text = f"group {group}: its other disks together are {worth_of_group(disks) or 'of unknown worth'}"
+    worth = worth_of_group(disks)
+    text = f"group {group}: its other disks together are {worth or 'of unknown worth'}"
+    if worth == "outdated":
+        text += ", all of one instant" if is_one_instant(disks) else ", and not of one instant"
     left = what_is_left(disks)
     return printable(text if left is None else f"{text}; {left}") + "\n"
 

@@ -19,7 +19,8 @@ class GroupMember(Protocol):
     """What one client has begun (group_member.py). Each raises VhostsyncError: then all is as it was."""
 
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None: ...
-    async def prepare_snapshot(self, *, max_pause_ms: float) -> None: ...
+    async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None) -> None: ...
+    async def cut(self, step: str, name: str) -> Any: ...
     async def take(self, name: str) -> Any: ...
 
 
@@ -29,8 +30,12 @@ async def _prepare(to: Any, given: Arguments) -> Any:
     if given["action"] == "switch":
         await group.prepare_switch(max_pause_ms=pause_ms, keep_mirror=given["keep-mirror"])
     else:
-        await group.prepare_snapshot(max_pause_ms=pause_ms)
+        await group.prepare_snapshot(max_pause_ms=pause_ms, cut=given["cut"])
     return {}
+
+
+async def _cut(to: Any, given: Arguments) -> Any:
+    return await to.group.cut(given["step"], given["cut"])
 
 
 def _step(name: str, text: str) -> Command:
@@ -58,6 +63,7 @@ GROUP_COMMANDS: Final = (
                 "keep-mirror", "boolean", "Of a switch: the old source becomes the new destination.",
                 default=False,
             ),
+            Argument("cut", "string", "Of a snapshot: what all copies of this instant are called."),
         ),
     ),
     _step("close", "The second: hold the guest, until the destination has all that it has written."),
@@ -67,4 +73,15 @@ GROUP_COMMANDS: Final = (
     ),
     _step("open", "The last: let the guest go on. Returns what was done."),
     _step("take-back", "Instead of any but the first: all becomes as it was."),
+    Command(
+        "group-cut",
+        "Another disk of the group loses its destination (--group-freeze): whether this one could let go of "
+        "its own, too; let go, and confirm no flush without it; go on, for all have.",
+        _cut,
+        (
+            Argument("step", "string", "Each is taken on all before the next one.", required=True,
+                     choices=("ask", "let-go", "go-on")),
+            Argument("cut", "string", "What the destinations are called together.", required=True),
+        ),
+    ),
 )  # fmt: skip

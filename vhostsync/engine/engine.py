@@ -288,6 +288,11 @@ class Engine:
             lib.VS_CMD_MIRROR_STOP, "letting go of the destination", value=lib.VS_REASON_COMMAND
         )
 
+    async def mirror_leave(self) -> None:
+        """As if a steady destination were lost: flushes wait until the record is written. EngineError
+        (ENOTCONN): it is not steady."""
+        await self.command(lib.VS_CMD_MIRROR_LEAVE, "leaving the destination with those of the group")
+
     async def catch_up(self) -> None:
         """From ahead back to syncing: copy what differs. The record calls the destination inconsistent."""
         await self.command(lib.VS_CMD_CATCH_UP, "catching up with the destination")

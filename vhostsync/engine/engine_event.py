@@ -22,6 +22,7 @@ class Reason(IntEnum):
     CONGESTION = lib.VS_REASON_CONGESTION
     CATCH_UP = lib.VS_REASON_CATCH_UP
     DESTINATION_LOST = lib.VS_REASON_DESTINATION_LOST
+    GROUP = lib.VS_REASON_GROUP
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,13 @@ def worth_of_group(disks: Sequence[HostDisk]) -> str | None:
     return max((disk.worth for disk in disks), key=_BEST_FIRST.index)
 
 
+def is_one_instant(disks: Sequence[HostDisk]) -> bool:
+    """The other disks were let go of together: by a snapshot of the group, or as its destinations were lost
+    (--group-freeze)."""
+    cuts = {disk.record.cut if disk.record is not None else None for disk in disks}
+    return len(cuts) == 1 and None not in cuts
+
+
 def what_is_left(disks: Sequence[HostDisk]) -> str | None:
     """Of a switch or a snapshot that was done on some of them and not on all; None: they are alike."""
     if len({disk.state for disk in disks}) == 1:

@@ -95,9 +95,9 @@ class GroupMember:
         plan = SwitchPlan(max_pause_ms, keep_mirror)
         await self._begin(self._mirror.switch_in_steps(plan), max_pause_ms)
 
-    async def prepare_snapshot(self, *, max_pause_ms: float) -> None:
-        """The same of a snapshot."""
-        await self._begin(self._mirror.snapshot_in_steps(max_pause_ms), max_pause_ms)
+    async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None = None) -> None:
+        """The same of a snapshot. `cut`: what all copies of this instant are called."""
+        await self._begin(self._mirror.snapshot_in_steps(max_pause_ms, cut), max_pause_ms)
 
     async def _begin(self, attempt: AbstractAsyncContextManager[Steps], max_pause_ms: float) -> None:
         """MirrorError, EngineError, StateRecordError: nothing has changed."""
@@ -122,6 +122,18 @@ class GroupMember:
         self._order = order = _Order(step)
         self._came.set()
         return await order.outcome()
+
+    async def cut(self, step: str, name: str) -> Mapping[str, Any]:
+        """Another disk of the group has lost its destination (group_cut.py). MirrorError."""
+        group = self._mirror.group_cut
+        if step == "let-go":
+            self._mirror.turns.check_free("letting go with the group")
+            return {"cut": await group.let_go(name, self._tasks)}
+        if step == "go-on":
+            group.go_on(name)
+        else:
+            group.check(name)
+        return {}
 
     async def _run(self, attempt: AbstractAsyncContextManager[Steps], max_pause_ms: float) -> None:
         """Never raises but when cancelled. The last step is answered when all else is over."""

@@ -32,11 +32,14 @@ class SnapshotSteps:
     """To be used with the turn of the mirror and the lock of the record, from before `prepare` to after
     `leave`, which ends each attempt."""
 
-    def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, max_pause_ms: float) -> None:
+    def __init__(
+        self, engine: Engine, roles: Roles, keeper: RecordKeeper, max_pause_ms: float, cut: str | None
+    ) -> None:
         self._engine = engine
         self._roles = roles
         self._keeper = keeper
         self._max_pause_ms = max_pause_ms
+        self._cut = cut
         self._former = keeper.record
         self._prepared = self._closed = False
         self.result: Opened | None = None
@@ -86,6 +89,8 @@ class SnapshotSteps:
 
     async def _record_let_go(self) -> None:
         unwanted = self._keeper.record.with_wanted(None)
+        if self._cut is not None:
+            unwanted = unwanted.with_cut(self._cut)
         if not await self._keeper.write_back(unwanted, "a restart would mirror to the copy again"):
             raise StateRecordError(
                 f"the destination is let go of, but until the state record can be written a restart would "
@@ -95,13 +100,14 @@ class SnapshotSteps:
 
 @asynccontextmanager
 async def snapshot_steps(
-    engine: Engine, roles: Roles, keeper: RecordKeeper, state: MirrorState, max_pause_ms: float
+    engine: Engine, roles: Roles, keeper: RecordKeeper, state: MirrorState, max_pause_ms: float,
+    cut: str | None,
 ) -> AsyncIterator[SnapshotSteps]:
     """One attempt, with the record's lock. MirrorError, EngineError."""
     await _refuse_unless_possible(engine, keeper, state)
     await engine.mirror_drain()
     async with keeper.lock:
-        steps = SnapshotSteps(engine, roles, keeper, max_pause_ms)
+        steps = SnapshotSteps(engine, roles, keeper, max_pause_ms, cut)
         try:
             yield steps
         finally:

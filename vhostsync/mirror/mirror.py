@@ -12,7 +12,7 @@ One command at a time (`turns`): a second one is refused, not queued.
 
 import errno
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -40,6 +40,7 @@ from vhostsync.mirror.destination import (
     was_of_this_guest,
 )
 from vhostsync.mirror.fence import Fence, Means
+from vhostsync.mirror.group_cut import GroupCut
 from vhostsync.mirror.group_snapshot import SnapshotSteps, snapshot_steps
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_course import Course
@@ -165,6 +166,10 @@ class Mirror:
         return self._course.changed
 
     @property
+    def group_cut(self) -> GroupCut:
+        return self._keeper.group
+
+    @property
     def bitmap(self) -> BitmapFile | None:
         return self._keeper.bitmap
 
@@ -233,6 +238,8 @@ class Mirror:
             raise MirrorError("a disk that is served read-only has nothing to mirror")
         await anyio.to_thread.run_sync(self.reach.check, target.name)
         await self._await_fence()
+        if former is not None and self.wanted is None:
+            raise MirrorError("the mirror is not wanted any more")
         if self._keeper.is_unfenced(target.name) and not target.fenced:
             await self._fence.make_certain(target.name)
         disk, made = await self._open(target, DESTINATION_LOCK_S if former is None else RESUMED_LOCK_S)
@@ -393,6 +400,8 @@ class Mirror:
 
     async def _let_go(self, *, for_good: bool) -> None:
         """`for_good`: a restart does not resume the mirror."""
+        if self.group_cut.joined and self.state is MirrorState.STEADY:
+            await self._leave_with_group()
         # First the record: after the stop, flushes are confirmed without the destination.
         async with self._keeper.lock:
             record = self._keeper.record
@@ -405,6 +414,13 @@ class Mirror:
             if self.state is not MirrorState.PASSTHROUGH:
                 self._roles.fence()
                 await self._engine.mirror_stop()
+
+    async def _leave_with_group(self) -> None:
+        with suppress(EngineError):  # it is lost at this very moment
+            await self._engine.mirror_leave()
+        while self.state is MirrorState.STEADY:
+            await self._course.changed.wait()
+        await self._keeper.wait_recorded()
 
     async def set_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy, also when it is resumed; 0: no limit. MirrorError: there is none."""
@@ -446,11 +462,11 @@ class Mirror:
                 yield steps
 
     @asynccontextmanager
-    async def snapshot_in_steps(self, max_pause_ms: float) -> AsyncIterator[SnapshotSteps]:
+    async def snapshot_in_steps(self, max_pause_ms: float, cut: str | None) -> AsyncIterator[SnapshotSteps]:
         """The same for a snapshot, at whose end the destination is closed. MirrorError, EngineError."""
         async with self.turns.take("snapshot"):
             rooms = self._engine, self._roles, self._keeper
-            async with snapshot_steps(*rooms, self.state, max_pause_ms) as steps:
+            async with snapshot_steps(*rooms, self.state, max_pause_ms, cut) as steps:
                 yield steps
             await self._see_it_off()
 

@@ -32,4 +32,5 @@ REASONS: Final = {
     Reason.CONGESTION: "the destination is too slow, and the guest runs on",
     Reason.CATCH_UP: "catching up with what was written meanwhile",
     Reason.DESTINATION_LOST: "the connection to the destination is lost",
+    Reason.GROUP: "the destinations of the group are let go of together",
 }

@@ -39,6 +39,7 @@ from vhostsync.errors import (
 from vhostsync.events import EventHub
 from vhostsync.mirror.claims import Claims
 from vhostsync.mirror.destination import Place, look_again
+from vhostsync.mirror.group_cut import GroupCut
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.under_way import CLOSED, UnderWay
 from vhostsync.record.bitmap import BitmapFile
@@ -93,6 +94,7 @@ class RecordKeeper:
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
         self._under_way = UnderWay(roles)
+        self.group = GroupCut(engine, lambda: self.record.cut, lambda: self._state is State.STEADY)
         self._steady = anyio.Event()
         self._verified = anyio.Event()
         engine.on_event(self._on_event)
@@ -267,6 +269,7 @@ class RecordKeeper:
             self._fence_clear.set()
         if event.kind is EventKind.DEGRADED:
             self._outdating += 1
+            self.group.note_lost()
         if event.kind in _TO_RECORD:
             self._to_record[event.kind].append(event)
             self._came.set()
@@ -438,27 +441,37 @@ class RecordKeeper:
         while self._outdating and not self.flushes_fail:
             await self._outdated.wait()
 
-    async def _record_outdated(self, _: EngineEvent) -> None:
+    async def _record_outdated(self, event: EngineEvent) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
         durable, they fail."""
-        while True:
-            error_number = 0
+        async with self.group.recording(event.reason) as cut:
+            while (error := await self._write_outdated(cut.name)) is not None:
+                await cut.give_up()
+                self._failed(error)
+                log.error("flushes fail until the state record can be written", error=error)
+                await self._tell_engine(errno.EIO)
+                await anyio.sleep(RETRY_S)
+            await self._tell_engine(0)
+
+    async def _write_outdated(self, cut: str | None) -> str | None:
+        """Why not, or None."""
+        async with self.lock:
+            if self.record.peer is None:
+                return None
+            record = outdated(self.record)
             try:
-                async with self.lock:
-                    if self.record.peer is not None:
-                        await self.write(outdated(self.record))
+                await self.write(record if cut is None else record.with_cut(cut))
             except StateRecordError as error:
-                error_number = errno.EIO
-                self._failed(str(error))
-                log.error("flushes fail until the state record can be written", error=str(error))
-            self.flushes_fail = error_number != 0
-            await self._engine.record_written(error_number)
-            self._outdating -= error_number == 0
-            self._outdated.set()
-            self._outdated = anyio.Event()
-            if not error_number:
-                return
-            await anyio.sleep(RETRY_S)
+                return str(error)
+            return None
+
+    async def _tell_engine(self, error_number: int) -> None:
+        """What became of the record of a loss."""
+        self.flushes_fail = error_number != 0
+        await self._engine.record_written(error_number)
+        self._outdating -= error_number == 0
+        self._outdated.set()
+        self._outdated = anyio.Event()
 
     async def _give_up_bitmap(self, event: EngineEvent) -> None:
         """Writes that need it are held until a crash cannot make anybody believe it."""

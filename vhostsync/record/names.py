@@ -205,6 +205,7 @@ def follow_name(config: ServeConfig) -> ServeConfig:
     before it becomes another user; the process has no other thread yet. StateRecordError."""
     if config.no_state_file:
         return config
+    group = None
     if config.state_file is not None:
         if config.blk_file is not None:
             return config
@@ -213,10 +214,15 @@ def follow_name(config: ServeConfig) -> ServeConfig:
         directory = default_directory()
         lineage = Names(directory).find(config.name) if is_lineage_name(config.name) else None
         if lineage is None:
-            if config.blk_file is not None:
+            if config.blk_file is not None and not config.group_freeze:
                 return config  # the name is the machine's, in metrics
             lineage = find_name(config.name, directory)
-        place, who = lineage.record, lineage.name
+        place, who, group = lineage.record, lineage.name, lineage.group
+    if config.group_freeze and group is None:
+        raise StateRecordError(
+            f"{who} is in no group, so --group-freeze has nothing to do; leave it out, or begin the disk "
+            f"with vhostsync create --group"
+        )
     record = StateFile(place).load()
     if record is None and config.blk_file is None:
         raise StateRecordError(
@@ -228,7 +234,7 @@ def follow_name(config: ServeConfig) -> ServeConfig:
         assert record is not None
         disk = _to_promote(record, who) if config.answer is Answer.PROMOTE else name_today(record.current)
     of_name = place if config.state_file is None else None
-    return replace(config, blk_file=disk, record_of_name=of_name)
+    return replace(config, blk_file=disk, record_of_name=of_name, group=group)
 
 
 def _to_promote(record: StateRecord, who: str) -> str:

@@ -94,6 +94,9 @@ class StateRecord:
     # Where requests may be under way that nobody waits for any more once this process or its connection is
     # gone (mirror/fence.py). Only disks whose kind does not fence itself.
     unfenced: tuple[DiskIdentity, ...] = ()
+    # The peer was let go of together with those of the group, as copies of one instant, which all bear this
+    # name. A program that does not know it forgets it.
+    cut: str | None = None
 
     def __post_init__(self) -> None:
         if (self.peer is None) != (self.peer_worth is None):
@@ -104,6 +107,8 @@ class StateRecord:
             raise ValueError("a bitmap belongs to a peer")
         if self.different_since is not None and self.peer is None:
             raise ValueError("a difference is one from a peer")
+        if self.cut is not None and self.peer_worth is not Worth.OUTDATED:
+            raise ValueError("what was let go of with its group is outdated")
         if self.wanted is not None and self.peer is None:
             raise ValueError("a mirror that is wanted has a peer")
         for ranges in (self.doubt, self.spared):
@@ -140,7 +145,7 @@ class StateRecord:
         former = () if self.peer is None or same(self.peer, peer) else (self._former_peer(),)
         return replace(
             self, peer=peer, peer_worth=Worth.INCONSISTENT, outdated_since=None, clean=False, bitmap=bitmap,
-            spared=(), superseded=self._superseded_by(self.current, *former),
+            spared=(), superseded=self._superseded_by(self.current, *former), cut=None,
         )  # fmt: skip
 
     def peer_is(self, disk: DiskIdentity) -> bool:
@@ -178,12 +183,18 @@ class StateRecord:
     def with_worth(self, worth: Worth, outdated_since: str | None = None) -> "StateRecord":
         # What the guest writes without the peer may end that it holds anything better, and no record waits.
         spared = self.spared if worth is Worth.UP_TO_DATE else ()
-        return replace(self, peer_worth=worth, outdated_since=outdated_since, clean=False, spared=spared)
+        return replace(
+            self, peer_worth=worth, outdated_since=outdated_since, clean=False, spared=spared, cut=None
+        )
+
+    def with_cut(self, cut: str) -> "StateRecord":
+        """The destination was let go of, and stays as it is until somebody starts the mirror."""
+        return replace(self, cut=cut, wanted=None)
 
     def without_peer(self) -> "StateRecord":
         return replace(
             self, peer=None, peer_worth=None, outdated_since=None, clean=False, bitmap=None, spared=(),
-            different_since=None, wanted=None,
+            different_since=None, wanted=None, cut=None,
         )  # fmt: skip
 
     def switched(self, *, keep_mirror: bool, since: str | None = None) -> "StateRecord":
@@ -354,6 +365,7 @@ def decode_record(text: bytes, boot_id: str | None = None, marked: int = 0) -> S
             wanted=None if wanted is None else Wanted(**wanted),
             guest=None if guest is None else GuestDisk(**guest),
             unfenced=tuple(decode_identity(each) for each in body.get("unfenced", ())),
+            cut=body.get("cut"),
         )
     except (KeyError, TypeError) as error:
         raise ValueError("fields are missing or unknown") from error

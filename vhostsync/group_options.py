@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The option of `serve` by which the disks of one machine stay together (mirror/group_cut.py)."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .errors import ConfigError
+from .option import FLAG, option
+
+GROUP: Final = "the group of the disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """Part of ServeConfig."""
+
+    group_freeze: bool = option(
+        "--group-freeze", GROUP, FLAG,
+        "before a flush is confirmed without the destination, let go of those of the group at one instant",
+        False,
+        detail="With `--name`, of a disk that `vhostsync create --group` has made, and on all disks of that "
+        "group. See [node.md](node.md).",
+    )  # fmt: skip
+    group: str | None = None  # that of the disk, once its name was followed (record/names.py)
+
+    def check_group(self) -> None:
+        """ConfigError."""
+        config: Any = self
+        if not self.group_freeze:
+            return
+        if config.no_state_file or config.state_file is not None or not config.name:
+            raise ConfigError("--group-freeze needs --name, and the state record where names are kept.")
+        if config.on_congestion != "block" or config.on_destination_error != "degrade":
+            raise ConfigError(
+                "With --group-freeze a destination that fails or is too slow is let go of, with those of the "
+                "group; leave out --on-congestion pull-ahead and --on-destination-error pause."
+            )
