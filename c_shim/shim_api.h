@@ -195,16 +195,14 @@ enum vs_command_kind {
     VS_CMD_RECORD_WRITTEN,   /* value: 0 or an errno; answers VS_EV_DEGRADED: held flushes may go (or fail) */
     VS_CMD_GATE,             /* value: microseconds allowed; done when all is drained and M = G, else gate reopened,
                               * and -ETIMEDOUT, or -EAGAIN: drain first, for what was unreadable was written since */
-    VS_CMD_UNGATE,           /* opens it again, or ends the attempt to close it; event value: pause in ns, 0: it was
-                              * open */
+    VS_CMD_UNGATE,           /* opens it, or ends the attempt to close it; event value: pause in ns, 0: it was open */
     VS_CMD_EXCHANGE,         /* exchange. Waits for the gate to close (-ECANCELED: it does not), opens it; event value:
                               * pause in ns. After an error the gate stays closed until VS_CMD_UNGATE */
     VS_CMD_VERIFY,           /* verify: compare both disks */
     VS_CMD_VERIFY_STOP,      /* -ENOENT: there is none */
     VS_CMD_GROW,             /* grow. Done when the guest may be told */
     VS_CMD_CATCH_UP,         /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY:
-                              * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED says
-                              * when) */
+                              * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED) */
     VS_CMD_FAILOVER_GIVE_UP, /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
     VS_CMD_PEER_DIFFERS,     /* value 1: a verification has found the destination different, so it stands in for the
                               * source in nothing (vs_engine_config.read_fallback, switch_on_source_error,

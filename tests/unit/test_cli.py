@@ -332,7 +332,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
         --poll-us 25 --threads 2 --packed-rings off
         --limit-bps 100M:400M:10s --limit-bps-rd 50M --limit-bps-wr 40M/s --limit-iops 1000
         --limit-iops-rd 800:900 --limit-iops-wr 700 --limit-iops-size 64K
-        --destination-retry 3s --resume-mirror off --read-fallback --group-freeze --on-source-error switch
+        --destination-retry 3s --resume-mirror off --read-fallback --on-source-error switch
         --on-destination-error pause --fence-command /bin/fence --fenced
         --connections 4 --allow-plaintext --reconnect-timeout 5s
         --ceph-conf /c.conf --ceph-user vm --ceph-keyring /c.keyring --break-lock
@@ -381,6 +381,7 @@ def test_serve_hands_over_every_option(run: Run, daemon: list[ServeConfig]) -> N
     }
     assert set(ServeConfig.__dataclass_fields__) - changed == {
         "fd", "no_state_file", "answer", "fence", "record_of_name",
+        "group", "group_freeze",
     }  # fmt: skip
 
 

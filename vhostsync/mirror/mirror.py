@@ -5,14 +5,12 @@ The engine (C) knows how to copy, replicate and flush; it reports what becomes o
 decides what is allowed when, and what must be durably recorded before what (docs/durability.md, section 5).
 Its rooms: `roles` (which disk is what), `record_keeper` (the record follows the engine), `switch`,
 `catch_up`, `mirror_status`. Before the first byte goes to a destination, the record says that it is
-inconsistent.
-
-One command at a time (`turns`): a second one is refused, not queued.
+inconsistent. One command at a time (`turns`): a second one is refused, not queued.
 """
 
 import errno
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -40,12 +38,11 @@ from vhostsync.mirror.destination import (
     was_of_this_guest,
 )
 from vhostsync.mirror.fence import Fence, Means
-from vhostsync.mirror.group_cut import GroupCut
 from vhostsync.mirror.group_snapshot import SnapshotSteps, snapshot_steps
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_course import Course
 from vhostsync.mirror.mirror_state import MirrorState
-from vhostsync.mirror.mirror_status import MirrorStatus, SwitchPlan, SwitchResult
+from vhostsync.mirror.mirror_status import SwitchPlan, SwitchResult
 from vhostsync.mirror.peer import NO_EARLIER_COPY
 from vhostsync.mirror.record_keeper import RecordKeeper, outdated
 from vhostsync.mirror.roles import Roles
@@ -97,17 +94,16 @@ class Mirror:
         self.reach = Reach()  # where destinations may lie
         self.turns = Turns()
         self._keeper = RecordKeeper(engine, self._roles, hub, store, record, bitmap, self._note_error)
+        self.group_cut = self._keeper.group
         self._fence = fence
         self._course = Course(engine, self._roles, self._keeper, hub, self._waits_for)
+        self.status, self.note_verified = self._course.status, self._keeper.note_verified
         self._switch = Switch(engine, self._roles, self._keeper, hub)
         self._catch_up = CatchUp(engine, self._begin_catch_up)
 
     @property
     def state(self) -> MirrorState:
         return self._course.state
-
-    async def status(self) -> MirrorStatus:
-        return await self._course.status()
 
     @property
     def source(self) -> Place:
@@ -164,10 +160,6 @@ class Mirror:
     def changed(self) -> anyio.Event:
         """Set at the next event of the engine."""
         return self._course.changed
-
-    @property
-    def group_cut(self) -> GroupCut:
-        return self._keeper.group
 
     @property
     def bitmap(self) -> BitmapFile | None:
@@ -401,7 +393,7 @@ class Mirror:
     async def _let_go(self, *, for_good: bool) -> None:
         """`for_good`: a restart does not resume the mirror."""
         if self.group_cut.joined and self.state is MirrorState.STEADY:
-            await self._leave_with_group()
+            await self._keeper.leave_with_group()
         # First the record: after the stop, flushes are confirmed without the destination.
         async with self._keeper.lock:
             record = self._keeper.record
@@ -415,13 +407,6 @@ class Mirror:
                 self._roles.fence()
                 await self._engine.mirror_stop()
 
-    async def _leave_with_group(self) -> None:
-        with suppress(EngineError):  # it is lost at this very moment
-            await self._engine.mirror_leave()
-        while self.state is MirrorState.STEADY:
-            await self._course.changed.wait()
-        await self._keeper.wait_recorded()
-
     async def set_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy, also when it is resumed; 0: no limit. MirrorError: there is none."""
         if self.wanted is None and self.state in (MirrorState.PASSTHROUGH, MirrorState.DEGRADED):
@@ -433,11 +418,6 @@ class Mirror:
                 await self._keeper.write(record.with_wanted(wanted))
         await self._engine.mirror_speed(bytes_per_s)
         self._course.speed_bytes_per_s = bytes_per_s
-
-    async def note_verified(self, *, different: bool | None) -> None:
-        """A verification has found so: one that differs is switched to only if that is accepted. None: it has
-        found nothing that lasts."""
-        await self._keeper.note_verified(different=different)
 
     # ---- the switch ------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ each change what they have read would undo each other.
 import errno
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -232,8 +232,7 @@ class RecordKeeper:
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
         if self._store is None:
             return
-        current = look_again(self._roles.source)
-        peer = self.record.peer
+        current, peer = look_again(self._roles.source), self.record.peer
         if current is None:
             return
         if peer is not None and self._roles.destination is not None:
@@ -441,6 +440,13 @@ class RecordKeeper:
         while self._outdating and not self.flushes_fail:
             await self._outdated.wait()
 
+    async def leave_with_group(self) -> None:
+        """As if the destination were lost: so are those of the group."""
+        with suppress(EngineError):  # it is lost at this very moment
+            await self._engine.mirror_leave()
+        while self._state is State.STEADY or (self._outdating and not self.flushes_fail):
+            await self._outdated.wait()
+
     async def _record_outdated(self, event: EngineEvent) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
         durable, they fail."""
@@ -454,19 +460,16 @@ class RecordKeeper:
             await self._tell_engine(0)
 
     async def _write_outdated(self, cut: str | None) -> str | None:
-        """Why not, or None."""
         async with self.lock:
-            if self.record.peer is None:
-                return None
-            record = outdated(self.record)
+            record = outdated(self.record) if self.record.peer is not None else self.record
             try:
-                await self.write(record if cut is None else record.with_cut(cut))
+                if record.peer is not None:
+                    await self.write(record if cut is None else record.with_cut(cut))
             except StateRecordError as error:
                 return str(error)
             return None
 
     async def _tell_engine(self, error_number: int) -> None:
-        """What became of the record of a loss."""
         self.flushes_fail = error_number != 0
         await self._engine.record_written(error_number)
         self._outdating -= error_number == 0
