@@ -23,7 +23,7 @@ from vhostsync.errors import ControlError, EngineError
 from vhostsync.mirror import group_cut
 from vhostsync.mirror.group_cut import Cut, GroupCut, _Followed
 
-WRITES = 60
+WRITES = 30
 
 
 class BrokenError(AssertionError):
@@ -201,7 +201,8 @@ def happens(seed: int, *, disks: int = 3, losses: int = 1, silence: float = 0.0)
     return anyio.run(run)
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.timeout(240)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1 << 32), disks=st.integers(2, 4), data=st.data())
 def test_what_all_record_as_one_cut_is_one(seed: int, disks: int, data: st.DataObject) -> None:
     losses = data.draw(st.integers(1, disks), label="losses")
