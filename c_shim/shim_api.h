@@ -204,9 +204,8 @@ enum vs_command_kind {
     VS_CMD_CATCH_UP,         /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY:
                               * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED) */
     VS_CMD_FAILOVER_GIVE_UP, /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
-    VS_CMD_PEER_DIFFERS,     /* value 1: a verification has found the destination different, so it stands in for the
-                              * source in nothing (vs_engine_config.read_fallback, switch_on_source_error,
-                              * VS_CMD_EXCHANGE), as from when one that runs finds so; 0: not any more */
+    VS_CMD_PEER_DIFFERS,     /* value 1: a verification has found so (as from when one that runs finds so): it stands in
+                              * for the source in nothing (read_fallback, failover, exchange); 0: not any more */
     VS_CMD_DISK_SIZE, /* value: role; event value: how large it is now. -ENOTCONN: there is none; -EBUSY: asked */
     VS_CMD_GROW_STOP, /* the disk stays as large as it is: VS_CMD_GROW ends with -ECANCELED, if it has not ended */
     VS_CMD_LIMIT      /* limits, in the place of those that there were */
@@ -338,7 +337,7 @@ enum vs_reason {
 enum vs_event_kind {
     VS_EV_DONE = 1,        /* token, result (0 or negative errno), value */
     VS_EV_STATE,           /* value: the new vs_mirror_state; reason; result: errno */
-    VS_EV_DEGRADED,        /* the same, left steady: flushes are held until VS_CMD_RECORD_WRITTEN */
+    VS_EV_DEGRADED,        /* the same, and differed; left steady: flushes are held until VS_CMD_RECORD_WRITTEN */
     VS_EV_QUEUE_BROKEN,    /* attachment, queue, reason: enum vs_breach */
     VS_EV_ATTACHMENT_LOST, /* attachment; value: enum vs_loss */
     VS_EV_IO_ERROR,        /* disk_role, op, result, offset, length; value: how many were not reported before it */
@@ -385,6 +384,7 @@ struct vs_event {
     uint32_t reason;
     uint32_t disk_role;
     uint32_t op;
+    uint32_t differed; /* 1: the destination was no copy (rule 5; what a verification has found) */
 };
 
 /* 1 and the next event, or 0. Clears the event descriptor when it returns 0. */

@@ -116,6 +116,7 @@ class Event:
     reason: int
     disk_role: int
     op: int
+    differed: int
 
 
 @dataclass(frozen=True)

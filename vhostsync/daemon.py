@@ -321,6 +321,7 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
                 started.manager.tell(MAINPID=os.getpid())
                 await anyio.to_thread.run_sync(started.taken_over.predecessor.tell_serving)
             await process.wait_stopped()
+            device.mirror.group_cut.part()
             device.events.publish(events.SHUTDOWN, {"force": process.forced})
             started.manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")
             lasting.start_soon(_abandon_if_forced, process, device)

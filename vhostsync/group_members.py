@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backends of the other disks of a group, found by their names, for `--group-freeze` (group_cut.py)."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -22,12 +22,12 @@ class OtherMembers:
         self._directory = directory
 
     @asynccontextmanager
-    async def connected(self) -> AsyncIterator[Sequence[ControlClient]]:
+    async def connected(self) -> AsyncIterator[Mapping[str, ControlClient]]:
         """VhostsyncError: one cannot be reached, or it cannot be told which there are. Nobody is waited for
         who was cancelled: the directory's disk may hang."""
         names = await anyio.to_thread.run_sync(self._names, abandon_on_cancel=True)
         async with AsyncExitStack() as stack:
-            yield [await stack.enter_async_context(connect(control_of(name))) for name in names]
+            yield {name: await stack.enter_async_context(connect(control_of(name))) for name in names}
 
     def _names(self) -> list[str]:
         found = []

@@ -250,7 +250,7 @@ int mirror_leave(struct mirror *m)
 {
     if (m->state.now != VS_STEADY)
         return -ENOTCONN;
-    mirror_degrade(m, VS_REASON_GROUP, -ECANCELED);
+    mirror_degrade(m, VS_REASON_GROUP, 0);
     return 0;
 }
 

@@ -61,15 +61,24 @@ static void end_capture(struct mirror_state *s)
     s->listener->capture_ended(s->listener);
 }
 
-static void post(const struct mirror_state *s, uint32_t kind, uint32_t reason, int error)
+static void post(const struct mirror_state *s, uint32_t kind, uint32_t reason, int error, bool differed)
 {
-    struct vs_event event = {.kind = kind, .value = s->now, .reason = reason, .result = error};
+    struct vs_event event = {
+        .kind = kind, .value = s->now, .reason = reason, .result = error, .differed = differed};
     mailbox_post(s->mailbox, &event);
+}
+
+/* The destination of a steady mirror is no copy: it is known to differ, or lacks what could not be read, or what the
+ * guest has written there since and is not durable yet. */
+static bool differs(const struct mirror_state *s)
+{
+    return s->differs || bad_ranges_any(s->bad) || !bad_ranges_healed(s->bad, s->counts);
 }
 
 void mirror_move(struct mirror_state *s, enum vs_mirror_event event, uint32_t reason, int error)
 {
     const struct vs_mirror_move *move = move_of(s->now, event);
+    bool differed = move && move->record && differs(s);
     assert(move && "every move of the mirror is in the table");
     if (move->captures)
         s->capture.on = true;
@@ -82,9 +91,9 @@ void mirror_move(struct mirror_state *s, enum vs_mirror_event event, uint32_t re
         s->consistent = move->to == VS_STEADY;
     s->now = move->to;
     durability_recheck(s);
-    post(s, VS_EV_STATE, reason, error);
+    post(s, VS_EV_STATE, reason, error, false);
     if (move->record)
-        post(s, VS_EV_DEGRADED, reason, error);
+        post(s, VS_EV_DEGRADED, reason, error, differed);
 }
 
 void mirror_pause(struct mirror_state *s, bool on, uint64_t now_ns)

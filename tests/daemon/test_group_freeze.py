@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,16 +18,17 @@ import pytest
 from tests.daemon.group_rig import Counter, counted
 from tests.daemon.named_host import Host
 from tests.daemon.rig import await_true, image, tmpfs
+from tests.daemon.test_verify import rot
 from tests.frontend import Frontend
 from tests.guest.images import new_image
 from tests.guest.processes import Process
-from tests.guest.qmp_client import Qmp
+from tests.guest.qmp_client import Qmp, QmpError
 from tests.sizes import MIB
 from vhostsync.record.names import Names
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord
 
-DISKS = ("vm1-data", "vm1-log")
+DISKS = ("vm1-data", "vm1-log", "vm1-root")
 
 
 @dataclass(frozen=True)
@@ -54,41 +57,62 @@ def lose(guest: Frontend) -> None:
 
 
 @contextmanager
-def group(work: Path, *options: str) -> Iterator[tuple[Disk, Disk]]:
-    """Of the second one the destination cannot hold all."""
+def group(work: Path, *options: str, disks: int = 2) -> Iterator[Sequence[Disk]]:
+    """All destinations but the first one cannot hold all."""
     host = Host(work)
-    with tmpfs(work, 4096) as small:
-        others = (work / "data.copy", small.folder / "log.copy")
-        for name, other in zip(DISKS, others, strict=True):
-            disk = image(work / f"{name}.img", 32, filled_mib=1)
+    with ExitStack() as stack:
+        members: list[Disk] = []
+        for name in DISKS[:disks]:
+            (folder := work / f"of {name}").mkdir()
+            full_soon = stack.enter_context(tmpfs(folder, 4096)).folder if members else folder
+            disk, other = image(work / f"{name}.img", 32, filled_mib=1), full_soon / "copy"
             host.tell("create", name, "--disk", disk, "--group", "vm1")
             new_image(other, 32)
-        with host.serve(DISKS[0], *options) as one, host.serve(DISKS[1], *options) as two:
-            members = zip(DISKS, (one, two), others, strict=True)
-            disks = [Disk(host, *each) for each in members]
-            for each in disks:
-                host.mirror(each.name, each.other, create=False)
-            yield disks[0], disks[1]
+            process = stack.enter_context(host.serve(name, *options))
+            members.append(Disk(host, name, process, other))
+        for each in members:
+            host.mirror(each.name, each.other, create=False)
+        yield members
+
+
+def at_once(*errands: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(len(errands)) as pool:
+        for each in [pool.submit(errand) for errand in errands]:
+            each.result(60)
+
+
+def cancel(disk: Disk) -> None:
+    """Twice where it was let go of with another one at that very moment: that is not as of the command."""
+    try:
+        disk.host.ask(disk.name, "mirror-cancel")
+    except QmpError as refused:
+        assert "could not be brought up to date" in str(refused)
+        disk.host.ask(disk.name, "mirror-cancel")
+
+
+def await_cut(disks: Sequence[Disk]) -> None:
+    """All have recorded the same one, and want no mirror."""
+    await_true(lambda: all(disk.record().cut for disk in disks), "all have recorded a cut")
+    records = [disk.record() for disk in disks]
+    assert len({record.cut for record in records}) == 1
+    assert all(record.wanted is None and record.peer_worth == "outdated" for record in records)
+    assert "together are outdated, all of one instant" in disks[0].host.tell("list")
 
 
 @pytest.mark.parametrize("by", ["a failure", "a command"])
 def test_all_destinations_are_let_go_of_at_one_instant(work: Path, by: str) -> None:
     with group(work, "--group-freeze") as disks, Counter(disks, flush_every=1) as guest:
-        data, log = disks
+        data = disks[0]
         guest.go_on(20)
         if by == "a failure":
             guest.do(lambda guests: lose(guests[1]))
         else:
             data.host.ask(data.name, "mirror-cancel")
-        await_true(lambda: all(disk.record().cut for disk in disks), "both have recorded the cut")
+        await_cut(disks)
         found = [counted(disk.other) for disk in disks]
         assert abs(found[0] - found[1]) == 1, f"{found} were never there at once"
         guest.go_on(20)
         assert [counted(disk.other) for disk in disks] == found, "it was written to afterwards"
-        assert data.record().cut == log.record().cut
-        for disk in disks:
-            assert disk.record().wanted is None and disk.record().peer_worth == "outdated"
-        assert "together are outdated, all of one instant" in data.host.tell("list")
         assert data.host.list()[data.name]["group-one-instant"] is True
         data.host.ask(data.name, "mirror-start", destination=str(data.other))
         data.host.await_state(data.name, "steady")
@@ -120,19 +144,64 @@ def test_one_that_does_not_answer_holds_the_guest_no_longer_than_it_may(
         os.kill(data.process.pid, signal.SIGCONT)
 
 
-def test_who_asks_may_end_in_the_middle(work: Path) -> None:
-    """The others go on, and nobody says that there is a cut. Who asks is played by the test."""
+@pytest.mark.parametrize("repeat", range(3))
+def test_two_that_are_cancelled_at_once_are_one_set(work: Path, repeat: int) -> None:
     with group(work, "--group-freeze") as disks, Counter(disks, flush_every=1) as guest:
-        data, _ = disks
-        asking = Qmp(data.host.run / data.name / "control")
-        asking.execute("group-cut", step="ask", cut="5eed")
-        assert asking.execute("group-cut", step="let-go", cut="5eed") == {"cut": "5eed"}
-        data.host.await_state(data.name, "degraded")
-        assert data.record().cut is None, "held, and not recorded yet"
-        asking.close()
+        guest.go_on(5 + repeat)
+        at_once(*(partial(cancel, disk) for disk in disks))
+        await_cut(disks)
+        for disk in disks:
+            assert disk.host.status(disk.name)["mirror"] == "passthrough"
+
+
+def test_two_of_three_that_are_lost_at_once_are_one_set_with_the_third(work: Path) -> None:
+    with group(work, "--group-freeze", disks=3) as disks, ExitStack() as stack:
+        guests = [stack.enter_context(disk.guest()) for disk in disks[1:]]
+        at_once(*(partial(lose, guest) for guest in guests))
+        at_once(*(guest.flush_now for guest in guests))
+        await_cut(disks)
+
+
+def test_who_asks_may_end_in_the_middle(work: Path) -> None:
+    """Who has let go for it asks the others as well. Who asks is played by the test."""
+    with group(work, "--group-freeze") as disks, Counter(disks, flush_every=1) as guest:
+        with Qmp(disks[0].host.run / disks[0].name / "control") as asking:
+            asking.execute("group-cut", step="ask")
+            assert asking.execute("group-cut", step="let-go")["loss"]
+        await_cut(disks)
         guest.go_on(20)
-        assert data.record().cut is None and data.record().peer_worth == "outdated"
-        assert data.record().wanted is not None
+
+
+def test_what_comes_late_from_one_that_is_gone_is_void(work: Path) -> None:
+    """Who was asked has stood still meanwhile."""
+    with group(work, "--group-freeze") as disks:
+        data = disks[0]
+        with Qmp(data.host.run / data.name / "control") as asking:
+            asking.execute("group-cut", step="ask")
+            os.kill(data.process.pid, signal.SIGSTOP)
+            asking.send("group-cut", {"step": "let-go"})
+        os.kill(data.process.pid, signal.SIGCONT)
+        log = data.host.work / f"{data.name}.log"
+        await_true(lambda: "who has asked for it is gone" in log.read_text(), "it was looked at")
+        assert [disk.host.status(disk.name)["mirror"] for disk in disks] == ["steady", "steady"]
+
+
+def test_one_that_is_known_to_differ_is_no_part_of_a_set(work: Path) -> None:
+    """It keeps its mirror, and nobody says that there is a set."""
+    with group(work, "--group-freeze") as disks:
+        data, log = disks
+        rot(data.other, MIB // 2)
+        with Qmp(data.host.run / data.name / "control") as client:
+            client.execute("verify")
+            assert client.wait_event("VERIFY_COMPLETED", 30)["state"] == "different"
+        with log.guest() as guest:
+            lose(guest)
+            assert guest.flush_now().ok
+        assert log.record().cut is None and log.record().wanted is not None
+        assert data.host.status(data.name)["mirror"] == "steady"
+        error = log.host.ask(log.name, "query-mirror")["last-error"]
+        assert "no consistent set: vm1-data: a verification has found" in error
+        assert "not of one instant" in data.host.tell("list")
 
 
 def test_it_needs_a_group(work: Path) -> None:

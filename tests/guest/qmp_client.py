@@ -62,6 +62,13 @@ class Qmp:
         message: dict[str, Any] = json.loads(line)
         return message
 
+    def send(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """A command whose answer nobody waits for, if nothing else is executed afterwards."""
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = dict(arguments)
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+
     def execute(self, command: str, timeout_s: float = 60.0, **arguments: Any) -> Any:
         """Run a command and return its result; underscores in argument names stand for dashes. Raises
         QmpError."""
@@ -72,11 +79,8 @@ class Qmp:
         self, command: str, arguments: Mapping[str, Any], timeout_s: float = 60.0
     ) -> Any:
         """The same with names as they stand."""
-        request: dict[str, Any] = {"execute": command}
-        if arguments:
-            request["arguments"] = dict(arguments)
         self._socket.settimeout(timeout_s)
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        self.send(command, arguments)
         while True:
             message = self._receive()
             if "event" in message:

@@ -303,7 +303,7 @@ def test_a_lost_destination_is_recorded_while_the_bitmap_is_being_given_up(
         monkeypatch.setattr(it.state_file, "prepare", fails)
         lost = EngineEvent(
             kind=EventKind.BITMAP_FAILED, error=errno.EIO, value=0, offset=0, length=0, attachment=0, queue=0,
-            reason=0, role="source", op="write",
+            reason=0, role="source", op="write", differed=False,
         )  # fmt: skip
         it.mirror._keeper._on_event(lost)
         await anyio.wait_all_tasks_blocked()

@@ -2,7 +2,7 @@
 """A backend that only plays one, for the tests of the control socket and of the command line."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,9 +165,9 @@ class FakeGroupMember:
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None:
         await self._prepare(f"switch {max_pause_ms:g} {keep_mirror}")
 
-    async def cut(self, step: str, name: str) -> dict[str, str]:
-        self.steps.append(f"cut {step} {name}")
-        return {"cut": name}
+    async def cut(self, step: str) -> dict[str, str]:
+        self.steps.append(f"cut {step}")
+        return {"loss": "1055"} if step == "let-go" else {}
 
     async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None) -> None:
         await self._prepare(f"snapshot {max_pause_ms:g}")
@@ -261,7 +261,7 @@ class FakeBackend:
             **({"limits": self.limits.shown()} if self.shows_limits else {}),
         }
 
-    def group_member(self, tasks: TaskGroup) -> FakeGroupMember:
+    def group_member(self, tasks: TaskGroup, _: Callable[[], bool]) -> FakeGroupMember:
         member = FakeGroupMember(self.mirror, self.refused_steps, self.silent_steps, self.kept_steps)
         self.members.append(member)
         tasks.start_soon(self.members[-1].leave_at_the_end)

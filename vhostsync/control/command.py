@@ -101,8 +101,8 @@ class Dispatcher:
         self._subject = subject
 
     @asynccontextmanager
-    async def conversation(self) -> AsyncIterator["Dispatcher"]:
-        """For the requests of one client, until it is gone."""
+    async def conversation(self, is_there: Callable[[], bool]) -> AsyncIterator["Dispatcher"]:
+        """For the requests of one client, until it is gone. `is_there`: whether it is not."""
         yield self
 
     async def execute(self, request: qmp.Request) -> bytes:

@@ -5,7 +5,7 @@ described.
 `COMMANDS` names each command with its arguments, their types and bounds, what it returns and what it does;
 `query-commands` shows the table and docs/control-protocol.md quotes it (a unit test compares)."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +66,7 @@ class Backend(Protocol):
     async def resize(self, wanted_bytes: int | None) -> int: ...
     async def hand_over(self, socket: Path | None, disk: str | None) -> None: ...
     async def quit(self, *, force: bool) -> None: ...
-    def group_member(self, tasks: TaskGroup) -> GroupMember: ...
+    def group_member(self, tasks: TaskGroup, is_there: Callable[[], bool]) -> GroupMember: ...
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class _Served:
 
 class _ServeDispatcher(Dispatcher):
     @asynccontextmanager
-    async def conversation(self) -> AsyncIterator[Dispatcher]:
+    async def conversation(self, is_there: Callable[[], bool]) -> AsyncIterator[Dispatcher]:
         async with anyio.create_task_group() as tasks:
-            group = self._subject.backend.group_member(tasks)
+            group = self._subject.backend.group_member(tasks, is_there)
             yield Dispatcher(COMMANDS, replace(self._subject, group=group))
             tasks.cancel_scope.cancel()
 

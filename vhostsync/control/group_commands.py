@@ -20,7 +20,7 @@ class GroupMember(Protocol):
 
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None: ...
     async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None) -> None: ...
-    async def cut(self, step: str, name: str) -> Any: ...
+    async def cut(self, step: str) -> Any: ...
     async def take(self, name: str) -> Any: ...
 
 
@@ -35,7 +35,7 @@ async def _prepare(to: Any, given: Arguments) -> Any:
 
 
 async def _cut(to: Any, given: Arguments) -> Any:
-    return await to.group.cut(given["step"], given["cut"])
+    return await to.group.cut(given["step"])
 
 
 def _step(name: str, text: str) -> Command:
@@ -76,12 +76,11 @@ GROUP_COMMANDS: Final = (
     Command(
         "group-cut",
         "Another disk of the group loses its destination (--group-freeze): whether this one could let go of "
-        "its own, too; let go, and confirm no flush without it; go on, for all have.",
+        "its own, too; or let go, and confirm no flush without it before the record is written.",
         _cut,
         (
             Argument("step", "string", "Each is taken on all before the next one.", required=True,
-                     choices=("ask", "let-go", "go-on")),
-            Argument("cut", "string", "What the destinations are called together.", required=True),
+                     choices=("ask", "let-go")),
         ),
     ),
 )  # fmt: skip

@@ -15,6 +15,7 @@ When the server is cancelled, replies and events that are already there are stil
 """
 
 import os
+import select
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -125,7 +126,7 @@ class ControlServer:
     ) -> None:
         """The client's requests, one after the other, also of a client that has gone meanwhile."""
         try:
-            async with requests, self._dispatcher.conversation() as dispatcher:
+            async with requests, self._dispatcher.conversation(client.is_there) as dispatcher:
                 while (item := await _next(requests)) is not None:
                     if isinstance(item, qmp.Request):
                         await client.send(await self._execute(dispatcher, client, item))
@@ -255,6 +256,14 @@ class _Client:
         self._gone = True
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+
+    def is_there(self) -> bool:
+        """It has not closed its sending side. Asked of the kernel: what it had sent may not be read yet."""
+        if self._gone:
+            return False
+        asked = select.poll()
+        asked.register(self._connection, select.POLLRDHUP)
+        return not asked.poll(0)
 
     def close(self) -> None:
         """Give the descriptor back."""

@@ -189,8 +189,8 @@ class Device:
     async def quit(self, *, force: bool) -> None:
         self._process.stop(force=force)
 
-    def group_member(self, tasks: TaskGroup) -> GroupMember:
-        return GroupMember(self.mirror, tasks)
+    def group_member(self, tasks: TaskGroup, is_there: Callable[[], bool]) -> GroupMember:
+        return GroupMember(self.mirror, tasks, is_there)
 
 
 def start_engine(config: ServeConfig, opened: Opened) -> Engine:

@@ -78,6 +78,7 @@ class EngineEvent:
     reason: int
     role: str
     op: str
+    differed: bool
 
 
 def event_of(c_event: Any) -> EngineEvent:
@@ -92,4 +93,5 @@ def event_of(c_event: Any) -> EngineEvent:
         reason=c_event.reason,
         role=ROLES[c_event.disk_role],
         op=DISK_OPS[c_event.op],
+        differed=bool(c_event.differed),
     )

@@ -66,8 +66,10 @@ def worth_of_group(disks: Sequence[HostDisk]) -> str | None:
 
 def is_one_instant(disks: Sequence[HostDisk]) -> bool:
     """The other disks were let go of together: by a snapshot of the group, or as its destinations were lost
-    (--group-freeze)."""
-    cuts = {disk.record.cut if disk.record is not None else None for disk in disks}
+    (--group-freeze). Neither records a cut with a destination that is known to lack something; what could
+    not be written to the guest's disk since concerns that one alone."""
+    records = [disk.record for disk in disks]
+    cuts = {None if each is None or each.different_since is not None else each.cut for each in records}
     return len(cuts) == 1 and None not in cuts
 
 

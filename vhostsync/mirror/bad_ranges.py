@@ -5,6 +5,7 @@ in the way of a switch, unless the operator accepts them."""
 
 from dataclasses import dataclass
 
+from vhostsync.engine.engine import Engine
 from vhostsync.engine.snapshot import Snapshot
 from vhostsync.errors import SwitchError
 
@@ -64,3 +65,18 @@ class BadRanges:
             f"{', and '.join(what)} (query-mirror lists them); the guest has to write there again first, or "
             f"accept what the destination holds there (switch --accept-unreadable)"
         )
+
+
+async def why_no_copy(engine: Engine, different_since: str | None) -> str | None:
+    """Of a destination that is steady; None: it is a copy of the guest's disk."""
+    if different_since is not None:
+        return (
+            f"a verification has found (known since {different_since}) that the destination differs from the "
+            f"guest's disk; mend it first (verify --repair)"
+        )
+    if BadRanges.of(await engine.snapshot()):
+        return (
+            "the destination lacks what could not be read from, or written to, the guest's disk (status "
+            "lists the ranges); the guest has to write there again first"
+        )
+    return None

@@ -2,46 +2,50 @@
 """`--group-freeze`: before the first flush is confirmed without this disk's destination, the destinations of
 all disks of the group are let go of, and then they are what a power cut at one instant would have left.
 
-Who has lost its destination confirms no flush until the record is written (record_keeper.py), and writes it
-after this:
+Who has lost its destination confirms no flush until the record says so (record_keeper.py). Before that is
+written it asks the backends of all other disks:
 
-    ask       whether each of the others could: all are steady, or let go of theirs as well just now
-    let go    each of them leaves its destination, and confirms no flush from here on either
-    go on     all have: each records the name of the cut, and then flushes go on without destinations
+    ask       whether each could let go: all are steady, or have just let go as well
+    let go    each leaves its destination, and confirms no flush from here on either
 
-Why that is one instant: until all have let go, no flush is confirmed that is not on its destination. Whatever
-the guest has written after a confirmed flush, and is on a destination, it has written before that one was let
-go of; so the flush was confirmed before all were, and is on its own destination.
+Each that has let go has lost its destination, so it asks all others likewise. Each loss has a name of its
+own, which is the answer to "let go", and the cut is called by the names of all of them. So who records the
+same cut speaks of the same losses, and has been told of each that it had happened.
+
+Why that is one instant, if all records have the same cut: when the first of them was written, all
+destinations had been let go of, and no flush was confirmed since that is not on its destination. Whatever the
+guest has written after a confirmed flush, and is on a destination, it has written before that one was let go
+of, so before this moment; so that flush is on its own destination.
 
 The mirrors are ended by it, as by a snapshot: what was cut stays so until somebody starts them. Where it
-cannot be told that all have let go (one is not steady, does not answer, or ends, in CUT_S), nobody records a
-cut, and each goes on as one whose destination was lost: flushes wait no longer than that.
-
-Several may lose their destinations at once. Each that has, asks all others, so each knows of all, and the
-smallest name is that of all.
+cannot be told that all have let go (one is not steady, differs, does not answer, or ends, in CUT_S), the
+record has no cut, and this disk goes on as one whose destination was lost.
 """
 
+import errno
+import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Literal, Protocol
 
 import anyio
 import structlog
 
 from vhostsync.engine.engine import Engine
-from vhostsync.engine.engine_event import Reason
-from vhostsync.errors import EngineError, MirrorError, VhostsyncError
+from vhostsync.errors import ControlError, EngineError, MirrorError, VhostsyncError
 
 log = structlog.get_logger(__name__)
 
 CUT_S: Final = 5.0
-"""So long the flushes of who asks wait for the others."""
-FOLLOW_S: Final = 2 * CUT_S
-"""So long the flushes of the others wait for who asked, and for its record."""
-BEGUN_S: Final = 1.0
+"""So long flushes wait for the others."""
+DIFFERED: Final = (
+    "its destination was no copy of the guest's disk when it was lost: it lacks what could not be read or "
+    "written there, or a verification has found that it differs"
+)
 
-CutStep = Literal["ask", "let-go", "go-on"]
+CutStep = Literal["ask", "let-go"]
 
 
 class Other(Protocol):
@@ -51,205 +55,161 @@ class Other(Protocol):
 
 
 class Others(Protocol):
-    """All other disks of the group. VhostsyncError: one of them cannot be reached."""
+    """All other disks of the group, by name. VhostsyncError: one of them cannot be reached."""
 
-    def connected(self) -> AbstractAsyncContextManager[Sequence[Other]]: ...
-
-
-class Cut:
-    """One that this disk takes part in. `name`: of the cut, once all have let go; None: there is none."""
-
-    def __init__(self, name: str | None = None) -> None:
-        self.name = name
-        self.ends = AsyncExitStack()  # of the conversations with the others
-
-    async def give_up(self) -> None:
-        self.name = None
-        await self.ends.aclose()
+    def connected(self) -> AbstractAsyncContextManager[Mapping[str, Other]]: ...
 
 
-class _Followed:
-    """Somebody else's cut. It is one as soon as one of those who have asked for it says so, and none once all
-    of them are gone."""
+class Loss:
+    """Of this disk's destination. `differed`: that was no copy, so it can be no part of a cut."""
 
-    def __init__(self, name: str) -> None:
-        self.first = name
-        self.name: str | None = None
-        self.settled = anyio.Event()
-        self._asking = 0
+    def __init__(self, *, differed: bool) -> None:
+        self.name = secrets.token_hex(8)
+        self.differed = differed
+        self.held = True  # no flush was confirmed since, and it may be part of a cut
+        self.cut: str | None = None
 
-    def settle(self, name: str | None) -> None:
-        if not self.settled.is_set():
-            self.name = name
-            self.settled.set()
-
-    def asked(self) -> None:
-        self._asking += 1
-
-    def left(self) -> None:
-        self._asking -= 1
-        if self._asking == 0:
-            self.settle(None)
+    def answer(self) -> dict[str, str | None]:
+        return {"loss": self.name, "cut": self.cut}
 
 
 class GroupCut:
-    """This disk's part. Nobody asks before `join`."""
+    """This disk's part. It takes part in nothing before `join`. `why_no_copy`: of a destination that is
+    steady; `recorded`: the cut that is in the record."""
 
     def __init__(
-        self, engine: Engine, recorded: Callable[[], str | None], steady: Callable[[], bool]
+        self,
+        engine: Engine,
+        steady: Callable[[], bool],
+        why_no_copy: Callable[[], Awaitable[str | None]],
+        recorded: Callable[[], str | None],
+        failed: Callable[[str], None],
     ) -> None:
         self._engine = engine
-        self._recorded = recorded
         self._steady = steady
+        self._why_no_copy = why_no_copy
+        self._recorded = recorded
+        self._failed = failed
         self._others: Others | None = None
-        self._lost = 0  # destinations that were, and are not recorded yet
-        self._own: str | None = None  # the name that this disk has for its cut
-        self._own_begun = anyio.Event()
-        self._followed: _Followed | None = None
-        self._ended: frozenset[str] = frozenset()  # all names of the last cut, which is in the record
+        self._loss: Loss | None = None  # the last one of this run
+        self._undecided: deque[Loss] = deque()  # in the order in which they are recorded
 
     def join(self, others: Others) -> None:
         self._others = others
+
+    def part(self) -> None:
+        """This backend ends: nobody could ask it any more, so no cut would have all."""
+        self._others = None
 
     @property
     def joined(self) -> bool:
         return self._others is not None
 
-    def note_lost(self) -> None:
-        """The engine has lost the destination, and holds flushes until `recording` is over."""
-        self._lost += 1
+    # ---- a destination of this disk is lost ------------------------------------------------
 
-    @asynccontextmanager
-    async def recording(self, reason: int) -> AsyncIterator[Cut]:
-        """The loss is recorded inside, with the cut that there is by then. At the end the others are told, if
-        it was not given up."""
-        cut = Cut()
-        others: Sequence[Other] = ()
-        async with cut.ends:
-            try:
-                if self._followed is not None and reason == Reason.GROUP:
-                    cut.name = await self._follow(self._followed)
-                elif self._others is not None:
-                    others = await self._cut_all(self._others, cut)
-                yield cut
-            finally:
-                self._lost -= 1
-                self._own = self._followed = None
-                self._own_begun = anyio.Event()
-            if cut.name is not None:
-                await self._tell(others, cut.name)
+    def note_lost(self, *, differed: bool) -> None:
+        """The engine holds flushes from here on, until the record is written."""
+        self._loss = Loss(differed=differed)
+        self._undecided.append(self._loss)
 
-    async def _cut_all(self, others: Others, cut: Cut) -> Sequence[Other]:
-        """With `cut.name`, if all have let go."""
-        self._own = own = secrets.token_hex(8)
-        self._own_begun.set()
-        reason = f"not all have answered within {CUT_S:g} s"
+    async def decide(self) -> Loss:
+        """The loss that is to be recorded next, with the name of the cut that it is part of; without one,
+        there is none."""
+        loss = self._undecided.popleft()
+        if self._others is not None:
+            loss.cut = await self._cut(loss, self._others)
+        loss.held = loss.cut is not None
+        return loss
+
+    async def _cut(self, loss: Loss, others: Others) -> str | None:
+        why = f"not all disks of the group have answered within {CUT_S:g} s"
         with anyio.move_on_after(CUT_S):
             try:
-                there = await cut.ends.enter_async_context(others.connected())
-                await _all(there, "ask", own)
-                answers = await _all(there, "let-go", own)
-                self._ended = frozenset((own, *(str(answer["cut"]) for answer in answers)))
-                cut.name = min(self._ended)
-                log.info("all destinations of the group were let go of at one instant", cut=cut.name)
-                return there
+                if loss.differed:
+                    raise MirrorError(DIFFERED)
+                async with others.connected() as there:
+                    await _all(there, "ask")
+                    cut = _name_of(loss, await _all(there, "let-go"))
+                log.info("all destinations of the group were let go of at one instant", cut=cut)
+                return cut
             except VhostsyncError as error:
-                reason = str(error)
-        log.warning("the destinations of the group are no consistent set", reason=reason)
-        await cut.give_up()
-        return ()
-
-    async def _tell(self, others: Sequence[Other], name: str) -> None:
-        with anyio.move_on_after(CUT_S):
-            try:
-                await _all(others, "go-on", name)
-            except VhostsyncError as error:
-                log.warning("a disk of the group may not have recorded the cut", reason=str(error))
-
-    async def _follow(self, followed: _Followed) -> str | None:
-        with anyio.move_on_after(FOLLOW_S):
-            await followed.settled.wait()
-        followed.settle(None)
-        self._ended = frozenset(() if followed.name is None else (followed.name, followed.first))
-        if followed.name is None:
-            log.warning("the destinations of the group are no consistent set", reason="nobody says they are")
-        return followed.name
+                why = str(error)
+            except Exception as error:
+                # The guest waits for the record that comes after this.
+                log.exception("a group could not be asked, for a reason that nobody foresaw")
+                why = repr(error)
+        log.warning("the destinations of the group are no consistent set", reason=why)
+        self._failed(f"the destinations of the group are no consistent set: {why}")
+        return None
 
     # ---- what another disk asks of this one ------------------------------------------------
 
-    def check(self, name: str) -> None:
-        """MirrorError where this disk's destination can be no part of a cut of this name."""
-        if self._others is None:
-            raise MirrorError("this backend is not started with --group-freeze")
-        if not (self._steady() or self._lost or self._has_ended(name)):
-            raise MirrorError("its mirror is not steady")
+    async def check(self) -> None:
+        """MirrorError where this disk's destination can be no part of a cut now."""
+        self._check_joined()
+        if not self._steady():
+            self._part()
+        elif (why := await self._why_no_copy()) is not None:
+            raise MirrorError(why)
 
-    def _has_ended(self, name: str) -> bool:
-        """Who asks has answered this disk already, or another one that this disk has followed."""
-        return name in self._ended and self._recorded() in self._ended
+    async def let_go(self) -> dict[str, str | None]:
+        """No flush is confirmed from here on that is not on the destination, until this loss is recorded,
+        which is answered. MirrorError, EngineError."""
+        self._check_joined()
+        if self._steady():
+            await self.leave()
+        return self._part().answer()
 
-    async def let_go(self, name: str, tasks: anyio.abc.TaskGroup) -> str:
-        """No flush is confirmed from here on that is not on the destination, until `go_on`, or who asked is
-        gone (`tasks` are its). The name of the cut as this disk has it. MirrorError."""
-        self.check(name)
-        if self._lost and self._followed is None and self._own is None:
-            with anyio.move_on_after(BEGUN_S):
-                await self._own_begun.wait()
-        if self._own is not None:
-            return self._own
-        if self._followed is None:
-            if not self._steady() and self._has_ended(name):
-                return str(self._recorded())
-            if (own := await self._leave(name)) is not None:
-                return own
-        followed = self._followed
-        assert followed is not None
-        followed.asked()
-        tasks.start_soon(self._attend, followed)
-        return followed.first
-
-    async def _leave(self, name: str) -> str | None:
-        """The name of this disk's own cut, if its destination was lost at this very moment. MirrorError."""
-        self._followed = followed = _Followed(name)
+    async def leave(self) -> None:
+        """As if the destination, which is steady, were lost. EngineError: nothing was changed."""
         try:
             await self._engine.mirror_leave()
         except EngineError as error:
-            followed.settle(None)
-            if self._followed is followed:
-                self._followed = None
-            with anyio.move_on_after(BEGUN_S):
-                await self._own_begun.wait()
-            if self._own is None:
-                raise MirrorError("its mirror is not steady") from error
-            return self._own
-        return None
+            if error.errno != errno.ENOTCONN:  # else it is lost at this very moment
+                raise
 
-    async def _attend(self, followed: _Followed) -> None:
+    def _check_joined(self) -> None:
+        if self._others is None:
+            raise MirrorError("its backend is not started with --group-freeze, or ends")
+
+    def _part(self) -> Loss:
+        """The last loss, if it may be part of a cut. MirrorError."""
+        loss = self._loss
+        if loss is None or not (loss.held or (loss.cut is not None and loss.cut == self._recorded())):
+            raise MirrorError("its mirror is not steady")
+        if loss.differed:
+            raise MirrorError(DIFFERED)
+        return loss
+
+
+def _name_of(own: Loss, answers: Iterable[Any]) -> str:
+    """That of the cut. ControlError where others have recorded another one: they go on since."""
+    losses, recorded = {own.name}, set()
+    for answer in answers:
+        if not isinstance(answer, Mapping) or not isinstance(answer.get("loss"), str):
+            raise ControlError(f"a disk of the group has answered {answer!r}, which names no loss")
+        losses.add(answer["loss"])
+        recorded.add(answer.get("cut"))
+    cut = hashlib.sha256(",".join(sorted(losses)).encode()).hexdigest()[:16]
+    if recorded - {None, cut}:
+        raise ControlError("some disks of the group have let go at another instant")
+    return cut
+
+
+async def _all(others: Mapping[str, Other], step: CutStep) -> list[Any]:
+    """What each has answered, all asked at once. ControlError: the first that says no."""
+    answers: list[Any] = []
+    failures: list[ControlError] = []
+
+    async def ask(name: str, other: Other) -> None:
         try:
-            await followed.settled.wait()
-        finally:
-            followed.left()
-
-    def go_on(self, name: str) -> None:
-        """All have let go."""
-        if self._followed is not None:
-            self._followed.settle(name)
-
-
-async def _all(others: Sequence[Other], step: CutStep, name: str) -> list[Any]:
-    """What each has answered, all asked at once. VhostsyncError: the first that says no."""
-    answers: list[Any] = [None] * len(others)
-    failures: list[VhostsyncError] = []
-
-    async def ask(at: int) -> None:
-        try:
-            answers[at] = await others[at].execute("group-cut", {"step": step, "cut": name})
+            answers.append(await other.execute("group-cut", {"step": step}))
         except VhostsyncError as error:
-            failures.append(error)
+            failures.append(ControlError(f"{name}: {error}"))
 
     async with anyio.create_task_group() as tasks:
-        for at in range(len(others)):
-            tasks.start_soon(ask, at)
+        for each in others.items():
+            tasks.start_soon(ask, *each)
     if failures:
         raise failures[0]
     return answers

@@ -12,7 +12,7 @@ client says so or is gone, when the guest would be held for longer than the plan
 does not go on before that. So no coordinator, however it ends, holds a guest for longer than it has said.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from types import MappingProxyType
@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 IDLE_S: Final = 10.0
 """How long a coordinator may take from one step to the next: others wait for the mirror's turn meanwhile."""
+TURN_S: Final = 1.0
+"""How long another disk of the group, which holds its flushes, waits for a command of this one."""
 
 
 class Step(StrEnum):
@@ -79,11 +81,15 @@ class _Order:
 
 
 class GroupMember:
-    """What one client has begun. `tasks` are the client's: when they are cancelled, all is taken back."""
+    """What one client has begun. `tasks` are the client's: when they are cancelled, all is taken back.
+    `is_there`: it can still be answered."""
 
-    def __init__(self, mirror: Mirror, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(
+        self, mirror: Mirror, tasks: anyio.abc.TaskGroup, is_there: Callable[[], bool] = lambda: True
+    ) -> None:
         self._mirror = mirror
         self._tasks = tasks
+        self._is_there = is_there
         self._order: _Order | None = None
         self._came = anyio.Event()
         self._done: Step | None = None  # the last step, of an attempt that is under way
@@ -123,17 +129,25 @@ class GroupMember:
         self._came.set()
         return await order.outcome()
 
-    async def cut(self, step: str, name: str) -> Mapping[str, Any]:
+    async def cut(self, step: str) -> Mapping[str, Any]:
         """Another disk of the group has lost its destination (group_cut.py). MirrorError."""
-        group = self._mirror.group_cut
-        if step == "let-go":
-            self._mirror.turns.check_free("letting go with the group")
-            return {"cut": await group.let_go(name, self._tasks)}
-        if step == "go-on":
-            group.go_on(name)
-        else:
-            group.check(name)
-        return {}
+        await self._let_command_end()
+        if step == "ask":
+            await self._mirror.group_cut.check()
+            return {}
+        if not self._is_there():
+            raise MirrorError("who has asked for it is gone")
+        return await self._mirror.group_cut.let_go()
+
+    async def _let_command_end(self) -> None:
+        """A command that is under way goes before a group that would let go, but for the one by which this
+        disk lets go itself. MirrorError: it takes longer than TURN_S."""
+        mirror = self._mirror
+        with anyio.move_on_after(TURN_S):
+            while mirror.state is MirrorState.STEADY and not mirror.turns.is_free:
+                await _either(mirror.turns.ended, mirror.changed)
+        if mirror.state is MirrorState.STEADY:
+            mirror.turns.check_free("letting go with the group")
 
     async def _run(self, attempt: AbstractAsyncContextManager[Steps], max_pause_ms: float) -> None:
         """Never raises but when cancelled. The last step is answered when all else is over."""

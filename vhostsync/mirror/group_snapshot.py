@@ -20,7 +20,7 @@ import anyio
 
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import MirrorError, StateRecordError
-from vhostsync.mirror.bad_ranges import BadRanges
+from vhostsync.mirror.bad_ranges import why_no_copy
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Opened
 from vhostsync.mirror.record_keeper import RecordKeeper, outdated
@@ -121,13 +121,5 @@ async def _refuse_unless_possible(engine: Engine, keeper: RecordKeeper, state: M
             f"a snapshot needs the mirror in the steady state, and it is {state}; start it and wait until it "
             f"is steady (mirror start --wait)"
         )
-    if keeper.different_since is not None:
-        raise MirrorError(
-            f"a verification has found (known since {keeper.different_since}) that the destination differs "
-            f"from the guest's disk; mend it first (verify --repair)"
-        )
-    if BadRanges.of(await engine.snapshot()):
-        raise MirrorError(
-            "the destination lacks what could not be read from, or written to, the guest's disk (status "
-            "lists the ranges); the guest has to write there again first"
-        )
+    if (why := await why_no_copy(engine, keeper.different_since)) is not None:
+        raise MirrorError(why)

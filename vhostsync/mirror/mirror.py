@@ -38,6 +38,7 @@ from vhostsync.mirror.destination import (
     was_of_this_guest,
 )
 from vhostsync.mirror.fence import Fence, Means
+from vhostsync.mirror.group_cut import CUT_S
 from vhostsync.mirror.group_snapshot import SnapshotSteps, snapshot_steps
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_course import Course
@@ -393,7 +394,9 @@ class Mirror:
     async def _let_go(self, *, for_good: bool) -> None:
         """`for_good`: a restart does not resume the mirror."""
         if self.group_cut.joined and self.state is MirrorState.STEADY:
-            await self._keeper.leave_with_group()
+            await self.group_cut.leave()
+            with anyio.move_on_after(2 * CUT_S):
+                await self._keeper.wait_recorded()
         # First the record: after the stop, flushes are confirmed without the destination.
         async with self._keeper.lock:
             record = self._keeper.record

@@ -17,7 +17,7 @@ each change what they have read would undo each other.
 import errno
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -37,6 +37,7 @@ from vhostsync.errors import (
     VhostsyncError,
 )
 from vhostsync.events import EventHub
+from vhostsync.mirror.bad_ranges import why_no_copy
 from vhostsync.mirror.claims import Claims
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.group_cut import GroupCut
@@ -94,7 +95,10 @@ class RecordKeeper:
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
         self._under_way = UnderWay(roles)
-        self.group = GroupCut(engine, lambda: self.record.cut, lambda: self._state is State.STEADY)
+        self.group = GroupCut(
+            engine, lambda: self._state is State.STEADY, lambda: why_no_copy(engine, self.different_since),
+            lambda: self.record.cut, failed,
+        )  # fmt: skip
         self._steady = anyio.Event()
         self._verified = anyio.Event()
         engine.on_event(self._on_event)
@@ -268,7 +272,7 @@ class RecordKeeper:
             self._fence_clear.set()
         if event.kind is EventKind.DEGRADED:
             self._outdating += 1
-            self.group.note_lost()
+            self.group.note_lost(differed=event.differed)
         if event.kind in _TO_RECORD:
             self._to_record[event.kind].append(event)
             self._came.set()
@@ -440,24 +444,17 @@ class RecordKeeper:
         while self._outdating and not self.flushes_fail:
             await self._outdated.wait()
 
-    async def leave_with_group(self) -> None:
-        """As if the destination were lost: so are those of the group."""
-        with suppress(EngineError):  # it is lost at this very moment
-            await self._engine.mirror_leave()
-        while self._state is State.STEADY or (self._outdating and not self.flushes_fail):
-            await self._outdated.wait()
-
-    async def _record_outdated(self, event: EngineEvent) -> None:
+    async def _record_outdated(self, _: EngineEvent) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
         durable, they fail."""
-        async with self.group.recording(event.reason) as cut:
-            while (error := await self._write_outdated(cut.name)) is not None:
-                await cut.give_up()
-                self._failed(error)
-                log.error("flushes fail until the state record can be written", error=error)
-                await self._tell_engine(errno.EIO)
-                await anyio.sleep(RETRY_S)
-            await self._tell_engine(0)
+        loss = await self.group.decide()
+        while (error := await self._write_outdated(loss.cut)) is not None:
+            self._failed(error)
+            log.error("flushes fail until the state record can be written", error=error)
+            await self._tell_engine(errno.EIO)
+            await anyio.sleep(RETRY_S)
+        loss.held = False
+        await self._tell_engine(0)
 
     async def _write_outdated(self, cut: str | None) -> str | None:
         async with self.lock:

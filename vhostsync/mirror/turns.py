@@ -19,7 +19,11 @@ class Turns:
         self._name: str | None = None
         self._scope: anyio.CancelScope | None = None
         self.first: str | None = None  # who has the turn, or gets it next
-        self._ended = anyio.Event()
+        self.ended = anyio.Event()  # set when whoever has the turn now is done
+
+    @property
+    def is_free(self) -> bool:
+        return self.first is None and self._name is None
 
     @asynccontextmanager
     async def take(self, name: str) -> AsyncIterator[None]:
@@ -47,7 +51,7 @@ class Turns:
         try:
             while self._scope is not None:
                 self._scope.cancel()
-                await self._ended.wait()
+                await self.ended.wait()
             yield
         finally:
             self.first = None
@@ -60,9 +64,9 @@ class Turns:
 
     async def free(self) -> None:
         """Nobody has the turn; another one who waits may take it first."""
-        while self.first is not None or self._name is not None:
-            await self._ended.wait()
+        while not self.is_free:
+            await self.ended.wait()
 
     def _wake(self) -> None:
-        self._ended.set()
-        self._ended = anyio.Event()
+        self.ended.set()
+        self.ended = anyio.Event()
