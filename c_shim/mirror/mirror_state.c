@@ -63,8 +63,7 @@ static void end_capture(struct mirror_state *s)
 
 static void post(const struct mirror_state *s, uint32_t kind, uint32_t reason, int error, bool differed)
 {
-    struct vs_event event = {
-        .kind = kind, .value = s->now, .reason = reason, .result = error, .differed = differed};
+    struct vs_event event = {.kind = kind, .value = s->now, .reason = reason, .result = error, .differed = differed};
     mailbox_post(s->mailbox, &event);
 }
 

@@ -177,6 +177,71 @@ static void a_hanging_destination(void)
     rig_end(&r);
 }
 
+/* Let go of with those of a group: as if it were lost, but that nothing has failed. */
+static void leaving_with_a_group(void)
+{
+    struct rig r = rig_begin(1, F_USUAL);
+    struct lane *l = &r.lane[0];
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_LEAVE, 0), -ENOTCONN);
+    rig_mirror(&r);
+    CHECK_EQUAL(lane_fill(l, 8, 4096, 1), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_LEAVE, 0), 0);
+    rig_wait_seen(&r, VS_EV_DEGRADED, 1);
+    CHECK_EQUAL(r.state, VS_DEGRADED);
+    CHECK_EQUAL(r.last[VS_EV_DEGRADED].reason, VS_REASON_GROUP);
+    CHECK_EQUAL(r.last[VS_EV_DEGRADED].result, 0);
+    CHECK_EQUAL(r.last[VS_EV_DEGRADED].differed, 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_MIRROR_LEAVE, 0), -ENOTCONN);
+    CHECK_EQUAL(lane_fill(l, 8, 4096, 2), VIRTIO_BLK_S_OK); /* a write waits for nobody, and does not get there */
+    lane_send(l, 0, VIRTIO_BLK_T_FLUSH, 0, 0);
+    CHECK(rig_snapshot(&r).record_pending);
+    CHECK_EQUAL(lane_poll(l), -1);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_RECORD_WRITTEN, 0), 0);
+    CHECK_EQUAL(lane_wait(l), 0);
+    CHECK_EQUAL(lane_status(l, 0), VIRTIO_BLK_S_OK);
+    rig_wait_seen(&r, VS_EV_FENCE_CLEAR, 1);
+    CHECK(disk_holds(r.destination, 8, 4096, 1, CUT_ALL) && disk_holds(r.source, 8, 4096, 2, CUT_ALL));
+    vs_test_disk_drop(r.destination);
+    rig_mirror(&r);
+    CHECK(disks_equal(r.source, r.destination, CUT_ALL));
+    rig_end(&r);
+}
+
+static void check_left(struct rig *r, uint32_t differed)
+{
+    unsigned seen = r->seen[VS_EV_DEGRADED], closed = r->seen[VS_EV_FENCE_CLEAR];
+    CHECK_EQUAL(rig_simple(r, VS_CMD_MIRROR_LEAVE, 0), 0);
+    rig_wait_seen(r, VS_EV_DEGRADED, seen + 1);
+    CHECK_EQUAL(r->last[VS_EV_DEGRADED].differed, differed);
+    CHECK_EQUAL(rig_simple(r, VS_CMD_RECORD_WRITTEN, 0), 0);
+    rig_wait_seen(r, VS_EV_FENCE_CLEAR, closed + 1);
+    vs_test_disk_drop(r->destination);
+    rig_mirror(r);
+}
+
+/* Whether a destination was a copy is told of the moment in which it is lost, for a guest that writes heals it. */
+static void a_destination_that_was_no_copy(void)
+{
+    struct rig r = begin_without_checkpoints(1);
+    struct lane *l = &r.lane[0];
+    CHECK_EQUAL(lane_fill(l, 0, 4096, 9), VIRTIO_BLK_S_OK); /* no hole, which is not read */
+    vs_test_disk_spoil(r.source, 0, 4096);
+    rig_mirror(&r);
+    check_left(&r, 1); /* it lacks what the source could not give */
+    CHECK_EQUAL(lane_fill(l, 0, 4096, 1), VIRTIO_BLK_S_OK);
+    check_left(&r, 1); /* which is written by now, and not durable there */
+    CHECK_EQUAL(lane_flush(l), VIRTIO_BLK_S_OK);
+    check_left(&r, 0);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_PEER_DIFFERS, 1), 0);
+    check_left(&r, 1);
+    CHECK_EQUAL(rig_simple(&r, VS_CMD_PEER_DIFFERS, 0), 0);
+    vs_test_disk_fault(r.source, VS_DISK_WRITE, EIO, 0, 1);
+    CHECK_EQUAL(lane_fill(l, 8, 4096, 2), VIRTIO_BLK_S_IOERR);
+    check_left(&r, 1); /* nobody knows what the source holds */
+    rig_end(&r);
+}
+
 static void refused_destinations(void)
 {
     struct rig r = rig_begin(1, F_USUAL);
@@ -317,6 +382,8 @@ int main(void)
     test("a failed destination", a_failed_destination);
     test("a failed record", a_failed_record);
     test("a hanging destination", a_hanging_destination);
+    test("leaving with a group", leaving_with_a_group);
+    test("a destination that was no copy", a_destination_that_was_no_copy);
     test("refused destinations", refused_destinations);
     test("the switch", the_switch);
     test("leaving a bad source", leaving_a_bad_source);

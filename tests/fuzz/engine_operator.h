@@ -179,7 +179,7 @@ static void lose_bitmap(void)
 
 static void operate_rarely(void)
 {
-    switch (choose(&w.c, 12)) {
+    switch (choose(&w.c, 13)) {
     case 0:
         simple(VS_CMD_GATE, 1000 * choose(&w.c, 20));
         return;
@@ -212,6 +212,9 @@ static void operate_rarely(void)
         return;
     case 10:
         exchange(choose(&w.c, 8));
+        return;
+    case 11:
+        simple(VS_CMD_MIRROR_LEAVE, 0);
         return;
     default:
         simple(VS_CMD_MIRROR_SPEED, choose(&w.c, 2) ? 0 : 1u << 22);

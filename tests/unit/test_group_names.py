@@ -9,9 +9,12 @@ import pytest
 
 from tests.unit.test_names import recorded
 from vhostsync.errors import ControlError
-from vhostsync.fleet.group import controls_of_group
+from vhostsync.fleet.disks import HostDisk
+from vhostsync.fleet.group import controls_of_group, is_one_instant
 from vhostsync.record.names import Lineage, Names
 from vhostsync.record.state_file import RealFileSystem
+from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.storage.identity import DiskIdentity
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +55,17 @@ def test_so_may_all_names_of_a_directory_that_cannot_be_read(
     monkeypatch.setattr(RealFileSystem, "names", refused)
     with pytest.raises(ControlError, match=r"nothing was done: .*/data, cannot be read: Permission denied"):
         controls_of_group("vm1")
+
+
+def test_copies_of_one_instant_are_cut_alike_and_none_differs() -> None:
+    current, peer = (DiskIdentity(f"/{name}.img", "file", 27, inode, 1) for inode, name in enumerate("ab"))
+    lost = StateRecord.first(current).with_peer(peer).with_worth(Worth.OUTDATED)
+    cut = lost.with_cut("1f")
+
+    def of(*records: StateRecord | None) -> bool:
+        return is_one_instant([HostDisk(record=record) for record in records])
+
+    assert of(cut, cut) and of(cut, cut.with_doubt(((0, 512),), ()))
+    assert not of(cut, lost) and not of(cut, None) and not of(cut, cut.with_cut("2e"))
+    assert not of(cut, cut.with_difference("2026-01-01T00:00:00Z"))
+    assert not of(cut, cut.with_peer(peer)), "its mirror was started again"

@@ -66,7 +66,7 @@ class Loss:
     def __init__(self, *, differed: bool) -> None:
         self.name = secrets.token_hex(8)
         self.differed = differed
-        self.held = True  # no flush was confirmed since, and it may be part of a cut
+        self.held = not differed  # no flush was confirmed since, and it may be part of a cut
         self.cut: str | None = None
 
     def answer(self) -> dict[str, str | None]:
@@ -175,11 +175,9 @@ class GroupCut:
     def _part(self) -> Loss:
         """The last loss, if it may be part of a cut. MirrorError."""
         loss = self._loss
-        if loss is None or not (loss.held or (loss.cut is not None and loss.cut == self._recorded())):
-            raise MirrorError("its mirror is not steady")
-        if loss.differed:
-            raise MirrorError(DIFFERED)
-        return loss
+        if loss is not None and (loss.held or (loss.cut is not None and loss.cut == self._recorded())):
+            return loss
+        raise MirrorError(DIFFERED if loss is not None and loss.differed else "its mirror is not steady")
 
 
 def _name_of(own: Loss, answers: Iterable[Any]) -> str:
