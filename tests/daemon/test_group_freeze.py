@@ -157,7 +157,8 @@ def test_two_that_are_cancelled_at_once_are_one_set(work: Path, repeat: int) -> 
 
 
 def test_two_of_three_that_are_lost_at_once_are_one_set_with_the_third(work: Path) -> None:
-    with group(work, "--group-freeze", disks=3) as disks, ExitStack() as stack:
+    words = ("--group-freeze", "--sandbox", "require", "--allow-path", str(work))
+    with group(work, *words, disks=3) as disks, ExitStack() as stack:
         guests = [stack.enter_context(disk.guest()) for disk in disks[1:]]
         at_once(*(partial(lose, guest) for guest in guests))
         at_once(*(guest.flush_now for guest in guests))

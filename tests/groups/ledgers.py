@@ -164,7 +164,7 @@ def check_sets(assets: GuestAssets, work: Path, copies: list[Copy], verdict: Ver
     log = folder / "check.log"
     log.unlink(missing_ok=True)
     with start_guest(assets, folder, devices, f"check {len(copies)}", log) as process:
-        process.wait(600)
+        process.wait(120)
     said = log.read_text(errors="replace").replace("\r\n", "\n")
     found = CHECKED.findall(said)
     assert len(found) == len(copies), said[-3000:]

@@ -117,7 +117,7 @@ GROUPS = [
         "vhostsync/mirror/group_cut.py",
         "loss.held = loss.cut is not None",
         "loss.held = True",
-        "group_cut.py::test_one_that_does_not_answer_ends_it",
+        "group_freeze.py::test_who_has_given_up_is_no_part_though_that_is_not_recorded_yet",
     ),
     mutation(
         "a-cut-with-a-loss-that-differed",

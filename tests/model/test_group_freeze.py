@@ -26,10 +26,11 @@ from vhostsync.record.state_record import Worth
 
 
 class PlayedOther:
-    """Lets go when it is told to, once `answers` is set."""
+    """Lets go when it is told to, once `answers` is set; or `refuses`."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
+        self.refuses = False
         self.answers = anyio.Event()
         self.answers.set()
 
@@ -41,6 +42,8 @@ class PlayedOther:
         assert command == "group-cut"
         self.steps.append(arguments["step"])
         await self.answers.wait()
+        if self.refuses:
+            raise MirrorError("not now")
         return {"loss": "5eed", "cut": None} if arguments["step"] == "let-go" else {}
 
 
@@ -97,6 +100,26 @@ def test_no_flush_is_confirmed_before_all_have_let_go(
             assert other.steps == ["ask", "let-go"]
             answer = await asked.cut("let-go")
             assert answer["cut"] == it.record().cut, "who asks late is told"
+
+    in_group(scene, tmp_path, monkeypatch)
+
+
+def test_who_has_given_up_is_no_part_though_that_is_not_recorded_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: Stage, other: PlayedOther) -> None:
+        other.refuses = it.state_file.hold = True
+        await lose(it)
+        async with member(it) as asked:
+            assert await it.guest_does(partial(it.state_file.reached.wait, 5))
+            for step in ("ask", "let-go"):
+                with pytest.raises(MirrorError, match="not steady"):
+                    await asked.cut(step)
+        it.state_file.release.set()
+        await until(lambda: it.record().peer_worth is Worth.OUTDATED)
+        assert it.record().cut is None and it.record().wanted is not None
+        error = (await it.mirror.status()).last_error
+        assert error == "the destinations of the group are no consistent set: other: not now"
 
     in_group(scene, tmp_path, monkeypatch)
 
