@@ -134,12 +134,15 @@ def dashed(value: Any) -> Any:
     """A dataclass, or a container of them, as JSON has it: names with dashes."""
     if type(value) in _PLAIN:
         return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if type(value) is not dict and dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key).replace("_", "-"): dashed(each) for key, each in value.items()}
+    if isinstance(value, (dict, Mapping)):  # the first answers at once
+        return {
+            str(key).replace("_", "-"): each if type(each) in _PLAIN else dashed(each)
+            for key, each in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [dashed(each) for each in value]
+        return [each if type(each) in _PLAIN else dashed(each) for each in value]
     if isinstance(value, Path):
         return str(value)
     return value

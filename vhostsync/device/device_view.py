@@ -105,6 +105,8 @@ def _operation(stats: OpStats) -> dict[str, Any]:
 def percentile_us(stats: OpStats, share: float) -> float:
     """The latency below which `share` of the operations lie: the upper bound of its power of two, so never
     more than twice too much; 0.0 when there were none."""
+    if not stats.operations:
+        return 0.0
     wanted, seen = share * stats.operations, 0
     for bucket, count in enumerate(stats.latency_ns_log2):
         seen += count
