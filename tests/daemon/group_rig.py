@@ -188,12 +188,10 @@ class GoBetween:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for end in self._ends:
+        for end in (self._listener, *self._ends):  # first: what is held now is not to come through any more
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        self.release()
         for thread in self._threads:
             thread.join()
         for end in (*self._ends, self._listener):

@@ -179,7 +179,6 @@ def test_another_name_of_its_host_is_no_way_around_the_fence(tmp_path: Path) -> 
     assert same_content(disk, raw)
 
 
-@pytest.mark.timeout(60)
 def test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost(tmp_path: Path) -> None:
     """Nobody has asked anything of it since: the loss is noticed all the same, and told at once."""
     disk, raw = disks(tmp_path)
@@ -197,7 +196,6 @@ def test_the_guest_is_not_moved_to_a_disk_whose_connection_is_lost(tmp_path: Pat
         assert served.mirror()["source"] == str(disk) and lacking(disk, {1: 1}) == []
 
 
-@pytest.mark.timeout(60)
 def test_what_had_no_answer_is_known_where_the_loss_shows_when_something_is_sent(tmp_path: Path) -> None:
     """The server has read the first write, has not answered it, and may carry it out yet."""
     disk, _ = disks(tmp_path)

@@ -178,8 +178,7 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, disk: Path, certificates: Path)
         with Data(tmp_path, begun) as data:
             data.write(4096, 4096, 0x42)
             os.kill(receiving.status()["server"], signal.SIGKILL)
-            status = receiving.await_status("the server's death is seen", attached=False)
-            assert status["lost-servers"] == 1 and status["why-not"] is None
+            receiving.await_status("the server's death is seen", attached=False, lost_servers=1, why_not=None)
         with Data(tmp_path, receiving.begin(owner)) as data:
             data.write(8192, 4096, 0x43)
         receiving.stop()
