@@ -297,8 +297,9 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
     heirs: list[Heritage] = []
     device = Device(config, opened, started.engine, started.confinement.reach, process)
     if config.group_freeze:
-        assert config.group is not None and started.state_directory is not None
-        others = OtherMembers(config.name, config.group, started.state_directory)
+        control = config.control_socket
+        assert config.group is not None and started.state_directory is not None and control is not None
+        others = OtherMembers(config.name, config.group, started.state_directory, control)
         device.mirror.group_cut.join(others)
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(device.run)

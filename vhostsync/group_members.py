@@ -9,15 +9,18 @@ import anyio.to_thread
 
 from vhostsync.control.client import ControlClient, connect
 from vhostsync.errors import ControlError
-from vhostsync.lineage_name import control_of
+from vhostsync.lineage_name import control_below
 from vhostsync.record.names import Names, state_directories
 
 
 class OtherMembers:
-    """Of the disk that is called so. They are looked for each time: a disk may join its group meanwhile."""
+    """Of the disk that is called so, and listens at `control`. They are looked for each time: a disk may join
+    its group meanwhile. Where they listen is told by where this one does: by now it may be another user, who
+    would look elsewhere."""
 
-    def __init__(self, name: str, group: str, directory: Path) -> None:
+    def __init__(self, name: str, group: str, directory: Path, control: Path) -> None:
         self._name = name
+        self._runtime = control.parent.parent
         self._group = group
         self._directory = directory
 
@@ -27,7 +30,8 @@ class OtherMembers:
         who was cancelled: the directory's disk may hang."""
         names = await anyio.to_thread.run_sync(self._names, abandon_on_cancel=True)
         async with AsyncExitStack() as stack:
-            yield {name: await stack.enter_async_context(connect(control_of(name))) for name in names}
+            places = {name: control_below(self._runtime, name) for name in names}
+            yield {name: await stack.enter_async_context(connect(place)) for name, place in places.items()}
 
     def _names(self) -> list[str]:
         found = []

@@ -2,9 +2,11 @@
 """The option of `serve` by which the disks of one machine stay together (mirror/group_cut.py)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError
+from .lineage_name import control_of
 from .option import FLAG, option
 
 GROUP: Final = "the group of the disk"
@@ -30,6 +32,13 @@ class GroupOptions:
             return
         if config.no_state_file or config.state_file is not None or not config.name:
             raise ConfigError("--group-freeze needs --name, and the state record where names are kept.")
+        control: Path | None = config.control_socket
+        if control is None or (control.name, control.parent.name) != ("control", config.name):
+            raise ConfigError(
+                f"With --group-freeze the other disks of the group look for this one's control socket by its "
+                f"name; leave out --control or, where there is --socket-path or --fd, give it: --control "
+                f"{control_of(config.name)}"
+            )
         if config.on_congestion != "block" or config.on_destination_error != "degrade":
             raise ConfigError(
                 "With --group-freeze a destination that fails or is too slow is let go of, with those of the "

@@ -46,4 +46,8 @@ def socket_of(name: str) -> Path:
 
 def control_of(name: str) -> Path:
     """Its control socket."""
-    return runtime_directory() / name / "control"
+    return control_below(runtime_directory(), name)
+
+
+def control_below(runtime: Path, name: str) -> Path:
+    return runtime / name / "control"

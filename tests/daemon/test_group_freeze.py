@@ -146,6 +146,18 @@ def test_one_that_does_not_answer_holds_the_guest_no_longer_than_it_may(
         os.kill(data.process.pid, signal.SIGCONT)
 
 
+def test_who_ends_while_others_are_asked_does_not_hide_that_its_destination_is_lost(work: Path) -> None:
+    with group(work, "--group-freeze") as disks:
+        data, log = disks
+        with log.guest() as guest:
+            os.kill(data.process.pid, signal.SIGSTOP)
+            lose(guest)
+        log.process.terminate()
+        os.kill(data.process.pid, signal.SIGCONT)
+        record = log.record()
+        assert (record.clean, record.peer_worth, record.cut) == (True, "outdated", None)
+
+
 @pytest.mark.parametrize("repeat", range(2))
 def test_two_that_are_cancelled_at_once_are_one_set(work: Path, repeat: int) -> None:
     with group(work, "--group-freeze") as disks, Counter(disks, flush_every=1) as guest:

@@ -202,3 +202,13 @@ def test_the_limits_are_the_engines() -> None:
     assert limits["VS_EXTENTS_MIN"] == config.AL_EXTENTS_MIN
     assert limits["VS_EXTENTS_MAX"] == config.AL_EXTENTS_MAX
     assert limits["VS_DIRTY_REGION_BYTES_MAX"] == config.DIRTY_REGION_BYTES_MAX
+
+
+def test_a_disk_of_a_group_that_freezes_listens_where_the_others_look() -> None:
+    """Else each would be let go of by itself, and nobody would know before."""
+    named: dict[str, Any] = {"name": "vm1-data", "group_freeze": True}
+    for elsewhere in (None, Path("/run/other"), Path("/run/vm1-log/control")):
+        with pytest.raises(ConfigError, match="look for this one's control socket by its name"):
+            make(**named, control_path=elsewhere)
+    make(**named, control_path=Path("/run/vm1-data/control"))
+    assert ServeConfig(**named).control_socket is not None

@@ -462,8 +462,7 @@ class Mirror:
     # ---- the end -----------------------------------------------------------------------
 
     async def detach(self, *, force: bool) -> None:
-        """The backend ends, no frontend is attached any more: leave a destination that is worth what the
-        record says. Errors are logged; the end goes on."""
+        """No frontend is attached any more: leave a destination that is worth what the record says."""
         if self.state is MirrorState.STEADY and not force:
             try:
                 await self._engine.mirror_drain()
@@ -473,6 +472,8 @@ class Mirror:
         elif not force:
             with self._catch_up.held():
                 await self._catch_up.drained()
+        with anyio.move_on_after(2 * CUT_S):  # a loss, which may wait for the group: no end hides it
+            await self._keeper.wait_recorded()
         try:
             await self._keeper.record_doubt()
         except StateRecordError as error:
