@@ -14,7 +14,9 @@ import pytest
 from tests.unit.control_fakes import FakeBackend, running
 from vhostsync import events
 from vhostsync.control import client as client_module
+from vhostsync.control import sockets
 from vhostsync.control.client import RefusedError, ask_once, connect
+from vhostsync.control.sockets import READ_BYTES
 from vhostsync.errors import ControlError, UnreachableError
 
 pytestmark = pytest.mark.anyio
@@ -94,6 +96,35 @@ async def test_who_asks_once_is_answered_by_a_real_server(path: Path) -> None:
     assert isinstance(unknown, RefusedError) and unknown.kind == "CommandNotFound"
     with pytest.raises(UnreachableError, match="is the backend running"):
         await ask_once(path.with_name("none"), "query-version")
+
+
+async def test_what_cannot_be_json_is_a_sentence(path: Path) -> None:
+    async with answering(path, GREETING, b"[" * 200_000 + b"\n"):
+        with pytest.raises(ControlError, match="what is no JSON"):
+            await ask_once(path, "query-status")
+
+
+@pytest.mark.parametrize("sent", [b'{"event": "X"}\n' * 100_000, b"x" * (1 << 20)])
+async def test_a_backend_that_sends_without_an_end_takes_no_turn_from_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """As if it were faster than this process: there is always something to read."""
+    received = 0
+
+    async def receive(_: socket.socket) -> bytes:
+        nonlocal received
+        received += READ_BYTES
+        assert received < 1 << 26, "nobody else had a turn"
+        at = (received - READ_BYTES) % len(sent)
+        return (sent[at:] + sent)[:READ_BYTES]
+
+    async with running(path, FakeBackend()), connect(path) as client:
+        monkeypatch.setattr(client_module, "LINE_BYTES_MAX", 1 << 30)
+        monkeypatch.setattr(sockets, "receive", receive)
+        with anyio.move_on_after(0.05) as scope:
+            await client.execute("query-status")
+        assert scope.cancelled_caught
+        monkeypatch.undo()
 
 
 async def test_a_wait_for_events_that_is_cancelled_loses_nothing(path: Path) -> None:

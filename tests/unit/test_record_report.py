@@ -193,6 +193,23 @@ def test_a_record_that_is_forgotten(tmp_path: Path) -> None:
     assert record.epoch == 1
 
 
+def test_what_is_called_as_the_link_to_a_backend_and_is_none_stays(tmp_path: Path) -> None:
+    """The record of another disk, say, or a link to it."""
+    for number, is_link in enumerate((False, True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path, record = recorded(folder, None)
+        other = folder / "another.record.json" if is_link else backend_link(path)
+        other.write_text("of another disk")
+        if is_link:
+            backend_link(path).symlink_to(other)
+        with open_state_file(None, record.current, lock_timeout_s=0, directory=folder / "state") as file:
+            file.tell_backend(folder / "control")
+        forget(path)
+        assert not path.exists()
+        assert backend_link(path).read_text() == "of another disk"
+
+
 def test_a_start_that_waited_for_the_lock_of_a_forgotten_record_takes_the_new_one(tmp_path: Path) -> None:
     path, _ = recorded(tmp_path, None)
     lock = Path(f"{path}.lock")

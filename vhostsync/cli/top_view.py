@@ -76,7 +76,7 @@ class View:
     def _rate(self, disk: HostDisk, former: dict[str, tuple[float, int]], now_s: float) -> float:
         if disk.mirror is None:
             return 0.0
-        writes = int(disk.mirror["counts"]["source-generation"] or 0)
+        writes = int(disk.mirror["counts"].get("source-generation") or 0)
         self._writes[_key(disk)] = (now_s, writes)
         then_s, before = former.get(_key(disk), (now_s, writes))
         # A backend that was started anew counts from 0.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
+import anyio.lowlevel
 
 from ..errors import ControlError, UnreachableError
 from ..host import peer
@@ -136,8 +137,11 @@ class ControlClient:
             raise ControlError(f"{self._path} is no control socket: its greeting is {dict(self.greeting)}.")
 
     async def _read(self) -> dict[str, Any]:
-        """The next message. The bytes of one that is not complete stay in the buffer."""
-        while (end := self._buffer.find(b"\n")) < 0:
+        """The next message. The bytes of one that is not complete stay in the buffer. Of a backend that sends
+        faster than it is read nobody would wait, and nothing else of this process would get its turn."""
+        seen = 0
+        while (end := self._buffer.find(b"\n", seen)) < 0:
+            seen = len(self._buffer)
             if len(self._buffer) > LINE_BYTES_MAX:
                 raise ControlError(f"{self._path} is no control socket: it sends lines without an end.")
             try:
@@ -147,11 +151,13 @@ class ControlClient:
             if not data:
                 raise self._lost()
             self._buffer += data
+            if len(data) == sockets.READ_BYTES:
+                await anyio.lowlevel.checkpoint()
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ControlError(f"{self._path} is no control socket: it sends what is no JSON.") from error
         if not isinstance(message, dict):
             raise ControlError(f"{self._path} is no control socket: it sends what is no JSON object.")

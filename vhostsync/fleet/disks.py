@@ -7,7 +7,7 @@ its place by the record's name, else the process that holds the record's lock.""
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -243,7 +243,55 @@ async def _ask(disk: HostDisk) -> HostDisk:
     for answer in (status, mirror):
         if isinstance(answer, RefusedError):
             return replace(disk, problem=str(answer))
+    if (wrong := _not_in_form(status, _STATUS) or _not_in_form(mirror, _MIRROR)) is not None:
+        return replace(disk, problem=f"the backend at {disk.control} answers with what is no {wrong}")
     return replace(disk, status=status, mirror=mirror)
+
+
+# A backend may have been taken over by its guest: what it says costs no other disk its line.
+
+
+def _is_text(value: Any) -> bool:
+    """One that may be a path."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1 << 64
+
+
+def _are_counts(value: Any) -> bool:
+    writes = value.get("source-generation") if isinstance(value, Mapping) else ""
+    return writes is None or _is_number(writes)
+
+
+_Form = Mapping[str, tuple[Callable[[Any], bool], bool]]
+"""By the name: whether it is one, and whether there may be none."""
+_STATUS: Final[_Form] = {
+    "name": (_is_text, False), "disk": (_is_text, False), "active": (_is_number, False),
+    "frontends": (_is_number, False), "capacity": (_is_number, False), "record": (_is_text, True),
+}  # fmt: skip
+_MIRROR: Final[_Form] = {
+    "state": (_is_text, False), "destination": (_is_text, True), "worth": (_is_text, True),
+    "lag-bytes": (_is_number, False), "lag-ms": (_is_number, False), "counts": (_are_counts, False),
+    "copy-bytes-done": (_is_number, False), "copy-bytes-total": (_is_number, False),
+    "copy-rate-bytes-per-s": (_is_number, False), "copy-remaining-s": (_is_number, True),
+    "reason": (_is_text, True), "last-error": (_is_text, True),
+}  # fmt: skip
+
+
+def _not_in_form(answer: Any, form: _Form) -> str | None:
+    """What of it is missing, or is not what it should be."""
+    if not isinstance(answer, Mapping):
+        return "answer"
+    for name, (fits, may_be_none) in form.items():
+        value = answer.get(name)
+        if not (may_be_none if value is None else fits(value)):
+            return name
+    return None
 
 
 def _each_once(disks: list[HostDisk]) -> list[HostDisk]:

@@ -21,7 +21,7 @@ import structlog
 from vhostsync.errors import StateRecordError
 from vhostsync.printable import printable_lines
 from vhostsync.record.names import Lineage, Names, find_name
-from vhostsync.record.state_file import RealFileSystem, StateFile, backend_link
+from vhostsync.record.state_file import RealFileSystem, StateFile, backend_link, remove_backend_link
 from vhostsync.record.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.record.state_record import StateRecord, Superseded, Worth, named
 from vhostsync.storage.condition import Condition, Look
@@ -226,7 +226,7 @@ def forget(path: Path) -> None:
                     pointer.path.unlink()
             Names(path.parent).forget_record(path)
             path.unlink(missing_ok=True)
-            backend_link(path).unlink(missing_ok=True)
+            remove_backend_link(path)
             Path(f"{path}.lock").unlink(missing_ok=True)
             RealFileSystem().sync_directory(path.parent)
         except OSError as error:

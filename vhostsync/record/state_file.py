@@ -29,6 +29,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import stat
 import struct
 import threading
 import time
@@ -130,6 +131,18 @@ TEXT_BYTES_MAX = 4 * 1024 * 1024  # of a record; a disk of that name is not read
 def backend_link(record: Path) -> Path:
     """It leads to the control socket of the backend that uses the record, as long as one holds its lock."""
     return Path(f"{record}.backend")
+
+
+def remove_backend_link(record: Path) -> None:
+    """What a process that died has left of it. Anything else of that name is not ours: another record may be
+    called so, or a link that leads to one. OSError."""
+    link = backend_link(record)
+    if not link.is_symlink():
+        return
+    with suppress(OSError):  # it leads nowhere any more
+        if not stat.S_ISSOCK(link.stat().st_mode):
+            return
+    link.unlink()
 
 
 class StateFile(RecordStore):
@@ -259,8 +272,7 @@ class StateFile(RecordStore):
         about this host's disks depends on it."""
         link = backend_link(self.path)
         try:
-            if link.is_symlink():  # what a process that died has left
-                link.unlink()
+            remove_backend_link(self.path)
             if control is not None:
                 link.symlink_to(control)
             self._told = control

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What backends say of themselves, which may have been taken over by their guests, costs no other disk its
+line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vhostsync.cli.host_commands import _json
+from vhostsync.fleet import disks
+from vhostsync.fleet.disks import HostDisk, ask
+
+pytestmark = pytest.mark.anyio
+
+STATUS = {"name": "", "disk": "/a", "active": False, "frontends": 0, "capacity": 1, "record": None}
+FIGURES = ("lag-bytes", "lag-ms", "copy-bytes-done", "copy-bytes-total", "copy-rate-bytes-per-s")
+MIRROR: dict[str, Any] = {
+    **dict.fromkeys(FIGURES, 0), "state": "steady", "destination": "/b", "worth": "up-to-date", "counts": {},
+    "copy-remaining-s": None, "reason": None, "last-error": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "mirror"),
+    [
+        ([], {}),
+        (5, None),
+        ({}, MIRROR),
+        (STATUS, {}),
+        ({**STATUS, "record": "a\0b"}, MIRROR),
+        ({**STATUS, "record": "\ud800"}, MIRROR),
+        ({**STATUS, "record": 5}, MIRROR),
+        ({**STATUS, "name": None}, MIRROR),
+        (STATUS, {**MIRROR, "lag-ms": "much"}),
+        (STATUS, {**MIRROR, "lag-bytes": 10**4000}),
+        (STATUS, {**MIRROR, "lag-ms": float("nan")}),
+        (STATUS, {**MIRROR, "counts": {"source-generation": float("inf")}}),
+    ],
+)
+async def test_an_answer_that_is_none_is_told_of_that_disk(
+    monkeypatch: pytest.MonkeyPatch, status: Any, mirror: Any
+) -> None:
+    async def ask_once(path: Path, *_: str) -> list[Any]:
+        return [status, mirror] if path.name == "bad" else [STATUS, MIRROR]
+
+    monkeypatch.setattr(disks, "ask_once", ask_once)
+    found = await ask([HostDisk(control=Path("/run/bad")), HostDisk(control=Path("/run/good"))])
+    bad, good = _json(found)
+    assert bad["problem"].startswith("the backend at /run/bad answers with what is no ")
+    assert (bad["state"], good["state"], good["problem"]) == ("unknown", "steady", None)
