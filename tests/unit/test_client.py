@@ -118,13 +118,35 @@ async def test_a_backend_that_sends_without_an_end_takes_no_turn_from_others(
         at = (received - READ_BYTES) % len(sent)
         return (sent[at:] + sent)[:READ_BYTES]
 
-    async with running(path, FakeBackend()), connect(path) as client:
+    async with answering(path, GREETING, NEGOTIATED), connect(path) as client:
         monkeypatch.setattr(client_module, "LINE_BYTES_MAX", 1 << 30)
         monkeypatch.setattr(sockets, "receive", receive)
         with anyio.move_on_after(0.05) as scope:
             await client.execute("query-status")
         assert scope.cancelled_caught
         monkeypatch.undo()
+
+
+async def test_a_client_that_sends_without_an_end_takes_no_turn_from_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = 0
+
+    async def receive(_: socket.socket) -> bytes:
+        nonlocal received
+        received += READ_BYTES
+        return b" " * READ_BYTES if received < 1 << 26 else b""
+
+    async with running(path, FakeBackend()), connect(path):
+        with socket.socket(socket.AF_UNIX) as flooding:
+            flooding.connect(str(path))
+            await anyio.sleep(0.02)
+            monkeypatch.setattr(sockets, "receive", receive)
+            flooding.send(b" ")
+            while not received:
+                await anyio.sleep(0)
+            assert received < 1 << 26, "nobody else had a turn"
+            monkeypatch.undo()
 
 
 async def test_a_wait_for_events_that_is_cancelled_loses_nothing(path: Path) -> None:

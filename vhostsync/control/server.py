@@ -23,6 +23,7 @@ from typing import Final
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -213,6 +214,8 @@ class _Client:
                     requests.send_nowait(item)
                 except anyio.WouldBlock:
                     await requests.send(item)
+            if len(data) == sockets.READ_BYTES:  # it may send faster than is read, and no request
+                await anyio.lowlevel.checkpoint()
 
     async def send(self, data: bytes) -> None:
         """Send all of `data`, or find that the client is gone. Not cancelled half-way: a half line would
