@@ -114,11 +114,11 @@ def run_to_its_end(program: Callable[[], None]) -> int:
     try:
         program()
     except* VhostsyncError as group:
-        failures = leaves(group)
+        failures += leaves(group)
     except* RuntimeError as group:
         if any(str(error) != "can't start new thread" for error in leaves(group)):
             raise
-        failures = [EngineError.at_start("starting a thread", errno.EAGAIN)]
+        failures += [EngineError.at_start("starting a thread", errno.EAGAIN)]
     for failure in failures:
         say(f"vhostsync: {printable(str(failure))}")
     end()

@@ -62,19 +62,21 @@ _MADV_MERGEABLE: Final = 12
 
 def run(config: NodeConfig, serve: Serve) -> int:
     """Fork until told to stop; the exit code. `serve`: the command line of a backend, without the program's
-    name. ConfigError."""
+    name."""
     logging.configure(config.log_format, config.log_level)
+    return logging.run_to_its_end(lambda: _run(config, serve))
+
+
+def _run(config: NodeConfig, serve: Serve) -> None:
     _load_modules()
     if config.merge_memory:
         _offer_memory()
-    node = _Node(config, serve)
     logging.write_in_background()
+    node = _Node(config, serve)
     gc.collect()
     gc.freeze()
     log.info("node ready", socket=str(config.listen), modules=len(sys.modules))
     node.serve()
-    logging.end()
-    return 0
 
 
 def _load_modules() -> None:
