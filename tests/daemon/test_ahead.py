@@ -97,7 +97,7 @@ def test_the_end_while_ahead_leaves_the_moment(work: Path) -> None:
             write_block(guest, 100, 2)
             guest.close()
             ending = pool.submit(served.stop)
-            served.qmp.wait_event("SHUTDOWN")
+            served.qmp.wait_closed()  # from here on it waits for the destination, and for nothing else
             slow.thaw()
             ending.result()
             record = served.record()

@@ -11,6 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,6 +90,13 @@ class Qmp:
                 raise QmpError(f"{command}: {message['error'].get('desc')}")
             elif "return" in message:
                 return message["return"]
+
+    def wait_closed(self, timeout_s: float = 60.0) -> None:
+        """Until the backend has closed the connection."""
+        self._socket.settimeout(timeout_s)
+        with suppress(ConnectionError):
+            while True:
+                self.events.append(self._receive())
 
     def wait_event(self, name: str, timeout_s: float = 60.0, **wanted: Any) -> dict[str, Any]:
         """The data of the next event of that name whose data has these values; earlier events are dropped."""
