@@ -202,10 +202,10 @@ enum vs_command_kind {
     VS_CMD_VERIFY_STOP,      /* -ENOENT: there is none */
     VS_CMD_GROW,             /* grow. Done when the guest may be told */
     VS_CMD_CATCH_UP,         /* ahead becomes syncing: the record says "inconsistent". -ENOTCONN: not ahead; -EBUSY:
-                              * not drained, or the record is pending; -EAGAIN: too early (VS_EV_AHEAD_DRAINED) */
+                              * not drained, or the record is pending; -EAGAIN: sooner than VS_EV_AHEAD_DRAINED said */
     VS_CMD_FAILOVER_GIVE_UP, /* there is no switch after VS_EV_SOURCE_FAILED: what has failed is the guest's error */
-    VS_CMD_PEER_DIFFERS,     /* value 1: a verification has found so (as from when one that runs finds so): it stands in
-                              * for the source in nothing (read_fallback, failover, exchange); 0: not any more */
+    VS_CMD_PEER_DIFFERS,     /* value 1: a verification says that the destination differs (one that runs, as soon as it
+                              * sees it): no substitute for the source (read_fallback, failover, exchange); 0: one */
     VS_CMD_DISK_SIZE, /* value: role; event value: how large it is now. -ENOTCONN: there is none; -EBUSY: asked */
     VS_CMD_GROW_STOP, /* the disk stays as large as it is: VS_CMD_GROW ends with -ECANCELED, if it has not ended */
     VS_CMD_LIMIT      /* limits, in the place of those that there were */

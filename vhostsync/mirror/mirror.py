@@ -462,7 +462,7 @@ class Mirror:
     # ---- the end -----------------------------------------------------------------------
 
     async def detach(self, *, force: bool) -> None:
-        """No frontend is attached any more: leave a destination that is worth what the record says."""
+        """No frontend is attached: leave a destination, worth what the record says. Errors are logged."""
         if self.state is MirrorState.STEADY and not force:
             try:
                 await self._engine.mirror_drain()
