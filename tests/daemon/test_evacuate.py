@@ -8,18 +8,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
 
-from tests.daemon.named_host import Host
-from tests.daemon.rig import BLOCK, block_of, flush, image, same_content, tmpfs, write_block
+from tests.daemon.evacuated_host import Evacuated, lines_of
+from tests.daemon.rig import BLOCK, block_of, flush, image, loop_device, same_content, tmpfs, write_block
 from tests.guest.backends import vhostsync_command
-from tests.guest.processes import wait_listening
 from tests.sizes import MIB
 from vhostsync.fleet import evacuation
 from vhostsync.fleet.disks import ask, known_disks
@@ -29,48 +26,9 @@ from vhostsync.fleet.evacuation_plan import plan_moves
 pytestmark = pytest.mark.timeout(300)  # many programs are started, one after the other
 
 
-class Evacuated(Host):
-    """Disks in old/, which are to go to new/."""
-
-    def __init__(self, work: Path) -> None:
-        super().__init__(work)
-        self.old, self.new = work / "old", work / "new"
-        self.old.mkdir()
-        self.new.mkdir()
-
-    @contextmanager
-    def serve_all(self, *disks: Path) -> Iterator[None]:
-        """vm0, vm1, …: by their labels, and all started at once, for that is what takes time."""
-        with ExitStack() as stack:
-            started = []
-            for at, disk in enumerate(disks):
-                started.append(self.start(f"vm{at}", "--blk-file", disk))
-                stack.callback(started[-1].kill)
-            for at, process in enumerate(started):
-                wait_listening(process, self.run / f"vm{at}" / "control")
-            yield
-
-    def begin(self, *options: str | Path, to: Path | None = None, **more: Any) -> subprocess.Popen[str]:
-        words = [*vhostsync_command(), "evacuate", self.old, "--to", to or self.new, *options]
-        return subprocess.Popen(
-            [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **self.environment}, **more,
-        )  # fmt: skip
-
-    def evacuate(self, *options: str | Path, to: Path | None = None, code: int = 0) -> tuple[str, str]:
-        with self.begin(*options, to=to) as program:
-            out, err = program.communicate(timeout=120)
-        assert program.returncode == code, out + err
-        return out, err
-
-
 @pytest.fixture
 def host(work: Path) -> Evacuated:
     return Evacuated(work)
-
-
-def lines_of(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_ten_disks_are_moved_three_at_a_time(host: Evacuated, work: Path) -> None:
@@ -182,6 +140,21 @@ def test_a_file_that_took_the_place_of_a_mirror_is_not_overwritten(host: Evacuat
         (host.new / "aside.img").rename(copy)
         host.evacuate("--switch")  # its own, which is brought up to date
         assert host.status("vm0")["disk"] == str(copy)
+
+
+def test_a_block_device_becomes_an_image_file(host: Evacuated, work: Path) -> None:
+    backing = image(work / "backing", 8, filled_mib=8)
+    with loop_device(backing) as device:
+        with host.serve_all(device, image(host.old / "0.img", 4)), host.guest("vm0") as guest:
+            write_block(guest, 1, 7)
+            flush(guest)
+            assert host.evacuate("--switch", where=device)[0].splitlines()[-1] == "1 of 1 moved"
+            moved = host.new / f"{device.name}.img"
+            assert host.status("vm0")["disk"] == str(moved)
+            assert same_content(backing, moved)
+            write_block(guest, 2, 8)
+            flush(guest)
+        assert moved.read_bytes()[2 * BLOCK : 3 * BLOCK] == block_of(2, 8)
 
 
 def test_a_backend_that_does_not_run_is_named(host: Evacuated) -> None:
