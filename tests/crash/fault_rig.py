@@ -125,7 +125,7 @@ class Rig:
             self.guest = Guest(
                 assets,
                 work,
-                machine_command([GuestDisk(self.backend.socket, queues=QUEUES, reconnect_s=1)]),
+                machine_command([GuestDisk(self.backend.socket, queues=QUEUES, chardev="reconnect=1")]),
             )
         except BaseException:
             self.backend.__exit__(None, None, None)

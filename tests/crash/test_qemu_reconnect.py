@@ -33,7 +33,7 @@ def test_backend_killed_under_a_guest(
     image, destination = new_image(work / "disk.img", 64), new_image(work / "destination.img", 64)
     backend = Vhostsync(work, image, queues=2)
     try:
-        disk = GuestDisk(backend.socket, queues=2, reconnect_s=1, properties=properties)
+        disk = GuestDisk(backend.socket, queues=2, chardev="reconnect=1", properties=properties)
         with Guest(assets, work, machine_command([disk])) as guest:
             assert rings_are_packed(guest) == bool(properties)
             load = guest.start_load("/dev/vda", blocks=8192, threads=8)

@@ -288,7 +288,7 @@ class GuestDisk:
     socket: Path
     queues: int = 1
     queue_size: int | None = None
-    reconnect_s: int | None = None
+    chardev: str = ""  # more of -chardev, as in "reconnect=1"
     properties: str = ""  # more of -device, as in "discard=off"
 
 
@@ -304,11 +304,11 @@ def machine_command(disks: Sequence[GuestDisk], options: GuestOptions = GuestOpt
         "-machine", f"{options.machine},memory-backend=memory", "-m", f"{options.memory_mib}M",
     ]  # fmt: skip
     for index, disk in enumerate(disks):
-        reconnect = f",reconnect={disk.reconnect_s}" if disk.reconnect_s is not None else ""
+        socket = f",{disk.chardev}" if disk.chardev else ""
         size = f",queue-size={disk.queue_size}" if disk.queue_size is not None else ""
         more = f",{disk.properties}" if disk.properties else ""
         queues = f",num-queues={disk.queues}{size}"
-        command += ["-chardev", f"socket,id=backend{index},path={disk.socket}{reconnect}"]
+        command += ["-chardev", f"socket,id=backend{index},path={disk.socket}{socket}"]
         command += ["-device", f"vhost-user-blk-pci,id=disk{index},chardev=backend{index}{queues}{more}"]
     return command
 

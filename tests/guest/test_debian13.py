@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.assets import AssetError, GuestAssets
-from tests.guest.backends import start_backend
+from tests.guest.backends import Vhostsync, start_backend
 from tests.guest.debian13 import inside, run_inside, tree
 from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command, verify_blocks
 from tests.guest.images import digest, new_image
@@ -91,16 +92,19 @@ def test_nbdkit_through_libblkio_while_mirrored(trixie: Path, work: Path) -> Non
     assert digest(image) == digest(destination)
 
 
-def test_guest_under_qemu_10(trixie: Path, assets: GuestAssets, work: Path) -> None:
-    """The main job in small: write, mirror, switch under load, stop and continue, power off, compare."""
-    # The cache folder is not there inside the tree; the work folder is.
+def machine(trixie: Path, assets: GuestAssets, work: Path, disk: GuestDisk) -> Guest:
+    """The cache folder is not there inside the tree; the work folder is."""
     kernel, initramfs = Path(shutil.copy(assets.kernel, work)), Path(shutil.copy(assets.initramfs, work))
     here = dataclasses.replace(assets, kernel=kernel, initramfs=initramfs)
     options = GuestOptions(qemu=(*inside(trixie), "qemu-system-x86_64"))
+    return Guest(here, work, machine_command([disk], options))
+
+
+def test_guest_under_qemu_10(trixie: Path, assets: GuestAssets, work: Path) -> None:
+    """The main job in small: write, mirror, switch under load, stop and continue, power off, compare."""
     source, destination = new_image(work / "source.img", 64), new_image(work / "destination.img", 64)
     with start_backend(work, source, queues=2) as backend:
-        disk = GuestDisk(backend.socket, queues=2, queue_size=64)
-        with Guest(here, work, machine_command([disk], options)) as guest:
+        with machine(trixie, assets, work, GuestDisk(backend.socket, queues=2, queue_size=64)) as guest:
             load = guest.start_load("/dev/vda", blocks=8192, threads=8)
             load.next_report()
             backend.start_mirror(destination)
@@ -118,3 +122,36 @@ def test_guest_under_qemu_10(trixie: Path, assets: GuestAssets, work: Path) -> N
             guest.power_off()
         backend.stop()
     verify_blocks(assets, destination, load, synced=last.synced, issued=last.issued)
+
+
+def test_restarted_under_qemu_10_that_connects_again_within_milliseconds(
+    trixie: Path, assets: GuestAssets, work: Path
+) -> None:
+    """A stop in order and a start, under load: nothing is copied again, the guest's kernel notices nothing.
+    What its slowest write took is printed."""
+    source, destination = new_image(work / "source.img", 64), new_image(work / "destination.img", 64)
+    bitmap = ("--bitmap", str(work / "bitmap"))
+    with contextlib.ExitStack() as backends:
+        backend = backends.enter_context(Vhostsync(work, source, queues=2, options=bitmap))
+        disk = GuestDisk(backend.socket, queues=2, chardev="reconnect-ms=20")
+        with machine(trixie, assets, work, disk) as guest:
+            load = guest.start_load("/dev/vda", blocks=8192, threads=8)
+            load.next_report()
+            backend.start_mirror(destination)
+            backend.wait_steady()
+            before_ms = load.fresh_report().slowest_ms
+            paused_ms = []
+            for _ in range(3):
+                load.drain()
+                backend.stop()
+                backend = backends.enter_context(Vhostsync(work, source, queues=2, options=bitmap))
+                paused_ms.append(max(load.next_report().slowest_ms, load.fresh_report().slowest_ms))
+                backend.wait_steady()
+                assert backend.status()["full-copy-reason"] is None
+            print(f"slowest write: {before_ms:.0f} ms before, restarts {[round(ms) for ms in paused_ms]} ms")
+            last = guest.stop_load(load)
+            assert guest.io_trouble() == []
+            guest.power_off()
+        backend.stop()
+    for image in (source, destination):
+        verify_blocks(assets, image, load, synced=last.synced, issued=last.issued)

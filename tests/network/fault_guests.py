@@ -86,7 +86,7 @@ class Linux:
     survives_its_backend = True
 
     def __init__(self, served: Served, assets: GuestAssets, folder: Path) -> None:
-        disk = GuestDisk(served.socket, queues=2, reconnect_s=1)
+        disk = GuestDisk(served.socket, queues=2, chardev="reconnect=1")
         self._assets = assets
         self._guest = Guest(assets, folder, machine_command([disk]))
         self._load = self._begin()
