@@ -48,7 +48,7 @@ from vhostsync.host.signals import watch_signals
 from vhostsync.lineage_name import is_lineage_name, socket_of
 from vhostsync.metrics import serve_metrics
 from vhostsync.option_values import TakeOver
-from vhostsync.record.names import follow_name
+from vhostsync.record.names import Member, follow_name
 from vhostsync.record.state_index import default_directory, make_directory
 from vhostsync.storage import kinds
 from vhostsync.storage.network import use_network
@@ -298,9 +298,11 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
     device = Device(config, opened, started.engine, started.confinement.reach, process)
     if config.group_freeze:
         control = config.control_socket
-        assert config.group is not None and started.state_directory is not None and control is not None
-        others = OtherMembers(config.name, config.group, started.state_directory, control)
-        device.mirror.group_cut.join(others)
+        directory, record = started.state_directory, config.record_of_name
+        assert config.group is not None and directory is not None
+        assert control is not None and record is not None
+        others = OtherMembers(config.name, config.group, directory, control)
+        device.mirror.group_cut.join(Member(config.group, record.name), others)
     async with anyio.create_task_group() as lasting:
         lasting.start_soon(device.run)
         await lasting.start(watch_signals, process)

@@ -1,16 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends of the other disks of a group, found by their names, for `--group-freeze` (group_cut.py)."""
+"""The backends of the other disks of a group, found by their names, for `--group-freeze` (group_cut.py).
+
+Two state directories may have one runtime directory. Then another disk's backend may listen in the place of
+the one that is meant, so each is told for which disk it is taken, and refuses where it serves another one. A
+backend of an older version cannot: it refuses to be told so.
+"""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 
-from vhostsync.control.client import ControlClient, connect
+from vhostsync.control import qmp
+from vhostsync.control.client import ControlClient, RefusedError, connect
 from vhostsync.errors import ControlError
 from vhostsync.lineage_name import control_below
-from vhostsync.record.names import Names, state_directories
+from vhostsync.record.names import Lineage, Member, Names, state_directories
+
+
+class OtherMember:
+    """One of them."""
+
+    def __init__(self, client: ControlClient, meant: Member) -> None:
+        self._client = client
+        self._meant = meant
+
+    async def cut(self, step: str) -> Any:
+        """What it has answered. VhostsyncError."""
+        meant = self._meant
+        try:
+            return await self._client.execute(
+                "group-cut", {"step": step, "group": meant.group, "record": meant.record}
+            )
+        except RefusedError as refused:
+            if refused.kind != qmp.COMMAND_NOT_FOUND and str(refused) != "Parameter 'group' is unexpected":
+                raise
+            raise ControlError(
+                "its backend is of an older version, which cannot tell whether it is meant; bring all "
+                "backends of the group to one version (vhostsync upgrade)"
+            ) from refused
 
 
 class OtherMembers:
@@ -25,22 +55,25 @@ class OtherMembers:
         self._directory = directory
 
     @asynccontextmanager
-    async def connected(self) -> AsyncIterator[Mapping[str, ControlClient]]:
+    async def connected(self) -> AsyncIterator[Mapping[str, OtherMember]]:
         """VhostsyncError: one cannot be reached, or it cannot be told which there are. Nobody is waited for
         who was cancelled: the directory's disk may hang."""
-        names = await anyio.to_thread.run_sync(self._names, abandon_on_cancel=True)
+        lineages = await anyio.to_thread.run_sync(self._lineages, abandon_on_cancel=True)
         async with AsyncExitStack() as stack:
-            places = {name: control_below(self._runtime, name) for name in names}
-            yield {name: await stack.enter_async_context(connect(place)) for name, place in places.items()}
+            members = {}
+            for each in lineages:
+                client = await stack.enter_async_context(connect(control_below(self._runtime, each.name)))
+                members[each.name] = OtherMember(client, Member(self._group, each.record.name))
+            yield members
 
-    def _names(self) -> list[str]:
+    def _lineages(self) -> list[Lineage]:
         found = []
         for directory in state_directories(self._directory):
             names = Names(directory)
             if damaged := names.damaged():
                 raise ControlError("; ".join(damaged))
-            found += [each.name for each in names.all() if each.group == self._group]
-        others = sorted(name for name in found if name != self._name)
+            found += [each for each in names.all() if each.group == self._group]
+        others = [each for each in found if each.name != self._name]
         if not others:
             raise ControlError(f"the group {self._group} has no other disk")
         return others

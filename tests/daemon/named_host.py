@@ -26,11 +26,11 @@ from vhostsync.record.state_record import StateRecord, Worth
 
 
 class Host:
-    """The state and the runtime directory of a host of our own."""
+    """The state and the runtime directory of a host of our own; `run`: that of another one."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, run: Path | None = None) -> None:
         self.work = work
-        self.state, self.run = work / "state", work / "run"
+        self.state, self.run = work / "state", run if run is not None else work / "run"
         self.environment = {
             "STATE_DIRECTORY": str(self.state), "VHOSTSYNC_RUNTIME_DIRECTORY": str(self.run),
         }  # fmt: skip

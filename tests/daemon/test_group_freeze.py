@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,7 @@ from tests.guest.images import new_image
 from tests.guest.processes import Process
 from tests.guest.qmp_client import Qmp, QmpError
 from tests.sizes import MIB
-from vhostsync.record.names import Names
-from vhostsync.record.state_file import StateFile
+from vhostsync.record.names import find_name
 from vhostsync.record.state_record import StateRecord
 
 pytestmark = pytest.mark.timeout(240)  # many programs are started, one after the other
@@ -43,13 +43,18 @@ class Disk:
     def guest(self) -> Frontend:
         return self.host.guest(self.name)
 
-    def record(self) -> StateRecord:
-        lineage = Names(self.host.state).find(self.name)
-        assert lineage is not None
-        record = StateFile(lineage.record).load()
-        assert record is not None
-        return record
+    @property
+    def control(self) -> Path:
+        return self.host.run / self.name / "control"
 
+    def record(self) -> StateRecord:
+        return self.host.recorded(self.name)
+
+    def meant(self) -> dict[str, Any]:
+        """What a disk of the group says of this one when it asks."""
+        lineage = find_name(self.name, self.host.state)
+        assert lineage.group is not None
+        return {"group": lineage.group, "record": lineage.record.name}
 
 
 def lose(guest: Frontend) -> None:
@@ -180,9 +185,10 @@ def test_two_of_three_that_are_lost_at_once_are_one_set_with_the_third(work: Pat
 def test_who_asks_may_end_in_the_middle(work: Path) -> None:
     """Who has let go for it asks the others as well. Who asks is played by the test."""
     with group(work, "--group-freeze") as disks, Counter(disks, flush_every=1) as guest:
-        with Qmp(disks[0].host.run / disks[0].name / "control") as asking:
-            asking.execute("group-cut", step="ask")
-            assert asking.execute("group-cut", step="let-go")["loss"]
+        data = disks[0]
+        with Qmp(data.control) as asking:
+            asking.execute("group-cut", step="ask", **data.meant())
+            assert asking.execute("group-cut", step="let-go", **data.meant())["loss"]
         await_cut(disks)
         guest.go_on(20)
 
@@ -191,14 +197,38 @@ def test_what_comes_late_from_one_that_is_gone_is_void(work: Path) -> None:
     """Who was asked has stood still meanwhile."""
     with group(work, "--group-freeze") as disks:
         data = disks[0]
-        with Qmp(data.host.run / data.name / "control") as asking:
-            asking.execute("group-cut", step="ask")
+        with Qmp(data.control) as asking:
+            asking.execute("group-cut", step="ask", **data.meant())
             os.kill(data.process.pid, signal.SIGSTOP)
-            asking.send("group-cut", {"step": "let-go"})
+            asking.send("group-cut", {"step": "let-go", **data.meant()})
         os.kill(data.process.pid, signal.SIGCONT)
         log = data.host.work / f"{data.name}.log"
         await_true(lambda: "who has asked for it is gone" in log.read_text(), "it was looked at")
         assert [disk.host.status(disk.name)["mirror"] for disk in disks] == ["steady", "steady"]
+
+
+@pytest.mark.parametrize("their_group", ["vm1", "vm2"])
+def test_another_machines_disk_in_the_place_of_one_of_the_group_keeps_its_destination(
+    work: Path, their_group: str
+) -> None:
+    """Two state directories with one runtime directory."""
+    with group(work, "--group-freeze") as disks, ExitStack() as stack:
+        data, log = disks
+        data.process.kill()
+        (elsewhere := work / "elsewhere").mkdir()
+        others = Host(elsewhere, run=data.host.run)
+        others.tell("create", data.name, "--disk", image(elsewhere / "a.img", 32), "--group", their_group)
+        stack.enter_context(others.serve(data.name, "--group-freeze"))
+        others.mirror(data.name, elsewhere / "b.img")
+        with log.guest() as guest:
+            lose(guest)
+            assert guest.flush_now().ok
+        assert others.status(data.name)["mirror"] == "steady"
+        assert log.record().cut is None and log.record().wanted is not None
+        error = log.host.ask(log.name, "query-mirror")["last-error"]
+        assert f"no consistent set: {data.name}: its backend serves a.img-" in error
+        assert f"of the group {their_group}, and not {data.name}.img-" in error
+        assert "runtime directory of its own" in (elsewhere / f"{data.name}.log").read_text()
 
 
 def test_one_that_is_known_to_differ_is_no_part_of_a_set(work: Path) -> None:
@@ -206,7 +236,7 @@ def test_one_that_is_known_to_differ_is_no_part_of_a_set(work: Path) -> None:
     with group(work, "--group-freeze") as disks:
         data, log = disks
         rot(data.other, MIB // 2)
-        with Qmp(data.host.run / data.name / "control") as client:
+        with Qmp(data.control) as client:
             client.execute("verify")
             assert client.wait_event("VERIFY_COMPLETED", 30)["state"] == "different"
         with log.guest() as guest:

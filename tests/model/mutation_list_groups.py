@@ -160,6 +160,14 @@ GROUPS = [
         "group_freeze.py::test_who_has_asked_and_is_gone_lets_nobody_go",
     ),
     mutation(
+        "let-go-for-another-machine",
+        "one that is taken for another disk keeps its destination",
+        "vhostsync/mirror/group_cut.py",
+        "        if meant != self._own:\n",
+        "        if meant.group is None:\n",
+        "group_freeze.py::test_who_means_another_disk_or_does_not_say_which_is_refused",
+    ),
+    mutation(
         "let-go-amid-a-command",
         "another command of the disk goes before a group that would let go",
         "vhostsync/mirror/group_member.py",

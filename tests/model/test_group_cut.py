@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import ControlError, EngineError, VhostsyncError
 from vhostsync.mirror import group_cut
-from vhostsync.mirror.group_cut import GroupCut, Loss
+from vhostsync.mirror.group_cut import CutStep, GroupCut, Loss
+from vhostsync.record.names import Member
 
 WRITES = 30
 
@@ -114,15 +115,15 @@ class Connection:
     def __init__(self, world: World, to: Disk) -> None:
         self._world, self._to = world, to
 
-    async def execute(self, _: str, arguments: dict[str, Any]) -> Any:
+    async def cut(self, step: CutStep) -> Any:
         world, scene = self._world, self._world.scene
         await world.wait()
         if world.happens(scene.hangs):
             await anyio.sleep_forever()
         if world.happens(scene.unanswered):
-            world.tasks.start_soon(self._carry_out_late, arguments["step"])
+            world.tasks.start_soon(self._carry_out_late, step)
             raise ControlError("it has ended")
-        answer = await self._carry_out(arguments["step"])
+        answer = await self._carry_out(step)
         await world.wait()
         return answer
 
@@ -158,7 +159,7 @@ class World:
         self.flushed = [0] * scene.disks
         self.disks = [Disk(self) for _ in range(scene.disks)]
         for place, disk in enumerate(self.disks):
-            disk.group.join(Links(self, place))
+            disk.group.join(Member("vm1", f"record{place}"), Links(self, place))
 
     def happens(self, likely: float) -> bool:
         return likely > 0 and self.chance.random() < likely

@@ -20,9 +20,13 @@ from tests.model.stage import Stage, play, until
 from tests.model.test_group_member import FullFileSystem
 from vhostsync.errors import MirrorError
 from vhostsync.mirror import group_member
+from vhostsync.mirror.group_cut import CutStep
 from vhostsync.mirror.group_member import GroupMember
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.record.names import Member
 from vhostsync.record.state_record import Worth
+
+OWN = ("vm1", "data.record.json")
 
 
 class PlayedOther:
@@ -38,13 +42,12 @@ class PlayedOther:
     async def connected(self) -> AsyncIterator[Mapping[str, PlayedOther]]:
         yield {"other": self}
 
-    async def execute(self, command: str, arguments: dict[str, Any]) -> Any:
-        assert command == "group-cut"
-        self.steps.append(arguments["step"])
+    async def cut(self, step: CutStep) -> Any:
+        self.steps.append(step)
         await self.answers.wait()
         if self.refuses:
             raise MirrorError("not now")
-        return {"loss": "5eed", "cut": None} if arguments["step"] == "let-go" else {}
+        return {"loss": "5eed", "cut": None} if step == "let-go" else {}
 
 
 def in_group(
@@ -52,7 +55,7 @@ def in_group(
 ) -> None:
     async def perform(it: Stage) -> None:
         other = PlayedOther()
-        it.mirror.group_cut.join(other)
+        it.mirror.group_cut.join(Member(*OWN), other)
         await it.steady()
         await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))
         await scene(it, other)
@@ -85,8 +88,8 @@ def test_no_flush_is_confirmed_before_all_have_let_go(
         other.answers = anyio.Event()
         async with member(it) as asked:
             if by == "the group":
-                await asked.cut("ask")
-                assert (await asked.cut("let-go"))["cut"] is None
+                await asked.cut("ask", *OWN)
+                assert (await asked.cut("let-go", *OWN))["cut"] is None
             else:
                 await lose(it)
             flush = it.guest.flush()
@@ -98,7 +101,7 @@ def test_no_flush_is_confirmed_before_all_have_let_go(
             await it.guest_does(partial(it.guest.wait, flush))
             await is_cut(it)
             assert other.steps == ["ask", "let-go"]
-            answer = await asked.cut("let-go")
+            answer = await asked.cut("let-go", *OWN)
             assert answer["cut"] == it.record().cut, "who asks late is told"
 
     in_group(scene, tmp_path, monkeypatch)
@@ -114,7 +117,7 @@ def test_who_has_given_up_is_no_part_though_that_is_not_recorded_yet(
             assert await it.guest_does(partial(it.state_file.reached.wait, 5))
             for step in ("ask", "let-go"):
                 with pytest.raises(MirrorError, match="not steady"):
-                    await asked.cut(step)
+                    await asked.cut(step, *OWN)
         it.state_file.release.set()
         await until(lambda: it.record().peer_worth is Worth.OUTDATED)
         assert it.record().cut is None and it.record().wanted is not None
@@ -144,7 +147,30 @@ def test_a_forced_end_lets_nobody_else_go(tmp_path: Path, monkeypatch: pytest.Mo
         assert it.record().cut is None and it.record().wanted is not None and not other.steps
         async with member(it) as asked:
             with pytest.raises(MirrorError, match="or ends"):
-                await asked.cut("ask")
+                await asked.cut("ask", *OWN)
+
+    in_group(scene, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("meant", "why"),
+    [
+        (("vm2", OWN[1]), "serves data.record.json of the group vm1, and not .* of the group vm2; give each"),
+        ((OWN[0], "other.record.json"), "and not other.record.json of the group vm1; give each state"),
+        ((None, None), "does not say which disk it means, as older versions do; bring all backends"),
+        ((OWN[0], None), "does not say which disk it means"),
+        ((None, OWN[1]), "does not say which disk it means"),
+    ],
+)
+def test_who_means_another_disk_or_does_not_say_which_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meant: tuple[str | None, str | None], why: str
+) -> None:
+    async def scene(it: Stage, other: PlayedOther) -> None:
+        async with member(it) as asked:
+            for step in ("ask", "let-go"):
+                with pytest.raises(MirrorError, match=why):
+                    await asked.cut(step, *meant)
+        assert it.mirror.state is MirrorState.STEADY and not other.steps
 
     in_group(scene, tmp_path, monkeypatch)
 
@@ -152,9 +178,9 @@ def test_a_forced_end_lets_nobody_else_go(tmp_path: Path, monkeypatch: pytest.Mo
 def test_who_has_asked_and_is_gone_lets_nobody_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(it: Stage, other: PlayedOther) -> None:
         async with member(it, is_there=False) as asked:
-            await asked.cut("ask")
+            await asked.cut("ask", *OWN)
             with pytest.raises(MirrorError, match="who has asked for it is gone"):
-                await asked.cut("let-go")
+                await asked.cut("let-go", *OWN)
         assert it.mirror.state is MirrorState.STEADY and not other.steps
 
     in_group(scene, tmp_path, monkeypatch)
@@ -170,10 +196,10 @@ def test_another_command_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 hurried.setattr(group_member, "TURN_S", 0.05)
                 async with it.mirror.turns.take("resize"):
                     with pytest.raises(MirrorError, match="resize is under way"):
-                        await asked.cut(step)
+                        await asked.cut(step, *OWN)
             monkeypatch.setattr(group_member, "TURN_S", 10.0)
             async with it.mirror.turns.take("resize"):
-                tasks.start_soon(asked.cut, step)
+                tasks.start_soon(asked.cut, step, *OWN)
                 await anyio.wait_all_tasks_blocked()
                 assert it.mirror.state is MirrorState.STEADY and not other.steps
         await until(lambda: it.mirror.state is (MirrorState.STEADY, MirrorState.DEGRADED)[step == "let-go"])
@@ -194,13 +220,13 @@ def test_but_not_the_one_by_which_it_lets_go_itself(
         async with member(it) as asked, anyio.create_task_group() as tasks:
             tasks.start_soon(partial(it.mirror.cancel, force=False))
             await until(lambda: not it.mirror.turns.is_free)
-            tasks.start_soon(asked.cut, step)
+            tasks.start_soon(asked.cut, step, *OWN)
             await anyio.wait_all_tasks_blocked()
             it.second.release_all()
             await until(lambda: other.steps == ["ask"])
             assert not it.mirror.turns.is_free
             with anyio.fail_after(5):
-                await asked.cut(step)
+                await asked.cut(step, *OWN)
             other.answers.set()
         await is_cut(it)
         assert it.mirror.state is MirrorState.PASSTHROUGH
@@ -214,18 +240,18 @@ def test_a_destination_that_lacks_something_is_no_part(
     """The guest has written there since, by the way, and that is not durable on the destination."""
 
     async def scene(it: Stage) -> None:
-        it.mirror.group_cut.join(PlayedOther())
+        it.mirror.group_cut.join(Member(*OWN), PlayedOther())
         await it.guest_does(partial(it.guest.write_now, 0, pattern(1)))  # no hole, which is not read
         it.first.spoil(0, BLOCK)
         await it.steady()
         async with member(it) as asked:
             with pytest.raises(MirrorError, match="the destination lacks what could not be read"):
-                await asked.cut("ask")
+                await asked.cut("ask", *OWN)
             it.second.hold(DiskOp.FLUSH)
             await it.guest_does(partial(it.guest.write_now, 0, pattern(2)))
-            await asked.cut("ask")
+            await asked.cut("ask", *OWN)
             with pytest.raises(MirrorError, match="its destination was no copy"):
-                await asked.cut("let-go")
+                await asked.cut("let-go", *OWN)
         await until(lambda: it.record().peer_worth is Worth.OUTDATED)
         assert it.record().cut is None and it.record().wanted is not None
         assert "its destination was no copy" in str((await it.mirror.status()).last_error)
@@ -272,7 +298,7 @@ def test_a_cut_that_cannot_be_recorded_fails_flushes_until_it_is(
             assert it.record().cut is None
         await is_cut(it)
         async with member(it) as asked:
-            assert (await asked.cut("let-go"))["cut"] == it.record().cut
+            assert (await asked.cut("let-go", *OWN))["cut"] == it.record().cut
 
     in_group(scene, tmp_path, monkeypatch)
 
@@ -292,10 +318,10 @@ def test_a_mirror_that_is_started_again_is_no_part_of_it(
             assert it.record().cut is None
             for step in ("ask", "let-go"):
                 with pytest.raises(MirrorError, match="not steady"):
-                    await asked.cut(step)
+                    await asked.cut(step, *OWN)
             it.second.release_all()
             await until(lambda: it.mirror.state is MirrorState.STEADY)
-            await asked.cut("let-go")
+            await asked.cut("let-go", *OWN)
         await is_cut(it)
         assert it.record().cut != first
 
@@ -310,7 +336,7 @@ def test_without_the_option_nothing_is_let_go_for_others(
         async with member(it) as asked:
             for step in ("ask", "let-go"):
                 with pytest.raises(MirrorError, match="not started with --group-freeze"):
-                    await asked.cut(step)
+                    await asked.cut(step, *OWN)
         assert it.mirror.state is MirrorState.STEADY
 
     play(scene, tmp_path, monkeypatch)

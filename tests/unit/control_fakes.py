@@ -165,8 +165,8 @@ class FakeGroupMember:
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None:
         await self._prepare(f"switch {max_pause_ms:g} {keep_mirror}")
 
-    async def cut(self, step: str) -> dict[str, str]:
-        self.steps.append(f"cut {step}")
+    async def cut(self, step: str, group: str | None, record: str | None) -> dict[str, str]:
+        self.steps.append(f"cut {step} {group} {record}")
         return {"loss": "1055"} if step == "let-go" else {}
 
     async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None) -> None:

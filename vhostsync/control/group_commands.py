@@ -20,7 +20,7 @@ class GroupMember(Protocol):
 
     async def prepare_switch(self, *, max_pause_ms: float, keep_mirror: bool) -> None: ...
     async def prepare_snapshot(self, *, max_pause_ms: float, cut: str | None) -> None: ...
-    async def cut(self, step: str) -> Any: ...
+    async def cut(self, step: str, group: str | None, record: str | None) -> Any: ...
     async def take(self, name: str) -> Any: ...
 
 
@@ -35,7 +35,7 @@ async def _prepare(to: Any, given: Arguments) -> Any:
 
 
 async def _cut(to: Any, given: Arguments) -> Any:
-    return await to.group.cut(given["step"])
+    return await to.group.cut(given["step"], given["group"], given["record"])
 
 
 def _step(name: str, text: str) -> Command:
@@ -81,6 +81,8 @@ GROUP_COMMANDS: Final = (
         (
             Argument("step", "string", "Each is taken on all before the next one.", required=True,
                      choices=("ask", "let-go")),
+            Argument("group", "string", "For which group. A disk of another one refuses."),
+            Argument("record", "string", "Which disk is meant: the file name of its record. Others refuse."),
         ),
     ),
 )  # fmt: skip

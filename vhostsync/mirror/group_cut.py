@@ -35,6 +35,7 @@ import structlog
 
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import ControlError, EngineError, MirrorError, VhostsyncError
+from vhostsync.record.names import Member
 
 log = structlog.get_logger(__name__)
 
@@ -49,9 +50,9 @@ CutStep = Literal["ask", "let-go"]
 
 
 class Other(Protocol):
-    """A connection to another disk's backend (control/client.py). VhostsyncError."""
+    """Another disk's backend, which is told for which disk it is taken. VhostsyncError."""
 
-    async def execute(self, command: str, arguments: dict[str, Any]) -> Any: ...
+    async def cut(self, step: CutStep) -> Any: ...
 
 
 class Others(Protocol):
@@ -90,12 +91,13 @@ class GroupCut:
         self._why_no_copy = why_no_copy
         self._recorded = recorded
         self._failed = failed
+        self._own: Member | None = None
         self._others: Others | None = None
         self._loss: Loss | None = None  # the last one of this run
         self._undecided: deque[Loss] = deque()  # in the order in which they are recorded
 
-    def join(self, others: Others) -> None:
-        self._others = others
+    def join(self, own: Member, others: Others) -> None:
+        self._own, self._others = own, others
 
     def part(self) -> None:
         """This backend ends: nobody could ask it any more, so no cut would have all."""
@@ -143,6 +145,22 @@ class GroupCut:
         return None
 
     # ---- what another disk asks of this one ------------------------------------------------
+
+    def check_meant(self, meant: Member | None) -> None:
+        """MirrorError where whoever asks takes this disk for another one: two state directories may have one
+        runtime directory, and there is one place in it for each name. None: it does not say."""
+        self._check_joined()
+        if meant is None:
+            raise MirrorError(
+                "the backend that asks does not say which disk it means, as older versions do; bring all "
+                "backends of the group to one version (vhostsync upgrade)"
+            )
+        if meant != self._own:
+            raise MirrorError(
+                f"its backend serves {self._own}, and not {meant}; give each state directory a runtime "
+                f"directory of its own (VHOSTSYNC_RUNTIME_DIRECTORY), or start the backend again where the "
+                f"disk was given its name anew"
+            )
 
     async def check(self) -> None:
         """MirrorError where this disk's destination can be no part of a cut now."""
@@ -201,7 +219,7 @@ async def _all(others: Mapping[str, Other], step: CutStep) -> list[Any]:
 
     async def ask(name: str, other: Other) -> None:
         try:
-            answers.append(await other.execute("group-cut", {"step": step}))
+            answers.append(await other.cut(step))
         except VhostsyncError as error:
             failures.append(ControlError(f"{name}: {error}"))
 

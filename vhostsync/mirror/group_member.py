@@ -26,6 +26,7 @@ from vhostsync.errors import MirrorError, VhostsyncError
 from vhostsync.mirror.mirror import Mirror
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Opened, SwitchPlan
+from vhostsync.record.names import Member
 
 log = structlog.get_logger(__name__)
 
@@ -129,8 +130,11 @@ class GroupMember:
         self._came.set()
         return await order.outcome()
 
-    async def cut(self, step: str) -> Mapping[str, Any]:
-        """Another disk of the group has lost its destination (group_cut.py). MirrorError."""
+    async def cut(self, step: str, group: str | None, record: str | None) -> Mapping[str, Any]:
+        """Another disk of the group has lost its destination (group_cut.py). `group`, `record`: for which
+        disk it takes this one. MirrorError."""
+        meant = None if group is None or record is None else Member(group, record)
+        self._mirror.group_cut.check_meant(meant)
         await self._let_command_end()
         if step == "ask":
             await self._mirror.group_cut.check()

@@ -44,6 +44,18 @@ class Lineage:
     group: str | None = None
 
 
+@dataclass(frozen=True)
+class Member:
+    """A disk of a group, by the name of its record's file: of two state directories there may be disks, and
+    groups, of one name."""
+
+    group: str
+    record: str
+
+    def __str__(self) -> str:
+        return f"{self.record} of the group {self.group}"
+
+
 class Names:
     """Of one state directory. StateRecordError."""
 
