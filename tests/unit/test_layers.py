@@ -50,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The process of `node`, from which backends are forked.
     "node": {"words", "host", "config", "daemon"},
     # All disks of this host: which there are, and what is done with many. Of what runs it asks by the control
-    # sockets alone.
-    "fleet": {"words", "storage", "record", "control"},
+    # sockets alone; who holds a record's lock, the operating system.
+    "fleet": {"words", "host", "storage", "record", "control"},
     # The process of `exporter`: all backends of the host, seen by their control sockets.
     "exporter": {"words", "host", "config", "control", "metrics", "fleet"},
     # The command line: of what runs it asks by the control socket alone.

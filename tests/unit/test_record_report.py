@@ -13,6 +13,7 @@ import pytest
 from tests.sizes import MIB
 from tests.unit.test_disks import opened
 from vhostsync.errors import StateRecordError
+from vhostsync.host.flocks import lock_holder
 from vhostsync.record import record_report
 from vhostsync.record.record_report import (
     advise,
@@ -20,7 +21,6 @@ from vhostsync.record.record_report import (
     find,
     forget,
     good_copy,
-    lock_holder,
     report,
 )
 from vhostsync.record.state_file import backend_link

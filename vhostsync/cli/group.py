@@ -27,6 +27,7 @@ from typing import Any, Final, Literal
 import anyio
 
 from vhostsync.control.client import ControlClient, connect
+from vhostsync.control.found_socket import Control
 from vhostsync.errors import ControlError, UnreachableError
 
 Action = Literal["switch", "snapshot"]
@@ -67,7 +68,7 @@ class SilentError(ControlError):
 class Member:
     """One backend."""
 
-    control: Path
+    control: Control
     client: ControlClient
     result: Any = None
     error: ControlError | None = None
@@ -89,12 +90,12 @@ class Done:
     members: list[Member] = field(default_factory=list)
 
 
-async def coordinate(controls: Sequence[Path], plan: Plan) -> Done:
+async def coordinate(controls: Sequence[Control], plan: Plan) -> Done:
     """GroupError, UnreachableError."""
     until_s = time.monotonic() + plan.deadline_s
-    in_order = sorted({path.resolve(): path for path in controls}.items())
+    in_order = _each_once(controls)
     async with AsyncExitStack() as stack:
-        members = [Member(path, await stack.enter_async_context(connect(path))) for _, path in in_order]
+        members = [Member(each, await stack.enter_async_context(connect(each))) for each in in_order]
         attempts = 0
         while True:
             attempts += 1
@@ -107,6 +108,12 @@ async def coordinate(controls: Sequence[Path], plan: Plan) -> Done:
             if time.monotonic() + wait_s >= until_s:
                 raise _late(plan, why)
             await anyio.sleep(wait_s)
+
+
+def _each_once(controls: Sequence[Control]) -> list[Control]:
+    """Always in the same order."""
+    places = {Path(each).resolve(): each for each in controls}
+    return [places[place] for place in sorted(places)]
 
 
 def _late(plan: Plan, why: str) -> LateError:

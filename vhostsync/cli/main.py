@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from vhostsync import config
 from vhostsync.cli.arguments import make_parser
@@ -28,6 +28,9 @@ from vhostsync.node.node_config import NodeConfig
 from vhostsync.option_values import TakeOver
 from vhostsync.printable import printable
 from vhostsync.receive.receive_config import ReceiveConfig
+
+if TYPE_CHECKING:
+    from vhostsync.control.found_socket import Control
 
 CAPABILITIES: Final = {"type": "block", "features": ["read-only", "blk-file"]}
 
@@ -103,7 +106,7 @@ def _upgrade(options: argparse.Namespace) -> int:
     return anyio.run(upgrade.run, options)
 
 
-def _operate_group(options: argparse.Namespace, controls: list[Path]) -> int:
+def _operate_group(options: argparse.Namespace, controls: "list[Control]") -> int:
     import anyio
 
     from vhostsync.cli import operate_group
@@ -176,7 +179,7 @@ def _run(words: list[str]) -> int:
     return _operate(options)
 
 
-def _controls(options: argparse.Namespace) -> list[Path]:
+def _controls(options: argparse.Namespace) -> "list[Control]":
     """Of the backends that are named: one, or by some commands several."""
     if getattr(options, "group", None) is not None:
         from vhostsync.fleet.group import controls_of_group
@@ -184,7 +187,7 @@ def _controls(options: argparse.Namespace) -> list[Path]:
         return controls_of_group(options.group)
     if isinstance(options.control, Path):
         return [options.control]
-    controls: list[Path] = options.control or []
+    controls: list[Control] = options.control or []
     names: list[str] = [options.name] if isinstance(options.name, str) else options.name or []
     if names:
         from vhostsync.fleet.disks import find_control

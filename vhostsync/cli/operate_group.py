@@ -4,13 +4,13 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from vhostsync.cli.group import Done, LateError, Plan, coordinate
 from vhostsync.cli.operate import EXIT_OK, EXIT_TIMED_OUT, complain, print_json, say
+from vhostsync.control.found_socket import Control
 
 
-async def run(options: argparse.Namespace, controls: Sequence[Path]) -> int:
+async def run(options: argparse.Namespace, controls: Sequence[Control]) -> int:
     """Exit code 4 where the deadline ended it. GroupError, UnreachableError."""
     plan = Plan(options.command, options.max_pause, options.deadline, getattr(options, "keep_mirror", False))
     try:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import anyio
 
 from vhostsync.control.client import ControlClient, connect
+from vhostsync.control.found_socket import Control
 from vhostsync.errors import HandOverError, UnreachableError
 from vhostsync.node.request import OPTION, node_of
 from vhostsync.option_values import TakeOver
@@ -104,7 +105,7 @@ def _folder_of(process: int) -> Path:
         return Path.cwd()
 
 
-async def _until_it_serves(control: Path, successor: "subprocess.Popen[bytes]") -> None:
+async def _until_it_serves(control: Control, successor: "subprocess.Popen[bytes]") -> None:
     while successor.poll() is None:
         try:
             async with connect(control) as client:

@@ -18,6 +18,7 @@ import anyio.lowlevel
 from ..errors import ControlError, UnreachableError
 from ..host import peer
 from . import qmp, sockets
+from .found_socket import Control, connect_to
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENTS_MAX: Final = 1024
@@ -170,11 +171,12 @@ class ControlClient:
 
 
 @asynccontextmanager
-async def connect(path: Path, patience_s: float = CONNECT_S) -> AsyncIterator[ControlClient]:
-    """A client of the control socket at `path`. UnreachableError where nobody answers, in `patience_s`."""
+async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncIterator[ControlClient]:
+    """A client of that control socket. UnreachableError where nobody answers, in `patience_s`."""
+    path = Path(control)
     try:
         with anyio.fail_after(patience_s):
-            connection = await sockets.connect(path)
+            connection = await connect_to(control)
     except OSError as error:  # also TimeoutError
         raise UnreachableError(_why(path, error)) from error
     with connection:
@@ -188,12 +190,13 @@ async def connect(path: Path, patience_s: float = CONNECT_S) -> AsyncIterator[Co
         yield client
 
 
-async def ask_once(path: Path, *commands: str) -> list[Any]:
+async def ask_once(control: Control, *commands: str) -> list[Any]:
     """What each of them returns, or its RefusedError, by a connection of their own. All are sent together, so
     the backend is woken as seldom as can be: this is for who asks many of them. UnreachableError,
     ControlError. Waits for as long as the caller lets it."""
+    path = Path(control)
     try:
-        connection = await sockets.connect(path)
+        connection = await connect_to(control)
     except OSError as error:
         raise UnreachableError(_why(path, error)) from error
     with connection:

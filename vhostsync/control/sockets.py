@@ -5,8 +5,12 @@ anyio's own streams are not used: their receive, cancelled in the very iteration
 arrives, leaves an InvalidStateError for the loop's exception handler (seen with anyio 4.16 on asyncio).
 wait_readable does not."""
 
+import errno
+import os
 import socket
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -36,8 +40,12 @@ async def accept(listener: socket.socket) -> socket.socket:
             return connection
 
 
-async def connect(path: Path) -> socket.socket:
-    """A connection to the unix socket at `path`, waiting while its backlog is full. OSError."""
+async def connect(path: Path, *, follow: bool = True) -> socket.socket:
+    """A connection to the unix socket at `path`, waiting while its backlog is full. `follow`: also where that
+    is a link to one. OSError."""
+    if not follow:
+        with _itself(path) as place:
+            return await connect(place)
     connection = socket.socket(
         socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     )
@@ -52,6 +60,18 @@ async def connect(path: Path) -> socket.socket:
     except BaseException:
         connection.close()
         raise
+
+
+@contextmanager
+def _itself(path: Path) -> Iterator[Path]:
+    """A path to what is there now, whatever is put there meanwhile. OSError where it is a link."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if stat.S_ISLNK(os.fstat(fd).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 async def receive(connection: socket.socket) -> bytes:

@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ import anyio.abc
 import structlog
 
 from vhostsync.control.client import RefusedError, ask_once
+from vhostsync.control.found_socket import Control
 from vhostsync.errors import ControlError, StateRecordError, VhostsyncError
 from vhostsync.fleet.disks import known_disks
 from vhostsync.lineage_name import runtime_directory
@@ -41,7 +42,7 @@ class Place:
     """A control socket, and what its disk is called here."""
 
     name: str
-    control: Path
+    control: Control
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,23 @@ def look_around(directories: Iterable[Path] = ()) -> Found:
     except StateRecordError as error:
         log.warning("the disks of this host cannot be told by their records", reason=str(error))
         return Found(find_places([runtime_directory(), RECEIVERS]), [])
-    listening = {(disk.name or _name_of(disk.control), disk.control) for disk in disks if disk.control}
-    listening |= {(place.name, place.control) for place in find_places([RECEIVERS])}
-    places = _told_apart(sorted(listening))
+    backends = [(disk.name, disk.control) for disk in disks if disk.control]
+    listening = [Place(name or _name_of(Path(control)), control) for name, control in backends]
+    places = _told_apart([*listening, *find_places([RECEIVERS])])
     names = {place.name for place in places}
     return Found(places, sorted({disk.name for disk in disks if disk.name and not disk.control} - names))
 
 
 def find_places(directories: Iterable[Path]) -> list[Place]:
     """In the order of their names. Blocks. Two of one name are called by their sockets."""
-    return _told_apart(sorted({(_name_of(path), path) for each in directories for path in _sockets_in(each)}))
+    paths = {path for each in directories for path in _sockets_in(each)}
+    return _told_apart([Place(_name_of(path), path) for path in paths])
 
 
-def _told_apart(found: list[tuple[str, Path]]) -> list[Place]:
-    often = Counter(name for name, _ in found)
-    return [Place(name if often[name] == 1 else str(path), path) for name, path in found]
+def _told_apart(found: list[Place]) -> list[Place]:
+    often = Counter(place.name for place in found)
+    places = sorted(found, key=lambda place: (place.name, str(place.control)))
+    return [each if often[each.name] == 1 else replace(each, name=str(each.control)) for each in places]
 
 
 def _sockets_in(directory: Path) -> Iterable[Path]:
@@ -99,7 +102,7 @@ class Asked:
     """A backend over the scrapes. At most one question to it is under way."""
 
     def __init__(self, place: Place) -> None:
-        self._place = place
+        self.place = place
         self._began = -GIVE_UP_S
         self._under_way = False
         self._answered = anyio.Event()
@@ -129,7 +132,7 @@ class Asked:
         reason = f"no answer within {GIVE_UP_S:g} s"
         try:
             with anyio.move_on_after(GIVE_UP_S):
-                self.page = await _page_from(self._place)
+                self.page = await _page_from(self.place)
         except VhostsyncError as error:
             reason = str(error)
         except Exception as error:  # whatever it has answered
@@ -144,9 +147,9 @@ class Asked:
         if is_up == self._was_up:
             return
         if not is_up:
-            log.warning("backend is down", vm=self._place.name, reason=reason)
+            log.warning("backend is down", vm=self.place.name, reason=reason)
         elif self._was_up is not None:
-            log.info("backend is up again", vm=self._place.name)
+            log.info("backend is up again", vm=self.place.name)
         self._was_up = is_up
 
 

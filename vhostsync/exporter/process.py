@@ -41,7 +41,7 @@ class Exporter:
     def __init__(self, config: ExporterConfig, tasks: anyio.abc.TaskGroup) -> None:
         self._config = config
         self._tasks = tasks
-        self._asked: dict[Path, tuple[Place, Asked]] = {}
+        self._asked: dict[str, Asked] = {}
 
     async def page(self) -> str:
         began = anyio.current_time()
@@ -68,9 +68,11 @@ class Exporter:
         """By name. Who is gone is forgotten, and a question to it with it."""
         former, self._asked = self._asked, {}
         for place in places:
-            before = former.get(place.control)
-            self._asked[place.control] = before if before and before[0] == place else (place, Asked(place))
-        return {place.name: asked for place, asked in self._asked.values()}
+            before = former.get(place.name)
+            asked = before if before is not None and before.place == place else Asked(place)
+            asked.place = place  # another process may hold the lock of its record by now
+            self._asked[place.name] = asked
+        return self._asked
 
 
 class Process:

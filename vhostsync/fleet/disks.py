@@ -3,7 +3,8 @@
 
 A disk is known by a state record of the state directory (or of one below it, where each backend has its own),
 or by a control socket in the place that sockets have by name. A record's backend is the one whose socket has
-its place by the record's name, else the process that holds the record's lock."""
+its place by the record's name, else the process that holds the record's lock. Where that is held, nobody
+else is asked, whatever listens at that place or where the record's link leads (control/found_socket.py)."""
 
 import os
 import stat
@@ -16,10 +17,12 @@ import anyio
 import anyio.to_thread
 
 from vhostsync.control.client import RefusedError, ask_once
+from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError
-from vhostsync.lineage_name import control_of, is_lineage_name, runtime_directory
+from vhostsync.host.flocks import holder_of, lock_holders
+from vhostsync.lineage_name import control_below, control_of, is_lineage_name, runtime_directory
 from vhostsync.record.names import Lineage, Names, find_name, state_directories
-from vhostsync.record.record_report import control_socket, holder_of, lock_holders, records_in
+from vhostsync.record.record_report import control_socket, records_in
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import default_directory
 from vhostsync.record.state_record import StateRecord
@@ -40,7 +43,7 @@ class HostDisk:
     group: str | None = None
     record_path: Path | None = None
     record: StateRecord | None = None
-    control: Path | None = None
+    control: Control | None = None
     status: Answer | None = None
     mirror: Answer | None = None
     problem: str | None = None
@@ -142,8 +145,10 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
         found += [_recorded(path, of_record.get(path.name), holders, runtime) for path in records]
         there = {path.name for path in records}
         found += [_lost(each) for each in names if each.record.name not in there]
-    listening = {each.control for each in found}
-    found += [HostDisk(control=path) for path in control_sockets(runtime) if path not in listening]
+    listening = {str(each.control) for each in found}
+    found += [
+        HostDisk(control=FoundSocket(path)) for path in control_sockets(runtime) if str(path) not in listening
+    ]
     return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
 
 
@@ -157,12 +162,18 @@ def _recorded(
         disk = replace(disk, record=StateFile(path).load())
     except StateRecordError as error:
         disk = replace(disk, problem=str(error))
-    by_name = runtime / lineage.name / "control" if lineage is not None else None
+    by_name = control_below(runtime, lineage.name) if lineage is not None else None
+    return replace(disk, control=_find_socket(path, by_name, holders))
+
+
+def _find_socket(record: Path, by_name: Path | None, holders: dict[str, int]) -> FoundSocket | None:
+    """Of the record's backend."""
+    lock = Path(f"{record}.lock")
+    process = holder_of(lock, holders)
     if by_name is not None and _is_socket(by_name):
-        return replace(disk, control=by_name)
-    process = holder_of(Path(f"{path}.lock"), holders)
-    place = control_socket(path, process) if process is not None else None
-    return replace(disk, control=Path(place)) if place is not None else disk
+        return FoundSocket(by_name) if process is None else FoundSocket(by_name, lock, process)
+    place = control_socket(record, process) if process is not None else None
+    return FoundSocket(Path(place), lock, process) if place is not None else None
 
 
 def _lost(lineage: Lineage) -> HostDisk:
@@ -184,23 +195,20 @@ def control_sockets(runtime: Path) -> list[Path]:
 
 def _is_socket(path: Path) -> bool:
     try:
-        return stat.S_ISSOCK(path.stat().st_mode)
+        return stat.S_ISSOCK(path.lstat().st_mode)
     except OSError:
         return False
 
 
-def find_control(name: str) -> Path:
-    """Where the backend of this name listens, or would. Blocks. ConfigError, StateRecordError."""
+def find_control(name: str) -> FoundSocket:
+    """Where the backend of this name listens, or would. Blocks. ConfigError."""
     place = control_of(name)
-    if _is_socket(place) or not is_lineage_name(name):
-        return place
     try:
-        lineage = find_name(name, default_directory())
+        record = find_name(name, default_directory()).record if is_lineage_name(name) else None
     except StateRecordError:
-        return place  # a name that only its backend has
-    process = holder_of(Path(f"{lineage.record}.lock"), lock_holders())
-    other = control_socket(lineage.record, process) if process is not None else None
-    return Path(other) if other is not None else place
+        record = None  # a name that only its backend has
+    found = _find_socket(record, place, lock_holders()) if record is not None else None
+    return found or FoundSocket(place)
 
 
 # ---- what their backends say -----------------------------------------------------------

@@ -2,11 +2,11 @@
 """The disks of a group (`vhostsync create --group`): those of one machine."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import anyio
 
+from vhostsync.control.found_socket import Control
 from vhostsync.errors import ControlError, StateRecordError
 from vhostsync.fleet.disks import HostDisk, host_disks
 from vhostsync.record.names import Names, state_directories
@@ -15,7 +15,7 @@ from vhostsync.record.state_index import default_directory
 _BEST_FIRST: Final = ("up-to-date", "outdated", "inconsistent", None)
 
 
-def controls_of_group(group: str) -> list[Path]:
+def controls_of_group(group: str) -> list[Control]:
     """The control sockets of all its backends. Blocks. ControlError where one cannot be had, or it cannot be
     told which there are: then nothing can be done to all. StateRecordError."""
     if unread := _unread_names():

@@ -3,12 +3,12 @@
 slowed down before another one begins, and that begins with the least part that it may ever have."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import anyio
 
 from vhostsync.control.client import connect
+from vhostsync.control.found_socket import Control
 from vhostsync.errors import ControlError
 
 SET_S: Final = 5.0
@@ -21,10 +21,10 @@ class SpeedBudget:
     def __init__(self, bytes_per_s: int, copies_max: int) -> None:
         self._bytes_per_s = bytes_per_s
         self._least = max(bytes_per_s // copies_max, 1) if bytes_per_s else 0
-        self._copies: list[Path] = []
+        self._copies: list[Control] = []
         self._turn = anyio.Lock()
 
-    async def join(self, control: Path) -> int:
+    async def join(self, control: Control) -> int:
         """The copy of this backend is about to begin, or runs already: the speed to begin it with."""
         async with self._turn:
             others = list(self._copies)
@@ -32,12 +32,12 @@ class SpeedBudget:
             await self._set(others, self._part)
             return self._least
 
-    async def settle(self, control: Path) -> None:
+    async def settle(self, control: Control) -> None:
         """It has begun: from here on it has its part."""
         async with self._turn:
             await self._set([control], self._part)
 
-    async def leave(self, control: Path) -> None:
+    async def leave(self, control: Control) -> None:
         """It is over: the others share what it had, and it has no limit of ours any more."""
         async with self._turn:
             self._copies.remove(control)
@@ -48,12 +48,12 @@ class SpeedBudget:
     def _part(self) -> int:
         return max(self._bytes_per_s // max(len(self._copies), 1), 1)
 
-    async def _set(self, copies: list[Path], bytes_per_s: int) -> None:
+    async def _set(self, copies: list[Control], bytes_per_s: int) -> None:
         """A backend that is gone, or says nothing, has no copy that goes on."""
         if not self._bytes_per_s:
             return
 
-        async def set_one(control: Path) -> None:
+        async def set_one(control: Control) -> None:
             with suppress(ControlError), anyio.move_on_after(SET_S):
                 async with connect(control) as client:
                     await client.execute("mirror-set-speed", {"speed": bytes_per_s})

@@ -6,7 +6,6 @@ next. Nothing is changed (but by --forget). Everything here blocks.
 A start whose disk does not answer asks the same (`good_copy`)."""
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -14,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
 from vhostsync.errors import StateRecordError
+from vhostsync.host.flocks import lock_holder
 from vhostsync.printable import printable_lines
 from vhostsync.record.names import Lineage, Names, find_name
 from vhostsync.record.state_file import RealFileSystem, StateFile, backend_link, remove_backend_link
@@ -30,8 +30,6 @@ from vhostsync.storage.kinds import identify
 from vhostsync.storage.look import look
 
 log = structlog.get_logger(__name__)
-
-LOCKS: Final = Path("/proc/locks")
 
 Looker = Callable[[DiskIdentity], Look]
 
@@ -236,33 +234,10 @@ def forget(path: Path) -> None:
 # ---- who uses a record -----------------------------------------------------------------
 
 
-def lock_holder(lock: Path) -> int | None:
-    """The process that holds the record's lock; 0 if it cannot be told which. Nothing is locked for that: a
-    start that came at this moment would be refused."""
-    return holder_of(lock, lock_holders())
-
-
-def lock_holders() -> dict[str, int]:
-    """Of all such locks of this host: their files, as the kernel numbers them, and who holds them."""
-    try:
-        lines = LOCKS.read_text().splitlines()
-    except OSError:
-        return {}
-    rows = [line.split() for line in lines]
-    return {words[5]: max(int(words[4]), 0) for words in rows if len(words) > 5 and words[1] == "FLOCK"}
-
-
-def holder_of(lock: Path, holders: dict[str, int]) -> int | None:
-    try:
-        status = lock.stat()
-    except OSError:
-        return None
-    return holders.get(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}")
-
-
 def control_socket(record: Path, pid: int) -> str | None:
-    """Of the backend that holds the record's lock: where it says that it listens. One of an earlier version
-    does not, but was not forked from a node, so its command line has it."""
+    """Of the backend that holds the record's lock: where it says that it listens, so say at least the link
+    beside the record or its command line (an earlier version has no link, but was not forked from a node, so
+    there it is). Only found_socket.py makes certain of it."""
     with suppress(OSError):
         return str(backend_link(record).readlink())
     try:

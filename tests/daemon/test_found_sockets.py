@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command by a disk's name reaches the process that holds the lock of its record and no other, wherever
+links lead; and that is the disk's backend, however it was started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.named_host import Host
+from tests.daemon.node_rig import ForkedServed, Node
+from tests.daemon.rig import WAIT_S, Served, image, need_root
+from tests.guest.backends import vhostsync_command
+from vhostsync.record.names import find_name
+from vhostsync.record.state_file import backend_link
+
+pytestmark = pytest.mark.timeout(240)  # many programs are started, one after the other
+
+UNREACHABLE = 3
+
+
+class TwoDisks:
+    """vm1, which listens elsewhere than in the place of its name and is found by its record; and vm2, to
+    which somebody would lead what is meant for vm1."""
+
+    def __init__(self, host: Host, served: Served) -> None:
+        self.host, self.served = host, served
+        self.record = find_name("vm1", host.state).record
+        self.other = host.run / "vm2" / "control"
+
+    def replace(self, path: Path, target: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+
+    def is_served(self, name: str) -> bool:
+        return bool(self.host.list()[name]["running"])
+
+
+@pytest.fixture
+def disks(work: Path) -> Iterator[TwoDisks]:
+    host, old = Host(work), work / "old"
+    old.mkdir()
+    for name in ("vm1", "vm2"):
+        host.tell("create", name, "--disk", image(old / f"{name}.img"))
+    with Served(work, old / "vm1.img") as served, host.serve("vm2"):
+        assert host.list()["vm1"]["control"] == str(served.control)
+        yield TwoDisks(host, served)
+
+
+def test_a_records_link_to_another_backend_leads_no_command_there(disks: TwoDisks) -> None:
+    disks.replace(backend_link(disks.record), disks.other)
+    said = disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
+    assert f"does not hold {disks.record}.lock: it is not that disk's backend" in said
+    shown = disks.host.list(code=1)
+    assert shown["vm1"]["state"] == "unknown" and "does not hold" in shown["vm1"]["problem"]
+    assert (shown["vm2"]["running"], shown["vm2"]["problem"]) == (True, None)
+    disks.replace(backend_link(disks.record), disks.served.control)
+    assert disks.is_served("vm1")
+
+
+def test_nor_an_evacuation_or_a_page_of_metrics(disks: TwoDisks, work: Path) -> None:
+    place = work / "new"
+    place.mkdir()
+    disks.replace(backend_link(disks.record), disks.other)
+    page = subprocess.run(
+        [*vhostsync_command(), "exporter", "--once"], capture_output=True, text=True, check=True,
+        timeout=WAIT_S, env=disks.host.environment,
+    ).stdout  # fmt: skip
+    assert 'vhostsync_up{vm="vm1"} 0\n' in page and 'vhostsync_up{vm="vm2"} 1\n' in page
+    disks.host.tell("evacuate", work / "old", "--to", place, code=1)
+    assert [each.name for each in place.iterdir()] == ["vm2.img"]
+
+
+def test_a_link_in_the_place_of_a_name_is_not_followed(disks: TwoDisks) -> None:
+    place = disks.host.run / "vm1" / "control"
+    place.parent.mkdir()
+    place.symlink_to(disks.other)
+    disks.host.tell("quit", "--name", "vm1")
+    assert disks.served.process.wait(WAIT_S) == 0
+    # Nobody holds the lock any more with which the other one could be compared.
+    disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
+    assert disks.is_served("vm2")
+
+
+def test_nor_one_in_the_place_of_a_records_lock(disks: TwoDisks) -> None:
+    disks.served.kill()
+    disks.replace(Path(f"{disks.record}.lock"), Path(f"{find_name('vm2', disks.host.state).record}.lock"))
+    disks.replace(backend_link(disks.record), disks.other)
+    disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
+    assert disks.is_served("vm2")
+
+
+def test_a_socket_that_stands_in_the_place_of_a_name_is_not_believed(disks: TwoDisks, work: Path) -> None:
+    """As long as the record's lock is held by somebody else."""
+    place = disks.host.run / "vm1"
+    place.mkdir()
+    with Served(work, image(work / "c.img"), "--no-state-file", name="other", control=place / "control"):
+        disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
+        disks.served.stop()
+        said = json.loads(disks.host.tell("status", "--name", "vm1", "--json"))
+        assert said["status"]["disk"] == str(work / "c.img")
+
+
+@pytest.mark.parametrize("how", ["itself", "with a socket from outside", "by a node", "in a namespace"])
+def test_a_backend_is_believed_however_it_was_started(work: Path, how: str) -> None:
+    host, disk = Host(work), image(work / "a.img")
+    host.tell("create", "vm1", "--disk", disk)
+
+    def is_found() -> None:
+        assert json.loads(host.tell("status", "--name", "vm1", "--json"))["status"]["disk"] == str(disk)
+        assert host.list()["vm1"]["running"]
+
+    with ExitStack() as stack:
+        if how == "by a node":
+            node = stack.enter_context(Node(work))
+            served: Served = ForkedServed(node, work / "own", disk, state_directory=host.state)
+        elif how == "with a socket from outside":
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(work / "outside.sock"))
+            listener.listen()
+            number = listener.fileno()
+            served = Served(work, disk, "--fd", str(number), pass_fds=(number,))
+        elif how == "in a namespace":
+            need_root()
+            served = Served(work, disk, before=("unshare", "--pid", "--fork", "--kill-child"))
+        else:
+            served = Served(work, disk)
+        stack.enter_context(served)
+        is_found()
+        if how in ("itself", "with a socket from outside"):
+            assert served.hand_over() == 0
+            is_found()
+
+
+def test_who_cannot_see_the_backends_process_finds_it_in_the_place_of_its_name(work: Path) -> None:
+    """From within a container that shares the directories."""
+    need_root()
+    if shutil.which("unshare") is None:
+        pytest.skip("NOT TESTED: there is no unshare")
+    host = Host(work)
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    with host.serve("vm1"):
+        words = ["unshare", "--pid", "--fork", "--mount-proc", *vhostsync_command()]
+        for command in (["status", "--name", "vm1"], ["list"]):
+            subprocess.run([*words, *command], check=True, timeout=WAIT_S, env=host.environment)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A control socket that was found, and not named by the operator: in the place of a disk's name, or by the
+link beside its record.
+
+Whoever may write there, the disk's own backend above all, could lead a command to another disk's backend. So
+a link in the place of a socket is not followed, and where a process holds the lock of the disk's record,
+nobody but that process is spoken to. A backend takes that lock and makes its control socket itself, however
+it was started (by a node, a service manager, as a successor), and the kernel tells that process of both."""
+
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio.to_thread
+
+from ..errors import UnreachableError
+from ..host.flocks import lock_holder
+from ..host.peer import peer_process
+from . import sockets
+
+
+@dataclass(frozen=True)
+class FoundSocket(os.PathLike[str]):
+    """`lock`: of the record, which `holder` held when the socket was found; None: nobody did, or no record is
+    known."""
+
+    path: Path
+    lock: Path | None = None
+    holder: int | None = field(default=None, compare=False)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    async def check_peer(self, connection: socket.socket) -> None:
+        """UnreachableError where it is not that process. Another one than at first may hold the lock by now:
+        backends are restarted. Nobody is waited for who was cancelled: the lock's disk may hang."""
+        process = peer_process(connection)
+        if self.lock is None or process == self.holder:
+            return
+        if process != await anyio.to_thread.run_sync(lock_holder, self.lock, abandon_on_cancel=True):
+            raise UnreachableError(
+                f"Process {process}, which listens at {self.path}, does not hold {self.lock}: it is not that "
+                f"disk's backend, and was told nothing. Find out who has put that socket there; what "
+                f"--control names is believed."
+            )
+
+
+Control = Path | FoundSocket
+"""What the operator has named is believed."""
+
+
+async def connect_to(control: Control) -> socket.socket:
+    """OSError, UnreachableError."""
+    if isinstance(control, Path):
+        return await sockets.connect(control)
+    connection = await sockets.connect(control.path, follow=False)
+    try:
+        await control.check_peer(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
