@@ -19,7 +19,7 @@ from tests.model.rig import BLOCK, pattern
 from tests.model.stage import Stage, play, until
 from tests.model.test_group_member import FullFileSystem
 from vhostsync.errors import MirrorError
-from vhostsync.mirror import group_member
+from vhostsync.mirror import group_member, mirror
 from vhostsync.mirror.group_cut import CutStep
 from vhostsync.mirror.group_member import GroupMember
 from vhostsync.mirror.mirror_state import MirrorState
@@ -283,6 +283,61 @@ def test_a_mirror_that_is_resumed_while_a_cut_ends_it(
         await is_cut(it)
         assert "not wanted any more" in str(refused[0])
         assert it.mirror.state is MirrorState.DEGRADED
+
+    in_group(scene, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("by", ["its own loss", "the group"])
+def test_a_start_while_the_others_are_asked_is_told_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    async def scene(it: Stage, other: PlayedOther) -> None:
+        monkeypatch.setattr(mirror, "FENCE_WAIT_S", 0.1)
+        other.answers = anyio.Event()
+        async with member(it) as asked:
+            if by == "the group":
+                await asked.cut("let-go", *OWN)
+            else:
+                await lose(it)
+            await until(lambda: other.steps == ["ask"])
+            with pytest.raises(MirrorError, match=r"of the group have not answered yet.* 5 s at most: start"):
+                await it.attach()
+            other.answers.set()
+        await is_cut(it)
+        if by == "the group":
+            await it.attach()
+
+    in_group(scene, tmp_path, monkeypatch)
+
+
+def test_a_start_while_the_loss_cannot_be_recorded_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: Stage, _: PlayedOther) -> None:
+        monkeypatch.setattr(mirror, "FENCE_WAIT_S", 0.1)
+        with monkeypatch.context() as broken:
+            broken.setattr(it.state_file, "_files", FullFileSystem())
+            await lose(it)
+            assert not (await it.guest_does(it.guest.flush_now)).ok
+            with pytest.raises(MirrorError, match=r"cannot be written \(see last-error\); mend that first"):
+                await it.attach()
+        await is_cut(it)
+
+    in_group(scene, tmp_path, monkeypatch)
+
+
+def test_a_start_while_the_records_disk_hangs_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: Stage, _: PlayedOther) -> None:
+        monkeypatch.setattr(mirror, "FENCE_WAIT_S", 0.1)
+        it.state_file.hold = True
+        await lose(it)
+        assert await it.guest_does(partial(it.state_file.reached.wait, 5))
+        with pytest.raises(MirrorError, match="the disk that the record is kept on does not answer"):
+            await it.attach()
+        it.state_file.release.set()
+        await is_cut(it)
 
     in_group(scene, tmp_path, monkeypatch)
 

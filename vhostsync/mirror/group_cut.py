@@ -95,6 +95,7 @@ class GroupCut:
         self._others: Others | None = None
         self._loss: Loss | None = None  # the last one of this run
         self._undecided: deque[Loss] = deque()  # in the order in which they are recorded
+        self.asks = False  # the other disks; a loss is recorded once they have answered
 
     def join(self, own: Member, others: Others) -> None:
         self._own, self._others = own, others
@@ -119,7 +120,9 @@ class GroupCut:
         there is none."""
         loss = self._undecided.popleft()
         if self._others is not None:
+            self.asks = True
             loss.cut = await self._cut(loss, self._others)
+            self.asks = False
         loss.held = loss.cut is not None
         return loss
 

@@ -292,8 +292,7 @@ class Mirror:
         with anyio.move_on_after(FENCE_WAIT_S):
             await self._keeper.wait_recorded()
         if (await self._engine.snapshot()).record_pending:
-            what = "the state record does not say yet that the former destination is outdated"
-            raise MirrorError(f"{what}, because it cannot be written (see last-error); mend that first")
+            raise MirrorError(self._course.why_unrecorded())
 
     def _judge(self, disk: Disk) -> tuple[str | None, DiskIdentity, Disk]:
         """Why everything has to be copied; how it looks now; and the same disk, as it is recognised once it

@@ -17,6 +17,7 @@ from vhostsync.engine.snapshot import MirrorFigures, Snapshot, State
 from vhostsync.errors import EngineError
 from vhostsync.events import EventHub
 from vhostsync.mirror.bad_ranges import rows
+from vhostsync.mirror.group_cut import CUT_S
 from vhostsync.mirror.mirror_state import REASONS, TRANSITIONS, MirrorState
 from vhostsync.mirror.mirror_status import CopyRate, MirrorStatus
 from vhostsync.mirror.record_keeper import RecordKeeper
@@ -132,6 +133,18 @@ class Course:
                 changed = self.changed
                 with anyio.move_on_after(PROGRESS_S):
                     await changed.wait()
+
+    def why_unrecorded(self) -> str:
+        """The former destination is lost, and the record does not say so yet: why, and what to do."""
+        what = "the state record does not say yet that the former destination is outdated"
+        if self._keeper.group.asks:
+            return (
+                f"{what}, because the other disks of the group have not answered yet whether theirs were let "
+                f"go of with it; that takes {CUT_S:g} s at most: start the mirror again then"
+            )
+        if self._keeper.flushes_fail:
+            return f"{what}, because it cannot be written (see last-error); mend that first"
+        return f"{what}, and the disk that the record is kept on does not answer; see to that disk first"
 
     async def status(self) -> MirrorStatus:
         now = await self._engine.snapshot()
