@@ -127,6 +127,39 @@ async def test_a_backend_that_sends_without_an_end_takes_no_turn_from_others(
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("sent", [b'{"event": "X"}\n' * 1000, b"x" * READ_BYTES, b"x"])
+async def test_of_a_backend_that_is_asked_once_only_so_much_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """However slowly it sends on and on."""
+    received: list[int] = []
+
+    async def receive(_: socket.socket) -> bytes:
+        received.append(len(sent))
+        assert len(received) <= 2000, "it is read for ever"
+        return (b'{"QMP": {}}\n' if len(received) == 1 else b"") + sent
+
+    async with answering(path):
+        monkeypatch.setattr(sockets, "receive", receive)
+        with pytest.raises(ControlError, match="sends without an end"):
+            await ask_once(path, "query-status")
+        monkeypatch.undo()
+    assert sum(received) <= client_module.RATION_BYTES
+
+
+async def test_what_a_backend_says_makes_no_sentence_too_long_to_read(path: Path) -> None:
+    refused = {"error": {"class": "GenericError", "desc": "no " * 100_000}, "id": 2}
+    for said in (refused, {"x" * 300_000: 1}):
+        replies = b"".join(json.dumps(each).encode() + b"\n" for each in (NEGOTIATED, said))
+        async with answering(path, GREETING, replies):
+            try:
+                [answer] = await ask_once(path, "query-status")
+            except ControlError as error:
+                answer = error
+        assert isinstance(answer, ControlError) and len(str(answer)) < 2500
+        path.unlink()
+
+
 async def test_a_client_that_sends_without_an_end_takes_no_turn_from_others(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,13 +9,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from tests.daemon.named_host import Host
@@ -24,6 +26,7 @@ from tests.guest.assets import AssetError, cache_folder, fetch_prometheus
 from tests.guest.backends import vhostsync_command
 from tests.unit.control_fakes import FakeBackend, running
 from tests.watched.exporter import Exporter, up
+from vhostsync.control.client import RATION_BYTES
 from vhostsync.exporter.backends import Place, find_places
 from vhostsync.exporter.exporter_config import ExporterConfig
 from vhostsync.exporter.process import Exporter as Collector
@@ -223,6 +226,35 @@ async def test_a_backend_that_says_anything_spoils_its_own_figures_alone(
     about_it = {line.partition("{")[0] for line in page.splitlines() if 'vm="bad"' in line}
     assert about_it == {"vhostsync_up", "vhostsync_stopped"}
     assert 'vhostsync_capacity_bytes{vm="good"} 1073741824\n' in page
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sent", [b'{"event": "X"}\n' * 1000, b"x" * 10_000], ids=["events", "a line"])
+async def test_a_backend_that_sends_on_and_on_keeps_no_page_waiting(tmp_path: Path, sent: bytes) -> None:
+    """It is given up long before the deadline, and asked anew by the next scrape."""
+    sent_bytes: list[int] = []
+
+    def flood(listener: socket.socket) -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b'{"QMP": {}}\n')
+                sent_bytes.append(0)
+                while True:
+                    sent_bytes[-1] += connection.send(sent)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "bad.control"))
+        listener.listen()
+        flooding = threading.Thread(target=flood, args=(listener,))
+        flooding.start()
+        async with running(tmp_path / "good.control", FakeBackend()), collector(tmp_path, 59.0) as collecting:
+            for _ in range(2):
+                with anyio.fail_after(40):
+                    assert up(await collecting.page()) == {"bad": 0, "good": 1}
+        await anyio.to_thread.run_sync(flooding.join)
+    # Beside what was read some may have been on the way.
+    assert len(sent_bytes) == 2 and max(sent_bytes) < 2 * RATION_BYTES
 
 
 @pytest.mark.anyio

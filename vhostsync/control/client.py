@@ -4,6 +4,7 @@ asked for."""
 
 import errno
 import json
+import math
 import os
 import socket
 from collections import deque
@@ -23,6 +24,12 @@ from .found_socket import Control, connect_to
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENTS_MAX: Final = 1024
 CONNECT_S: Final = 10.0
+RATION_BYTES: Final = 1024 * 1024
+"""What is read of a backend that is asked once: the figures of 64 queues have 400 KiB at most."""
+LEAST_BYTES: Final = 1024
+"""As so many counts whatever is read at once, and each message: short ones cost no less time."""
+SHOWN_MAX: Final = 2000
+"""Of what a backend says, in a sentence of ours."""
 
 
 class RefusedError(ControlError):
@@ -34,11 +41,12 @@ class RefusedError(ControlError):
 
 
 class ControlClient:
-    """A negotiated connection; `connect` makes one."""
+    """A negotiated connection; `connect` makes one. `ration_bytes`: how much is read of it."""
 
-    def __init__(self, connection: socket.socket, path: Path) -> None:
+    def __init__(self, connection: socket.socket, path: Path, ration_bytes: float = math.inf) -> None:
         self._connection = connection
         self._path = path
+        self._ration_bytes = ration_bytes
         self._buffer = bytearray()
         self._events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_MAX)
         self._next_id = 1
@@ -81,10 +89,12 @@ class ControlClient:
             elif message.get("id") == identity and isinstance(message.get("error"), dict):
                 refusal = message["error"]
                 raise RefusedError(
-                    str(refusal.get("desc", "?")), str(refusal.get("class", qmp.GENERIC_ERROR))
+                    _shown(refusal.get("desc", "?")), str(refusal.get("class", qmp.GENERIC_ERROR))
                 )
             else:
-                raise ControlError(f"The backend at {self._path} answered with what is no reply: {message}.")
+                raise ControlError(
+                    f"The backend at {self._path} answered with what is no reply: {_shown(message)}."
+                )
 
     async def execute_all(self, *commands: str) -> list[Any]:
         """What each of them returns, or its RefusedError. Asked in one go, so in one turn of the other
@@ -135,7 +145,7 @@ class ControlClient:
     async def _be_greeted(self) -> None:
         self.greeting = await self._read()
         if "QMP" not in self.greeting:
-            raise ControlError(f"{self._path} is no control socket: its greeting is {dict(self.greeting)}.")
+            raise ControlError(f"{self._path} is no control socket: its greeting is {_shown(self.greeting)}.")
 
     async def _read(self) -> dict[str, Any]:
         """The next message. The bytes of one that is not complete stay in the buffer. Of a backend that sends
@@ -151,9 +161,11 @@ class ControlClient:
                 raise self._lost() from error
             if not data:
                 raise self._lost()
+            self._spend(len(data))
             self._buffer += data
             if len(data) == sockets.READ_BYTES:
                 await anyio.lowlevel.checkpoint()
+        self._spend(0)
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
@@ -163,6 +175,12 @@ class ControlClient:
         if not isinstance(message, dict):
             raise ControlError(f"{self._path} is no control socket: it sends what is no JSON object.")
         return message
+
+    def _spend(self, read_bytes: int) -> None:
+        """ControlError where that was too much: it sends on and on, and is no backend that could be asked."""
+        self._ration_bytes -= max(read_bytes, LEAST_BYTES)
+        if self._ration_bytes < 0:
+            raise ControlError(f"The backend at {self._path} sends without an end, and no answer.")
 
     def _lost(self) -> UnreachableError:
         return UnreachableError(
@@ -192,20 +210,26 @@ async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncItera
 
 async def ask_once(control: Control, *commands: str) -> list[Any]:
     """What each of them returns, or its RefusedError, by a connection of their own. All are sent together, so
-    the backend is woken as seldom as can be: this is for who asks many of them. UnreachableError,
-    ControlError. Waits for as long as the caller lets it."""
+    the backend is woken as seldom as can be: this is for who asks many of them. So of one that was taken over
+    by its guest no more than RATION_BYTES is read. UnreachableError, ControlError. Waits for as long as the
+    caller lets it."""
     path = Path(control)
     try:
         connection = await connect_to(control)
     except OSError as error:
         raise UnreachableError(_why(path, error)) from error
     with connection:
-        client = ControlClient(connection, path)
+        client = ControlClient(connection, path, RATION_BYTES)
         await client._be_greeted()
         negotiated, *answers = await client.execute_all(qmp.CAPABILITIES, *commands)
         if isinstance(negotiated, RefusedError):
             raise negotiated
         return answers
+
+
+def _shown(said: Any) -> str:
+    text = str(said)
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
 
 def _why(path: Path, error: OSError) -> str:

@@ -5,6 +5,7 @@ A backend may hang, or have been taken over by its guest. So
 
 * each is asked by a task of its own, which no scrape waits for beyond the deadline, and which a later one
   does not wait for at all: a backend that hangs delays one page, by the deadline, and no other;
+* so much is read of it, and no more (`ask_once`): one that sends on and on is down until the next scrape;
 * what it answers becomes numbers under names that are known here. What is anything else costs that backend
   its figures, and nobody else's."""
 
