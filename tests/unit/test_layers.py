@@ -67,7 +67,7 @@ AT_THE_TOP = {
     "group_options": "config",
     "log_writer": "words", "lineage_name": "words", "metrics_page": "words", "option": "words",
     "printable": "words", "receive_metrics": "words",
-    "quantities": "words", "statistic": "words", "config": "config", "log": "config",
+    "quantities": "words", "statistic": "words", "typed_fields": "words", "config": "config", "log": "config",
     "mirror_target": "config", "option_values": "config",
     "metrics": "metrics", "daemon": "daemon", "hand_over": "daemon",
     "group_members": "daemon", "__main__": "cli",

@@ -30,7 +30,9 @@ from vhostsync.record.state_record import (
 superseded = st.builds(
     Superseded, identities, st.none() | st.just("2026-01-02T03:04:05.678+00:00"), st.booleans()
 )
-guests = st.builds(GuestDisk, *[st.integers(0, 1 << 63)] * 4)
+guests = st.builds(GuestDisk, st.integers(0, 1 << 63), *[st.integers(0, (1 << 32) - 1)] * 3)
+offsets = st.integers(0, (1 << 64) - 1)
+lengths = st.integers(1, (1 << 64) - 1)
 
 
 @st.composite
@@ -47,7 +49,7 @@ def records(draw: st.DrawFn) -> StateRecord:
         superseded=tuple(draw(st.lists(superseded, max_size=SUPERSEDED_MAX))),
         guest=draw(st.none() | guests),
         unfenced=tuple(draw(st.lists(identities, max_size=2))),
-        doubt=tuple(draw(st.lists(st.tuples(st.integers(0), st.integers(1)), max_size=3))),
+        doubt=tuple(draw(st.lists(st.tuples(offsets, lengths), max_size=3))),
         cut="1f" if worth is Worth.OUTDATED and draw(st.booleans()) else None,
         wanted=Wanted(peer.path, "none", draw(st.integers(0, 9))) if peer and draw(st.booleans()) else None,
     )

@@ -24,9 +24,10 @@ from vhostsync.errors import BitmapError
 from vhostsync.host import kernel
 from vhostsync.host.own_file import ForeignFileError, beginning, open_regular, seems_to_be
 from vhostsync.record.heartbeat import HEARTBEAT_BYTES, Heartbeat, this_boot_began_ns, why_changed
-from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked
+from vhostsync.record.state_record import WRONG_FIELDS, StateRecord, decode_checked, encode_checked
 from vhostsync.storage.identity import DiskIdentity, decode_identity, same
 from vhostsync.storage.image_locks import WRITER_SHARES, WRITER_USES, try_lock
+from vhostsync.typed_fields import typed
 
 log = structlog.get_logger(__name__)
 
@@ -82,10 +83,11 @@ class Header:
                 one, other = disks
                 disks = (decode_identity(one), decode_identity(other))
             header = cls(
-                Shape(**body["shape"]), body["token"], body["former"], body["boot_id"], body["clean"], disks
-            )
+                typed(Shape, body["shape"]), typed(str, body["token"]), typed(str | None, body["former"]),
+                typed(str, body["boot_id"]), typed(bool, body["clean"]), disks,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError("fields are missing or unknown") from error
+            raise ValueError(WRONG_FIELDS) from error
         return header
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vhostsync.storage.identity import DiskIdentity, decode_identity, same
+from vhostsync.typed_fields import typed
 
 RECORD_VERSION = 3
 """Of a record, to be raised with whatever a program that does not know it would decide wrongly without. 1
@@ -25,6 +26,8 @@ had no shape of the guest's disk, and of a superseded one only the identity; 2 d
 disk is worth: its programs would start from a copy that did not end."""
 FILE_VERSION = 2
 """Of the other texts: a bitmap's header, what points to a record."""
+WRONG_FIELDS = "fields are missing, unknown or of the wrong type"
+_RANGES: Any = tuple[tuple[int, int], ...]
 SUPERSEDED_MAX = 16
 DOUBT_MAX = 64  # VS_RANGES_MAX: the engine makes more of them one, with what lies between
 
@@ -66,6 +69,10 @@ class GuestDisk:
     block_bytes: int
     physical_block_bytes: int
     discard_bytes: int
+
+    def __post_init__(self) -> None:
+        if any(each >> 32 for each in (self.block_bytes, self.physical_block_bytes, self.discard_bytes)):
+            raise ValueError("the blocks of the guest's disk are out of range")
 
 
 def timestamp() -> str:
@@ -321,17 +328,21 @@ def encode_announcement(former: StateRecord, switched: StateRecord, boot_id: str
     return encode_checked("state-record", {**asdict(switched), "announced": announced})
 
 
-def _ranges(rows: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((int(offset), int(length)) for offset, length in rows)
+def _disk(body: Any) -> DiskIdentity | None:
+    return None if body is None else decode_identity(body)
 
 
-def _superseded(body: dict[str, Any]) -> Superseded:
-    if "disk" not in body:
+def _disks(rows: Any) -> tuple[DiskIdentity, ...]:
+    return tuple(map(decode_identity, typed(list, rows)))
+
+
+def _superseded(body: Any) -> Superseded:
+    if "disk" not in typed(dict, body):
         return Superseded(decode_identity(body))  # version 1
-    worth = body.get("worth")
     return Superseded(
-        decode_identity(body["disk"]), body["since"], body["lost"], None if worth is None else Worth(worth)
-    )
+        decode_identity(body["disk"]), typed(str | None, body["since"]), typed(bool, body["lost"]),
+        typed(Worth | None, body.get("worth")),
+    )  # fmt: skip
 
 
 def is_announcement(text: bytes) -> bool:
@@ -345,27 +356,35 @@ def decode_record(text: bytes, boot_id: str | None = None, marked: int = 0) -> S
     record."""
     body = decode_checked("state-record", text)
     try:
-        announced = body.get("announced")
-        if announced is not None and announced["boot_id"] == boot_id and announced["mark"] != marked:
-            body = announced["former"]
-        peer, worth, wanted = body["peer"], body["peer_worth"], body.get("wanted")
-        guest = body.get("guest")
-        return StateRecord(
-            epoch=body["epoch"],
-            current=decode_identity(body["current"]),
-            peer=None if peer is None else decode_identity(peer),
-            peer_worth=None if worth is None else Worth(worth),
-            outdated_since=body["outdated_since"],
-            clean=body["clean"],
-            superseded=tuple(_superseded(old) for old in body["superseded"]),
-            bitmap=body.get("bitmap"),
-            doubt=_ranges(body.get("doubt", ())),
-            spared=_ranges(body.get("spared", ())),
-            different_since=body.get("different_since"),
-            wanted=None if wanted is None else Wanted(**wanted),
-            guest=None if guest is None else GuestDisk(**guest),
-            unfenced=tuple(decode_identity(each) for each in body.get("unfenced", ())),
-            cut=body.get("cut"),
-        )
+        record = _record_of(body)
+        if "announced" in body:
+            announced = typed(dict, body["announced"])
+            former = _record_of(typed(dict, announced["former"]))
+            boot, mark = typed(str, announced["boot_id"]), typed(int, announced["mark"])
+            if boot == boot_id and mark != marked:
+                return former
+        return record
     except (KeyError, TypeError) as error:
-        raise ValueError("fields are missing or unknown") from error
+        raise ValueError(WRONG_FIELDS) from error
+
+
+def _record_of(body: dict[str, Any]) -> StateRecord:
+    """Other fields are passed over: of a later program, which a record of this version may have. KeyError,
+    TypeError; ValueError with a phrase."""
+    return StateRecord(
+        epoch=typed(int, body["epoch"]),
+        current=decode_identity(body["current"]),
+        peer=_disk(body["peer"]),
+        peer_worth=typed(Worth | None, body["peer_worth"]),
+        outdated_since=typed(str | None, body["outdated_since"]),
+        clean=typed(bool, body["clean"]),
+        superseded=tuple(map(_superseded, typed(list, body["superseded"]))),
+        bitmap=typed(str | None, body.get("bitmap")),
+        doubt=typed(_RANGES, body.get("doubt", [])),
+        spared=typed(_RANGES, body.get("spared", [])),
+        different_since=typed(str | None, body.get("different_since")),
+        wanted=typed(Wanted | None, body.get("wanted")),
+        guest=typed(GuestDisk | None, body.get("guest")),
+        unfenced=_disks(body.get("unfenced", [])),
+        cut=typed(str | None, body.get("cut")),
+    )

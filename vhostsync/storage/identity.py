@@ -12,9 +12,11 @@ does not suffice, the answer is UNSURE, and whoever asks must not guess.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
+
+from vhostsync.typed_fields import typed
 
 # Of file systems that are named by the server and what it exports (identify.py).
 NETWORK_NAMES: Final = frozenset({"nfs", "cifs", "smb3", "ceph", "lustre", "fuse.glusterfs"})
@@ -201,12 +203,14 @@ def same(one: DiskIdentity, other: DiskIdentity) -> bool:
     return one.likeness(other) is SAME
 
 
-def decode_identity(body: dict[str, Any]) -> DiskIdentity:
-    """TypeError where fields are missing or unknown."""
-    serial = body.get("serial")
-    if body.get("boot_id") is None and isinstance(serial, str) and serial.startswith("loop:"):
-        body = {**body, "serial": None}  # version 1 named a loop device by its file's device number
-    return DiskIdentity(**body)
+def decode_identity(body: Any) -> DiskIdentity:
+    """TypeError where fields are missing, unknown, or of another type."""
+    disk: DiskIdentity = typed(DiskIdentity, body)
+    if min(disk.device, disk.inode, disk.bytes) < 0:
+        raise TypeError("a number or a size below zero")
+    if disk.boot_id is None and (disk.serial or "").startswith("loop:"):
+        disk = replace(disk, serial=None)  # version 1 named a loop device by its file's device number
+    return disk
 
 
 def _equal(mine: object, theirs: object) -> bool | None:
