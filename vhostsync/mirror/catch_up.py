@@ -10,7 +10,7 @@ Whoever needs the destination as that moment (mirror-cancel, the end of the back
 """
 
 import errno
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -21,6 +21,8 @@ from vhostsync.engine.engine import Engine
 from vhostsync.engine.engine_event import EngineEvent, EventKind
 from vhostsync.engine.snapshot import State
 from vhostsync.errors import EngineError, StateRecordError
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.record.state_record import Worth
 
 log = structlog.get_logger(__name__)
 
@@ -29,10 +31,11 @@ TOO_EARLY: Final = (errno.EAGAIN, errno.EBUSY, errno.ENOTCONN)
 
 
 class CatchUp:
-    """`run` must run as long as it is used. `begin` records, then commands; StateRecordError, EngineError."""
+    """`run` must run as long as it is used."""
 
-    def __init__(self, engine: Engine, begin: Callable[[], Awaitable[None]]) -> None:
-        self._begin = begin
+    def __init__(self, engine: Engine, keeper: RecordKeeper) -> None:
+        self._engine = engine
+        self._keeper = keeper
         self._ahead = False
         self._due_s: float | None = None  # on the event loop's clock; None: the log is not drained
         self._holders = 0
@@ -71,6 +74,17 @@ class CatchUp:
         """Until the destination holds durably what was in the log, or the mirror is not ahead any more."""
         while self._ahead and self._due_s is None:
             await self._changed.wait()
+
+    async def _begin(self) -> None:
+        """StateRecordError, EngineError."""
+        async with self._keeper.lock:
+            if not self._ahead or self.is_held:
+                return
+            if (await self._engine.snapshot()).record_pending:
+                raise EngineError.from_errno("catching up before the state record is written", errno.EBUSY)
+            if self._keeper.record.peer_worth is not Worth.INCONSISTENT:
+                await self._keeper.write(self._keeper.record.with_worth(Worth.INCONSISTENT))
+            await self._engine.catch_up()
 
     async def run(self) -> None:
         """Catch up whenever it is time, until cancelled."""

@@ -4,11 +4,11 @@
 The engine (C) knows how to copy, replicate and flush; it reports what becomes of the destination. This file
 decides what is allowed when, and what must be durably recorded before what (docs/durability.md, section 5).
 Its rooms: `roles` (which disk is what), `record_keeper` (the record follows the engine), `switch`,
-`catch_up`, `mirror_status`. Before the first byte goes to a destination, the record says that it is
-inconsistent. One command at a time (`turns`): a second one is refused, not queued.
+`catch_up`, `mirror_course` (what becomes of the mirror, and is told), `mirror_end` (cancelled, or left).
+Before the first byte goes to a destination, the record says that it is inconsistent. One command at a time
+(`turns`): a second one is refused, not queued.
 """
 
-import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +16,6 @@ from functools import partial
 from typing import Final
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
@@ -38,28 +37,27 @@ from vhostsync.mirror.destination import (
     was_of_this_guest,
 )
 from vhostsync.mirror.fence import Fence, Means
-from vhostsync.mirror.group_cut import CUT_S
 from vhostsync.mirror.group_snapshot import SnapshotSteps, snapshot_steps
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_course import Course
+from vhostsync.mirror.mirror_end import MirrorEnd
 from vhostsync.mirror.mirror_state import MirrorState
-from vhostsync.mirror.mirror_status import SwitchPlan, SwitchResult
+from vhostsync.mirror.mirror_status import MirrorStatus, SwitchPlan, SwitchResult
 from vhostsync.mirror.peer import NO_EARLIER_COPY
-from vhostsync.mirror.record_keeper import RecordKeeper, outdated
+from vhostsync.mirror.record_keeper import RecordKeeper
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.switch import Switch
 from vhostsync.mirror.turns import Turns
 from vhostsync.mirror_target import MirrorTarget
 from vhostsync.record.bitmap import BitmapFile
 from vhostsync.record.record_store import RecordStore
-from vhostsync.record.state_record import GuestDisk, StateRecord, Wanted, Worth
+from vhostsync.record.state_record import GuestDisk, StateRecord, Wanted
 from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, same
 from vhostsync.storage.kinds import is_named, kind_of
 
 log = structlog.get_logger(__name__)
 
-PROGRESS_S: Final = 1.0
 FENCE_WAIT_S: Final = 2.0
 MARK_WAIT_S: Final = 5.0
 
@@ -86,7 +84,6 @@ class Mirror:
         self._hub = hub
         self._roles = Roles(Place.of(source))
         record = record if record is not None else StateRecord.first(source.identity, guest)
-        self.left_equal = False  # after `detach`: both disks hold the same, durably
         known = bitmap is not None and record.bitmap == bitmap.token
         if record.peer is not None and (known or peer_equal):
             self._roles.peer.known(record.peer, peer_left, peer_until_ns)
@@ -98,9 +95,9 @@ class Mirror:
         self.group_cut = self._keeper.group
         self._fence = fence
         self._course = Course(engine, self._roles, self._keeper, hub, self._waits_for)
-        self.status, self.note_verified = self._course.status, self._keeper.note_verified
         self._switch = Switch(engine, self._roles, self._keeper, hub)
-        self._catch_up = CatchUp(engine, self._begin_catch_up)
+        self._catch_up = CatchUp(engine, self._keeper)
+        self._end = MirrorEnd(engine, self._roles, self._keeper, self._course, self._catch_up)
 
     @property
     def state(self) -> MirrorState:
@@ -166,6 +163,13 @@ class Mirror:
     def bitmap(self) -> BitmapFile | None:
         return self._keeper.bitmap
 
+    async def status(self) -> MirrorStatus:
+        return await self._course.status()
+
+    async def note_verified(self, *, different: bool | None) -> None:
+        """What a verification has found: RecordKeeper.note_verified."""
+        await self._keeper.note_verified(different=different)
+
     async def record_capacity(self, capacity_bytes: int) -> None:
         """What the guest is told of its disk, before it is told so. StateRecordError."""
         await self._keeper.record_capacity(capacity_bytes)
@@ -183,16 +187,6 @@ class Mirror:
             tasks.start_soon(self._course.report_progress)
             tasks.start_soon(self._catch_up.run)
             await self._keeper.run()
-
-    async def _begin_catch_up(self) -> None:
-        async with self._keeper.lock:
-            if self.state is not MirrorState.AHEAD or self._catch_up.is_held:
-                return
-            if (await self._engine.snapshot()).record_pending:
-                raise EngineError.from_errno("catching up before the state record is written", errno.EBUSY)
-            if self._keeper.record.peer_worth is not Worth.INCONSISTENT:
-                await self._keeper.write(self._keeper.record.with_worth(Worth.INCONSISTENT))
-            await self._engine.catch_up()
 
     # ---- commands ------------------------------------------------------------------
 
@@ -282,15 +276,13 @@ class Mirror:
     async def _await_fence(self) -> None:
         """A destination that was given up may still be written to by what it had under way (rule 8)."""
         with anyio.move_on_after(FENCE_WAIT_S):
-            while self._roles.fenced_path is not None:
-                await self._course.changed.wait()
+            await self._course.wait_unfenced()
         if self._roles.fenced_path is not None:
             raise MirrorError(
                 f"requests to the former destination {self._roles.fenced_path} are not over yet and could "
                 f"still write there; wait until it has answered, or restart the backend"
             )
-        with anyio.move_on_after(FENCE_WAIT_S):
-            await self._keeper.wait_recorded()
+        await self._keeper.wait_recorded(FENCE_WAIT_S)
         if (await self._engine.snapshot()).record_pending:
             raise MirrorError(self._course.why_unrecorded())
 
@@ -363,51 +355,7 @@ class Mirror:
         ahead of the moment when the guest got ahead.
         MirrorError when there is none, or it could not be brought up to date."""
         async with self.turns.take("mirror-cancel"):
-            if self.state is MirrorState.PASSTHROUGH and self.wanted is None:
-                raise MirrorError("there is no mirror to cancel")
-            if self.state is MirrorState.STEADY and not force:
-                await self._drain("mirror-cancel --force lets go without that")
-            with self._catch_up.held():
-                if not force:
-                    await self._catch_up.drained()
-                await anyio.lowlevel.checkpoint()  # the last moment at which this can be given up
-                with anyio.CancelScope(shield=True):
-                    await self._let_go(for_good=True)
-                    if not force:
-                        await self._see_it_off()
-
-    async def _see_it_off(self) -> None:
-        """Whoever changes the destination after the command has returned is to be noticed."""
-        with anyio.move_on_after(FENCE_WAIT_S):
-            while self._roles.fenced_path is not None:
-                await self._course.changed.wait()
-            await anyio.to_thread.run_sync(self._roles.peer.look)
-
-    async def _drain(self, otherwise: str) -> None:
-        try:
-            await self._engine.mirror_drain()
-        except EngineError as error:
-            reason = f"the destination could not be brought up to date ({error}); {otherwise}"
-            raise MirrorError(reason) from error
-
-    async def _let_go(self, *, for_good: bool) -> None:
-        """`for_good`: a restart does not resume the mirror."""
-        if self.group_cut.joined and self.state is MirrorState.STEADY:
-            await self.group_cut.leave()
-            with anyio.move_on_after(2 * CUT_S):
-                await self._keeper.wait_recorded()
-        # First the record: after the stop, flushes are confirmed without the destination.
-        async with self._keeper.lock:
-            record = self._keeper.record
-            if for_good:
-                record = record.with_wanted(None)
-            if self.state is MirrorState.STEADY:
-                record = outdated(record)
-            if record != self._keeper.record:
-                await self._keeper.write(record)
-            if self.state is not MirrorState.PASSTHROUGH:
-                self._roles.fence()
-                await self._engine.mirror_stop()
+            await self._end.cancel(force=force)
 
     async def set_speed(self, bytes_per_s: int) -> None:
         """Limit the bulk copy, also when it is resumed; 0: no limit. MirrorError: there is none."""
@@ -450,7 +398,7 @@ class Mirror:
             rooms = self._engine, self._roles, self._keeper
             async with snapshot_steps(*rooms, self.state, max_pause_ms, cut) as steps:
                 yield steps
-            await self._see_it_off()
+            await self._end.see_it_off()
 
     async def leave_source(self, deadline_s: float) -> SwitchResult | None:
         """The engine keeps back what the source has failed: switch, without a flush of either disk. None:
@@ -458,39 +406,20 @@ class Mirror:
         async with self.turns.take_first("a switch from a failed source"):
             return await self._switch.leave_source(deadline_s)
 
-    # ---- the end -----------------------------------------------------------------------
+    # ---- the end of the backend ----------------------------------------------------------
 
     async def detach(self, *, force: bool) -> None:
         """No frontend is attached: leave a destination, worth what the record says. Errors are logged."""
-        if self.state is MirrorState.STEADY and not force:
-            try:
-                await self._engine.mirror_drain()
-                self.left_equal = await self._holds_the_same()
-            except EngineError as error:
-                log.error("the destination could not be brought up to date", error=str(error))
-        elif not force:
-            with self._catch_up.held():
-                await self._catch_up.drained()
-        with anyio.move_on_after(2 * CUT_S):  # a loss, which may wait for the group: no end hides it
-            await self._keeper.wait_recorded()
-        try:
-            await self._keeper.record_doubt()
-        except StateRecordError as error:
-            log.error("the state record does not have what is in doubt", error=str(error))
+        await self._end.detach(force=force)
 
-    async def _holds_the_same(self) -> bool:
-        """Both disks, where nobody writes to them any more and the destination was flushed."""
-        now, record = await self._engine.snapshot(), self._keeper.record
-        spoilt = now.doubt or now.spared or now.unreadable or record.different_since is not None
-        return self.state is MirrorState.STEADY and not spoilt and not self._engine.requests_left
+    @property
+    def left_equal(self) -> bool:
+        """After `detach`: both disks hold the same, durably."""
+        return self._end.left_equal
 
     async def abandon(self) -> None:
         """The end shall not wait for the destination any longer: what waits for it goes on without."""
-        if self.state in (MirrorState.STEADY, MirrorState.SYNCING, MirrorState.AHEAD):
-            try:
-                await self._let_go(for_good=False)
-            except VhostsyncError as error:
-                log.error("the destination could not be let go", error=str(error))
+        await self._end.abandon()
 
     def record_clean(self) -> None:
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""

@@ -134,6 +134,11 @@ class Course:
                 with anyio.move_on_after(PROGRESS_S):
                     await changed.wait()
 
+    async def wait_unfenced(self) -> None:
+        """Until all requests to the former destination are over (rule 8)."""
+        while self._roles.fenced_path is not None:
+            await self.changed.wait()
+
     def why_unrecorded(self) -> str:
         """The former destination is lost, and the record does not say so yet: why, and what to do."""
         what = "the state record does not say yet that the former destination is outdated"

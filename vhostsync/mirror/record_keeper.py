@@ -439,10 +439,11 @@ class RecordKeeper:
                 return str(error)
             return None
 
-    async def wait_recorded(self) -> None:
-        """Returns when the engine waits for no record of a loss, or that cannot be written."""
-        while self._outdating and not self.flushes_fail:
-            await self._outdated.wait()
+    async def wait_recorded(self, longest_s: float) -> None:
+        """Until the engine waits for no record of a loss, or that cannot be written; no longer than this."""
+        with anyio.move_on_after(longest_s):
+            while self._outdating and not self.flushes_fail:
+                await self._outdated.wait()
 
     async def _record_outdated(self, _: EngineEvent) -> None:
         """Until it is durable that the destination is outdated, flushes are held; while it cannot be made
