@@ -336,7 +336,7 @@ PYTHON = [
     _m(
         "a-change-in-doubt-is-forgotten",
         "where it is unknown whether the record was changed, the record that holds is written again",
-        "mirror/record_keeper.py",
+        "mirror/record_writer.py",
         "        except UnsettledRecordError:\n            self._unsettled.set()\n",
         "        except UnsettledRecordError:\n",
         "record_store.py::test_a_change_in_doubt_is_followed_by_the_record_that_holds",

@@ -20,7 +20,7 @@ mtype state = STEADY, gate = OPEN, record = WRITTEN;
 bit current; /* e->source */
 bit recorded; /* the disk that the state record names after a power cut */
 bit named; /* and to whoever starts in the same boot, after a kill */
-bool locked; /* RecordKeeper.lock */
+bool locked; /* RecordWriter.lock */
 bool trusted = true; /* it calls the other one up to date */
 bool keep_mirror, switched;
 
@@ -174,7 +174,7 @@ end:
 #define NOTHING_IN_FLIGHT (requests_in_flight == 0 && flushes_in_flight == 0)
 #endif
 
-inline take_back() { /* RecordKeeper.take_back: the former record */
+inline take_back() { /* RecordWriter.take_back: the former record */
     atomic {
         recorded = current;
         named = current;
@@ -186,7 +186,7 @@ active proctype switcher() {
     byte generation;
     bool marks;
 end:
-    atomic { /* Switch.refuse_unless_possible; RecordKeeper.prepare_switch: announced, under the lock */
+    atomic { /* Switch.refuse_unless_possible; RecordWriter.prepare_switch: announced, under the lock */
         state == STEADY && CERTAIN ->
         if :: keep_mirror = true :: keep_mirror = false fi;
         if :: marks = true :: marks = false fi;
@@ -232,7 +232,7 @@ end:
             goto failed
         fi
     }
-    atomic { /* RecordKeeper.settle_switch */
+    atomic { /* RecordWriter.settle_switch */
         recorded = current;
         named = current;
         trusted = keep_mirror;

@@ -23,7 +23,8 @@ from vhostsync.errors import MirrorError, StateRecordError
 from vhostsync.mirror.bad_ranges import why_no_copy
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Opened
-from vhostsync.mirror.record_keeper import RecordKeeper, outdated
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.mirror.record_writer import outdated
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.switch_steps import close_gate
 

@@ -20,7 +20,8 @@ import structlog
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError
 from vhostsync.mirror.mirror_status import Opened, SwitchPlan
-from vhostsync.mirror.record_keeper import RecordKeeper, outdated
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.mirror.record_writer import outdated
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.switch_steps import SwitchSteps
 from vhostsync.record.record_store import Mark

@@ -15,7 +15,8 @@ from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.group_cut import CUT_S
 from vhostsync.mirror.mirror_course import Course
 from vhostsync.mirror.mirror_state import MirrorState
-from vhostsync.mirror.record_keeper import RecordKeeper, outdated
+from vhostsync.mirror.record_keeper import RecordKeeper
+from vhostsync.mirror.record_writer import outdated
 from vhostsync.mirror.roles import Roles
 
 log = structlog.get_logger(__name__)

@@ -9,17 +9,15 @@
   about a second after the guest has healed them. In between, a crash forgets a doubt, or leaves one too many;
 * what a verification has found is in it soon after.
 
-Events of one kind are taken one by one, in their order; one kind waits for no other. Whoever changes the
-record holds `lock`, which also covers what the change was made of and what must follow it: two writers that
-each change what they have read would undo each other.
+Events of one kind are taken one by one, in their order; one kind waits for no other. How it is written, by
+whom and when, and what a switch does with it: record_writer.py.
 """
 
 import errno
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import anyio
 import anyio.to_thread
@@ -29,22 +27,17 @@ from vhostsync import events
 from vhostsync.engine.engine import Engine
 from vhostsync.engine.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.engine.snapshot import State
-from vhostsync.errors import (
-    EngineError,
-    StateRecordError,
-    SupersededError,
-    UnsettledRecordError,
-    VhostsyncError,
-)
+from vhostsync.errors import EngineError, StateRecordError, SupersededError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.mirror.bad_ranges import why_no_copy
 from vhostsync.mirror.claims import Claims
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.group_cut import GroupCut
+from vhostsync.mirror.record_writer import RecordWriter, outdated
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.under_way import CLOSED, UnderWay
 from vhostsync.record.bitmap import BitmapFile
-from vhostsync.record.record_store import Prepared, RecordStore
+from vhostsync.record.record_store import RecordStore
 from vhostsync.record.state_record import StateRecord, Worth, timestamp
 from vhostsync.storage.identity import DiskIdentity
 
@@ -52,12 +45,10 @@ log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 1.0
 
-T = TypeVar("T")
-
 _TO_RECORD: Final = (EventKind.DEGRADED, EventKind.BITMAP_FAILED)
 
 
-class RecordKeeper:
+class RecordKeeper(RecordWriter):
     """`run` must run as long as it is used. `failed` is told each error, as a sentence."""
 
     def __init__(
@@ -70,28 +61,20 @@ class RecordKeeper:
         bitmap: BitmapFile | None,
         failed: Callable[[str], None],
     ) -> None:
-        self.record = record
+        super().__init__(store, record, failed)
         self.claims = Claims(store, lambda: self.record)
         self.bitmap = bitmap
-        self.lock = anyio.Lock()
-        self.write_error: str | None = None  # of the last record that was written; None: it is durable
         self.flushes_fail = False  # because the record that they need cannot be written
         self._engine = engine
         self._roles = roles
         self._hub = hub
-        self._store = store
-        self._failed = failed
         self.bitmap_failed = False  # there is one, and a restart will not find there what differs
-        self._announced: StateRecord | None = None  # what holds once the engine reports the exchange
-        self._announcement_stands = False  # in the record, and is to be settled or taken back
-        self.different_since = record.different_since  # ahead of the record until that could be written
         self._spared: tuple[tuple[int, int], ...] = ()  # when it was last looked for, so at the end
         self._state = State.PASSTHROUGH
         self._to_record: dict[EventKind, deque[EngineEvent]] = {kind: deque() for kind in _TO_RECORD}
         self._came = anyio.Event()
         self._outdating = 0  # losses that are not recorded yet
         self._outdated = anyio.Event()  # set when one is, or cannot be
-        self._unsettled = anyio.Event()
         self._source_failed = anyio.Event()
         self._fence_clear = anyio.Event()
         self._under_way = UnderWay(roles)
@@ -103,107 +86,7 @@ class RecordKeeper:
         self._verified = anyio.Event()
         engine.on_event(self._on_event)
 
-    # ---- writing ---------------------------------------------------------------
-
-    async def write(self, record: StateRecord) -> None:
-        """Durable on return. StateRecordError."""
-        assert self.lock.locked()
-        if self._store is not None:
-            try:
-                with anyio.CancelScope(shield=True):
-                    await self._blocking(self._store.change, record)
-            except StateRecordError as error:
-                self.write_error = str(error)
-                raise
-        self.write_error = None
-        self.record = record
-
-    async def _blocking(self, do: Callable[..., T], *arguments: Any) -> T:
-        """In a thread: what changes the record. Where it is unknown what has become of that, the record that
-        holds is written again (`_write_late`)."""
-        try:
-            return await anyio.to_thread.run_sync(do, *arguments)
-        except UnsettledRecordError:
-            self._unsettled.set()
-            raise
-
-    @asynccontextmanager
-    async def lock_for_good(self) -> AsyncIterator[None]:
-        """The lock, and once it is held nothing is cut off."""
-        async with self.lock:
-            with anyio.CancelScope(shield=True):
-                yield
-
-    def switched(self, *, keep_mirror: bool) -> StateRecord:
-        """The record for after an exchange, with what could not be written yet."""
-        record = self.record.with_difference(self.different_since)
-        return record.switched(keep_mirror=keep_mirror, since=timestamp())
-
-    async def prepare_switch(self, switched: StateRecord) -> Prepared | None:
-        """Announced, and the record for after the exchange all but renamed. None: there is no file. After an
-        error, too, `take_back`. StateRecordError."""
-        assert self.lock.locked()
-        if self._store is None:
-            self._announced = switched
-            return None
-        # Modest until the exchange: a write to this disk that fails meanwhile has not been recorded.
-        modest = outdated(switched) if switched.peer is not None else switched
-        announcement = await self._blocking(self._store.announce, self.record, modest)
-        self._announced, self._announcement_stands = switched, True
-        await self._blocking(announcement.settle)
-        prepared = await self._blocking(self._store.prepare, switched)
-        prepared.mark = announcement.mark
-        return prepared
-
-    async def change_to(self, prepared: Prepared) -> None:
-        """While the guest is held: from here on the record names the new disk. After an error, too,
-        `take_back`: it may do so. StateRecordError."""
-        await self._blocking(prepared.change)
-
-    def expect_exchange(self, record: StateRecord | None) -> None:
-        """What holds once the engine reports the next one, which undoes the last; None: there is none."""
-        assert self.lock.locked()
-        self._announced = record
-
-    async def take_back(self, prepared: Prepared | None) -> None:
-        """The exchange did not take place, or was undone. Should this fail too, nothing that was flushed is
-        at stake: the mirror is steady, and the engine confirms no flush without the destination before
-        another record is durable."""
-        with anyio.CancelScope(shield=True):
-            if prepared is not None:
-                await anyio.to_thread.run_sync(prepared.discard)
-            if self._announcement_stands and await self.write_back(
-                self.record, "the state record may name the destination as the current disk"
-            ):
-                self._announced, self._announcement_stands = None, False
-
-    async def write_back(self, record: StateRecord, otherwise: str) -> bool:
-        """What holds again, since something that was recorded did not take place. False: that is logged, and
-        it is written later."""
-        assert self.lock.locked()
-        self.record = record
-        try:
-            await self.write(record)
-        except StateRecordError as error:
-            log.error(otherwise, error=str(error))
-            if self._store is not None:
-                self._store.late = True
-                self._unsettled.set()
-            return False
-        return True
-
-    async def settle_switch(self, prepared: Prepared | None) -> None:
-        """The exchange has taken place. The guest runs, and waits for none of this."""
-        self._announcement_stands = False
-        if prepared is None:
-            return
-        try:
-            with anyio.CancelScope(shield=True):
-                await self._blocking(prepared.settle)
-        except StateRecordError as error:
-            # What was announced is durable, and names the same disk.
-            self._failed(str(error))
-            log.error("the state record may call the mirror outdated after a power cut", error=str(error))
+    # ---- what else is written -----------------------------------------------------
 
     async def begin_bitmap(self, destination: Place) -> None:
         """The engine has marked that everything differs; once that is durable, the record may name it."""
@@ -491,8 +374,3 @@ class RecordKeeper:
                 log.error("writes wait until the state record can be written", error=str(error))
                 await anyio.sleep(RETRY_S)
         await self._engine.bitmap_void()
-
-
-def outdated(record: StateRecord) -> StateRecord:
-    """The destination falls behind from now on."""
-    return record.with_worth(Worth.OUTDATED, timestamp())
