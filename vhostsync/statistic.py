@@ -3,7 +3,7 @@
 
 Where it comes from in the engine's structs, what query-mirror or query-stats calls it, the rows of
 docs/control-protocol.md and the Prometheus metric are made from it. So a new one of the engine's is three
-lines: a member of its struct (c_shim/shim_api.h), its value (snapshot.c), and the declaration."""
+lines: a member of its struct (c_shim/shim_figures.h), its value (snapshot.c), and the declaration."""
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields

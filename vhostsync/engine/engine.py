@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data plane as Python sees it: commands that are awaited, events, snapshots.
 
-The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_api.h), with engine_attachment.py,
+The only importer of the binding (`vhostsync._shim`, made from c_shim/shim_*.h), with engine_attachment.py,
 engine_event.py and, for the disks of this host, storage/native.py. A command is handed to the engine's thread
 and returns a token at once; its completion arrives through the event descriptor, which `pump` watches. So
 nothing here blocks the event loop, and no Python object is ever touched by the C threads.

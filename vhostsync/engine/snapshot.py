@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine shows of itself: its structs of c_shim/shim_api.h as frozen dataclasses.
+"""What the engine shows of itself: its structs of c_shim/shim_figures.h as frozen dataclasses.
 
 Made from C structs that engine.py hands over; the binding is not imported here.
 """
