@@ -64,7 +64,7 @@ def test_all_disks_of_a_guest_are_switched(work: Path, keep: bool) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
-    ("action", "step"), [*(("switch", step) for step in STEPS), *(("snapshot", step) for step in STEPS[2:])]
+    ("action", "step"), [(action, step) for action in ("switch", "snapshot") for step in STEPS]
 )
 def test_a_coordinator_that_is_killed(
     work: Path, action: str, step: str, when: Literal["before", "after"]
