@@ -8,6 +8,8 @@ import fcntl
 import os
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from tests.frontend import Status
 from tests.guest.images import new_image
 from tests.guest.qmp_client import QmpError
 from tests.sizes import MIB
+from vhostsync.host.flocks import lock_holder
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), fs/ext4/ext4.h
 WITHOUT_LOG = struct.pack("=I", 2)
@@ -175,14 +178,30 @@ def test_a_repair_that_is_killed_is_gone_on_with_by_the_next(work: Path) -> None
     assert same_content(source, other)
 
 
-def test_btrfs(work: Path) -> None:
+@contextmanager
+def btrfs(work: Path) -> Iterator[Mounted]:
     """Checksums, copies on write, and device numbers of its own."""
     if shutil.which("mkfs.btrfs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
         pytest.skip("THIS TEST IS LEFT OUT, as there is no mkfs.btrfs here")
     backing = new_image(work / "btrfs.img", 256)
     _root("mkfs.btrfs", "-q", backing)
-    bits = ("--bitmap", work / "bits")
     with mounted(work / "btrfs", "-o", "loop", backing) as files:
+        yield files
+
+
+def test_who_holds_a_lock_on_btrfs(work: Path) -> None:
+    """Its files tell another device number than the list of locks has."""
+    with btrfs(work) as files:
+        lock = files.folder / "lock"
+        with lock.open("wb") as file:
+            assert lock_holder(lock) is None
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert lock_holder(lock) == os.getpid()
+
+
+def test_disks_on_btrfs(work: Path) -> None:
+    bits = ("--bitmap", work / "bits")
+    with btrfs(work) as files:
         source, other = image(files.folder / "a.img"), image(files.folder / "b.img")
         with Served(work, source, *bits) as served, Load(served) as load:
             served.start_mirror(other)

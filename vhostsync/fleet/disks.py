@@ -19,7 +19,7 @@ import anyio.to_thread
 from vhostsync.control.client import RefusedError, ask_once
 from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError
-from vhostsync.host.flocks import holder_of, lock_holders
+from vhostsync.host.flocks import Flocks
 from vhostsync.lineage_name import control_below, control_of, is_lineage_name, runtime_directory
 from vhostsync.record.names import Lineage, Names, find_name, state_directories
 from vhostsync.record.record_report import control_socket, records_in
@@ -133,7 +133,7 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
     """All of them, none asked yet; by name, those without one last. Blocks. StateRecordError where the state
     directory cannot be read."""
     runtime = runtime if runtime is not None else runtime_directory()
-    holders = lock_holders()
+    flocks = Flocks()
     found: list[HostDisk] = []
     for directory in state_directories(state if state is not None else default_directory()):
         try:
@@ -142,7 +142,7 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
             found.append(HostDisk(record_path=directory, problem=str(error)))
             continue
         of_record = {each.record.name: each for each in names}
-        found += [_recorded(path, of_record.get(path.name), holders, runtime) for path in records]
+        found += [_recorded(path, of_record.get(path.name), flocks, runtime) for path in records]
         there = {path.name for path in records}
         found += [_lost(each) for each in names if each.record.name not in there]
     listening = {str(each.control) for each in found}
@@ -152,9 +152,7 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
     return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
 
 
-def _recorded(
-    path: Path, lineage: Lineage | None, holders: dict[str, int], runtime: Path
-) -> HostDisk:
+def _recorded(path: Path, lineage: Lineage | None, flocks: Flocks, runtime: Path) -> HostDisk:
     disk = HostDisk(record_path=path)
     if lineage is not None:
         disk = replace(disk, name=lineage.name, group=lineage.group)
@@ -163,13 +161,13 @@ def _recorded(
     except StateRecordError as error:
         disk = replace(disk, problem=str(error))
     by_name = control_below(runtime, lineage.name) if lineage is not None else None
-    return replace(disk, control=_find_socket(path, by_name, holders))
+    return replace(disk, control=_find_socket(path, by_name, flocks))
 
 
-def _find_socket(record: Path, by_name: Path | None, holders: dict[str, int]) -> FoundSocket | None:
+def _find_socket(record: Path, by_name: Path | None, flocks: Flocks) -> FoundSocket | None:
     """Of the record's backend."""
     lock = Path(f"{record}.lock")
-    process = holder_of(lock, holders)
+    process = flocks.holder_of(lock)
     if by_name is not None and _is_socket(by_name):
         return FoundSocket(by_name) if process is None else FoundSocket(by_name, lock, process)
     place = control_socket(record, process) if process is not None else None
@@ -207,7 +205,7 @@ def find_control(name: str) -> FoundSocket:
         record = find_name(name, default_directory()).record if is_lineage_name(name) else None
     except StateRecordError:
         record = None  # a name that only its backend has
-    found = _find_socket(record, place, lock_holders()) if record is not None else None
+    found = _find_socket(record, place, Flocks()) if record is not None else None
     return found or FoundSocket(place)
 
 
