@@ -77,6 +77,14 @@ PYTHON = [
         "model/test_lineage.py::test_no_disk_bears_a_mark_that_no_record_knows",
     ),
     _m(
+        "the-last-look-counts",
+        "how a disk was left is what was seen first: later, somebody else may have changed it",
+        "mirror/peer.py",
+        "                if self.place is place and self._left is None:",
+        "                if self.place is place:",
+        "unit/test_peer.py::test_a_change_shows_where_a_look_that_began_before_it_ends_after_it",
+    ),
+    _m(
         "a-former-peer-is-forgotten",
         "a copy that did not end is known as one when another disk takes its place",
         "record/state_record.py",

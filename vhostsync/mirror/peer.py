@@ -6,6 +6,7 @@ While a peer is known, the engine keeps a map of the regions on which the two di
 mirror has left it: a disk that is another one, or that somebody has written to since, gets a full copy.
 """
 
+from threading import Lock
 from typing import Final
 
 from vhostsync.mirror.destination import Place, look_again
@@ -18,9 +19,12 @@ NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 
 
 class Peer:
-    """What is known of the peer. None of this awaits; `look` and `why_full` block."""
+    """What is known of the peer. None of this awaits; `look` and `why_full` block. Several threads may look
+    at once, for whoever waits for the end of a mirror looks, too. The first that has seen it counts: what a
+    later one sees may be somebody else's change."""
 
     def __init__(self) -> None:
+        self._one_at_a_time = Lock()  # nobody who has it waits for a disk
         self.place: Place | None = None
         self._left: DiskIdentity | None = None  # how it looked when the mirror let go of it
         self._until_ns: int | None = None  # after a crash: until when its changes were the mirror's
@@ -49,14 +53,21 @@ class Peer:
 
     def look(self) -> None:
         """The last request to it is over: note how it looks."""
-        if self.place is not None and not self._attached and self._left is None:
-            self._left = look_again(self.place)
-            if self._left is None and kind_of(self.place.name).over_network:
-                return  # its server is away; it shows no less when it is attached again
-            if self._left is None:
+        place = self.place
+        if place is not None and not self._attached and self._left is None:
+            left = look_again(place)
+            with self._one_at_a_time:
+                if self.place is place and self._left is None:
+                    self._seen(place, left)
+
+    def _seen(self, place: Place, left: DiskIdentity | None) -> None:
+        if left is None:
+            if not kind_of(place.name).over_network:  # its server is away; it shows no less when that is back
                 self.forget()
-            elif self._until_ns is not None and self._left.changes_show:
-                self._why_changed = why_changed(self._left.path, self._left.ctime_ns, self._until_ns)
+            return
+        if self._until_ns is not None and left.changes_show:
+            self._why_changed = why_changed(left.path, left.ctime_ns, self._until_ns)
+        self._left = left
 
     def why_full(self, disk: Disk) -> str | None:
         """Why everything has to be copied to `disk`; None: what differs is enough."""
