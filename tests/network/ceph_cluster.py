@@ -163,7 +163,8 @@ class CephCluster:
                 self._make_osd(osd)
             self._await_osds()
             self.command("osd pool create", pool=POOL, pg_num=8, pgp_num=8, pool_type="replicated")
-            self.command("osd pool application enable", pool=POOL, app="rbd")
+            # Else a user of a namespace alone might have to make its first image, and may not.
+            self.rbd("pool", "init", POOL)
             return self
         except BaseException:
             self._end()

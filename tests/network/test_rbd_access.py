@@ -4,6 +4,7 @@ holes, growth, and that nothing is left of what was attached."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import pwd
 import shutil
@@ -220,13 +221,14 @@ def test_nothing_is_left_of_mirrors_that_were_cancelled(
         await_true(lambda: left(served)[0] < 15, "librbd's threads have ended")
         before = left(served)
         memory = []
-        for _ in range(2):  # what malloc keeps for librbd's threads grows at first: by 40 MiB, and no more
+        for _ in range(3):  # what malloc keeps for librbd's threads grows at first
             for _ in range(10):
                 served.start_mirror(name, force=True)
                 served.qmp.execute("mirror-cancel")
             await_true(lambda: left(served) <= before, "as many threads and descriptors as before")
             memory.append(served.memory_kib())
-        assert memory[1] < memory[0] + 20 * 1024
+        grown = [later - earlier for earlier, later in itertools.pairwise(memory)]
+        assert min(grown) < 20 * 1024, memory
         status = cluster.rbd("status", name.removeprefix("rbd:"))
         assert "Watchers: none" in status
         served.stop()

@@ -32,12 +32,16 @@ def where() -> Iterator[Site]:
         yield it
 
 
-@pytest.mark.timeout(60 + 30 * SEEDS)
+@pytest.mark.timeout(180 + 60 * SEEDS)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
 def test_no_power_cut_and_no_kill_breaks_a_promise(where: Site, scene: Scene) -> None:
+    """On a busy machine it is a matter of luck whether an engine had to copy the difference: so long it goes
+    on."""
     tally = Tally()
-    for seed in range(1, SEEDS + 1):
+    for seed in range(1, 5 * SEEDS + 1):
         check_scene(where, scene, seed, 150, tally)
+        if seed >= SEEDS and tally.resyncs > 0:
+            break
     assert tally.prefixes > 500 and tally.restarts >= 150 * SEEDS and tally.resyncs > 0
 
 
