@@ -29,6 +29,7 @@ from tests.frontend import Status
 from tests.guest.images import fill_random, new_image
 from tests.guest.qmp_client import QmpError
 from tests.sizes import MIB
+from vhostsync.record.heartbeat import Heartbeat
 from vhostsync.record.state_record import decode_record
 
 SIZE_MIB = 16
@@ -83,6 +84,12 @@ def test_a_copy_around_what_cannot_be_read(work: Path) -> None:
     assert content[GOOD_MIB * MIB : -BLOCK] == old[GOOD_MIB * MIB : -BLOCK]
 
 
+def promised_ns(bitmap: Path) -> int:
+    """Until when the changes of the destination are the backend's own."""
+    with bitmap.open("rb") as file:
+        return Heartbeat.read(file.fileno()).peer_ns
+
+
 @pytest.mark.parametrize("options", [("--bitmap", "bits"), ()])
 def test_what_is_in_doubt_outlives_a_kill(work: Path, options: tuple[str, ...]) -> None:
     """Neither is the destination overwritten with it, nor a switch made; not even if everything is copied."""
@@ -100,11 +107,14 @@ def test_what_is_in_doubt_outlives_a_kill(work: Path, options: tuple[str, ...]) 
             assert [row["length"] for row in doubt] == [MIB]
             (record,) = served.state_directory.glob("*.record.json")
             await_true(lambda: decode_record(record.read_bytes()).spared != (), "it is recorded")
+            good = b"good" * (MIB // 4)  # what the destination may still hold there
+            with other.open("r+b") as file:
+                file.seek(doubt[0]["offset"])
+                file.write(good)
+            guest.wait(guest.write(0, b"x" * MIB))  # so that the change before it passes for one of ours
+            if options:
+                await_true(lambda: promised_ns(Path(options[1])) >= other.stat().st_ctime_ns, "the heartbeat")
             served.kill()
-        good = b"good" * (MIB // 4)  # what the destination may still hold there
-        with other.open("r+b") as file:
-            file.seek(doubt[0]["offset"])
-            file.write(good)
         with Served(work, device, *options) as served:
             served.await_resumed()
             found = served.mirror()
