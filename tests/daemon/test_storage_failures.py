@@ -8,8 +8,10 @@ import fcntl
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ from tests.frontend import Status
 from tests.guest.images import new_image
 from tests.guest.qmp_client import QmpError
 from tests.sizes import MIB
-from vhostsync.host.flocks import lock_holder
+from vhostsync.host.flocks import lock_holder, lock_holders
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), fs/ext4/ext4.h
 WITHOUT_LOG = struct.pack("=I", 2)
@@ -197,6 +199,32 @@ def test_who_holds_a_lock_on_btrfs(work: Path) -> None:
             assert lock_holder(lock) is None
             fcntl.flock(file, fcntl.LOCK_EX)
             assert lock_holder(lock) == os.getpid()
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); input()"
+
+
+def test_who_holds_one_of_two_locks_of_one_number(work: Path) -> None:
+    """Two subvolumes of a btrfs have files of one number, and the list of locks does not tell which is which:
+    the holder is among those that are told, and no other is told for it."""
+    with btrfs(work) as files, ExitStack() as stack:
+        holders = []
+        for name in ("one", "two"):
+            _root("btrfs", "subvolume", "create", files.folder / name)
+            holder = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", HOLD, files.folder / name / "lock"],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                )
+            )  # fmt: skip
+            assert holder.stdin is not None and holder.stdout is not None
+            stack.callback(holder.stdin.close)
+            assert holder.stdout.readline() == b"held\n"
+            holders.append(holder.pid)
+        locks = [files.folder / name / "lock" for name in ("one", "two")]
+        assert len({lock.stat().st_ino for lock in locks}) == 1
+        for lock in locks:
+            assert lock_holders(lock) == set(holders) and lock_holder(lock) == 0
 
 
 def test_disks_on_btrfs(work: Path) -> None:

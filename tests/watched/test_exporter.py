@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,22 @@ def test_all_disks_of_the_host_are_there_by_their_names(work: Path) -> None:
     assert up(page) == {"vm1": 1, "vm3": 0}
     stopped = dict(re.findall(r'^vhostsync_stopped\{vm="(.*)"\} (\d)$', page, re.MULTILINE))
     assert stopped == {"vm1": "0", "vm2": "1", "vm3": "0"}
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_second_record_of_the_name_hides_no_disk(work: Path, used: bool) -> None:
+    """In a state directory below that of the host: left behind there, or that another backend uses."""
+    host, below = Host(work), Host(work)
+    below.environment["STATE_DIRECTORY"] = str(host.state / "other")
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    below.tell("create", "vm1", "--disk", image(work / "b.img"))
+    with host.serve("vm1"), Exporter(work, env=host.environment) as exporter, ExitStack() as stack:
+        if used:
+            other = Served(work, work / "b.img", control=work / "else", state_directory=host.state / "other")
+            stack.enter_context(other)
+        page = exporter.page()
+        assert up(page) == {"vm1": 1}
+        assert f'vhostsync_disk_info{{vm="vm1",source="{work}/a.img"' in page
 
 
 def test_promtool_finds_no_fault(work: Path) -> None:

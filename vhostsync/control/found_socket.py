@@ -9,25 +9,25 @@ it was started (by a node, a service manager, as a successor), and the kernel te
 
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio.to_thread
 
 from ..errors import UnreachableError
-from ..host.flocks import lock_holder
+from ..host.flocks import lock_holders
 from ..host.peer import peer_process
 from . import sockets
 
 
 @dataclass(frozen=True)
 class FoundSocket(os.PathLike[str]):
-    """`lock`: of the record, which `holder` held when the socket was found; None: nobody did, or no record is
-    known."""
+    """`lock`: of the record, which one of `holders` held when the socket was found; None: nobody did, or no
+    record is known."""
 
     path: Path
     lock: Path | None = None
-    holder: int | None = field(default=None, compare=False)
+    holders: frozenset[int] = field(default=frozenset(), compare=False)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -35,13 +35,18 @@ class FoundSocket(os.PathLike[str]):
     def __str__(self) -> str:
         return str(self.path)
 
+    def claimed_too(self, other: "FoundSocket") -> "FoundSocket":
+        """The same, where another record has it, too (two state directories may have a disk of one name): who
+        holds the lock of either is spoken to."""
+        return replace(self, lock=self.lock or other.lock, holders=self.holders | other.holders)
+
     async def check_peer(self, connection: socket.socket) -> None:
         """UnreachableError where it is not that process. Another one than at first may hold the lock by now:
         backends are restarted. Nobody is waited for who was cancelled: the lock's disk may hang."""
         process = peer_process(connection)
-        if self.lock is None or process == self.holder:
+        if self.lock is None or process in self.holders:
             return
-        if process != await anyio.to_thread.run_sync(lock_holder, self.lock, abandon_on_cancel=True):
+        if process not in await anyio.to_thread.run_sync(lock_holders, self.lock, abandon_on_cancel=True):
             raise UnreachableError(
                 f"Process {process}, which listens at {self.path}, does not hold {self.lock}: it is not that "
                 f"disk's backend, and was told nothing. Find out who has put that socket there; what "

@@ -22,7 +22,7 @@ import anyio.abc
 import structlog
 
 from vhostsync.control.client import RefusedError, ask_once
-from vhostsync.control.found_socket import Control
+from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError, VhostsyncError
 from vhostsync.fleet.disks import known_disks
 from vhostsync.lineage_name import runtime_directory
@@ -69,7 +69,7 @@ def look_around(directories: Iterable[Path] = ()) -> Found:
         return Found(find_places([runtime_directory(), RECEIVERS]), [])
     backends = [(disk.name, disk.control) for disk in disks if disk.control]
     listening = [Place(name or _name_of(Path(control)), control) for name, control in backends]
-    places = _told_apart([*listening, *find_places([RECEIVERS])])
+    places = _told_apart(_each_once([*listening, *find_places([RECEIVERS])]))
     names = {place.name for place in places}
     return Found(places, sorted({disk.name for disk in disks if disk.name and not disk.control} - names))
 
@@ -78,6 +78,18 @@ def find_places(directories: Iterable[Path]) -> list[Place]:
     """In the order of their names. Blocks. Two of one name are called by their sockets."""
     paths = {path for each in directories for path in _sockets_in(each)}
     return _told_apart([Place(_name_of(path), path) for path in paths])
+
+
+def _each_once(found: Iterable[Place]) -> list[Place]:
+    """A record may have the name of another one, which is somebody else's or was left behind."""
+    once: dict[tuple[str, str], Place] = {}
+    for place in found:
+        key, control = (place.name, str(place.control)), place.control
+        before = once[key].control if key in once else None
+        if isinstance(before, FoundSocket) and isinstance(control, FoundSocket):
+            place = replace(place, control=before.claimed_too(control))
+        once[key] = place
+    return list(once.values())
 
 
 def _told_apart(found: list[Place]) -> list[Place]:

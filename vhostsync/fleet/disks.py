@@ -19,7 +19,7 @@ import anyio.to_thread
 from vhostsync.control.client import RefusedError, ask_once
 from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError
-from vhostsync.host.flocks import Flocks
+from vhostsync.host.flocks import Flocks, the_one
 from vhostsync.lineage_name import control_below, control_of, is_lineage_name, runtime_directory
 from vhostsync.record.names import Lineage, Names, find_name, state_directories
 from vhostsync.record.record_report import control_socket, records_in
@@ -167,11 +167,12 @@ def _recorded(path: Path, lineage: Lineage | None, flocks: Flocks, runtime: Path
 def _find_socket(record: Path, by_name: Path | None, flocks: Flocks) -> FoundSocket | None:
     """Of the record's backend."""
     lock = Path(f"{record}.lock")
-    process = flocks.holder_of(lock)
+    holders = flocks.holders_of(lock)
     if by_name is not None and _is_socket(by_name):
-        return FoundSocket(by_name) if process is None else FoundSocket(by_name, lock, process)
+        return FoundSocket(by_name, lock, holders) if holders else FoundSocket(by_name)
+    process = the_one(holders)
     place = control_socket(record, process) if process is not None else None
-    return FoundSocket(Path(place), lock, process) if place is not None else None
+    return FoundSocket(Path(place), lock, holders) if place is not None else None
 
 
 def _lost(lineage: Lineage) -> HostDisk:

@@ -13,7 +13,17 @@ MOUNTS: Final = Path("/proc/self/mountinfo")
 
 def lock_holder(lock: Path) -> int | None:
     """The process that holds it; 0 if it cannot be told which. Blocks."""
-    return Flocks().holder_of(lock)
+    return the_one(lock_holders(lock))
+
+
+def lock_holders(lock: Path) -> frozenset[int]:
+    """The process that holds it, and whoever cannot be told from it. Blocks."""
+    return Flocks().holders_of(lock)
+
+
+def the_one(holders: frozenset[int]) -> int | None:
+    """None: there is none; 0: there are several."""
+    return None if not holders else next(iter(holders)) if len(holders) == 1 else 0
 
 
 class Flocks:
@@ -24,19 +34,20 @@ class Flocks:
             lines = LOCKS.read_text().splitlines()
         except OSError:
             lines = []
-        rows = [line.split() for line in lines]
-        self._holders = {
-            words[5]: max(int(words[4]), 0) for words in rows if len(words) > 5 and words[1] == "FLOCK"
-        }
+        self._holders: dict[str, set[int]] = {}
+        for words in map(str.split, lines):
+            if len(words) > 5 and words[1] == "FLOCK":
+                self._holders.setdefault(words[5], set()).add(max(int(words[4]), 0))
         self._devices: dict[int, str] = {}  # as files tell them, and as locks do
 
-    def holder_of(self, lock: Path) -> int | None:
-        """The process; 0 if it cannot be told which. Blocks. Who takes a lock follows no link that has its
-        name (own_file.py), so none is followed here: it could lead to the lock of another disk."""
+    def holders_of(self, lock: Path) -> frozenset[int]:
+        """The process that holds it. There may be several: the subvolumes of a btrfs have their inode numbers
+        each, and one device number in the list of locks. Blocks. Who takes a lock follows no link that has
+        its name (own_file.py), so none is followed here: it could lead to the lock of another disk."""
         try:
             fd = os.open(lock, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
-            return None
+            return frozenset()
         try:
             status = os.fstat(fd)
             device = self._devices.get(status.st_dev)
@@ -46,7 +57,7 @@ class Flocks:
                 )
         finally:
             os.close(fd)
-        return self._holders.get(f"{device}:{status.st_ino}")
+        return frozenset(self._holders.get(f"{device}:{status.st_ino}", ()))
 
 
 def _shown(major: int, minor: int) -> str:
