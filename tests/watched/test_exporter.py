@@ -21,7 +21,7 @@ import anyio.to_thread
 import pytest
 
 from tests.daemon.named_host import Host
-from tests.daemon.rig import Served, await_true, image, refused_start, write_block
+from tests.daemon.rig import Served, await_true, image, need_root, refused_start, write_block
 from tests.guest.assets import AssetError, cache_folder, fetch_prometheus
 from tests.guest.backends import vhostsync_command
 from tests.unit.control_fakes import FakeBackend, running
@@ -157,6 +157,23 @@ def test_root_with_the_rights_that_the_unit_leaves_it_reaches_every_users_backen
         assert (folder / "vm1.control").stat().st_mode & 0o777 == 0o600
         with Exporter(folder, before=rights, log=work / "exporter.log") as exporter:
             assert exporter.up() == {"vm1": 1}
+
+
+def test_what_the_unit_shows_it_of_proc_tells_who_holds_a_record(work: Path) -> None:
+    """By that a backend is found which listens elsewhere than in the place of its name."""
+    need_root()
+    unit = (Path(__file__).parents[2] / "share/systemd/vhostsync-exporter.service").read_text().splitlines()
+    assert "ProtectProc=invisible" in unit
+    shown = "hidepid=invisible,subset=pid" if "ProcSubset=pid" in unit else "hidepid=invisible"
+    inside = f'mount -t proc -o {shown} proc /proc && exec setpriv --bounding-set=-all,+dac_override "$@"'
+    host, disk = Host(work), image(work / "a.img")
+    host.tell("create", "vm1", "--disk", disk)
+    with Served(work, disk):
+        page = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", inside, "sh", *vhostsync_command(), "exporter", "--once"],
+            capture_output=True, text=True, check=True, timeout=60, env={**os.environ, **host.environment},
+        ).stdout  # fmt: skip
+    assert up(page) == {"vm1": 1}
 
 
 def test_once_prints_the_page_and_ends(work: Path) -> None:
