@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from vhostsync.errors import ConfigError, EngineError
+from vhostsync.errors import ConfigError, DiskError, EngineError
 from vhostsync.receive.receive_config import Address, ReceiveConfig, parse_address
+from vhostsync.storage import receive
 from vhostsync.storage.identity import DiskIdentity
 from vhostsync.storage.kinds import absolute_name
 from vhostsync.storage.receive import CERTIFICATES, KIND, ReceiveDisk, ReceiveUri
@@ -104,3 +105,30 @@ def test_nothing_is_written_where_the_token_is_not_known() -> None:
     for borne in (None, "another"):
         with pytest.raises(EngineError, match="does not know whose it is: nobody has told it"):
             ReceiveDisk(uri, data, identity, 1, borne).to_engine()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 63, 4096.5, float("inf"), True, "4096", []])
+def test_a_size_that_no_disk_has_reaches_no_record(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+    """A start would refuse that record, and with it a guest whose own disk is whole."""
+
+    class Lying:
+        def __init__(self, uri: ReceiveUri) -> None:
+            self.uri = uri
+
+        def __enter__(self) -> Lying:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def ask(self, command: str, **_: Any) -> dict[str, Any]:
+            known = {"disk": "d", "bytes": size}
+            begun = {"generation": 1, "user": "u", "key": "k", "port": 7071, "export": "e"}
+            return known if command == "query" else {**known, **begun}
+
+    monkeypatch.setattr(receive, "Receiver", Lying)
+    with pytest.raises(DiskError, match="is no receiver: it begins a generation with what is none"):
+        receive.RECEIVE.open("receive://b:7070", read_only=False, cache="none", lock_timeout_s=1)
+    if size:  # else it is not known
+        with pytest.raises(OSError, match="no disk has such a size"):
+            receive.RECEIVE.identify("receive://b:7070")

@@ -45,6 +45,7 @@ BEGIN_S: Final = 120.0  # the receiver waits for the end of the former server, a
 OWN_TRIES: Final = 3
 ANSWER_BYTES_MAX: Final = 64 * 1024
 TOKEN_BYTES: Final = 16
+SIZES: Final = range(1 << 63)
 KIND: Final = "receive"
 
 _instance = secrets.token_hex(TOKEN_BYTES)
@@ -343,11 +344,14 @@ class Receive:
         if shown.get("disk") is None:
             raise FileNotFoundError(2, "the receiver has no image there yet", uri.text)
         disk = str(shown["disk"])
+        try:
+            size = _size(shown.get("bytes") or 0)
+        except ValueError as error:
+            raise OSError(errno.EPROTO, f"the receiver tells a size: {error}", uri.text) from error
         mark = _tokens.get(disk)
         return DiskIdentity(
-            uri.text, KIND, 0, 0, int(shown.get("bytes") or 0), serial=disk, mark=mark,
-            mark_is_set=mark is not None,
-        )  # fmt: skip
+            uri.text, KIND, 0, 0, size, serial=disk, mark=mark, mark_is_set=mark is not None
+        )
 
     def look(self, disk: DiskIdentity) -> Look:
         try:
@@ -427,11 +431,18 @@ def _begin_generation(
     return begun
 
 
+def _size(told: Any) -> int:
+    """It goes into the state record, which a start refuses with what can be no size. ValueError."""
+    if type(told) is not int or told not in SIZES:
+        raise ValueError("no disk has such a size")
+    return told
+
+
 def _told(uri: ReceiveUri, told: dict[str, Any], token: str | None) -> Generation:
     try:
         user, key, port, export = (told[each] for each in ("user", "key", "port", "export"))
-        disk, number, size = str(told["disk"]), int(told["generation"]), int(told["bytes"])
-    except (KeyError, ValueError, TypeError) as error:
+        disk, number, size = str(told["disk"]), int(told["generation"]), _size(told["bytes"])
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DiskError(f"{uri.text} is no receiver: it begins a generation with what is none") from error
     place = f"{user}@{uri.authority}:{port}/{export}"
     return Generation(disk, number, size, place, f"{user}:{key}\n", token)
