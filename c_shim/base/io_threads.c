@@ -18,7 +18,7 @@
  *     the I/O thread never changes anything but the job itself. The two
  *     channels order it: what was written before a job was put in is seen by
  *     whoever takes it out (release, acquire).
- *   - A channel never overflows: there are fewer jobs than places (limits.h).
+ *   - A channel never overflows: there are fewer jobs than places (bounds.h).
  *   - Neither side sleeps while there is something for it: it says that it is
  *     about to sleep, then looks once more; the other one puts a job in, then
  *     looks whether it sleeps. Each has a full fence between its two steps: a

@@ -10,7 +10,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "limits.h"
+#include "bounds.h"
 #include "uring.h"
 
 struct io_thread;

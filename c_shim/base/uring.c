@@ -11,7 +11,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "limits.h"
+#include "bounds.h"
 
 /* The kernel has few workers (4 a processor) for what cannot be begun without
  * sleeping, shared by all disks of this thread. A destination that hangs must not

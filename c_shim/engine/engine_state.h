@@ -20,7 +20,7 @@
 #include "disk.h"
 #include "guest.h"
 #include "heartbeat.h"
-#include "limits.h"
+#include "bounds.h"
 #include "mailbox.h"
 #include "mirror.h"
 #include "uring.h"

@@ -14,7 +14,7 @@
 #include "guest_memory.h"
 #include "inflight.h"
 #include "kick_watch.h"
-#include "limits.h"
+#include "bounds.h"
 #include "list.h"
 #include "mailbox.h"
 #include "virtqueue.h"

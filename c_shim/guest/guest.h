@@ -14,7 +14,7 @@
 #include "blk_request.h"
 #include "destination.h"
 #include "limited_rings.h"
-#include "limits.h"
+#include "bounds.h"
 #include "list.h"
 #include "mirror.h"
 #include "poller.h"

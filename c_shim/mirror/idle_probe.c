@@ -7,7 +7,7 @@
 #include <assert.h>
 #include <errno.h>
 
-#include "limits.h"
+#include "bounds.h"
 
 static void probed(struct destination_io *io, bool current);
 

@@ -12,7 +12,7 @@
 #include "copy_scout.h"
 #include "destination.h"
 #include "difference.h"
-#include "limits.h"
+#include "bounds.h"
 #include "range_set.h"
 #include "range_slots.h"
 

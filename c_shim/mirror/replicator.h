@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #include "destination.h"
-#include "limits.h"
+#include "bounds.h"
 #include "list.h"
 #include "range_slots.h"
 

@@ -11,7 +11,7 @@
 #include "destination.h"
 #include "difference.h"
 #include "range_set.h"
-#include "limits.h"
+#include "bounds.h"
 #include "range_slots.h"
 
 struct bad_ranges;

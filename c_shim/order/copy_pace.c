@@ -29,7 +29,7 @@
 
 #include <string.h>
 
-#include "limits.h"
+#include "bounds.h"
 
 #define RENEW_NS 10000000000u
 #define PAUSE_ROUNDS 16u

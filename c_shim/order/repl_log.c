@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "limits.h"
+#include "bounds.h"
 
 int repl_log_init(struct repl_log *log, uint64_t bytes)
 {

@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#include "limits.h"
+#include "bounds.h"
 #include "virtqueue.h"
 
 struct blk_limits {

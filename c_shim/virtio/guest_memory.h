@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#include "limits.h"
+#include "bounds.h"
 #include "list.h"
 
 struct mem_region {

@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 #include "inflight_header.h"
-#include "limits.h"
+#include "bounds.h"
 
 struct inflight_desc {
     uint8_t inflight;

@@ -36,7 +36,7 @@
 #include <stdint.h>
 
 #include "inflight_header.h"
-#include "limits.h"
+#include "bounds.h"
 
 struct inflight_packed_desc {
     uint8_t inflight;

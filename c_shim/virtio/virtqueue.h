@@ -21,7 +21,7 @@
 #include "dirty_log.h"
 #include "guest_memory.h"
 #include "inflight.h"
-#include "limits.h"
+#include "bounds.h"
 
 struct chain;
 struct chain_segment;

@@ -7,7 +7,7 @@
 #include "copy_pace.h"
 
 #include "harness.h"
-#include "limits.h"
+#include "bounds.h"
 
 #define US 1000ull
 #define MS 1000000ull

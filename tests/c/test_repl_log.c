@@ -4,7 +4,7 @@
 #include <errno.h>
 
 #include "harness.h"
-#include "limits.h"
+#include "bounds.h"
 
 static struct repl_log new_log(uint64_t bytes)
 {

@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #include "harness.h"
-#include "limits.h"
+#include "bounds.h"
 
 #define OPERATIONS 1000
 /* Nobody else's: what the user's other rings lock counts too. */

@@ -2,8 +2,8 @@
  *
  * Every bound of the data plane, in one place. What the documents quote stands here.
  */
-#ifndef VS_LIMITS_H
-#define VS_LIMITS_H
+#ifndef VS_BOUNDS_H
+#define VS_BOUNDS_H
 
 #include <assert.h>
 #include <linux/virtio_ring.h>
