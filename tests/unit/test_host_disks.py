@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vhostsync.cli.host_commands import _json
+from vhostsync.control.found_socket import FoundSocket
 from vhostsync.fleet import disks
 from vhostsync.fleet.disks import HostDisk, ask
 
@@ -51,3 +52,36 @@ async def test_an_answer_that_is_none_is_told_of_that_disk(
     bad, good = _json(found)
     assert bad["problem"].startswith("the backend at /run/bad answers with what is no ")
     assert (bad["state"], good["state"], good["problem"]) == ("unknown", "steady", None)
+
+
+async def test_no_answer_is_that_of_a_record_whose_lock_another_one_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else its commands would go to whoever says that it is its backend."""
+    records = {name: tmp_path / f"{name}.record.json" for name in ("vm1", "vm2", "vm3")}
+
+    async def ask_once(control: FoundSocket, *_: str) -> list[Any]:
+        name = control.path.parent.name
+        said = "vm1" if name in ("vm2", "vm3") else name
+        return [{**STATUS, "record": str(records[said])}, {**MIRROR, "destination": f"/{name}"}]
+
+    monkeypatch.setattr(disks, "ask_once", ask_once)
+    places = {name: tmp_path / name / "control" for name in records}
+    locks = {name: Path(f"{record}.lock") for name, record in records.items()}
+    found = await ask(
+        [
+            HostDisk(name=name, record_path=records[name], control=FoundSocket(places[name], lock, holders))
+            for name, lock, holders in (
+                ("vm1", locks["vm1"], frozenset({1})),
+                ("vm2", locks["vm2"], frozenset({2})),
+                ("vm3", None, frozenset()),  # which has let go of its lock
+            )
+        ]
+    )
+    shown = [(each.name, each.other, str(each.control)) for each in found]
+    assert shown == [
+        ("vm1", "/vm1", str(places["vm1"])),
+        ("vm2", "/vm2", str(places["vm2"])),
+        ("vm3", None, "None"),
+        (None, "/vm3", str(places["vm3"])),
+    ]

@@ -8,7 +8,7 @@ else is asked, whatever listens at that place or where the record's link leads (
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -226,7 +226,8 @@ async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
         for at, disk in enumerate(asked):
             if disk.control is not None:
                 tasks.start_soon(ask_one, at)
-    return _each_once(asked)
+    held = {_real(each.record_path) for each in disks if _is_held(each)}
+    return _each_once(asked, held)
 
 
 async def host_disks() -> list[HostDisk]:
@@ -301,11 +302,17 @@ def _not_in_form(answer: Any, form: _Form) -> str | None:
     return None
 
 
-def _each_once(disks: list[HostDisk]) -> list[HostDisk]:
+def _is_held(disk: HostDisk) -> bool:
+    """Whether a process holds the record's lock. Then nobody else is asked (found_socket.py)."""
+    return isinstance(disk.control, FoundSocket) and disk.control.lock is not None
+
+
+def _each_once(disks: list[HostDisk], held: Set[str | None]) -> list[HostDisk]:
     """What answers at the place of a name may be the backend of another record: each answer goes to the
-    record that its backend names, and what is left has none."""
+    record that its backend names, and what is left has none. But of a record that is `held`, the answer is
+    that of its holder, who may say what he will: commands go where an answer has come from."""
     records = [_real(each.record_path) for each in disks]
-    named = [_record_of_answer(each, own) for each, own in zip(disks, records, strict=True)]
+    named = [_record_of_answer(each, own, held) for each, own in zip(disks, records, strict=True)]
     answers = {place: each for each, place in zip(disks, named, strict=True) if place is not None}
     known = set(records)
     found = []
@@ -325,15 +332,16 @@ def _with_answer(disk: HostDisk, theirs: HostDisk | None) -> HostDisk:
     return replace(disk, control=theirs.control, status=theirs.status, mirror=theirs.mirror, problem=None)
 
 
-def _record_of_answer(disk: HostDisk, own: str | None) -> str | None:
+def _record_of_answer(disk: HostDisk, own: str | None, held: Set[str | None]) -> str | None:
     """The record that the backend names; one of an earlier version names none, and is believed to use that in
     whose place it was found, its `own`."""
     if disk.status is None:
         return None
-    if "record" not in disk.status:
+    if "record" not in disk.status or (own is not None and own in held):
         return own
-    place = disk.status["record"]
-    return own if place == str(disk.record_path) else _real(Path(place)) if place is not None else None
+    said = disk.status["record"]
+    place = own if said == str(disk.record_path) else _real(Path(said)) if said is not None else None
+    return None if place in held else place
 
 
 def _real(path: Path | None) -> str | None:
