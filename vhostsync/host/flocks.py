@@ -3,12 +3,13 @@
 for the lock at that moment would be refused."""
 
 import os
-import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from .mounts import file_system_of, read_mounts
+
 LOCKS: Final = Path("/proc/locks")
-MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 def lock_holder(lock: Path) -> int | None:
@@ -52,30 +53,17 @@ class Flocks:
             status = os.fstat(fd)
             device = self._devices.get(status.st_dev)
             if device is None:
-                device = self._devices[status.st_dev] = _device_of_mount(fd) or _shown(
-                    os.major(status.st_dev), os.minor(status.st_dev)
-                )
+                device = self._devices[status.st_dev] = _listed_device(fd, status)
         finally:
             os.close(fd)
         return frozenset(self._holders.get(f"{device}:{status.st_ino}", ()))
 
 
-def _shown(major: int, minor: int) -> str:
-    """As /proc/locks has it."""
-    return f"{major:02x}:{minor:02x}"
-
-
-def _device_of_mount(fd: int) -> str | None:
-    """Of the mount through which it was opened, for locks are listed by that; on btrfs, st_dev has other
-    numbers."""
-    try:
-        mount = re.search(r"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
-        lines = MOUNTS.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        words = line.split(" ")
-        if mount is not None and words[0] == mount[1]:
-            major, _, minor = words[2].partition(":")
-            return _shown(int(major), int(minor))
-    return None
+def _listed_device(fd: int, status: os.stat_result) -> str:
+    """As the list of locks has it: that of the mount, which on btrfs is not st_dev."""
+    device = None
+    with suppress(OSError):
+        device = file_system_of(fd, read_mounts())
+    if device is None:
+        device = status.st_dev
+    return f"{os.major(device):02x}:{os.minor(device):02x}"

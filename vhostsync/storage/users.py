@@ -7,32 +7,23 @@ the kind protects an image file: loop devices and swap ask for no lock.
 """
 
 import os
-import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vhostsync.host.mounts import Mount, file_system_of, plain_path, read_mounts
+
 SYS_BLOCK: Final = Path("/sys/block")
 SYS_DEVICES: Final = Path("/sys/dev/block")
-MOUNTS: Final = Path("/proc/self/mountinfo")
 SWAPS: Final = Path("/proc/swaps")
-
-
-@dataclass(frozen=True)
-class Mount:
-    number: int  # of the mount
-    device: int  # of its file system
-    folder: Path
-    source: str
 
 
 def users_of_file(fd: int, *, writing: bool) -> list[str]:
     """Who uses the open image file, in words; empty where nobody is found. `writing`: it is to be written to,
     so whoever only reads it counts as well."""
     status = os.fstat(fd)
-    mounts = _mounts()
+    mounts = read_mounts()
     found = [
         _loop_in_words(node, mounts)
         for node in _loop_devices(fd, status, mounts)
@@ -45,7 +36,7 @@ def users_of_file(fd: int, *, writing: bool) -> list[str]:
 
 def users_of_device(device: int) -> list[str]:
     """Who uses the block device or a partition of it, in words; empty where nobody is found."""
-    return _users_of_node(SYS_DEVICES / f"{os.major(device)}:{os.minor(device)}", _mounts())
+    return _users_of_node(SYS_DEVICES / f"{os.major(device)}:{os.minor(device)}", read_mounts())
 
 
 def _users_of_node(node: Path, mounts: list[Mount]) -> list[str]:
@@ -77,7 +68,7 @@ def _is_of(mount: Mount, device: int | None) -> bool:
 
 def _loop_devices(fd: int, status: os.stat_result, mounts: list[Mount]) -> Iterator[Path]:
     """In sysfs, those that show the open file."""
-    here = _file_system_of(fd, mounts)
+    here = file_system_of(fd, mounts)
     for entry in sorted(SYS_BLOCK.glob("loop*/loop/backing_file")):
         path = Path(_read(entry) or "")
         # No other file system is asked: it may be remote, and not answer.
@@ -99,15 +90,6 @@ def _loop_in_words(node: Path, mounts: list[Mount]) -> str:
     return f"{device} shows it (losetup --detach {device} ends that)"
 
 
-def _file_system_of(fd: int, mounts: list[Mount]) -> int | None:
-    """Of the mount through which it was opened. Not st_dev, which has other numbers on btrfs."""
-    text = Path(f"/proc/self/fdinfo/{fd}").read_text()
-    number = re.search(r"^mnt_id:\s*(\d+)$", text, re.MULTILINE)
-    if number is None:
-        return None
-    return next((mount.device for mount in mounts if mount.number == int(number[1])), None)
-
-
 def _device_below(path: Path, mounts: list[Mount]) -> int | None:
     """Of the file system on which the path lies."""
     deepest = None
@@ -122,33 +104,14 @@ def _device_below(path: Path, mounts: list[Mount]) -> int | None:
 # ---- what the kernel tells --------------------------------------------------------
 
 
-def _mounts() -> list[Mount]:
-    found = []
-    for line in (_read(MOUNTS) or "").splitlines():
-        words = line.split(" ")
-        try:
-            major, minor = words[2].split(":")
-            source = words[words.index("-") + 2]
-            device = os.makedev(int(major), int(minor))
-            found.append(Mount(int(words[0]), device, Path(_plain(words[4])), _plain(source)))
-        except (ValueError, IndexError):
-            continue
-    return found
-
-
 def _swaps() -> list[os.stat_result]:
     found = []
     for line in (_read(SWAPS) or "").splitlines()[1:]:
         try:
-            found.append(Path(_plain(line.split()[0])).stat())
+            found.append(Path(plain_path(line.split()[0])).stat())
         except (OSError, IndexError):
             continue
     return found
-
-
-def _plain(word: str) -> str:
-    """The kernel writes white space in paths as three octal digits."""
-    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), word)
 
 
 def _number(node: Path) -> int | None:
