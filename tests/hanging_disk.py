@@ -64,6 +64,7 @@ class HangingDisk:
         self._hangs: set[Op] = set()
         self._held: list[tuple[Op, int, int, bytes]] = []
         self.attributes: dict[bytes, bytes] = {}
+        self.killable = False  # who waits can be killed, as on NFS; else is waited for, too
         self._mount(folder)
         self._thread = threading.Thread(target=self._serve, name="hanging-disk")
         self._thread.start()
@@ -142,12 +143,22 @@ class HangingDisk:
         except ValueError:
             self._reply(unique, -errno.ENOSYS)
             return
+        if op is Op.INTERRUPT and self.killable:
+            self._interrupt(*struct.unpack_from("<Q", body))
+            return
         with self._lock:
             if op in self._hangs:
                 self._held.append((op, unique, node, body))
                 self._lock.notify_all()
                 return
         self._answer(op, unique, node, body)
+
+    def _interrupt(self, unique: int) -> None:
+        with self._lock:
+            before, self._held = self._held, [held for held in self._held if held[1] != unique]
+            was_held = len(self._held) < len(before)
+        if was_held:
+            self._reply(unique, -errno.EINTR)
 
     def _reply(self, unique: int, error: int, body: bytes = b"") -> None:
         with contextlib.suppress(OSError):  # ENOENT: it was interrupted meanwhile

@@ -6,16 +6,16 @@ the one that is meant, so each is told for which disk it is taken, and refuses w
 backend of an older version cannot: it refuses to be told so.
 """
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio.to_thread
-
 from vhostsync.control import qmp
 from vhostsync.control.client import ControlClient, RefusedError, connect
 from vhostsync.errors import ControlError
+from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.lineage_name import control_below
 from vhostsync.record.names import Lineage, Member, Names, state_directories
 
@@ -58,7 +58,7 @@ class OtherMembers:
     async def connected(self) -> AsyncIterator[Mapping[str, OtherMember]]:
         """VhostsyncError: one cannot be reached, or it cannot be told which there are. Nobody is waited for
         who was cancelled: the directory's disk may hang."""
-        lineages = await anyio.to_thread.run_sync(self._lineages, abandon_on_cancel=True)
+        lineages = await ask_unless_cancelled(self._lineages)
         async with AsyncExitStack() as stack:
             members = {}
             for each in lineages:
@@ -73,6 +73,13 @@ class OtherMembers:
             if damaged := names.damaged():
                 raise ControlError("; ".join(damaged))
             found += [each for each in names.all() if each.group == self._group]
+        if twice := [name for name, often in Counter(each.name for each in found).items() if often > 1]:
+            records = " and ".join(str(each.record) for each in found if each.name == twice[0])
+            raise ControlError(
+                f"two disks of the group {self._group} are called {twice[0]}, so nobody can tell which of "
+                f"them listens by that name: {records}; forget the one that is not in use (vhostsync record "
+                f"RECORD --forget)"
+            )
         others = [each for each in found if each.name != self._name]
         if not others:
             raise ControlError(f"the group {self._group} has no other disk")

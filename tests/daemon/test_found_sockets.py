@@ -8,16 +8,21 @@ import json
 import shutil
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import anyio
 import pytest
 
 from tests.daemon.named_host import Host
 from tests.daemon.node_rig import ForkedServed, Node
 from tests.daemon.rig import WAIT_S, Served, image, need_root
 from tests.guest.backends import vhostsync_command
+from tests.hanging_disk import Op, hanging_disk
+from vhostsync.fleet.disks import host_disks
 from vhostsync.record.names import find_name
 from vhostsync.record.state_file import backend_link
 
@@ -98,14 +103,57 @@ def test_nor_one_in_the_place_of_a_records_lock(disks: TwoDisks) -> None:
 
 
 def test_a_socket_that_stands_in_the_place_of_a_name_is_not_believed(disks: TwoDisks, work: Path) -> None:
-    """As long as the record's lock is held by somebody else."""
+    """As long as the record's lock is held by somebody else: its link leads there."""
     place = disks.host.run / "vm1"
     place.mkdir()
     with Served(work, image(work / "c.img"), "--no-state-file", name="other", control=place / "control"):
-        disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
+        assert disks.host.list()["vm1"]["control"] == str(disks.served.control)
+        backend_link(disks.record).unlink()
+        said = disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
+        assert f"does not hold {disks.record}.lock" in said
         disks.served.stop()
         said = json.loads(disks.host.tell("status", "--name", "vm1", "--json"))
         assert said["status"]["disk"] == str(work / "c.img")
+
+
+def test_a_socket_that_was_left_in_the_place_of_a_name_hides_no_backend(disks: TwoDisks) -> None:
+    place = disks.host.run / "vm1" / "control"
+    place.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as former:
+        former.bind(str(place))
+    assert disks.is_served("vm1")
+    disks.host.tell("quit", "--name", "vm1")
+    assert disks.served.process.wait(WAIT_S) == 0
+
+
+def test_a_link_into_a_file_system_that_hangs_costs_nobody_else_a_line(disks: TwoDisks, work: Path) -> None:
+    need_root()
+    with hanging_disk(work / "hung", 4096) as hung:
+        disks.replace(backend_link(disks.record), hung.path)
+        hung.killable = True
+        hung.hang(Op.LOOKUP)
+        shown = disks.host.list(code=1)
+        assert shown["vm1"]["problem"] == f"the backend at {hung.path} does not answer"
+        assert (shown["vm2"]["running"], shown["vm2"]["problem"]) == (True, None)
+        disks.host.tell("status", "--name", "vm1", code=UNREACHABLE)
+
+
+def test_a_backend_is_not_called_stopped_while_it_is_upgraded(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two nobody listens, and for a moment nobody holds the lock."""
+    host, disk = Host(work), image(work / "a.img")
+    host.tell("create", "vm1", "--disk", disk)
+    for name, value in host.environment.items():
+        monkeypatch.setenv(name, value)
+    states = Counter[str]()
+    with Served(work, disk) as served, ThreadPoolExecutor(1) as upgrader:
+        for _ in range(5):
+            upgraded = upgrader.submit(served.hand_over)
+            while not upgraded.done():
+                states.update(each.state for each in anyio.run(host_disks))
+            assert upgraded.result() == 0
+    assert "stopped" not in states and states["passthrough"] > 10, states
 
 
 @pytest.mark.parametrize("how", ["itself", "with a socket from outside", "by a node", "in a namespace"])

@@ -79,6 +79,19 @@ async def test_each_is_told_for_which_disk_it_is_taken(tmp_path: Path) -> None:
         assert backend.asked == [(step, "vm1", lineage.record.name)]
 
 
+@pytest.mark.parametrize("name", ["vm1-root", "vm1-data"], ids=["this disk's", "another one's"])
+async def test_two_of_one_name_are_not_taken_for_one(tmp_path: Path, name: str) -> None:
+    """In a state directory below. One of them would be left out of the cut."""
+    data = Played()
+    async with others(tmp_path, ("vm1-data", data, COMMANDS["group-cut"])) as members:
+        (tmp_path / "left").mkdir()
+        Names(tmp_path / "left").give(Lineage(name, recorded(tmp_path / "left", None), "vm1"))
+        with pytest.raises(ControlError, match=f"two disks of the group vm1 are called {name}"):
+            async with members.connected():
+                pass
+    assert data.asked == []
+
+
 @pytest.mark.parametrize("command", [OLDER, None], ids=["does not say for whom", "knows no group-cut"])
 async def test_an_older_backend_lets_nothing_go(tmp_path: Path, command: Command | None) -> None:
     """It would do so for a disk of any group."""

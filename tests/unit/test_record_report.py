@@ -17,11 +17,12 @@ from vhostsync.host.flocks import lock_holder
 from vhostsync.record import record_report
 from vhostsync.record.record_report import (
     advise,
-    control_socket,
     find,
     forget,
     good_copy,
+    linked_socket,
     report,
+    socket_by_command,
 )
 from vhostsync.record.state_file import backend_link
 from vhostsync.record.state_index import open_state_file
@@ -174,7 +175,7 @@ def test_where_the_backend_of_a_record_listens(tmp_path: Path) -> None:
     backend_link(path).symlink_to(left)  # by one that was killed
     with open_state_file(None, disk, lock_timeout_s=0, directory=tmp_path / "state") as file:
         file.tell_backend(None)
-        assert control_socket(path, os.getpid()) is None
+        assert (linked_socket(path), socket_by_command(os.getpid())) == (None, None)
         backend_link(path).write_text("of somebody else")
         file.tell_backend(control)
     assert backend_link(path).read_text() == "of somebody else"

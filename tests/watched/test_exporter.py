@@ -24,6 +24,7 @@ from tests.daemon.named_host import Host
 from tests.daemon.rig import Served, await_true, image, need_root, refused_start, write_block
 from tests.guest.assets import AssetError, cache_folder, fetch_prometheus
 from tests.guest.backends import vhostsync_command
+from tests.hanging_disk import Op, hanging_disk
 from tests.unit.control_fakes import FakeBackend, running
 from tests.watched.exporter import Exporter, up
 from vhostsync.control.client import RATION_BYTES
@@ -92,6 +93,26 @@ def test_a_second_record_of_the_name_hides_no_disk(work: Path, used: bool) -> No
         page = exporter.page()
         assert up(page) == {"vm1": 1}
         assert f'vhostsync_disk_info{{vm="vm1",source="{work}/a.img"' in page
+
+
+def test_a_directory_of_records_that_hangs_hides_no_backend_and_ends_none(work: Path) -> None:
+    """Another user's, below that of the host."""
+    need_root()
+    host = Host(work)
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    with (
+        hanging_disk(host.state / "below", 4096) as hung,
+        host.serve("vm1"),
+        Exporter(work, "--deadline", "2s", env=host.environment) as exporter,
+    ):
+        assert exporter.up() == {"vm1": 1}
+        hung.killable = True
+        hung.hang(Op.GETATTR)
+        await_true(lambda: exporter.up() == {"vm1": 1} and hung.holds(Op.GETATTR), "the directory hangs")
+        assert exporter.up() == {"vm1": 1}
+        said = [each["message"] for each in exporter.lines]
+        assert "the disks of this host cannot be told" in said
+        assert exporter.process.terminate() == 0
 
 
 def test_promtool_finds_no_fault(work: Path) -> None:

@@ -10,11 +10,11 @@ it was started (by a node, a service manager, as a successor), and the kernel te
 import os
 import socket
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import anyio.to_thread
-
 from ..errors import UnreachableError
+from ..host.errands import ask_unless_cancelled
 from ..host.flocks import lock_holders
 from ..host.peer import peer_process
 from . import sockets
@@ -46,7 +46,7 @@ class FoundSocket(os.PathLike[str]):
         process = peer_process(connection)
         if self.lock is None or process in self.holders:
             return
-        if process not in await anyio.to_thread.run_sync(lock_holders, self.lock, abandon_on_cancel=True):
+        if process not in await ask_unless_cancelled(partial(lock_holders, self.lock)):
             raise UnreachableError(
                 f"Process {process}, which listens at {self.path}, does not hold {self.lock}: it is not that "
                 f"disk's backend, and was told nothing. Find out who has put that socket there; what "

@@ -24,7 +24,7 @@ import structlog
 
 from vhostsync.host import unix_socket
 
-from ..errors import ConfigError
+from ..errors import ConfigError, VhostsyncError
 from ..option_values import TcpAddress
 from . import sockets
 
@@ -107,6 +107,8 @@ async def _answer(
             await sockets.send_all(connection, await _response(request, page, is_loopback))
     except OSError:
         return  # the scraper went away
+    except VhostsyncError as error:
+        log.warning("metrics could not be made", reason=str(error))
     except Exception:
         log.exception("metrics could not be made")
     finally:

@@ -9,13 +9,16 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import anyio
 import structlog
+
+from ..host.errands import bring_unless_cancelled
+from ..host.owned_fd import OwnedFd
 
 log = structlog.get_logger(__name__)
 
@@ -44,8 +47,8 @@ async def connect(path: Path, *, follow: bool = True) -> socket.socket:
     """A connection to the unix socket at `path`, waiting while its backlog is full. `follow`: also where that
     is a link to one. OSError."""
     if not follow:
-        with _itself(path) as place:
-            return await connect(place)
+        with await bring_unless_cancelled(partial(_open_itself, path), OwnedFd.close) as place:
+            return await connect(Path(f"/proc/self/fd/{place.fileno()}"))
     connection = socket.socket(
         socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     )
@@ -62,16 +65,14 @@ async def connect(path: Path, *, follow: bool = True) -> socket.socket:
         raise
 
 
-@contextmanager
-def _itself(path: Path) -> Iterator[Path]:
-    """A path to what is there now, whatever is put there meanwhile. OSError where it is a link."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if stat.S_ISLNK(os.fstat(fd).st_mode):
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        yield Path(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
+def _open_itself(path: Path) -> OwnedFd:
+    """What is there now, whatever is put there meanwhile. Blocks, for as long as the file system hangs on
+    which somebody has put it. OSError where it is a link."""
+    place = OwnedFd(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
+    if stat.S_ISLNK(os.fstat(place.fileno()).st_mode):
+        place.close()
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return place
 
 
 async def receive(connection: socket.socket) -> bytes:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from vhostsync.control.client import RefusedError, ask_once
 from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError, VhostsyncError
 from vhostsync.fleet.disks import known_disks
+from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.lineage_name import runtime_directory
 from vhostsync.metrics import page_of
 from vhostsync.metrics_page import COARSE_BUCKETS, Page
@@ -109,6 +111,40 @@ def _name_of(control: Path) -> str:
     if control.name == "control":
         return control.parent.name
     return control.name.removesuffix(".control").removesuffix(".sock")
+
+
+class Surroundings:
+    """Who is there, over the scrapes. The disk with the records may hang: then all is as it was found last,
+    and at most one look is under way."""
+
+    def __init__(self, directories: Iterable[Path], tasks: anyio.abc.TaskGroup) -> None:
+        self._directories = directories
+        self._tasks = tasks
+        self._found: Found | None = None
+        self._began = 0.0
+        self._looked = anyio.Event()
+        self._looked.set()
+
+    async def found(self, deadline_s: float) -> Found:
+        """Within so long after the look began. ControlError: nothing was found before."""
+        if self._looked.is_set():
+            self._looked, self._began = anyio.Event(), anyio.current_time()
+            self._tasks.start_soon(self._look, self._looked)
+        with anyio.CancelScope(deadline=self._began + deadline_s):
+            await self._looked.wait()
+        if not self._looked.is_set():
+            log.warning("the disks of this host cannot be told", reason=f"no answer within {deadline_s:g} s")
+        if self._found is None:
+            raise ControlError("It cannot be told which disks this host has: to list them hangs, or fails.")
+        return self._found
+
+    async def _look(self, looked: anyio.Event) -> None:
+        try:
+            self._found = await ask_unless_cancelled(partial(look_around, self._directories))
+        except Exception:
+            log.exception("the disks of this host cannot be told")
+        finally:
+            looked.set()
 
 
 class Asked:

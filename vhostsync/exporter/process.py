@@ -10,12 +10,11 @@ from typing import Final
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 import structlog
 
 from vhostsync import log as logging
 from vhostsync.control.scrape import serve_page
-from vhostsync.exporter.backends import Asked, Place, look_around
+from vhostsync.exporter.backends import Asked, Place, Surroundings
 from vhostsync.exporter.exporter_config import ExporterConfig
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
@@ -40,14 +39,13 @@ class Exporter:
 
     def __init__(self, config: ExporterConfig, tasks: anyio.abc.TaskGroup) -> None:
         self._config = config
+        self._surroundings = Surroundings(config.directories, tasks)
         self._tasks = tasks
         self._asked: dict[str, Asked] = {}
 
     async def page(self) -> str:
         began = anyio.current_time()
-        around = await anyio.to_thread.run_sync(
-            look_around, self._config.directories, abandon_on_cancel=True  # the records' disk may hang
-        )
+        around = await self._surroundings.found(self._config.deadline_s)
         backends = self._known(around.places)
         page = Page()
         up, stopped = page.family(UP), page.family(STOPPED)

@@ -2,33 +2,43 @@
 """The disks of this host, one after the other: `known_disks` finds them, `ask` asks their backends.
 
 A disk is known by a state record of the state directory (or of one below it, where each backend has its own),
-or by a control socket in the place that sockets have by name. A record's backend is the one whose socket has
-its place by the record's name, else the process that holds the record's lock. Where that is held, nobody
-else is asked, whatever listens at that place or where the record's link leads (control/found_socket.py)."""
+or by a control socket in the place that sockets have by name. A record's backend is the process that holds
+the record's lock, and it listens where the link beside the record leads, else in the place that its socket
+has by the record's name. Where the lock is held, nobody else is asked, whatever listens there
+(control/found_socket.py).
+
+Nothing that a disk's backend has said, or put in its place, is looked up but by a thread that is not waited
+for beyond ANSWER_S: it may lead to a file system that hangs."""
 
 import os
 import stat
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
-import anyio.to_thread
 
 from vhostsync.control.client import RefusedError, ask_once
 from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError
+from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.host.flocks import Flocks, the_one
 from vhostsync.lineage_name import control_below, control_of, is_lineage_name, runtime_directory
 from vhostsync.record.names import Lineage, Names, find_name, state_directories
-from vhostsync.record.record_report import control_socket, records_in
+from vhostsync.record.record_report import linked_socket, records_in, socket_by_command
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import default_directory
 from vhostsync.record.state_record import StateRecord
 
 ASKED_AT_ONCE: Final = 64
 ANSWER_S: Final = 5.0
+AGAIN_S: Final = (0.1, 0.2, 0.3)
+"""After so long each it is looked again for a disk that seems to be between two backends."""
+SETTLED_S: Final = 1.0
+"""Who begins or ends has written the record less than so long ago, and is to be looked at again."""
 
 Answer = Mapping[str, Any]
 
@@ -37,13 +47,17 @@ Answer = Mapping[str, Any]
 class HostDisk:
     """One disk of this host. `name` and `group` are those that `vhostsync create` has given it; `record` is
     None where nothing could be read. `control`: where its backend listens. `status` and `mirror` are what it
-    has answered (query-status, query-mirror); None: none runs, or it does not answer (`problem`)."""
+    has answered (query-status, query-mirror); None: none runs, or it does not answer (`problem`). `in_use`: a
+    process holds the record's lock. `place`: which record the backend says that it uses."""
 
     name: str | None = None
     group: str | None = None
     record_path: Path | None = None
     record: StateRecord | None = None
+    in_use: bool = False
+    settled: bool = True
     control: Control | None = None
+    place: str | None = None
     status: Answer | None = None
     mirror: Answer | None = None
     problem: str | None = None
@@ -51,6 +65,10 @@ class HostDisk:
     @property
     def running(self) -> bool:
         return self.status is not None
+
+    @property
+    def nobody_listens(self) -> bool:
+        return self.status is None and self.problem is None and self.record_path is not None
 
     @property
     def shown_name(self) -> str:
@@ -161,18 +179,33 @@ def _recorded(path: Path, lineage: Lineage | None, flocks: Flocks, runtime: Path
     except StateRecordError as error:
         disk = replace(disk, problem=str(error))
     by_name = control_below(runtime, lineage.name) if lineage is not None else None
-    return replace(disk, control=_find_socket(path, by_name, flocks))
+    holders = flocks.holders_of(_lock_of(path))
+    control = _find_socket(path, by_name, holders)
+    return replace(disk, in_use=bool(holders), settled=_is_settled(path), control=control)
 
 
-def _find_socket(record: Path, by_name: Path | None, flocks: Flocks) -> FoundSocket | None:
-    """Of the record's backend."""
-    lock = Path(f"{record}.lock")
-    holders = flocks.holders_of(lock)
-    if by_name is not None and _is_socket(by_name):
-        return FoundSocket(by_name, lock, holders) if holders else FoundSocket(by_name)
-    process = the_one(holders)
-    place = control_socket(record, process) if process is not None else None
-    return FoundSocket(Path(place), lock, holders) if place is not None else None
+def _lock_of(record: Path) -> Path:
+    return Path(f"{record}.lock")
+
+
+def _is_settled(record: Path) -> bool:
+    try:
+        return abs(time.time() - record.stat().st_mtime) > SETTLED_S
+    except OSError:
+        return True
+
+
+def _find_socket(record: Path, by_name: Path | None, holders: frozenset[int]) -> FoundSocket | None:
+    """Of the record's backend. What lies in the place of the name may be left over."""
+    stands = by_name is not None and _is_socket(by_name)
+    if not holders:
+        return FoundSocket(by_name) if by_name is not None and stands else None
+    place = linked_socket(record)
+    if place is None and stands:
+        place = by_name
+    if place is None and (process := the_one(holders)) is not None:
+        place = socket_by_command(process)
+    return FoundSocket(place, _lock_of(record), holders) if place is not None else None
 
 
 def _lost(lineage: Lineage) -> HostDisk:
@@ -206,8 +239,9 @@ def find_control(name: str) -> FoundSocket:
         record = find_name(name, default_directory()).record if is_lineage_name(name) else None
     except StateRecordError:
         record = None  # a name that only its backend has
-    found = _find_socket(record, place, Flocks()) if record is not None else None
-    return found or FoundSocket(place)
+    if record is None:
+        return FoundSocket(place)
+    return _find_socket(record, place, Flocks().holders_of(_lock_of(record))) or FoundSocket(place)
 
 
 # ---- what their backends say -----------------------------------------------------------
@@ -232,7 +266,22 @@ async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
 
 async def host_disks() -> list[HostDisk]:
     """All disks of this host, as they are now. StateRecordError."""
-    return await ask(await anyio.to_thread.run_sync(known_disks))
+    disks = await ask(await ask_unless_cancelled(known_disks))
+    for pause_s in AGAIN_S:
+        if not any(each.nobody_listens and (each.in_use or not each.settled) for each in disks):
+            break
+        await anyio.sleep(pause_s)
+        disks = await ask(await ask_unless_cancelled(known_disks))
+    return list(map(_not_as_stopped, disks))
+
+
+def _not_as_stopped(disk: HostDisk) -> HostDisk:
+    if not disk.nobody_listens or not disk.in_use:
+        return disk
+    return replace(
+        disk, problem="a process holds its record, and nobody listens: its backend begins or ends just now "
+        "(vhostsync record names the process)",
+    )  # fmt: skip
 
 
 async def _ask(disk: HostDisk) -> HostDisk:
@@ -240,6 +289,7 @@ async def _ask(disk: HostDisk) -> HostDisk:
     try:
         with anyio.fail_after(ANSWER_S):
             status, mirror = await ask_once(disk.control, "query-status", "query-mirror")
+            place = await _place_said(disk, status)
     except TimeoutError:
         return replace(disk, problem=f"the backend at {disk.control} does not answer")
     except ControlError as error:
@@ -253,7 +303,17 @@ async def _ask(disk: HostDisk) -> HostDisk:
             return replace(disk, problem=str(answer))
     if (wrong := _not_in_form(status, _STATUS) or _not_in_form(mirror, _MIRROR)) is not None:
         return replace(disk, problem=f"the backend at {disk.control} answers with what is no {wrong}")
-    return replace(disk, status=status, mirror=mirror)
+    return replace(disk, status=status, mirror=mirror, place=place)
+
+
+async def _place_said(disk: HostDisk, status: Any) -> str | None:
+    """The record that the backend says it uses: where that is in truth."""
+    said = status.get("record") if isinstance(status, Mapping) else None
+    if said is None or not _is_text(said):
+        return None
+    if said == str(disk.record_path):
+        return _real(disk.record_path)
+    return await ask_unless_cancelled(partial(os.path.realpath, said))
 
 
 # A backend may have been taken over by its guest: what it says costs no other disk its line.
@@ -339,9 +399,7 @@ def _record_of_answer(disk: HostDisk, own: str | None, held: Set[str | None]) ->
         return None
     if "record" not in disk.status or (own is not None and own in held):
         return own
-    said = disk.status["record"]
-    place = own if said == str(disk.record_path) else _real(Path(said)) if said is not None else None
-    return None if place in held else place
+    return None if disk.place in held else disk.place
 
 
 def _real(path: Path | None) -> str | None:

@@ -106,6 +106,12 @@ async def bring_unless_cancelled(bring: Callable[[], T], undo: Callable[[T], Non
         raise
 
 
+async def ask_unless_cancelled(ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises, for as long as it takes; who is cancelled does not wait for it. Nor does
+    the process at its end, as it would for a thread of anyio's, abandoned or not."""
+    return await bring_unless_cancelled(ask, lambda _: None)
+
+
 def _await_end(thread: threading.Thread) -> None:
     """Of what the kernel has of it, too: whoever confines this process next is to find no other thread."""
     thread.join()

@@ -10,14 +10,15 @@ and the operator says what makes it certain.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
-import anyio.to_thread
 import structlog
 
 from vhostsync.config import ServeConfig
 from vhostsync.errors import ConfigError, FenceError
 from vhostsync.host.command_runner import CommandError, CommandRunner
+from vhostsync.host.errands import ask_unless_cancelled
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +56,7 @@ class Fence:
 
     async def make_certain(self, disk: str) -> None:
         """`make_certain_blocking`, in a thread."""
-        await anyio.to_thread.run_sync(self.make_certain_blocking, disk, abandon_on_cancel=True)
+        await ask_unless_cancelled(partial(self.make_certain_blocking, disk))
 
     def make_certain_blocking(self, disk: str) -> None:
         """Before the disk is opened. With Means.LIMIT that it can be opened is the proof. FenceError."""

@@ -186,9 +186,11 @@ class Names:
 
 
 def state_directories(base: Path) -> list[Path]:
-    """That one, and those below it, where each backend has one of its own (one-user-per-disk.conf)."""
+    """That one, and those below it, where each backend has one of its own (one-user-per-disk.conf). No link
+    is followed: those to backends lead where their users like."""
     try:
-        below = sorted(each for each in base.iterdir() if each.is_dir() and not each.is_symlink())
+        with os.scandir(base) as entries:
+            below = sorted(Path(each) for each in entries if each.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return [base]
     except OSError as error:

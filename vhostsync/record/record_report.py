@@ -97,9 +97,9 @@ def advise(
         return ("vhostsync", "serve", *by_name, *by_path, *options)
 
     if backend is not None:
-        control = control_socket(place, backend)
+        control = linked_socket(place) or socket_by_command(backend)
         text = f"a backend runs (pid {backend}); ask it"
-        return Advice(text, ("vhostsync", "status", *(("--control", control) if control else ())))
+        return Advice(text, ("vhostsync", "status", *(("--control", str(control)) if control else ())))
     if current.users:
         return Advice(f"end what uses {path}, then start with it", serve(path))
     if current.usable and not (current.condition is Condition.UNSURE and record.at_stake):
@@ -234,12 +234,16 @@ def forget(path: Path) -> None:
 # ---- who uses a record -----------------------------------------------------------------
 
 
-def control_socket(record: Path, pid: int) -> str | None:
-    """Of the backend that holds the record's lock: where it says that it listens, so say at least the link
-    beside the record or its command line (an earlier version has no link, but was not forked from a node, so
-    there it is). Only found_socket.py makes certain of it."""
+def linked_socket(record: Path) -> Path | None:
+    """Of the backend that holds the record's lock: where the link beside the record says that it listens.
+    Only found_socket.py makes certain of it."""
     with suppress(OSError):
-        return str(backend_link(record).readlink())
+        return backend_link(record).readlink()
+    return None
+
+
+def socket_by_command(pid: int) -> Path | None:
+    """The same by its command line: an earlier version has no link, but was not forked from a node."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -248,7 +252,7 @@ def control_socket(record: Path, pid: int) -> str | None:
     for option, suffix in (("--control", ""), ("--socket-path", ".control")):
         found = re.search(rf"(?:^| ){option}[ =](\S+)", text)
         if found:
-            return found[1] + suffix
+            return Path(found[1] + suffix)
     return None
 
 
