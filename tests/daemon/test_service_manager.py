@@ -235,18 +235,31 @@ def test_the_documented_commands_taken_literally(tmp_path: Path) -> None:
 # Of the service unit: what the manager does with the backend. To withhold the rest takes rights that a test's
 # manager does not have.
 KEPT = {
-    *("Type", "EnvironmentFile", "RuntimeDirectory", "RuntimeDirectoryPreserve", "StateDirectory"),
-    *("ExecStartPre", "ExecStart", "ExecStopPost", "Restart", "RestartSec", "TimeoutStopSec"),
+    *("Type", "NotifyAccess", "EnvironmentFile", "RuntimeDirectory", "RuntimeDirectoryPreserve"),
+    *("StateDirectory", "Restart", "RestartSec", "TimeoutStopSec"),
+    *("ExecStartPre", "ExecStart", "ExecReload", "ExecStopPost"),
 }
 
-RECONNECTING = """
-import socket, subprocess, sys, time
+ASKING = """
+import json, socket, subprocess, sys, threading, time
 from pathlib import Path
-conf, disk, lost = map(Path, sys.argv[1:])
+
+SERVICE = "vhostsync@vm.service"
 
 def ask(unit, name):
     words = ["systemctl", "--user", "show", "--value", "-p", name, unit]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+def tell(*words):
+    subprocess.run(["systemctl", "--user", *words], check=True)
+
+def client(*words):
+    command = [*PROGRAM, *words, "--control", "/run/vhostsync/vm/control"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+"""
+
+RECONNECTING = """
+conf, disk, lost = map(Path, sys.argv[1:])
 
 def await_it(what, condition):
     "As a machine that reconnects: it tries again whenever it is let down."
@@ -267,30 +280,86 @@ def await_it(what, condition):
         except OSError:
             machine = None
 
-SERVICE = "vhostsync@vm.service"
 conf.write_text(f"DISK={lost}\\n")
-subprocess.run(["systemctl", "--user", "start", "vhostsync@vm.socket"], check=True)
+tell("start", "vhostsync@vm.socket")
 await_it("refused, and tried again", lambda: int(ask(SERVICE, "NRestarts")) >= 2)
 conf.write_text(f"DISK={disk}\\n")
 await_it("served", lambda: ask(SERVICE, "StatusText") == f"serving {disk}")
 assert ask(SERVICE, "StartLimitIntervalUSec") == "0"
 first = ask(SERVICE, "MainPID")
-subprocess.run(["systemctl", "--user", "kill", "--signal=KILL", SERVICE], check=True)
+tell("kill", "--signal=KILL", SERVICE)
 await_it("started again after a crash", lambda: ask(SERVICE, "MainPID") not in ("0", first))
 await_it("served again", lambda: ask(SERVICE, "ActiveState") == "active")
 
 # After a switch nothing is edited: the .conf still says which disk it began with.
-def client(*words):
-    command = [*PROGRAM, *words, "--control", "/run/vhostsync/vm/control"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
 copy = disk.with_name("copy.img")
 client("mirror", "start", str(copy), "--create", "--wait")
 client("switch")
-subprocess.run(["systemctl", "--user", "restart", SERVICE], check=True)
+tell("restart", SERVICE)
 assert ask(SERVICE, "StatusText") == f"serving {copy}", ask(SERVICE, "StatusText")
-subprocess.run(["systemctl", "--user", "stop", "vhostsync@vm.socket", SERVICE], check=True)
+tell("stop", "vhostsync@vm.socket", SERVICE)
 assert ask(SERVICE, "Result") == "success", ask(SERVICE, "Result")
+"""
+
+RELOADING = """
+from tests.daemon.rig import block_of
+from tests.frontend import Frontend
+from tests.guest_ring import GuestMemory
+from tests.sizes import MIB
+from tests.vhost_client import VhostUserTransport
+
+conf, disk = map(Path, sys.argv[1:])
+conf.write_text(f"DISK={disk}\\n")
+tell("start", "vhostsync@vm.socket")
+transport = VhostUserTransport(Path("/run/vhostsync/vm/vm.sock"), timeout_s=60)
+with Frontend(transport, memory=GuestMemory((32 * MIB,)), timeout_s=60) as guest:
+    client("mirror", "start", str(disk.with_name("copy.img")), "--create", "--wait")
+    end, slowest_s = threading.Event(), []
+
+    def write_on():
+        number = 0
+        while not end.is_set():
+            number, began = number + 1, time.monotonic()
+            request = guest.write(0, block_of(0, number))
+            guest.wait(request)
+            assert request.ok
+            guest.recycle(request)
+            slowest_s.append(time.monotonic() - began)
+
+    def check_status():
+        deadline = time.monotonic() + 60
+        while (status := json.loads(client("status", "--json")))["mirror"]["state"] != "steady":
+            assert time.monotonic() < deadline, status
+        assert status["mirror"]["full-copy-reason"] is None and status["status"]["frontends"] == 1, status
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    pauses_ms, former = [], ask(SERVICE, "MainPID")
+    try:
+        for _ in range(5):
+            slowest_s.clear()
+            tell("reload", SERVICE)
+            now = ask(SERVICE, "MainPID")
+            assert now not in ("0", former), now
+            former = now
+            assert ask(SERVICE, "ActiveState") == "active"
+            check_status()
+            pauses_ms.append(1000 * max(slowest_s))
+    finally:
+        end.set()
+        writer.join()
+assert ask(SERVICE, "NRestarts") == "0"
+
+# The manager notices that the successor has crashed, and stops it in order.
+tell("kill", "--signal=KILL", SERVICE)
+deadline = time.monotonic() + 60
+while ask(SERVICE, "NRestarts") != "1" or ask(SERVICE, "ActiveState") != "active":
+    assert time.monotonic() < deadline, "it is not started again after a crash"
+    time.sleep(0.05)
+tell("reload", SERVICE)
+tell("stop", "vhostsync@vm.socket", SERVICE)
+assert ask(SERVICE, "Result") == "success", ask(SERVICE, "Result")
+print("the slowest write around each reload:", ", ".join(f"{each:.0f} ms" for each in pauses_ms))
 """
 
 
@@ -308,10 +377,9 @@ def remove_cgroups(name: str) -> None:
     await_true(gone, "the cgroups of the test's manager are empty")
 
 
-@pytest.mark.timeout(360)  # many programs are started, one after the other
-def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work: Path) -> None:
-    """With a manager that runs: a start limit closed the socket for good, before anybody could change the
-    configuration."""
+def beside_a_manager(tmp_path: Path, work: Path, script: str, *arguments: Path) -> str:
+    """What `script` says, to whose service manager the units are known. It may write the .conf, which is its
+    first argument."""
     need_root()
     folder, conf = tmp_path / "units", work / "vm.conf"
     folder.mkdir()
@@ -326,16 +394,31 @@ def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work:
     listening = (UNITS / "vhostsync@.socket").read_text()
     (folder / "vhostsync@.socket").write_text(re.sub(r"(?m)^Socket(User|Group)=.*$", "", listening))
     cgroup = f"vhostsync-test-{os.getpid()}"
-    script = f"PROGRAM = {vhostsync_command()!r}\n{RECONNECTING}"
-    command = (sys.executable, "-c", script, conf, image(work / "a.img"), work / "lost.img")
+    program = f"PROGRAM = {vhostsync_command()!r}\n{ASKING}{script}"
+    command = (sys.executable, "-c", program, conf, *arguments)
     words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", MANAGER, folder, cgroup]
     try:
         done = subprocess.run(
             [str(word) for word in (*words, *command)],
-            capture_output=True, text=True, check=False, timeout=8 * WAIT_S,
+            capture_output=True, text=True, check=False, timeout=8 * WAIT_S, cwd=Path(__file__).parents[2],
         )  # fmt: skip
     finally:
         remove_cgroups(cgroup)
     if done.returncode == 77:
         pytest.skip(f"THIS TEST IS LEFT OUT, as no service manager comes up here: {done.stderr[-500:]}")
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(360)  # many programs are started, one after the other
+def test_a_machine_that_reconnects_outlives_refused_starts(tmp_path: Path, work: Path) -> None:
+    """With a manager that runs: a start limit closed the socket for good, before anybody could change the
+    configuration."""
+    beside_a_manager(tmp_path, work, RECONNECTING, image(work / "a.img"), work / "lost.img")
+
+
+@pytest.mark.timeout(360)
+def test_a_guest_goes_on_over_a_reload(tmp_path: Path, work: Path) -> None:
+    """`systemctl reload`: the successor is the unit's main process from then on, and the mirror stays
+    steady."""
+    print(beside_a_manager(tmp_path, work, RELOADING, image(work / "a.img")))

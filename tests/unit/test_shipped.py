@@ -55,6 +55,10 @@ def test_no_compiled_python_of_the_source_folder_is_installed() -> None:
     assert sorted(excluded) == sorted(str(folder / "__pycache__") for folder in folders)
 
 
+ONE_WHEEL = pytest.mark.xdist_group("wheel")
+"""It is built once, by one process: else by each of those that run tests."""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Built by what the tests' environment has, so that nothing is fetched, and from a copy, so that nothing
@@ -79,6 +83,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield built
 
 
+@ONE_WHEEL
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_wheel_has_nothing_of_the_tests(wheel: Path) -> None:
@@ -93,6 +98,7 @@ def test_a_wheel_has_nothing_of_the_tests(wheel: Path) -> None:
         assert modules <= set(names)
 
 
+@ONE_WHEEL
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_wheel_serves_and_mirrors(wheel: Path, work: Path) -> None:

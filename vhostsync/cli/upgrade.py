@@ -3,17 +3,20 @@
 
 import argparse
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import anyio
 
 from vhostsync.control.client import ControlClient, connect
 from vhostsync.control.found_socket import Control
 from vhostsync.errors import HandOverError, UnreachableError
+from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.node.request import OPTION, node_of
 from vhostsync.option_values import TakeOver
 
@@ -32,22 +35,61 @@ async def run(options: argparse.Namespace) -> int:
     if node_of(words)[0] is not None:
         raise HandOverError(f"The new backend is started by this command, not by a node: leave out {OPTION}.")
     _check_service(former)
-    with anyio.fail_after(options.timeout):
-        successor = _start(former, words, log_too=knows)
-        await _until_it_serves(options.control, successor)
-    sys.stdout.write(f"process {successor.pid} serves in the place of {former}\n")
+    with anyio.fail_after(options.timeout), _Said() as said:
+        successor = await _start(former, words, said if knows else None)
+        await _until_it_serves(options.control, successor, said)
+    sys.stdout.write(f"process {successor} serves in the place of {former}\n")
     return EXIT_OK
 
 
-def _start(former: int, words: Sequence[str], *, log_too: bool) -> "subprocess.Popen[bytes]":
-    """In a session of its own: it outlives this command, and the terminal. What it says before it serves is
-    for whoever has given the command, if it has a log to go on with."""
-    what = TakeOver.GUEST_AND_LOG if log_too else TakeOver.GUEST
-    return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-P", "-m", "vhostsync", "serve", *words, "--take-over", what],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if log_too else None,
-        cwd=_folder_of(former), start_new_session=True, **_credentials(former, words),
+class _Said:
+    """What the successor says before it serves: for whoever has given the command."""
+
+    def __enter__(self) -> Self:
+        self._read, self.fd = os.pipe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._read)
+        self.ends()
+
+    def ends(self) -> None:
+        """On this side: from here on the successor alone has it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def text(self) -> str:
+        """All of it; once the successor has ended."""
+        self.ends()
+        with open(self._read, "rb", closefd=False) as said:
+            return said.read().decode(errors="replace").strip().removeprefix("vhostsync: ")
+
+
+_START_AND_END: Final = (
+    "import os, signal, sys;"
+    "nothing = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0);"
+    "usual = (signal.SIGPIPE, signal.SIGXFSZ);"
+    "print(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[nothing], setsigdef=usual))"
+)
+"""A process that starts another one, says which, and ends."""
+
+
+async def _start(former: int, words: Sequence[str], said: _Said | None) -> int:
+    """The process. In a session of its own: it outlives this command, and the terminal. `said`: it has a log
+    to go on with once it serves.
+
+    By another process, which ends at once. So the successor is the service manager's own child when it says
+    that it is the main process: of anybody else's, systemd would not notice that it has crashed, and send
+    SIGKILL right after the SIGTERM with which it stops it."""
+    what = TakeOver.GUEST_AND_LOG if said is not None else TakeOver.GUEST
+    command = [sys.executable, "-P", "-m", "vhostsync", "serve", *words, "--take-over", what]
+    starting = await anyio.run_process(
+        [sys.executable, "-I", "-S", "-c", _START_AND_END, *command],
+        stdin=subprocess.DEVNULL, stderr=said.fd if said is not None else None, cwd=_folder_of(former),
+        start_new_session=True, **_credentials(former, words),
     )  # fmt: skip
+    return int(starting.stdout)
 
 
 async def _check_mirror(client: ControlClient, *, force: bool) -> None:
@@ -105,17 +147,17 @@ def _folder_of(process: int) -> Path:
         return Path.cwd()
 
 
-async def _until_it_serves(control: Control, successor: "subprocess.Popen[bytes]") -> None:
-    while successor.poll() is None:
-        try:
-            async with connect(control) as client:
-                if client.process == successor.pid:
-                    return
-        except UnreachableError:  # between the two
-            pass
-        await anyio.sleep(LOOK_S)
-    said = successor.stderr.read().decode(errors="replace") if successor.stderr is not None else ""
+async def _until_it_serves(control: Control, successor: int, said: _Said) -> None:
+    with suppress(ProcessLookupError), OwnedFd(os.pidfd_open(successor)) as process:
+        while not select.select([process], [], [], 0)[0]:  # it has not ended
+            try:
+                async with connect(control) as client:
+                    if client.process == successor:
+                        return
+            except UnreachableError:  # between the two
+                pass
+            await anyio.sleep(LOOK_S)
     raise HandOverError(
-        f"The new backend has ended with exit code {successor.returncode}; `vhostsync status` tells whether "
-        f"the former one still serves. It has said: {said.strip().removeprefix('vhostsync: ')}"
+        f"The new backend has ended; `vhostsync status` tells whether the former one still serves. It has "
+        f"said: {said.text()}"
     )
