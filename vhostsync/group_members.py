@@ -17,7 +17,7 @@ from vhostsync.control.client import ControlClient, RefusedError, connect
 from vhostsync.errors import ControlError
 from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.lineage_name import control_below
-from vhostsync.record.names import Lineage, Member, Names, state_directories
+from vhostsync.record.names import Lineage, Member, all_names
 
 
 class OtherMember:
@@ -68,8 +68,7 @@ class OtherMembers:
 
     def _lineages(self) -> list[Lineage]:
         found = []
-        for directory in state_directories(self._directory):
-            names = Names(directory)
+        for names in all_names(self._directory):
             if damaged := names.damaged():
                 raise ControlError("; ".join(damaged))
             found += [each for each in names.all() if each.group == self._group]

@@ -2,6 +2,7 @@
 """The values of a JSON text, held against the types that are declared for them. A checksum tells damage; it
 does not tell what another program, or a person with an editor, has written."""
 
+import os
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
@@ -30,9 +31,18 @@ def typed(kind: Any, value: Any) -> Any:
     else:
         # In JSON true is no number; in Python True is an int.
         fits = type(value) is kind and (kind is not int or value in INTEGERS)
+        fits = fits and (kind is not str or is_text(value))
     if not fits:
         raise TypeError(f"{value!r:.40} is no {kind}")
     return value
+
+
+def is_text(value: Any) -> bool:
+    """One that may be a path, or a part of one."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _tuple_of(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:

@@ -4,10 +4,14 @@ links lead; and that is the disk's backend, however it was started."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +26,8 @@ from tests.daemon.node_rig import ForkedServed, Node
 from tests.daemon.rig import WAIT_S, Served, image, need_root
 from tests.guest.backends import vhostsync_command
 from tests.hanging_disk import Op, hanging_disk
-from vhostsync.fleet.disks import host_disks
+from tests.watched.exporter import up
+from vhostsync.fleet.disks import ANSWER_S, host_disks
 from vhostsync.record.names import find_name
 from vhostsync.record.state_file import backend_link
 
@@ -46,6 +51,15 @@ class TwoDisks:
 
     def is_served(self, name: str) -> bool:
         return bool(self.host.list()[name]["running"])
+
+
+def exported(host: Host) -> str:
+    """The page of metrics."""
+    words = [*vhostsync_command(), "exporter", "--once"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=True, timeout=WAIT_S, env=host.environment
+    )
+    return done.stdout
 
 
 @pytest.fixture
@@ -74,11 +88,7 @@ def test_nor_an_evacuation_or_a_page_of_metrics(disks: TwoDisks, work: Path) -> 
     place = work / "new"
     place.mkdir()
     disks.replace(backend_link(disks.record), disks.other)
-    page = subprocess.run(
-        [*vhostsync_command(), "exporter", "--once"], capture_output=True, text=True, check=True,
-        timeout=WAIT_S, env=disks.host.environment,
-    ).stdout  # fmt: skip
-    assert 'vhostsync_up{vm="vm1"} 0\n' in page and 'vhostsync_up{vm="vm2"} 1\n' in page
+    assert up(exported(disks.host)) == {"vm1": 0, "vm2": 1}
     disks.host.tell("evacuate", work / "old", "--to", place, code=1)
     assert [each.name for each in place.iterdir()] == ["vm2.img"]
 
@@ -108,7 +118,7 @@ def test_a_socket_that_stands_in_the_place_of_a_name_is_not_believed(disks: TwoD
     place.mkdir()
     with Served(work, image(work / "c.img"), "--no-state-file", name="other", control=place / "control"):
         assert disks.host.list()["vm1"]["control"] == str(disks.served.control)
-        backend_link(disks.record).unlink()
+        disks.replace(backend_link(disks.record), place / "control")
         said = disks.host.tell("quit", "--name", "vm1", code=UNREACHABLE)
         assert f"does not hold {disks.record}.lock" in said
         disks.served.stop()
@@ -122,8 +132,69 @@ def test_a_socket_that_was_left_in_the_place_of_a_name_hides_no_backend(disks: T
     with socket.socket(socket.AF_UNIX) as former:
         former.bind(str(place))
     assert disks.is_served("vm1")
+    assert up(exported(disks.host)) == {"vm1": 1, "vm2": 1}
     disks.host.tell("quit", "--name", "vm1")
     assert disks.served.process.wait(WAIT_S) == 0
+
+
+def test_a_link_that_leads_nowhere_hides_no_backend_in_its_place(disks: TwoDisks) -> None:
+    """As from another view of the directories, or left by one that was killed."""
+    disks.replace(backend_link(find_name("vm2", disks.host.state).record), disks.host.work / "nowhere")
+    shown = disks.host.list()
+    assert set(shown) == {"vm1", "vm2"}
+    assert shown["vm2"]["control"] == str(disks.other)
+    assert up(exported(disks.host)) == {"vm1": 1, "vm2": 1}
+    disks.host.tell("status", "--name", "vm2")
+
+
+def test_a_backend_whose_place_is_spelled_in_two_ways_is_one(work: Path) -> None:
+    host = Host(work)
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    (host.run / "vm1").mkdir(parents=True)
+    (work / "also").symlink_to(host.run)
+    with Served(work, work / "a.img", control=work / "also" / "vm1" / "control"):
+        assert set(host.list()) == {"vm1"}
+        assert up(exported(host)) == {"vm1": 1}
+
+
+def test_a_backend_without_a_control_socket_is_not_called_stopped(work: Path) -> None:
+    host = Host(work)
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    record = find_name("vm1", host.state).record
+    with Path(f"{record}.lock").open("w") as lock:  # one that is named by nothing is none
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shown = host.list(code=1)["vm1"]
+    assert (shown["state"], shown["running"]) == ("unknown", False)
+    assert shown["problem"] == "its backend runs, and has no control socket to be asked at"
+
+
+def test_one_that_hangs_is_not_asked_again_for_one_between_two_backends(disks: TwoDisks) -> None:
+    record = find_name("vm2", disks.host.state).record
+    disks.host.tell("quit", "--name", "vm2")
+    disks.served.process.signal(signal.SIGSTOP)
+    try:
+        os.utime(record)
+        began = time.monotonic()
+        shown = disks.host.list(code=1)
+        took_s = time.monotonic() - began
+    finally:
+        disks.served.process.signal(signal.SIGCONT)
+    assert (shown["vm1"]["state"], shown["vm2"]["state"]) == ("unknown", "stopped")
+    assert took_s < 2 * ANSWER_S
+
+
+@pytest.mark.parametrize("name", ["x.record.json", "x.name.json"])
+def test_no_link_of_another_users_directory_is_followed(work: Path, name: str) -> None:
+    need_root()
+    host = Host(work)
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    (host.state / "another").mkdir()
+    with hanging_disk(work / "hung", 4096) as hung, host.serve("vm1"):
+        hung.killable = True
+        hung.hang(Op.LOOKUP, Op.GETATTR)
+        (host.state / "another" / name).symlink_to(hung.path)
+        assert host.list(code=1 if name == "x.record.json" else 0)["vm1"]["running"]
+        assert up(exported(host)) == {"vm1": 1}
 
 
 def test_a_link_into_a_file_system_that_hangs_costs_nobody_else_a_line(disks: TwoDisks, work: Path) -> None:

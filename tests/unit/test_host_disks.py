@@ -35,6 +35,7 @@ MIRROR: dict[str, Any] = {
         ({**STATUS, "record": "\ud800"}, MIRROR),
         ({**STATUS, "record": 5}, MIRROR),
         ({**STATUS, "name": None}, MIRROR),
+        (STATUS, {**MIRROR, "worth": "best"}),
         (STATUS, {**MIRROR, "lag-ms": "much"}),
         (STATUS, {**MIRROR, "lag-bytes": 10**4000}),
         (STATUS, {**MIRROR, "lag-ms": float("nan")}),
@@ -44,14 +45,29 @@ MIRROR: dict[str, Any] = {
 async def test_an_answer_that_is_none_is_told_of_that_disk(
     monkeypatch: pytest.MonkeyPatch, status: Any, mirror: Any
 ) -> None:
-    async def ask_once(path: Path, *_: str) -> list[Any]:
-        return [status, mirror] if path.name == "bad" else [STATUS, MIRROR]
+    async def ask_found(path: Path, *_: str) -> tuple[Path, list[Any]]:
+        return path, [status, mirror] if path.name == "bad" else [STATUS, MIRROR]
 
-    monkeypatch.setattr(disks, "ask_once", ask_once)
+    monkeypatch.setattr(disks, "ask_found", ask_found)
     found = await ask([HostDisk(control=Path("/run/bad")), HostDisk(control=Path("/run/good"))])
     bad, good = _json(found)
     assert bad["problem"].startswith("the backend at /run/bad answers with what is no ")
     assert (bad["state"], good["state"], good["problem"]) == ("unknown", "steady", None)
+
+
+async def test_no_answer_is_that_of_a_record_that_nobody_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in its own place: there it may be that the lock cannot be seen."""
+    answers = {"vm1": "/r/vm1", "vm2": "/r/vm3"}
+
+    async def ask_found(control: Path, *_: str) -> tuple[Path, list[Any]]:
+        return control, [{**STATUS, "record": answers[control.name]}, MIRROR]
+
+    monkeypatch.setattr(disks, "ask_found", ask_found)
+    asked = [HostDisk(name=name, record_path=Path(f"/r/{name}"), control=Path(name)) for name in answers]
+    found = await ask([*asked, HostDisk(name="vm3", record_path=Path("/r/vm3"))])
+    assert [(each.name, each.running) for each in found] == [
+        ("vm1", True), ("vm2", False), (None, True), ("vm3", False),
+    ]  # fmt: skip
 
 
 async def test_no_answer_is_that_of_a_record_whose_lock_another_one_holds(
@@ -60,12 +76,12 @@ async def test_no_answer_is_that_of_a_record_whose_lock_another_one_holds(
     """Else its commands would go to whoever says that it is its backend."""
     records = {name: tmp_path / f"{name}.record.json" for name in ("vm1", "vm2", "vm3")}
 
-    async def ask_once(control: FoundSocket, *_: str) -> list[Any]:
+    async def ask_found(control: FoundSocket, *_: str) -> tuple[FoundSocket, list[Any]]:
         name = control.path.parent.name
         said = "vm1" if name in ("vm2", "vm3") else name
-        return [{**STATUS, "record": str(records[said])}, {**MIRROR, "destination": f"/{name}"}]
+        return control, [{**STATUS, "record": str(records[said])}, {**MIRROR, "destination": f"/{name}"}]
 
-    monkeypatch.setattr(disks, "ask_once", ask_once)
+    monkeypatch.setattr(disks, "ask_found", ask_found)
     places = {name: tmp_path / name / "control" for name in records}
     locks = {name: Path(f"{record}.lock") for name, record in records.items()}
     found = await ask(

@@ -17,10 +17,10 @@ from vhostsync.errors import ConfigError, StateRecordError
 from vhostsync.lineage_name import check_lineage_name, control_of, runtime_directory, socket_of
 from vhostsync.option_values import Answer
 from vhostsync.record import names, record_report
-from vhostsync.record.names import Lineage, Names, find_name, follow_name, state_directories
+from vhostsync.record.names import KIND, Lineage, Names, find_name, follow_name, state_directories
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import open_state_file
-from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.record.state_record import StateRecord, Worth, encode_checked
 from vhostsync.storage.file import create_image
 
 
@@ -134,6 +134,21 @@ def test_a_damaged_name_is_said_to_be_one(tmp_path: Path) -> None:
         of.find("vm1")
     with pytest.raises(StateRecordError, match="is damaged"):
         of.give(Lineage("vm1", tmp_path / "c.record.json"))
+
+
+@pytest.mark.parametrize("body", [{"record": "a\0b"}, {"record": "\ud800"}, {"record": "a", "group": 5}])
+def test_a_name_that_means_no_file_is_damaged(tmp_path: Path, body: dict[str, object]) -> None:
+    (tmp_path / "vm1.name.json").write_bytes(encode_checked(KIND, body))
+    with pytest.raises(StateRecordError, match=r"says what vm1 means, is damaged.*remove it"):
+        Names(tmp_path).find("vm1")
+    assert len(Names(tmp_path).damaged()) == 1
+
+
+def test_what_is_no_file_of_anybodys_is_read_as_none(tmp_path: Path) -> None:
+    """By a link of another user's; of some files of the kernel's there is nothing to read at the moment."""
+    (tmp_path / "vm1.name.json").symlink_to("/proc/kmsg")
+    with pytest.raises(StateRecordError, match=r"cannot be read|is damaged"):
+        Names(tmp_path).find("vm1")
 
 
 def test_a_record_never_lies_outside_of_the_directory(tmp_path: Path) -> None:

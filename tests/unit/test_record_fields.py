@@ -32,6 +32,7 @@ BOOT = "this boot"
 
 SAMPLES: Final[dict[str, Any]] = {
     "null": None, "boolean": True, "number": 7, "fraction": 1.5, "string": "x", "list": [], "object": {},
+    "a zero byte": "a\0b", "no text": "\ud800",
     "huge": 1 << 64, "infinite": float("inf"), "far below": -(1 << 64), "nested": [[]], "filled": {"x": 1},
 }  # fmt: skip
 

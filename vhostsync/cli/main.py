@@ -154,6 +154,9 @@ def _run(words: list[str]) -> int:
         return _export(_or_usage(parser, lambda: exporter_config(options)))
     if options.command == "node":
         return _be_node(_or_usage(parser, lambda: node_config(options)))
+    from vhostsync import log as logging
+
+    logging.configure("text", "warning")  # to stderr: what a command prints may be for a script
     if options.command == "record":
         from vhostsync.record import record_report
 

@@ -40,6 +40,10 @@ class RefusedError(ControlError):
         self.kind = kind
 
 
+class LostError(UnreachableError):
+    """It has answered, and is gone."""
+
+
 class ControlClient:
     """A negotiated connection; `connect` makes one. `ration_bytes`: how much is read of it."""
 
@@ -182,8 +186,8 @@ class ControlClient:
         if self._ration_bytes < 0:
             raise ControlError(f"The backend at {self._path} sends without an end, and no answer.")
 
-    def _lost(self) -> UnreachableError:
-        return UnreachableError(
+    def _lost(self) -> LostError:
+        return LostError(
             f"The backend at {self._path} closed the connection; it ended, or this user may not control it."
         )
 
@@ -194,9 +198,10 @@ async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncItera
     path = Path(control)
     try:
         with anyio.fail_after(patience_s):
-            connection = await connect_to(control)
+            connection, control = await connect_to(control)
     except OSError as error:  # also TimeoutError
         raise UnreachableError(_why(path, error)) from error
+    path = Path(control)
     with connection:
         client = ControlClient(connection, path)
         try:
@@ -209,22 +214,27 @@ async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncItera
 
 
 async def ask_once(control: Control, *commands: str) -> list[Any]:
-    """What each of them returns, or its RefusedError, by a connection of their own. All are sent together, so
-    the backend is woken as seldom as can be: this is for who asks many of them. So of one that was taken over
-    by its guest no more than RATION_BYTES is read. UnreachableError, ControlError. Waits for as long as the
-    caller lets it."""
+    """What each of them returns, or its RefusedError. Errors as of `ask_found`."""
+    return (await ask_found(control, *commands))[1]
+
+
+async def ask_found(control: Control, *commands: str) -> tuple[Control, list[Any]]:
+    """Where it was asked, and what each of the commands returns, or its RefusedError, by a connection of
+    their own. All are sent together, so the backend is woken as seldom as can be: this is for who asks many
+    of them. So of one that was taken over by its guest no more than RATION_BYTES is read. UnreachableError,
+    ControlError. Waits for as long as the caller lets it."""
     path = Path(control)
     try:
-        connection = await connect_to(control)
+        connection, control = await connect_to(control)
     except OSError as error:
         raise UnreachableError(_why(path, error)) from error
     with connection:
-        client = ControlClient(connection, path, RATION_BYTES)
+        client = ControlClient(connection, Path(control), RATION_BYTES)
         await client._be_greeted()
         negotiated, *answers = await client.execute_all(qmp.CAPABILITIES, *commands)
         if isinstance(negotiated, RefusedError):
             raise negotiated
-        return answers
+        return control, answers
 
 
 def _shown(said: Any) -> str:

@@ -23,11 +23,12 @@ from . import sockets
 @dataclass(frozen=True)
 class FoundSocket(os.PathLike[str]):
     """`lock`: of the record, which one of `holders` held when the socket was found; None: nobody did, or no
-    record is known."""
+    record is known. `others`: where they may listen, too, where it is not at `path`."""
 
     path: Path
     lock: Path | None = None
     holders: frozenset[int] = field(default=frozenset(), compare=False)
+    others: tuple[Path, ...] = ()
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -39,6 +40,35 @@ class FoundSocket(os.PathLike[str]):
         """The same, where another record has it, too (two state directories may have a disk of one name): who
         holds the lock of either is spoken to."""
         return replace(self, lock=self.lock or other.lock, holders=self.holders | other.holders)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        return (self.path, *self.others)
+
+    async def connected(self) -> tuple[socket.socket, "FoundSocket"]:
+        """At the first of its places where one of the right processes listens, and which that is. OSError,
+        UnreachableError."""
+        missing: OSError | None = None
+        wrong: UnreachableError | None = None
+        for place in self.places:
+            there = replace(self, path=place, others=())
+            try:
+                connection = await sockets.connect(place, follow=False)
+            except OSError as error:
+                missing = error
+                continue
+            try:
+                await there.check_peer(connection)
+            except BaseException as error:
+                connection.close()
+                if not isinstance(error, UnreachableError):
+                    raise
+                wrong = error
+            else:
+                return connection, there
+        failure = wrong or missing
+        assert failure is not None
+        raise failure
 
     async def check_peer(self, connection: socket.socket) -> None:
         """UnreachableError where it is not that process. Another one than at first may hold the lock by now:
@@ -58,14 +88,8 @@ Control = Path | FoundSocket
 """What the operator has named is believed."""
 
 
-async def connect_to(control: Control) -> socket.socket:
-    """OSError, UnreachableError."""
+async def connect_to(control: Control) -> tuple[socket.socket, Control]:
+    """And where that leads. OSError, UnreachableError."""
     if isinstance(control, Path):
-        return await sockets.connect(control)
-    connection = await sockets.connect(control.path, follow=False)
-    try:
-        await control.check_peer(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+        return await sockets.connect(control), control
+    return await control.connected()

@@ -26,6 +26,7 @@ DEPTH_MAX: Final = 32
 GENERIC_ERROR: Final = "GenericError"
 COMMAND_NOT_FOUND: Final = "CommandNotFound"
 CAPABILITIES: Final = "qmp_capabilities"
+GOING_DOWN: Final = "The backend is going down."
 
 # What moves the scanner: outside strings brackets and quotes, inside them quote and backslash; and in both
 # the bytes that no JSON may hold there. 0xFF is the byte that the specification gives clients to get a

@@ -146,7 +146,7 @@ class ControlServer:
             await client.send(
                 qmp.return_line({}, request.id)
                 if done
-                else qmp.error_line("The backend is going down.", request.id)
+                else qmp.error_line(qmp.GOING_DOWN, request.id)
             )
             raise
 

@@ -11,7 +11,7 @@ A backend may hang, or have been taken over by its guest. So
 
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +47,15 @@ class Place:
     name: str
     control: Control
 
+    def is_of(self, other: "Place") -> bool:
+        """The same disk's. Of one record there is one question at a time, wherever its link leads by now."""
+        lock, others = _lock_of(self.control), _lock_of(other.control)
+        return self == other if lock is None else lock == others
+
+
+def _lock_of(control: Control) -> Path | None:
+    return control.lock if isinstance(control, FoundSocket) else None
+
 
 @dataclass(frozen=True)
 class Found:
@@ -69,8 +78,10 @@ def look_around(directories: Iterable[Path] = ()) -> Found:
     except StateRecordError as error:
         log.warning("the disks of this host cannot be told by their records", reason=str(error))
         return Found(find_places([runtime_directory(), RECEIVERS]), [])
-    backends = [(disk.name, disk.control) for disk in disks if disk.control]
-    listening = [Place(name or _name_of(Path(control)), control) for name, control in backends]
+    given = {disk.name for disk in disks if disk.name}
+    listening = [
+        Place(disk.name or _label_of(disk.control, given), disk.control) for disk in disks if disk.control
+    ]
     places = _told_apart(_each_once([*listening, *find_places([RECEIVERS])]))
     names = {place.name for place in places}
     return Found(places, sorted({disk.name for disk in disks if disk.name and not disk.control} - names))
@@ -105,6 +116,12 @@ def _sockets_in(directory: Path) -> Iterable[Path]:
         with suppress(OSError):
             if stat.S_ISSOCK(path.stat().st_mode):
                 yield path
+
+
+def _label_of(control: Control, given: Set[str]) -> str:
+    """Of a disk without a name: what its socket is called, but not as one that has been given that name."""
+    name = _name_of(Path(control))
+    return str(control) if name in given else name
 
 
 def _name_of(control: Path) -> str:

@@ -67,7 +67,7 @@ class Exporter:
         former, self._asked = self._asked, {}
         for place in places:
             before = former.get(place.name)
-            asked = before if before is not None and before.place == place else Asked(place)
+            asked = before if before is not None and before.place.is_of(place) else Asked(place)
             asked.place = place  # another process may hold the lock of its record by now
             self._asked[place.name] = asked
         return self._asked

@@ -3,12 +3,13 @@
 
 A disk is known by a state record of the state directory (or of one below it, where each backend has its own),
 or by a control socket in the place that sockets have by name. A record's backend is the process that holds
-the record's lock, and it listens where the link beside the record leads, else in the place that its socket
-has by the record's name. Where the lock is held, nobody else is asked, whatever listens there
+the record's lock, and it listens in the place that its socket has by the record's name, else where the link
+beside the record leads. Where the lock is held, nobody else is asked, whatever listens there
 (control/found_socket.py).
 
-Nothing that a disk's backend has said, or put in its place, is looked up but by a thread that is not waited
-for beyond ANSWER_S: it may lead to a file system that hangs."""
+What a disk's backend has said, or has put in a directory of its own, may lead to a file system that hangs. No
+record or name there that is a link is followed, and a socket or a record that it names is looked up by a
+thread that is not waited for beyond ANSWER_S."""
 
 import os
 import stat
@@ -21,22 +22,26 @@ from typing import Any, Final
 
 import anyio
 
-from vhostsync.control.client import RefusedError, ask_once
+from vhostsync.control import qmp
+from vhostsync.control.client import LostError, RefusedError, ask_found
 from vhostsync.control.found_socket import Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError
 from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.host.flocks import Flocks, the_one
 from vhostsync.lineage_name import control_below, control_of, is_lineage_name, runtime_directory
-from vhostsync.record.names import Lineage, Names, find_name, state_directories
+from vhostsync.record.names import Lineage, Names, all_names, find_name, names_of
 from vhostsync.record.record_report import linked_socket, records_in, socket_by_command
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import default_directory
-from vhostsync.record.state_record import StateRecord
+from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.typed_fields import is_text
 
 ASKED_AT_ONCE: Final = 64
 ANSWER_S: Final = 5.0
 AGAIN_S: Final = (0.1, 0.2, 0.3)
 """After so long each it is looked again for a disk that seems to be between two backends."""
+ALL_AGAIN_S: Final = 1.0
+"""And for so long in all: one of them may hang."""
 SETTLED_S: Final = 1.0
 """Who begins or ends has written the record less than so long ago, and is to be looked at again."""
 
@@ -48,7 +53,9 @@ class HostDisk:
     """One disk of this host. `name` and `group` are those that `vhostsync create` has given it; `record` is
     None where nothing could be read. `control`: where its backend listens. `status` and `mirror` are what it
     has answered (query-status, query-mirror); None: none runs, or it does not answer (`problem`). `in_use`: a
-    process holds the record's lock. `place`: which record the backend says that it uses."""
+    process holds the record's lock. `settled`: it was not written just now. `passing`: why there was no
+    answer, where there may be one in a moment. `real_record`: where the record is in truth, and `said`: where
+    that is of which the backend says that it uses it."""
 
     name: str | None = None
     group: str | None = None
@@ -56,8 +63,10 @@ class HostDisk:
     record: StateRecord | None = None
     in_use: bool = False
     settled: bool = True
+    real_record: str | None = None
     control: Control | None = None
-    place: str | None = None
+    passing: str | None = None
+    said: str | None = None
     status: Answer | None = None
     mirror: Answer | None = None
     problem: str | None = None
@@ -67,8 +76,17 @@ class HostDisk:
         return self.status is not None
 
     @property
-    def nobody_listens(self) -> bool:
-        return self.status is None and self.problem is None and self.record_path is not None
+    def own(self) -> str | None:
+        """Its record, as it is told from others."""
+        if self.real_record is not None or self.record_path is None:
+            return self.real_record
+        return str(self.record_path)
+
+    @property
+    def may_come_back(self) -> bool:
+        """It seems to be between two backends."""
+        silent = self.status is None and self.problem is None and self.record_path is not None
+        return self.passing is not None or (silent and not self.settled)
 
     @property
     def shown_name(self) -> str:
@@ -153,29 +171,48 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
     runtime = runtime if runtime is not None else runtime_directory()
     flocks = Flocks()
     found: list[HostDisk] = []
-    for directory in state_directories(state if state is not None else default_directory()):
+    for names in all_names(state if state is not None else default_directory()):
         try:
-            records, names = records_in(directory), Names(directory).all()
+            records, lineages = records_in(names.directory), names.all()
         except StateRecordError as error:
-            found.append(HostDisk(record_path=directory, problem=str(error)))
+            found.append(HostDisk(record_path=names.directory, problem=str(error)))
             continue
-        of_record = {each.record.name: each for each in names}
-        found += [_recorded(path, of_record.get(path.name), flocks, runtime) for path in records]
+        of_record = {each.record.name: each for each in lineages}
+        found += [_recorded(names, path, of_record.get(path.name), flocks, runtime) for path in records]
         there = {path.name for path in records}
-        found += [_lost(each) for each in names if each.record.name not in there]
-    listening = {str(each.control) for each in found}
-    found += [
-        HostDisk(control=FoundSocket(path)) for path in control_sockets(runtime) if str(path) not in listening
-    ]
+        found += [_lost(each) for each in lineages if each.record.name not in there]
+    listening = {place for each in found for place in _places(each.control)}
+    nameless = [path for path in control_sockets(runtime) if path not in listening]
+    found += [HostDisk(control=FoundSocket(path)) for path in nameless]
     return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
 
 
-def _recorded(path: Path, lineage: Lineage | None, flocks: Flocks, runtime: Path) -> HostDisk:
-    disk = HostDisk(record_path=path)
+def _places(control: Control | None) -> Sequence[Path]:
+    if isinstance(control, FoundSocket):
+        return control.places
+    return () if control is None else (control,)
+
+
+def _found_again(disks: Sequence[HostDisk]) -> list[HostDisk]:
+    """Those with a record, as they are by now. Blocks."""
+    base, runtime, flocks = default_directory(), runtime_directory(), Flocks()
+    found = []
+    for disk in disks:
+        path = disk.record_path
+        assert path is not None
+        lineage = Lineage(disk.name, path, disk.group) if disk.name is not None else None
+        found.append(_recorded(names_of(path.parent, base), path, lineage, flocks, runtime))
+    return found
+
+
+def _recorded(
+    names: Names, path: Path, lineage: Lineage | None, flocks: Flocks, runtime: Path
+) -> HostDisk:
+    disk = HostDisk(record_path=path, real_record=names.real(path))
     if lineage is not None:
         disk = replace(disk, name=lineage.name, group=lineage.group)
     try:
-        disk = replace(disk, record=StateFile(path).load())
+        disk = replace(disk, record=StateFile(path, files=names.files).load())
     except StateRecordError as error:
         disk = replace(disk, problem=str(error))
     by_name = control_below(runtime, lineage.name) if lineage is not None else None
@@ -190,22 +227,24 @@ def _lock_of(record: Path) -> Path:
 
 def _is_settled(record: Path) -> bool:
     try:
-        return abs(time.time() - record.stat().st_mtime) > SETTLED_S
+        return abs(time.time() - record.lstat().st_mtime) > SETTLED_S
     except OSError:
         return True
 
 
 def _find_socket(record: Path, by_name: Path | None, holders: frozenset[int]) -> FoundSocket | None:
-    """Of the record's backend. What lies in the place of the name may be left over."""
-    stands = by_name is not None and _is_socket(by_name)
+    """Of the record's backend: what lies in the place of its name may be left over, and so may the link."""
+    places = [by_name] if by_name is not None and _is_socket(by_name) else []
+    if holders:
+        told = linked_socket(record)
+        if told is None and (process := the_one(holders)) is not None:
+            told = socket_by_command(process)
+        places += [told] if told is not None and told not in places else []
+    if not places:
+        return None
     if not holders:
-        return FoundSocket(by_name) if by_name is not None and stands else None
-    place = linked_socket(record)
-    if place is None and stands:
-        place = by_name
-    if place is None and (process := the_one(holders)) is not None:
-        place = socket_by_command(process)
-    return FoundSocket(place, _lock_of(record), holders) if place is not None else None
+        return FoundSocket(places[0])
+    return FoundSocket(places[0], _lock_of(record), holders, tuple(places[1:]))
 
 
 def _lost(lineage: Lineage) -> HostDisk:
@@ -248,7 +287,12 @@ def find_control(name: str) -> FoundSocket:
 
 
 async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
-    """The same, with what their backends say of themselves, so many at once."""
+    """The same, with what their backends say of themselves."""
+    return _each_once(await _ask_all(disks))
+
+
+async def _ask_all(disks: Sequence[HostDisk]) -> list[HostDisk]:
+    """So many at once."""
     asked = list(disks)
     limit = anyio.CapacityLimiter(ASKED_AT_ONCE)
 
@@ -260,75 +304,86 @@ async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
         for at, disk in enumerate(asked):
             if disk.control is not None:
                 tasks.start_soon(ask_one, at)
-    held = {_real(each.record_path) for each in disks if _is_held(each)}
-    return _each_once(asked, held)
+    return asked
 
 
 async def host_disks() -> list[HostDisk]:
-    """All disks of this host, as they are now. StateRecordError."""
-    disks = await ask(await ask_unless_cancelled(known_disks))
-    for pause_s in AGAIN_S:
-        if not any(each.nobody_listens and (each.in_use or not each.settled) for each in disks):
-            break
-        await anyio.sleep(pause_s)
-        disks = await ask(await ask_unless_cancelled(known_disks))
-    return list(map(_not_as_stopped, disks))
+    """All disks of this host, as they are now. StateRecordError, ControlError."""
+    try:
+        disks = await _ask_all(await ask_unless_cancelled(known_disks))
+        with anyio.move_on_after(ALL_AGAIN_S):
+            for pause_s in AGAIN_S:
+                if not any(each.may_come_back for each in disks):
+                    break
+                await anyio.sleep(pause_s)
+                disks = await _look_again(disks)
+    except OSError as error:
+        raise ControlError(f"The disks of this host cannot be looked for: {error.strerror}.") from error
+    return _each_once(list(map(_not_as_stopped, disks)))
+
+
+async def _look_again(disks: Sequence[HostDisk]) -> list[HostDisk]:
+    """At those between two backends."""
+    unclear = [at for at, disk in enumerate(disks) if disk.may_come_back]
+    found = await ask_unless_cancelled(partial(_found_again, [disks[at] for at in unclear]))
+    anew = dict(zip(unclear, await _ask_all(found), strict=True))
+    return [anew.get(at, disk) for at, disk in enumerate(disks)]
 
 
 def _not_as_stopped(disk: HostDisk) -> HostDisk:
-    if not disk.nobody_listens or not disk.in_use:
+    if disk.status is not None or disk.problem is not None or not disk.in_use:
         return disk
-    return replace(
-        disk, problem="a process holds its record, and nobody listens: its backend begins or ends just now "
-        "(vhostsync record names the process)",
-    )  # fmt: skip
+    return replace(disk, problem=disk.passing or "its backend runs, and has no control socket to be asked at")
 
 
 async def _ask(disk: HostDisk) -> HostDisk:
     assert disk.control is not None
     try:
         with anyio.fail_after(ANSWER_S):
-            status, mirror = await ask_once(disk.control, "query-status", "query-mirror")
-            place = await _place_said(disk, status)
+            control, (status, mirror) = await ask_found(disk.control, "query-status", "query-mirror")
+            said = await _record_said(disk, status)
     except TimeoutError:
         return replace(disk, problem=f"the backend at {disk.control} does not answer")
+    except LostError as error:
+        return replace(disk, problem=str(error), passing=str(error) if disk.record_path else None)
     except ControlError as error:
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
-            return replace(disk, control=None)  # a socket that its backend has left behind
+            # A socket that its backend has left behind; or it begins or ends just now.
+            passing = f"a process holds its record, and nobody listens at {disk.control}"
+            return replace(disk, control=None, passing=passing if disk.in_use else None)
         return replace(disk, problem=str(error))
+    except OSError as error:
+        return replace(disk, problem=f"it cannot be asked: {error.strerror}")
     if isinstance(status, Mapping) and "receiver" in status:
         return replace(disk, control=None)  # the receiver of another host's disk
     for answer in (status, mirror):
         if isinstance(answer, RefusedError):
-            return replace(disk, problem=str(answer))
+            going = str(answer) == qmp.GOING_DOWN and disk.record_path is not None
+            return replace(disk, problem=str(answer), passing=str(answer) if going else None)
     if (wrong := _not_in_form(status, _STATUS) or _not_in_form(mirror, _MIRROR)) is not None:
         return replace(disk, problem=f"the backend at {disk.control} answers with what is no {wrong}")
-    return replace(disk, status=status, mirror=mirror, place=place)
+    return replace(disk, control=control, status=status, mirror=mirror, said=said)
 
 
-async def _place_said(disk: HostDisk, status: Any) -> str | None:
+async def _record_said(disk: HostDisk, status: Any) -> str | None:
     """The record that the backend says it uses: where that is in truth."""
     said = status.get("record") if isinstance(status, Mapping) else None
-    if said is None or not _is_text(said):
+    if said is None or not is_text(said):
         return None
     if said == str(disk.record_path):
-        return _real(disk.record_path)
+        return disk.own
     return await ask_unless_cancelled(partial(os.path.realpath, said))
 
 
 # A backend may have been taken over by its guest: what it says costs no other disk its line.
 
 
-def _is_text(value: Any) -> bool:
-    """One that may be a path."""
-    try:
-        return isinstance(value, str) and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        return False
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and 0 <= value < 1 << 64
+
+
+def _is_worth(value: Any) -> bool:
+    return value in list(Worth)
 
 
 def _are_counts(value: Any) -> bool:
@@ -339,15 +394,15 @@ def _are_counts(value: Any) -> bool:
 _Form = Mapping[str, tuple[Callable[[Any], bool], bool]]
 """By the name: whether it is one, and whether there may be none."""
 _STATUS: Final[_Form] = {
-    "name": (_is_text, False), "disk": (_is_text, False), "active": (_is_number, False),
-    "frontends": (_is_number, False), "capacity": (_is_number, False), "record": (_is_text, True),
+    "name": (is_text, False), "disk": (is_text, False), "active": (_is_number, False),
+    "frontends": (_is_number, False), "capacity": (_is_number, False), "record": (is_text, True),
 }  # fmt: skip
 _MIRROR: Final[_Form] = {
-    "state": (_is_text, False), "destination": (_is_text, True), "worth": (_is_text, True),
+    "state": (is_text, False), "destination": (is_text, True), "worth": (_is_worth, True),
     "lag-bytes": (_is_number, False), "lag-ms": (_is_number, False), "counts": (_are_counts, False),
     "copy-bytes-done": (_is_number, False), "copy-bytes-total": (_is_number, False),
     "copy-rate-bytes-per-s": (_is_number, False), "copy-remaining-s": (_is_number, True),
-    "reason": (_is_text, True), "last-error": (_is_text, True),
+    "reason": (is_text, True), "last-error": (is_text, True),
 }  # fmt: skip
 
 
@@ -367,12 +422,15 @@ def _is_held(disk: HostDisk) -> bool:
     return isinstance(disk.control, FoundSocket) and disk.control.lock is not None
 
 
-def _each_once(disks: list[HostDisk], held: Set[str | None]) -> list[HostDisk]:
+def _each_once(disks: list[HostDisk]) -> list[HostDisk]:
     """What answers at the place of a name may be the backend of another record: each answer goes to the
-    record that its backend names, and what is left has none. But of a record that is `held`, the answer is
-    that of its holder, who may say what he will: commands go where an answer has come from."""
-    records = [_real(each.record_path) for each in disks]
-    named = [_record_of_answer(each, own, held) for each, own in zip(disks, records, strict=True)]
+    record that its backend names, and what is left has none. But of a record that is held, the answer is
+    that of its holder, who may say what he will: commands go where an answer has come from. And who runs
+    elsewhere than in a record's place is not its backend while no process holds it."""
+    held = {each.own for each in disks if _is_held(each)}
+    used = {each.own for each in disks if each.in_use}
+    records = [each.own for each in disks]
+    named = [_record_of_answer(each, held, used) for each in disks]
     answers = {place: each for each, place in zip(disks, named, strict=True) if place is not None}
     known = set(records)
     found = []
@@ -392,15 +450,12 @@ def _with_answer(disk: HostDisk, theirs: HostDisk | None) -> HostDisk:
     return replace(disk, control=theirs.control, status=theirs.status, mirror=theirs.mirror, problem=None)
 
 
-def _record_of_answer(disk: HostDisk, own: str | None, held: Set[str | None]) -> str | None:
+def _record_of_answer(disk: HostDisk, held: Set[str | None], used: Set[str | None]) -> str | None:
     """The record that the backend names; one of an earlier version names none, and is believed to use that in
-    whose place it was found, its `own`."""
+    whose place it was found, its own."""
+    own = disk.own
     if disk.status is None:
         return None
     if "record" not in disk.status or (own is not None and own in held):
         return own
-    return None if disk.place in held else disk.place
-
-
-def _real(path: Path | None) -> str | None:
-    return None if path is None else os.path.realpath(path)
+    return disk.said if disk.said == own or (disk.said in used and disk.said not in held) else None

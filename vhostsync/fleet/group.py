@@ -9,7 +9,7 @@ import anyio
 from vhostsync.control.found_socket import Control
 from vhostsync.errors import ControlError, StateRecordError
 from vhostsync.fleet.disks import HostDisk, host_disks
-from vhostsync.record.names import Names, state_directories
+from vhostsync.record.names import all_names
 from vhostsync.record.state_index import default_directory
 
 _BEST_FIRST: Final = ("up-to-date", "outdated", "inconsistent", None)
@@ -41,9 +41,9 @@ def controls_of_group(group: str) -> list[Control]:
 def _unread_names() -> list[str]:
     """Why, for each that may be one of any group. StateRecordError."""
     unread = []
-    for directory in state_directories(default_directory()):
+    for names in all_names(default_directory()):
         try:
-            unread += Names(directory).damaged()
+            unread += names.damaged()
         except StateRecordError as error:
             unread.append(str(error))
     return unread

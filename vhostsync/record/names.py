@@ -21,11 +21,12 @@ from vhostsync.config import ServeConfig
 from vhostsync.errors import StateRecordError
 from vhostsync.lineage_name import is_lineage_name
 from vhostsync.option_values import Answer
-from vhostsync.record.state_file import FileSystem, RealFileSystem, StateFile
+from vhostsync.record.state_file import FileSystem, OthersFiles, RealFileSystem, StateFile
 from vhostsync.record.state_index import default_directory
 from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked, named
 from vhostsync.storage.look import look
 from vhostsync.storage.moved import name_today
+from vhostsync.typed_fields import typed
 
 log = structlog.get_logger(__name__)
 
@@ -61,15 +62,14 @@ class Names:
 
     def __init__(self, directory: Path, files: FileSystem | None = None) -> None:
         self.directory = directory
-        self._files: FileSystem = files if files is not None else RealFileSystem()
+        self.files: FileSystem = files if files is not None else RealFileSystem()
 
     def find(self, name: str) -> Lineage | None:
         path = self._path(name)
         try:
-            body: dict[str, Any] = decode_checked(KIND, self._files.read(path))
-            group = body.get("group")
-            record = self.directory / Path(str(body["record"])).name
-            return Lineage(name, record, None if group is None else str(group))
+            body: dict[str, Any] = decode_checked(KIND, self.files.read(path))
+            group: str | None = typed(str | None, body.get("group"))
+            return Lineage(name, self.directory / Path(typed(str, body["record"])).name, group)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -81,6 +81,12 @@ class Names:
                 f"{path}, which says what {name} means, is damaged ({error}); remove it, and give the disk "
                 f"its name once more: vhostsync create {name} --disk DISK"
             ) from error
+
+    def real(self, record: Path) -> str:
+        """Where a record of this directory is in truth. OSError."""
+        if isinstance(self.files, OthersFiles):
+            return str(Path(os.path.realpath(self.directory)) / record.name)
+        return os.path.realpath(record)
 
     def all(self) -> list[Lineage]:
         """By name; what is damaged is passed over."""
@@ -121,9 +127,9 @@ class Names:
             body = {"record": lineage.record.name, "group": lineage.group}
             temporary = Path(f"{path}.new")
             try:
-                self._files.write_durable(temporary, encode_checked(KIND, body))
-                self._files.rename(temporary, path)
-                self._files.sync_directory(self.directory)
+                self.files.write_durable(temporary, encode_checked(KIND, body))
+                self.files.rename(temporary, path)
+                self.files.sync_directory(self.directory)
             except OSError as error:
                 raise StateRecordError(f"the name {path} cannot be written: {error.strerror}") from error
 
@@ -143,7 +149,7 @@ class Names:
     def forget_record(self, record: Path) -> None:
         """The names that lead to it are free from here on. OSError."""
         for lineage in self.of_record(record):
-            self._files.unlink(self._path(lineage.name))
+            self.files.unlink(self._path(lineage.name))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -175,7 +181,7 @@ class Names:
 
     def _file_names(self) -> list[str]:
         try:
-            return self._files.names(self.directory)
+            return self.files.names(self.directory)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -201,11 +207,21 @@ def state_directories(base: Path) -> list[Path]:
     return [base, *below]
 
 
+def all_names(base: Path) -> list[Names]:
+    """Those of all state directories. StateRecordError."""
+    return [names_of(directory, base) for directory in state_directories(base)]
+
+
+def names_of(directory: Path, base: Path) -> Names:
+    """One that lies below the base is another user's, perhaps: what there is a link is not followed."""
+    return Names(directory, None if directory == base else OthersFiles())
+
+
 def find_name(name: str, base: Path) -> Lineage:
     """In the state directory, or the one below it that is of this name alone. StateRecordError where the name
     is not known."""
     for directory in (base, base / name):
-        if (lineage := Names(directory).find(name)) is not None:
+        if (lineage := names_of(directory, base).find(name)) is not None:
             return lineage
     raise StateRecordError(
         f"no disk is named {name} in {base}; begin one: vhostsync create {name} --disk DISK (or say where "
