@@ -6,8 +6,8 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -16,7 +16,6 @@ import anyio
 from vhostsync.control.client import ControlClient, connect
 from vhostsync.control.found_socket import Control
 from vhostsync.errors import HandOverError, UnreachableError
-from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.node.request import OPTION, node_of
 from vhostsync.option_values import TakeOver
 
@@ -148,8 +147,8 @@ def _folder_of(process: int) -> Path:
 
 
 async def _until_it_serves(control: Control, successor: int, said: _Said) -> None:
-    with suppress(ProcessLookupError), OwnedFd(os.pidfd_open(successor)) as process:
-        while not select.select([process], [], [], 0)[0]:  # it has not ended
+    with _watched(successor) as has_ended:
+        while not has_ended():
             try:
                 async with connect(control) as client:
                     if client.process == successor:
@@ -161,3 +160,17 @@ async def _until_it_serves(control: Control, successor: int, said: _Said) -> Non
         f"The new backend has ended; `vhostsync status` tells whether the former one still serves. It has "
         f"said: {said.text()}"
     )
+
+
+@contextmanager
+def _watched(process: int) -> Iterator[Callable[[], bool]]:
+    """Whether it has ended. It is another one's child."""
+    try:
+        fd = os.pidfd_open(process)
+    except ProcessLookupError:
+        yield lambda: True
+        return
+    try:
+        yield lambda: bool(select.select([fd], [], [], 0)[0])
+    finally:
+        os.close(fd)
