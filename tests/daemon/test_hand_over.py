@@ -4,6 +4,7 @@ steady, and whichever of the two dies, the guest's disk is served by one of them
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -38,6 +39,7 @@ from tests.guest_ring import GuestMemory
 from tests.sizes import MIB
 from tests.vhost_client import LOG, WANTED_PROTOCOL, Message, ProtocolFeature, VhostUserTransport
 from vhostsync import hand_over
+from vhostsync.cli import upgrade
 from vhostsync.errors import HandOverError
 from vhostsync.host.owned_fd import OwnedFd, close_all, new_memory
 from vhostsync.host.parcel import receive_parcel
@@ -367,6 +369,25 @@ def test_the_command_of_the_operator(work: Path) -> None:
         client.execute("quit")
         await_true(lambda: served.process.log.read_text().count('"ended"') == 3, "the last one ends")
     assert same_content(source, other)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("fails", "why"),
+    [
+        ("raise OSError(11, 'no')", r"BlockingIOError: \[Errno 11\] no"),
+        ("os.kill(0, 9)", "the attempt was killed"),
+    ],
+)
+async def test_an_upgrade_that_cannot_begin_is_one_sentence(
+    work: Path, monkeypatch: pytest.MonkeyPatch, fails: str, why: str
+) -> None:
+    monkeypatch.setattr(upgrade, "_START_AND_END", f"import os; {fails}")
+    with Served(work, image(work / "a.img")) as served:
+        given = argparse.Namespace(control=served.control, force=False, words=[], timeout=WAIT_S)
+        with pytest.raises(HandOverError, match=f"No new backend could be started: {why}."):
+            await upgrade.run(given)
+        assert served.qmp.execute("query-status")["frontends"] == 0
 
 
 def test_an_upgrade_that_is_refused_says_why(work: Path) -> None:

@@ -4,6 +4,7 @@ line."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ async def test_an_answer_that_is_none_is_told_of_that_disk(
     bad, good = _json(found)
     assert bad["problem"].startswith("the backend at /run/bad answers with what is no ")
     assert (bad["state"], good["state"], good["problem"]) == ("unknown", "steady", None)
+
+
+async def test_one_that_was_found_in_two_ways_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It began while the disks were looked for: its socket was seen, and then its record once more."""
+    record, control = tmp_path / "vm1.record.json", FoundSocket(tmp_path / "control")
+
+    async def ask_found(control: FoundSocket, *_: str) -> tuple[FoundSocket, list[Any]]:
+        return control, [{**STATUS, "record": str(record)}, MIRROR]
+
+    monkeypatch.setattr(disks, "ask_found", ask_found)
+    held = replace(control, lock=tmp_path / "lock", holders=frozenset({1}))
+    known = HostDisk(name="vm1", record_path=record, control=held, in_use=True)
+    found = await ask([known, HostDisk(control=control)])
+    assert [(each.name, each.running) for each in found] == [("vm1", True)]
 
 
 async def test_no_answer_is_that_of_a_record_that_nobody_uses(monkeypatch: pytest.MonkeyPatch) -> None:

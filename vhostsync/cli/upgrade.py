@@ -83,11 +83,17 @@ async def _start(former: int, words: Sequence[str], said: _Said | None) -> int:
     SIGKILL right after the SIGTERM with which it stops it."""
     what = TakeOver.GUEST_AND_LOG if said is not None else TakeOver.GUEST
     command = [sys.executable, "-P", "-m", "vhostsync", "serve", *words, "--take-over", what]
-    starting = await anyio.run_process(
-        [sys.executable, "-I", "-S", "-c", _START_AND_END, *command],
-        stdin=subprocess.DEVNULL, stderr=said.fd if said is not None else None, cwd=_folder_of(former),
-        start_new_session=True, **_credentials(former, words),
-    )  # fmt: skip
+    try:
+        starting = await anyio.run_process(
+            [sys.executable, "-I", "-S", "-c", _START_AND_END, *command], check=False,
+            stdin=subprocess.DEVNULL, stderr=said.fd if said is not None else None, cwd=_folder_of(former),
+            start_new_session=True, **_credentials(former, words),
+        )  # fmt: skip
+    except OSError as error:
+        raise HandOverError(f"No new backend could be started: {error.strerror or error}.") from error
+    if not starting.stdout.strip().isdigit():
+        why = said.text().rpartition("\n")[2] if said is not None else ""
+        raise HandOverError(f"No new backend could be started: {why or 'the attempt was killed'}.")
     return int(starting.stdout)
 
 
@@ -158,7 +164,7 @@ async def _until_it_serves(control: Control, successor: int, said: _Said) -> Non
             await anyio.sleep(LOOK_S)
     raise HandOverError(
         f"The new backend has ended; `vhostsync status` tells whether the former one still serves. It has "
-        f"said: {said.text()}"
+        f"said: {said.text() or 'nothing'}"
     )
 
 

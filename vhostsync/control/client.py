@@ -200,7 +200,7 @@ async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncItera
         with anyio.fail_after(patience_s):
             connection, control = await connect_to(control)
     except OSError as error:  # also TimeoutError
-        raise UnreachableError(_why(path, error)) from error
+        raise UnreachableError(_why(Path(error.filename or path), error)) from error
     path = Path(control)
     with connection:
         client = ControlClient(connection, path)
@@ -227,7 +227,7 @@ async def ask_found(control: Control, *commands: str) -> tuple[Control, list[Any
     try:
         connection, control = await connect_to(control)
     except OSError as error:
-        raise UnreachableError(_why(path, error)) from error
+        raise UnreachableError(_why(Path(error.filename or path), error)) from error
     with connection:
         client = ControlClient(connection, Path(control), RATION_BYTES)
         await client._be_greeted()

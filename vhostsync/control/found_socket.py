@@ -12,12 +12,18 @@ import socket
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Final
+
+import anyio
 
 from ..errors import UnreachableError
 from ..host.errands import ask_unless_cancelled
 from ..host.flocks import lock_holders
 from ..host.peer import peer_process
 from . import sockets
+
+PLACE_S: Final = 1.0
+"""How long a place may take where there is another one."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +45,39 @@ class FoundSocket(os.PathLike[str]):
     def claimed_too(self, other: "FoundSocket") -> "FoundSocket":
         """The same, where another record has it, too (two state directories may have a disk of one name): who
         holds the lock of either is spoken to."""
-        return replace(self, lock=self.lock or other.lock, holders=self.holders | other.holders)
+        places = dict.fromkeys((*self.places, *other.places))
+        _, *others = places
+        return replace(
+            self, lock=self.lock or other.lock, holders=self.holders | other.holders, others=tuple(others)
+        )
 
     @property
     def places(self) -> tuple[Path, ...]:
         return (self.path, *self.others)
 
     async def connected(self) -> tuple[socket.socket, "FoundSocket"]:
-        """At the first of its places where one of the right processes listens, and which that is. OSError,
-        UnreachableError."""
-        missing: OSError | None = None
-        wrong: UnreachableError | None = None
+        """At the first of its places where one of the right processes listens, and which that is. OSError
+        with the place as its filename, UnreachableError: of all places the one that says most."""
+        failures: list[OSError | UnreachableError] = []
         for place in self.places:
             there = replace(self, path=place, others=())
             try:
-                connection = await sockets.connect(place, follow=False)
-            except OSError as error:
-                missing = error
-                continue
-            try:
-                await there.check_peer(connection)
-            except BaseException as error:
-                connection.close()
-                if not isinstance(error, UnreachableError):
-                    raise
-                wrong = error
-            else:
-                return connection, there
-        failure = wrong or missing
-        assert failure is not None
-        raise failure
+                with anyio.fail_after(PLACE_S if place != self.places[-1] else None):
+                    return await there._connected_there(), there
+            except (OSError, UnreachableError) as error:
+                if isinstance(error, OSError):
+                    error.filename = str(place)
+                failures.append(error)
+        raise min(failures, key=_says_little)
+
+    async def _connected_there(self) -> socket.socket:
+        connection = await sockets.connect(self.path, follow=False)
+        try:
+            await self.check_peer(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     async def check_peer(self, connection: socket.socket) -> None:
         """UnreachableError where it is not that process. Another one than at first may hold the lock by now:
@@ -82,6 +91,14 @@ class FoundSocket(os.PathLike[str]):
                 f"disk's backend, and was told nothing. Find out who has put that socket there; what "
                 f"--control names is believed."
             )
+
+
+def _says_little(failure: OSError | UnreachableError) -> int:
+    if isinstance(failure, FileNotFoundError):
+        return 3
+    if isinstance(failure, ConnectionRefusedError):
+        return 2
+    return int(isinstance(failure, TimeoutError))
 
 
 Control = Path | FoundSocket

@@ -82,11 +82,12 @@ class HostDisk:
             return self.real_record
         return str(self.record_path)
 
-    @property
-    def may_come_back(self) -> bool:
-        """It seems to be between two backends."""
+    def may_come_back(self, looked: int) -> bool:
+        """It seems to be between two backends, after so many looks. (One that has no control socket at all is
+        not waited for.)"""
         silent = self.status is None and self.problem is None and self.record_path is not None
-        return self.passing is not None or (silent and not self.settled)
+        begins = self.in_use and self.control is None and looked == 1
+        return self.passing is not None or (silent and (begins or not self.settled))
 
     @property
     def shown_name(self) -> str:
@@ -169,6 +170,8 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
     """All of them, none asked yet; by name, those without one last. Blocks. StateRecordError where the state
     directory cannot be read."""
     runtime = runtime if runtime is not None else runtime_directory()
+    # In the order in which a backend begins from the end: one that listens by now is seen to hold its record.
+    listening = control_sockets(runtime)
     flocks = Flocks()
     found: list[HostDisk] = []
     for names in all_names(state if state is not None else default_directory()):
@@ -181,9 +184,8 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
         found += [_recorded(names, path, of_record.get(path.name), flocks, runtime) for path in records]
         there = {path.name for path in records}
         found += [_lost(each) for each in lineages if each.record.name not in there]
-    listening = {place for each in found for place in _places(each.control)}
-    nameless = [path for path in control_sockets(runtime) if path not in listening]
-    found += [HostDisk(control=FoundSocket(path)) for path in nameless]
+    known = {place for each in found for place in _places(each.control)}
+    found += [HostDisk(control=FoundSocket(path)) for path in listening if path not in known]
     return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
 
 
@@ -288,46 +290,43 @@ def find_control(name: str) -> FoundSocket:
 
 async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
     """The same, with what their backends say of themselves."""
-    return _each_once(await _ask_all(disks))
-
-
-async def _ask_all(disks: Sequence[HostDisk]) -> list[HostDisk]:
-    """So many at once."""
     asked = list(disks)
+    await _ask_each(dict(enumerate(disks)), asked)
+    return _each_once(asked)
+
+
+async def _ask_each(disks: Mapping[int, HostDisk], asked: list[HostDisk]) -> None:
+    """So many at once. Each goes into its place in `asked` once it has answered."""
     limit = anyio.CapacityLimiter(ASKED_AT_ONCE)
 
-    async def ask_one(at: int) -> None:
+    async def ask_one(at: int, disk: HostDisk) -> None:
         async with limit:
-            asked[at] = await _ask(asked[at])
+            asked[at] = await _ask(disk)
 
     async with anyio.create_task_group() as tasks:
-        for at, disk in enumerate(asked):
+        for at, disk in disks.items():
             if disk.control is not None:
-                tasks.start_soon(ask_one, at)
-    return asked
+                tasks.start_soon(ask_one, at, disk)
+            else:
+                asked[at] = disk
 
 
 async def host_disks() -> list[HostDisk]:
     """All disks of this host, as they are now. StateRecordError, ControlError."""
     try:
-        disks = await _ask_all(await ask_unless_cancelled(known_disks))
+        disks = await ask_unless_cancelled(known_disks)
+        await _ask_each(dict(enumerate(disks)), disks)
         with anyio.move_on_after(ALL_AGAIN_S):
-            for pause_s in AGAIN_S:
-                if not any(each.may_come_back for each in disks):
+            for looked, pause_s in enumerate(AGAIN_S, start=1):
+                unclear = [at for at, disk in enumerate(disks) if disk.may_come_back(looked)]
+                if not unclear:
                     break
                 await anyio.sleep(pause_s)
-                disks = await _look_again(disks)
+                found = await ask_unless_cancelled(partial(_found_again, [disks[at] for at in unclear]))
+                await _ask_each(dict(zip(unclear, found, strict=True)), disks)
     except OSError as error:
         raise ControlError(f"The disks of this host cannot be looked for: {error.strerror}.") from error
     return _each_once(list(map(_not_as_stopped, disks)))
-
-
-async def _look_again(disks: Sequence[HostDisk]) -> list[HostDisk]:
-    """At those between two backends."""
-    unclear = [at for at, disk in enumerate(disks) if disk.may_come_back]
-    found = await ask_unless_cancelled(partial(_found_again, [disks[at] for at in unclear]))
-    anew = dict(zip(unclear, await _ask_all(found), strict=True))
-    return [anew.get(at, disk) for at, disk in enumerate(disks)]
 
 
 def _not_as_stopped(disk: HostDisk) -> HostDisk:
@@ -349,7 +348,8 @@ async def _ask(disk: HostDisk) -> HostDisk:
     except ControlError as error:
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
             # A socket that its backend has left behind; or it begins or ends just now.
-            passing = f"a process holds its record, and nobody listens at {disk.control}"
+            place = error.__cause__.filename or disk.control
+            passing = f"a process holds its record, and nobody listens at {place}"
             return replace(disk, control=None, passing=passing if disk.in_use else None)
         return replace(disk, problem=str(error))
     except OSError as error:
@@ -431,12 +431,15 @@ def _each_once(disks: list[HostDisk]) -> list[HostDisk]:
     used = {each.own for each in disks if each.in_use}
     records = [each.own for each in disks]
     named = [_record_of_answer(each, held, used) for each in disks]
+    taken = {place for each in disks if each.record_path is not None for place in _places(each.control)}
     answers = {place: each for each, place in zip(disks, named, strict=True) if place is not None}
     known = set(records)
     found = []
     for disk, own, place in zip(disks, records, named, strict=True):
         if own is not None:
             found.append(_with_answer(disk, answers.get(own)))
+        if own is None and disk.control is not None and taken.intersection(_places(disk.control)):
+            continue  # it was asked in the place of its record, too, which was found later
         if disk.status is not None and (place is None or place not in known):
             found.append(HostDisk(control=disk.control, status=disk.status, mirror=disk.mirror))
         if disk.record_path is None and disk.problem is not None:
