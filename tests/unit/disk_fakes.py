@@ -20,9 +20,12 @@ def disk(
 
 A, B, C = disk("a"), disk("b"), disk("c")
 
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+"""Of which a path may be."""
+
 identities = st.builds(
     DiskIdentity,
-    path=st.text(min_size=1, max_size=20).map(lambda name: f"/{name}"),
+    path=st.text(CHARACTERS, min_size=1, max_size=20).map(lambda name: f"/{name}"),
     kind=st.sampled_from(["file", "block"]),
     device=st.integers(0, 3),
     inode=st.integers(0, 3),
