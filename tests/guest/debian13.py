@@ -8,6 +8,7 @@ Its programs run under chroot in a mount namespace of their own, so that no moun
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -36,14 +37,18 @@ def tree() -> Path:
     if shutil.which("debootstrap", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
         raise AssetError("debootstrap is not installed; `./run test --debian13` installs it")
     partial = folder.with_suffix(".partial")
-    run(*_as_root(), "rm", "-rf", "--one-file-system", partial)
-    try:
-        include = f"--include={','.join(PACKAGES)}"
-        run(*_as_root(), "debootstrap", "--variant=minbase", include, "trixie", partial)
-    except AssetError as error:
+    with partial.with_suffix(".lock").open("w") as lock:  # several processes run tests, and each wants it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder
         run(*_as_root(), "rm", "-rf", "--one-file-system", partial)
-        raise AssetError(f"cannot make the Debian 13 tree (is the network up?): {error}") from error
-    partial.rename(folder)
+        try:
+            include = f"--include={','.join(PACKAGES)}"
+            run(*_as_root(), "debootstrap", "--variant=minbase", include, "trixie", partial)
+        except AssetError as error:
+            run(*_as_root(), "rm", "-rf", "--one-file-system", partial)
+            raise AssetError(f"cannot make the Debian 13 tree (is the network up?): {error}") from error
+        partial.rename(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from tests.guest.harness import Guest, GuestDisk, GuestOptions, machine_command,
 from tests.guest.images import digest, new_image
 from tests.sizes import MIB
 
-pytestmark = [pytest.mark.guest, pytest.mark.debian13, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.guest, pytest.mark.debian13, pytest.mark.timeout(600)]  # the tree is made
 
 
 @pytest.fixture(scope="session")
