@@ -112,6 +112,27 @@ static void packed_unmap(struct virtqueue *vq)
 
 /* ---- the start ------------------------------------------------------------ */
 
+static void log_element(const struct virtqueue *vq, uint16_t index)
+{
+    if (vq->log)
+        dirty_log_mark(vq->log, vq->packed->desc_guest_addr + index * sizeof(struct vring_packed_desc),
+                       sizeof(struct vring_packed_desc));
+}
+
+/* A process that died amid a batch may have written used elements, flags and all, behind the first one, which it has
+ * not shown. Once another one is shown there, the guest would come to them and take them for this process's, whose next
+ * element it then misses. So what is at work looks again as the guest has made it available. The first place does: its
+ * flags show a batch, and are written last. The guest looks no further, and needs nothing else of these descriptors. */
+static void hide_former_elements(struct virtqueue *vq)
+{
+    struct packed_ring *p = vq->packed;
+    for (uint32_t i = 1; i < p->in_flight; i++) {
+        uint16_t place = advance(vq, p->next_used, i);
+        WRITE_ONCE(p->desc[index_of(place)].flags, (uint16_t)(wrap_of(place) ? AVAIL : USED));
+        log_element(vq, index_of(place));
+    }
+}
+
 /* What a former process has taken up keeps its buffer IDs and its descriptors. 0 or minus an enum vs_breach. */
 static int take_again(struct virtqueue *vq)
 {
@@ -129,6 +150,7 @@ static int take_again(struct virtqueue *vq)
     vq->again_count = (uint32_t)count;
     /* Also if there are none: a frontend whose backend died knows no base of a packed ring. */
     p->next_avail = advance(vq, p->next_used, p->in_flight);
+    hide_former_elements(vq);
     return 0;
 }
 
@@ -267,13 +289,6 @@ static int packed_chain_next(struct chain *c, struct chain_segment *out)
 }
 
 /* ---- answers ---------------------------------------------------------------- */
-
-static void log_element(const struct virtqueue *vq, uint16_t index)
-{
-    if (vq->log)
-        dirty_log_mark(vq->log, vq->packed->desc_guest_addr + index * sizeof(struct vring_packed_desc),
-                       sizeof(struct vring_packed_desc));
-}
 
 static void packed_push(struct virtqueue *vq, uint16_t chain, uint32_t written_bytes)
 {
