@@ -15,11 +15,19 @@
  * might still be carried out. So an operation comes back when it is over, be
  * it days later; that the engine waits for no longer than it wants is its own
  * business. Until then its buffers are librbd's (durability.md, rule 8).
+ *
+ * Where the OSD fails that keeps the image's header, librbd takes the lock anew,
+ * and what would change the image meanwhile is refused with EROFS: it has not
+ * begun, so it is handed over again. A client that somebody else has shut out is
+ * told so instead (ESHUTDOWN), and one whose lock has gone otherwise is not
+ * given it back, so that is an error after LOCK_BACK_NS.
  */
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "rbd_disk.h"
 #include "rbd_holes.h"
@@ -27,6 +35,9 @@
 /* A zeroing is handed over in parts, so that a large one does not fill librbd's queues, and is seen to come on. */
 #define ZERO_PART_BYTES (64u << 20)
 #define BLOCK_BYTES 512u
+#define SECOND_NS 1000000000u
+#define LOCK_BACK_NS (10ull * SECOND_NS)
+#define LOCK_PAUSE_NS 20000000 /* until it is tried again */
 
 static const struct vs_disk_services *core;
 
@@ -47,7 +58,8 @@ struct rbd_disk {
     uint32_t close_timeout_s;
     struct rbd_holes holes;
     struct worker submitting, looking;
-    bool closed; /* or being closed by the looking thread, which ends with that */
+    bool closed;                  /* or being closed by the looking thread, which ends with that */
+    _Atomic uint64_t unlocked_ns; /* since when librbd refuses changes, for it has not the lock; 0: it does not */
     uint64_t client;
     struct list link; /* open_disks */
 };
@@ -103,13 +115,43 @@ static int of_disk(long error)
                                                                                                         : (int)error;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND_NS + (uint64_t)t.tv_nsec;
+}
+
+/* Whether a change was refused because librbd takes the lock anew. */
+static bool waits_for_the_lock(struct rbd_disk *d, const struct disk_io *io, ssize_t result)
+{
+    uint64_t since, now;
+    if (io->kind == VS_DISK_READ || io->kind == VS_DISK_FLUSH)
+        return false;
+    since = atomic_load(&d->unlocked_ns);
+    if (result != -EROFS) {
+        if (since && result >= 0)
+            atomic_store(&d->unlocked_ns, 0);
+        return false;
+    }
+    now = now_ns();
+    if (!since)
+        atomic_compare_exchange_strong(&d->unlocked_ns, &since, now); /* then since is what was there */
+    return !since || now - since < LOCK_BACK_NS;
+}
+
 /* By one of librbd's threads. */
 static void answered(rbd_completion_t completion, void *arg)
 {
     struct disk_io *io = arg;
+    struct rbd_disk *d = (struct rbd_disk *)io->work.disk;
     ssize_t found = rbd_aio_get_return_value(completion);
     int result = 0;
     rbd_aio_release(completion);
+    if (waits_for_the_lock(d, io, found)) {
+        worker_give(&d->submitting, io);
+        return;
+    }
     if (found < 0)
         result = of_disk(found);
     else if (io->kind == VS_DISK_READ && (uint64_t)found != io->length)
@@ -164,9 +206,12 @@ static void *run_submitting(void *arg)
     struct list taken, *node;
     core->thread_begin("vhostsync-rbd");
     list_init(&taken);
-    for (worker_take(&d->submitting, &taken); !list_empty(&taken); worker_take(&d->submitting, &taken))
+    for (worker_take(&d->submitting, &taken); !list_empty(&taken); worker_take(&d->submitting, &taken)) {
+        if (atomic_load(&d->unlocked_ns))
+            nanosleep(&(struct timespec){.tv_nsec = LOCK_PAUSE_NS}, NULL);
         while ((node = list_pop(&taken)))
             hand_over(d, container_of(node, struct disk_io, work.remote_link));
+    }
     return NULL;
 }
 

@@ -32,7 +32,8 @@ static struct image {
     pthread_cond_t came;
     struct aio *under_way[UNDER_WAY];
     unsigned count, answered, closed, wrong_every;
-    bool gives_up; /* an operation that takes too long ends, and may be carried out all the same */
+    unsigned unlocked; /* so many changes are refused: the lock is taken anew */
+    bool gives_up;     /* an operation that takes too long ends, and may be carried out all the same */
     uint64_t chance;
     bool ending;
 } image = {.lock = PTHREAD_MUTEX_INITIALIZER, .came = PTHREAD_COND_INITIALIZER, .chance = 3};
@@ -70,12 +71,18 @@ static void *answer(void *arg)
         unsigned which = (unsigned)(test_random(&image.chance) % image.count);
         struct aio *a = image.under_way[which];
         image.under_way[which] = image.under_way[--image.count];
+        bool changes = a->kind == VS_DISK_WRITE || a->kind == VS_DISK_ZERO;
+        bool unlocked = changes && image.unlocked > 0; /* it is not carried out */
         bool wrong = image.wrong_every && ++image.answered % image.wrong_every == 0;
+        image.unlocked -= unlocked;
         pthread_cond_broadcast(&image.came);
         pthread_mutex_unlock(&image.lock);
-        carry_out(a); /* ranges that are under way do not overlap */
+        if (!unlocked)
+            carry_out(a); /* ranges that are under way do not overlap */
         if (wrong)
             a->result = -ESHUTDOWN;
+        if (unlocked)
+            a->result = -EROFS;
         a->over(a, a->arg);
         pthread_mutex_lock(&image.lock);
     }
@@ -248,6 +255,14 @@ static void its_size_is_asked_while_it_works(void)
     rig_close();
 }
 
+static void known_again(void)
+{
+    for (unsigned i = 0; i < SLOTS; i++) {
+        memcpy(rig.slots[i].holds, image.bytes + (uint64_t)i * SLOT_BYTES, SLOT_BYTES);
+        rig.slots[i].unsure = false;
+    }
+}
+
 static void some_answers_are_errors(void)
 {
     image.wrong_every = WRONG;
@@ -256,10 +271,31 @@ static void some_answers_are_errors(void)
     CHECK(rig.failed > 0 && rig.failure == -ESHUTDOWN);
     rig_close();
     image.wrong_every = 0;
-    for (unsigned i = 0; i < SLOTS; i++) { /* known again */
-        memcpy(rig.slots[i].holds, image.bytes + (uint64_t)i * SLOT_BYTES, SLOT_BYTES);
-        rig.slots[i].unsure = false;
+    known_again();
+}
+
+static void the_lock_is_taken_anew(void)
+{
+    rig_open(opened());
+    for (unsigned i = 0; i < 3; i++) {
+        image.unlocked = 100;
+        rig_work(500);
+        CHECK_EQUAL(rig.failed, 0);
+        CHECK_EQUAL(image.unlocked, 0);
     }
+    rig_close();
+}
+
+/* Without anybody having been shut out: an error in the end, and soon from then on. */
+static void the_lock_is_gone_for_good(void)
+{
+    image.unlocked = UINT32_MAX;
+    rig_open(opened());
+    rig_work(500);
+    CHECK(rig.failed > 0 && rig.failure == -EROFS);
+    rig_close();
+    image.unlocked = 0;
+    known_again();
 }
 
 static void opened_and_closed_many_times(void)
@@ -287,6 +323,8 @@ int main(void)
     test("at work", at_work);
     test("its size is asked while it works", its_size_is_asked_while_it_works);
     test("some answers are errors", some_answers_are_errors);
+    test("the lock is taken anew", the_lock_is_taken_anew);
+    test("the lock is gone for good", the_lock_is_gone_for_good);
     test("opened and closed many times", opened_and_closed_many_times);
     test("closed before an engine has it", closed_before_an_engine_has_it);
     pthread_mutex_lock(&image.lock);
