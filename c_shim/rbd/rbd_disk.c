@@ -17,14 +17,13 @@
  * business. Until then its buffers are librbd's (durability.md, rule 8).
  *
  * Where the OSD fails that keeps the image's header, librbd takes the lock anew,
- * and what would change the image meanwhile is refused with EROFS: it has not
- * begun, so it is handed over again. A client that somebody else has shut out is
- * told so instead (ESHUTDOWN), and one whose lock has gone otherwise is not
- * given it back, so that is an error after LOCK_BACK_NS.
+ * and refuses with EROFS what needs it meanwhile: writes and flushes, of some
+ * images reads. That has not begun, so it is handed over again. A client that
+ * somebody else has shut out is told so instead (ESHUTDOWN). Of one whose lock
+ * was taken away otherwise, by hand, it is an error after LOCK_BACK_NS.
  */
 #include <errno.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -36,8 +35,11 @@
 #define ZERO_PART_BYTES (64u << 20)
 #define BLOCK_BYTES 512u
 #define SECOND_NS 1000000000u
-#define LOCK_BACK_NS (10ull * SECOND_NS)
-#define LOCK_PAUSE_NS 20000000 /* until it is tried again */
+#ifndef LOCK_BACK_NS
+#define LOCK_BACK_NS \
+    (60ull * SECOND_NS) /* a cluster may need 20 s to notice that an OSD has died, and a second one may die */
+#endif
+#define LOCK_PAUSE_NS 100000000u /* until it is tried again */
 
 static const struct vs_disk_services *core;
 
@@ -50,6 +52,13 @@ struct worker {
     bool ending;
 };
 
+/* What librbd has refused, for it takes the lock anew. Guarded by the submitting thread's lock. */
+struct lock_wait {
+    struct list refused;
+    uint64_t again_ns;             /* when these are handed over again */
+    uint64_t since_ns, refused_ns; /* the first time of those that follow each other, and the last; 0: never */
+};
+
 struct rbd_disk {
     struct vs_disk disk; /* first: the two share an address */
     rbd_image_t image;
@@ -58,8 +67,8 @@ struct rbd_disk {
     uint32_t close_timeout_s;
     struct rbd_holes holes;
     struct worker submitting, looking;
-    bool closed;                  /* or being closed by the looking thread, which ends with that */
-    _Atomic uint64_t unlocked_ns; /* since when librbd refuses changes, for it has not the lock; 0: it does not */
+    bool closed; /* or being closed by the looking thread, which ends with that */
+    struct lock_wait wait;
     uint64_t client;
     struct list link; /* open_disks */
 };
@@ -91,10 +100,14 @@ static void worker_take(struct worker *w, struct list *taken)
 /* 0 or an error number. */
 static int worker_start(struct worker *w, void *(*run)(void *disk), struct rbd_disk *d)
 {
+    pthread_condattr_t by_uptime;
     list_init(&w->todo);
     w->ending = false;
     pthread_mutex_init(&w->lock, NULL);
-    pthread_cond_init(&w->came, NULL);
+    pthread_condattr_init(&by_uptime);
+    pthread_condattr_setclock(&by_uptime, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->came, &by_uptime);
+    pthread_condattr_destroy(&by_uptime);
     return pthread_create(&w->thread, NULL, run, d);
 }
 
@@ -122,22 +135,28 @@ static uint64_t now_ns(void)
     return (uint64_t)t.tv_sec * SECOND_NS + (uint64_t)t.tv_nsec;
 }
 
-/* Whether a change was refused because librbd takes the lock anew. */
-static bool waits_for_the_lock(struct rbd_disk *d, const struct disk_io *io, ssize_t result)
+/* Whether it was refused because librbd takes the lock anew, and is handed over again in a moment. */
+static bool waits_for_the_lock(struct rbd_disk *d, struct disk_io *io, ssize_t result)
 {
-    uint64_t since, now;
-    if (io->kind == VS_DISK_READ || io->kind == VS_DISK_FLUSH)
+    struct lock_wait *w = &d->wait;
+    uint64_t now;
+    bool again;
+    if (result != -EROFS)
         return false;
-    since = atomic_load(&d->unlocked_ns);
-    if (result != -EROFS) {
-        if (since && result >= 0)
-            atomic_store(&d->unlocked_ns, 0);
-        return false;
-    }
     now = now_ns();
-    if (!since)
-        atomic_compare_exchange_strong(&d->unlocked_ns, &since, now); /* then since is what was there */
-    return !since || now - since < LOCK_BACK_NS;
+    pthread_mutex_lock(&d->submitting.lock);
+    if (!w->refused_ns || now - w->refused_ns > SECOND_NS)
+        w->since_ns = now; /* it is tried more often than that while one waits */
+    w->refused_ns = now;
+    again = now - w->since_ns < LOCK_BACK_NS;
+    if (again) {
+        if (list_empty(&w->refused))
+            w->again_ns = now + LOCK_PAUSE_NS;
+        list_append(&w->refused, &io->work.remote_link);
+        pthread_cond_signal(&d->submitting.came);
+    }
+    pthread_mutex_unlock(&d->submitting.lock);
+    return again;
 }
 
 /* By one of librbd's threads. */
@@ -148,10 +167,8 @@ static void answered(rbd_completion_t completion, void *arg)
     ssize_t found = rbd_aio_get_return_value(completion);
     int result = 0;
     rbd_aio_release(completion);
-    if (waits_for_the_lock(d, io, found)) {
-        worker_give(&d->submitting, io);
+    if (waits_for_the_lock(d, io, found))
         return;
-    }
     if (found < 0)
         result = of_disk(found);
     else if (io->kind == VS_DISK_READ && (uint64_t)found != io->length)
@@ -200,18 +217,37 @@ static void hand_over(struct rbd_disk *d, struct disk_io *io)
     }
 }
 
+/* As worker_take, and what was refused, once its time has come: what comes meanwhile does not wait behind it. */
+static void take_to_submit(struct rbd_disk *d, struct list *taken)
+{
+    struct worker *w = &d->submitting;
+    struct list *refused = &d->wait.refused;
+    pthread_mutex_lock(&w->lock);
+    for (;;) {
+        if (!list_empty(refused) && d->wait.again_ns <= now_ns())
+            list_splice(taken, refused);
+        list_splice(taken, &w->todo);
+        if (!list_empty(taken) || w->ending)
+            break;
+        if (list_empty(refused))
+            pthread_cond_wait(&w->came, &w->lock);
+        else
+            pthread_cond_timedwait(&w->came, &w->lock,
+                                   &(struct timespec){.tv_sec = (time_t)(d->wait.again_ns / SECOND_NS),
+                                                      .tv_nsec = (long)(d->wait.again_ns % SECOND_NS)});
+    }
+    pthread_mutex_unlock(&w->lock);
+}
+
 static void *run_submitting(void *arg)
 {
     struct rbd_disk *d = arg;
     struct list taken, *node;
     core->thread_begin("vhostsync-rbd");
     list_init(&taken);
-    for (worker_take(&d->submitting, &taken); !list_empty(&taken); worker_take(&d->submitting, &taken)) {
-        if (atomic_load(&d->unlocked_ns))
-            nanosleep(&(struct timespec){.tv_nsec = LOCK_PAUSE_NS}, NULL);
+    for (take_to_submit(d, &taken); !list_empty(&taken); take_to_submit(d, &taken))
         while ((node = list_pop(&taken)))
             hand_over(d, container_of(node, struct disk_io, work.remote_link));
-    }
     return NULL;
 }
 
@@ -342,6 +378,7 @@ vs_disk *vs_rbd_disk(rbd_image_t image, rados_ioctx_t pool, rados_t cluster, uin
     d->pool = pool;
     d->cluster = cluster;
     d->close_timeout_s = close_timeout_s;
+    list_init(&d->wait.refused);
     if (!rbd_holes_init(&d->holes, bytes)) {
         free(d);
         return NULL;

@@ -32,7 +32,7 @@ static struct image {
     pthread_cond_t came;
     struct aio *under_way[UNDER_WAY];
     unsigned count, answered, closed, wrong_every;
-    unsigned unlocked; /* so many changes are refused: the lock is taken anew */
+    unsigned unlocked; /* so many are refused, reads too: the lock is taken anew */
     bool gives_up;     /* an operation that takes too long ends, and may be carried out all the same */
     uint64_t chance;
     bool ending;
@@ -71,8 +71,7 @@ static void *answer(void *arg)
         unsigned which = (unsigned)(test_random(&image.chance) % image.count);
         struct aio *a = image.under_way[which];
         image.under_way[which] = image.under_way[--image.count];
-        bool changes = a->kind == VS_DISK_WRITE || a->kind == VS_DISK_ZERO;
-        bool unlocked = changes && image.unlocked > 0; /* it is not carried out */
+        bool unlocked = image.unlocked > 0; /* it is not carried out */
         bool wrong = image.wrong_every && ++image.answered % image.wrong_every == 0;
         image.unlocked -= unlocked;
         pthread_cond_broadcast(&image.came);
