@@ -143,8 +143,8 @@ static bool waits_for_the_lock(struct rbd_disk *d, struct disk_io *io, ssize_t r
     bool again;
     if (result != -EROFS)
         return false;
-    now = now_ns();
     pthread_mutex_lock(&d->submitting.lock);
+    now = now_ns(); /* here, so that it is not before what another thread has noted */
     if (!w->refused_ns || now - w->refused_ns > SECOND_NS)
         w->since_ns = now; /* it is tried more often than that while one waits */
     w->refused_ns = now;
