@@ -112,11 +112,11 @@ static void packed_unmap(struct virtqueue *vq)
 
 /* ---- the start ------------------------------------------------------------ */
 
-static void log_element(const struct virtqueue *vq, uint16_t index)
+static void log_elements(const struct virtqueue *vq, uint16_t first, uint32_t count)
 {
     if (vq->log)
-        dirty_log_mark(vq->log, vq->packed->desc_guest_addr + index * sizeof(struct vring_packed_desc),
-                       sizeof(struct vring_packed_desc));
+        dirty_log_mark(vq->log, vq->packed->desc_guest_addr + first * sizeof(struct vring_packed_desc),
+                       count * sizeof(struct vring_packed_desc));
 }
 
 /* A process that died amid a batch may have written used elements, flags and all, behind the first one, which it has
@@ -129,7 +129,6 @@ static void hide_former_elements(struct virtqueue *vq)
     for (uint32_t i = 1; i < p->in_flight; i++) {
         uint16_t place = advance(vq, p->next_used, i);
         WRITE_ONCE(p->desc[index_of(place)].flags, (uint16_t)(wrap_of(place) ? AVAIL : USED));
-        log_element(vq, index_of(place));
     }
 }
 
@@ -151,6 +150,7 @@ static int take_again(struct virtqueue *vq)
     /* Also if there are none: a frontend whose backend died knows no base of a packed ring. */
     p->next_avail = advance(vq, p->next_used, p->in_flight);
     hide_former_elements(vq);
+    log_elements(vq, 0, vq->num); /* also what that process has written and did not come to log */
     return 0;
 }
 
@@ -306,7 +306,7 @@ static void packed_push(struct virtqueue *vq, uint16_t chain, uint32_t written_b
     } else {
         WRITE_ONCE(p->desc[index].flags, flags);
     }
-    log_element(vq, index);
+    log_elements(vq, index, 1);
     c->next_in_batch = p->batch_first;
     p->batch_first = chain;
     p->batch_chains++;
@@ -380,7 +380,7 @@ static bool packed_show_used(struct virtqueue *vq)
     /* The elements, status bytes and data before the flags that show them. */
     atomic_thread_fence(memory_order_release);
     WRITE_ONCE(p->desc[p->batch_index].flags, p->batch_flags);
-    log_element(vq, p->batch_index);
+    log_elements(vq, p->batch_index, 1);
     forget_batch(vq);
     /* The flags before the look at what the guest wants: it writes its wish and then looks at the flags, so one of us
      * sees the other. */

@@ -71,6 +71,8 @@ static int split_start(struct virtqueue *vq, uint32_t base)
         /* Also with a record that is new: a process may have died before it began with it, and requests have
          * come since. */
         base = (uint16_t)(vq->next_used + vq->again_count);
+        /* A process that was killed may have written there, the index last, and not have come to log it. */
+        log_used(vq, vq->used, sizeof *vq->used + vq->num * sizeof vq->used->ring[0]);
     }
     vq->next_avail = (uint16_t)base;
     vq->avail_seen = (uint16_t)base;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "virtqueue.h"
 
+#include "inflight.h"
 #include "ring.h"
 
 #define DATA (GUEST_ADDR + 0x80000)
@@ -309,6 +310,30 @@ static void ring_taken_away(void)
     end(&w);
 }
 
+/* A process that was killed has written to it what it did not come to log. */
+static void a_former_process_s_ring_is_logged(void)
+{
+    static struct inflight_ring record;
+    struct world w = begin_ring(1024, false, false, 7); /* three pages of used elements */
+    uint64_t used = GUEST_ADDR + w.ring.used_at, first = used / DIRTY_LOG_PAGE_BYTES,
+             last = (used + 4 + 8 * 1024 - 1) / DIRTY_LOG_PAGE_BYTES,
+             bytes = (GUEST_ADDR + w.guest.bytes) / DIRTY_LOG_PAGE_BYTES / 8;
+    struct dirty_log log = {.map = NULL};
+    int fd = memfd_create("log", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0);
+    CHECK_EQUAL(dirty_log_map(&log, fd, bytes, 0), 0);
+    w.vq.log = &log;
+    w.vq.used_log_addr = used;
+    CHECK_EQUAL(virtqueue_start(&w.vq, 7), 0);
+    CHECK(!log.changed); /* there was no other */
+    w.vq.record = &record;
+    CHECK_EQUAL(virtqueue_start(&w.vq, 7), 0);
+    for (uint64_t page = 0; page < 8 * bytes; page++)
+        CHECK_EQUAL(log.bits[page / 8] >> page % 8 & 1, page >= first && page <= last);
+    dirty_log_unmap(&log);
+    end(&w);
+}
+
 int main(void)
 {
     test("places of the rings", places);
@@ -320,5 +345,6 @@ int main(void)
     test("notifications without EVENT_IDX", notify_without_event_idx);
     test("notifications with EVENT_IDX", notify_with_event_idx);
     test("a ring taken away", ring_taken_away);
+    test("a former process's ring is logged", a_former_process_s_ring_is_logged);
     return tests_end();
 }

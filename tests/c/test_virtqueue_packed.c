@@ -436,15 +436,20 @@ static bool logged(const uint8_t *bits, uint64_t page)
     return bits[page / 8] & (1u << page % 8);
 }
 
+static void begin_log(struct dirty_log *log, uint64_t bytes)
+{
+    int fd = memfd_create("log", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0);
+    CHECK_EQUAL(dirty_log_map(log, fd, bytes, 0), 0);
+}
+
 /* Used elements lie among the descriptors, whose guest address no message tells; the device's wishes where it does. */
 static void used_elements_are_logged(void)
 {
     struct world *w = begin_ring(512, false, false, WRAP | 200); /* two pages of descriptors */
     uint64_t bytes = (GUEST_ADDR + w->guest.bytes) / DIRTY_LOG_PAGE_BYTES / 8, desc_page, wish = GUEST_ADDR + 0x77000;
     struct dirty_log log = {.map = NULL};
-    int fd = memfd_create("log", MFD_CLOEXEC);
-    CHECK(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0);
-    CHECK_EQUAL(dirty_log_map(&log, fd, bytes, 0), 0);
+    begin_log(&log, bytes);
     w->vq.log = &log;
     w->vq.used_log_addr = wish;
     desc_page = (GUEST_ADDR + w->ring.desc_at) / DIRTY_LOG_PAGE_BYTES;
@@ -469,6 +474,27 @@ static void used_elements_are_logged(void)
     end(w);
 }
 
+/* A process that was killed has written elements that it did not come to log; which, nobody knows. */
+static void former_elements_are_logged(void)
+{
+    static struct inflight_packed record;
+    struct world *w = begin_ring(512, false, false, WRAP | 200);
+    uint64_t bytes = (GUEST_ADDR + w->guest.bytes) / DIRTY_LOG_PAGE_BYTES / 8, desc_page;
+    struct dirty_log log = {.map = NULL};
+    begin_log(&log, bytes);
+    w->vq.log = &log;
+    w->vq.used_log_addr = GUEST_ADDR;
+    desc_page = (GUEST_ADDR + w->ring.desc_at) / DIRTY_LOG_PAGE_BYTES;
+    CHECK_EQUAL(virtqueue_start(&w->vq, WRAP | 200), 0);
+    CHECK(!logged(log.bits, desc_page) && !logged(log.bits, desc_page + 1)); /* there was no other */
+    w->vq.record = &record;
+    CHECK_EQUAL(virtqueue_start(&w->vq, WRAP | 200), 0);
+    CHECK(logged(log.bits, desc_page) && logged(log.bits, desc_page + 1) && !logged(log.bits, desc_page + 2));
+    w->vq.record = NULL;
+    dirty_log_unmap(&log);
+    end(w);
+}
+
 int main(void)
 {
     test("places of the parts", places);
@@ -483,5 +509,6 @@ int main(void)
     test("notifications with EVENT_IDX", notify_with_event_idx);
     test("a ring taken away", ring_taken_away);
     test("used elements are logged", used_elements_are_logged);
+    test("a former process's elements are logged", former_elements_are_logged);
     return tests_end();
 }
