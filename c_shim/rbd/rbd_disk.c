@@ -35,9 +35,9 @@
 #define ZERO_PART_BYTES (64u << 20)
 #define BLOCK_BYTES 512u
 #define SECOND_NS 1000000000u
+/* A cluster may need 20 s to notice that an OSD has died, and a second one may die. */
 #ifndef LOCK_BACK_NS
-#define LOCK_BACK_NS \
-    (60ull * SECOND_NS) /* a cluster may need 20 s to notice that an OSD has died, and a second one may die */
+#define LOCK_BACK_NS (60ull * SECOND_NS)
 #endif
 #define LOCK_PAUSE_NS 100000000u /* until it is tried again */
 
@@ -46,17 +46,17 @@ static const struct vs_disk_services *core;
 /* A thread, and what it has to do: disk_io by work.remote_link. */
 struct worker {
     pthread_t thread;
-    pthread_mutex_t lock; /* guards todo and ending */
+    pthread_mutex_t lock; /* guards all below */
     pthread_cond_t came;
-    struct list todo;
+    struct list todo, later;
+    uint64_t later_ns; /* when there is something: until then it waits */
     bool ending;
 };
 
-/* What librbd has refused, for it takes the lock anew. Guarded by the submitting thread's lock. */
+/* When librbd has refused something, for it took the lock anew: the first time of those that follow each other, and the
+ * last; 0: never. Guarded by the submitting thread's lock. */
 struct lock_wait {
-    struct list refused;
-    uint64_t again_ns;             /* when these are handed over again */
-    uint64_t since_ns, refused_ns; /* the first time of those that follow each other, and the last; 0: never */
+    uint64_t since_ns, refused_ns;
 };
 
 struct rbd_disk {
@@ -87,13 +87,35 @@ static void worker_give(struct worker *w, struct disk_io *io)
     pthread_mutex_unlock(&w->lock);
 }
 
-/* All that has come, at least one; none: the end. */
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND_NS + (uint64_t)t.tv_nsec;
+}
+
+/* Something has come, or (if it returns by itself) it is later. */
+static void worker_wait(struct worker *w)
+{
+    struct timespec later = {.tv_sec = (time_t)(w->later_ns / SECOND_NS), .tv_nsec = (long)(w->later_ns % SECOND_NS)};
+    if (list_empty(&w->later))
+        pthread_cond_wait(&w->came, &w->lock);
+    else
+        pthread_cond_timedwait(&w->came, &w->lock, &later);
+}
+
+/* All that has come, at least one; none: the end. What waits for its time holds up nothing that comes meanwhile. */
 static void worker_take(struct worker *w, struct list *taken)
 {
     pthread_mutex_lock(&w->lock);
-    while (list_empty(&w->todo) && !w->ending)
-        pthread_cond_wait(&w->came, &w->lock);
-    list_splice(taken, &w->todo);
+    for (;;) {
+        if (!list_empty(&w->later) && w->later_ns <= now_ns())
+            list_splice(taken, &w->later);
+        list_splice(taken, &w->todo);
+        if (!list_empty(taken) || w->ending)
+            break;
+        worker_wait(w);
+    }
     pthread_mutex_unlock(&w->lock);
 }
 
@@ -102,6 +124,7 @@ static int worker_start(struct worker *w, void *(*run)(void *disk), struct rbd_d
 {
     pthread_condattr_t by_uptime;
     list_init(&w->todo);
+    list_init(&w->later);
     w->ending = false;
     pthread_mutex_init(&w->lock, NULL);
     pthread_condattr_init(&by_uptime);
@@ -128,34 +151,28 @@ static int of_disk(long error)
                                                                                                         : (int)error;
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * SECOND_NS + (uint64_t)t.tv_nsec;
-}
-
 /* Whether it was refused because librbd takes the lock anew, and is handed over again in a moment. */
 static bool waits_for_the_lock(struct rbd_disk *d, struct disk_io *io, ssize_t result)
 {
+    struct worker *submitting = &d->submitting;
     struct lock_wait *w = &d->wait;
     uint64_t now;
     bool again;
     if (result != -EROFS)
         return false;
-    pthread_mutex_lock(&d->submitting.lock);
+    pthread_mutex_lock(&submitting->lock);
     now = now_ns(); /* here, so that it is not before what another thread has noted */
     if (!w->refused_ns || now - w->refused_ns > SECOND_NS)
         w->since_ns = now; /* it is tried more often than that while one waits */
     w->refused_ns = now;
     again = now - w->since_ns < LOCK_BACK_NS;
     if (again) {
-        if (list_empty(&w->refused))
-            w->again_ns = now + LOCK_PAUSE_NS;
-        list_append(&w->refused, &io->work.remote_link);
-        pthread_cond_signal(&d->submitting.came);
+        if (list_empty(&submitting->later))
+            submitting->later_ns = now + LOCK_PAUSE_NS;
+        list_append(&submitting->later, &io->work.remote_link);
+        pthread_cond_signal(&submitting->came);
     }
-    pthread_mutex_unlock(&d->submitting.lock);
+    pthread_mutex_unlock(&submitting->lock);
     return again;
 }
 
@@ -217,35 +234,13 @@ static void hand_over(struct rbd_disk *d, struct disk_io *io)
     }
 }
 
-/* As worker_take, and what was refused, once its time has come: what comes meanwhile does not wait behind it. */
-static void take_to_submit(struct rbd_disk *d, struct list *taken)
-{
-    struct worker *w = &d->submitting;
-    struct list *refused = &d->wait.refused;
-    pthread_mutex_lock(&w->lock);
-    for (;;) {
-        if (!list_empty(refused) && d->wait.again_ns <= now_ns())
-            list_splice(taken, refused);
-        list_splice(taken, &w->todo);
-        if (!list_empty(taken) || w->ending)
-            break;
-        if (list_empty(refused))
-            pthread_cond_wait(&w->came, &w->lock);
-        else
-            pthread_cond_timedwait(&w->came, &w->lock,
-                                   &(struct timespec){.tv_sec = (time_t)(d->wait.again_ns / SECOND_NS),
-                                                      .tv_nsec = (long)(d->wait.again_ns % SECOND_NS)});
-    }
-    pthread_mutex_unlock(&w->lock);
-}
-
 static void *run_submitting(void *arg)
 {
     struct rbd_disk *d = arg;
     struct list taken, *node;
     core->thread_begin("vhostsync-rbd");
     list_init(&taken);
-    for (take_to_submit(d, &taken); !list_empty(&taken); take_to_submit(d, &taken))
+    for (worker_take(&d->submitting, &taken); !list_empty(&taken); worker_take(&d->submitting, &taken))
         while ((node = list_pop(&taken)))
             hand_over(d, container_of(node, struct disk_io, work.remote_link));
     return NULL;
@@ -378,7 +373,6 @@ vs_disk *vs_rbd_disk(rbd_image_t image, rados_ioctx_t pool, rados_t cluster, uin
     d->pool = pool;
     d->cluster = cluster;
     d->close_timeout_s = close_timeout_s;
-    list_init(&d->wait.refused);
     if (!rbd_holes_init(&d->holes, bytes)) {
         free(d);
         return NULL;
