@@ -17,6 +17,9 @@ class Mount:
     device: int  # of its file system
     folder: Path
     source: str
+    root: Path  # what of the file system is seen there
+    kind: str  # of the file system, as `ext4`
+    options: frozenset[str]  # of the file system
 
 
 def read_mounts() -> list[Mount]:
@@ -30,9 +33,14 @@ def read_mounts() -> list[Mount]:
         words = line.split(" ")
         try:
             major, minor = words[2].split(":")
-            source = words[words.index("-") + 2]
-            device = os.makedev(int(major), int(minor))
-            found.append(Mount(int(words[0]), device, Path(plain_path(words[4])), plain_path(source)))
+            kind, source, options = words[words.index("-") + 1 :][:3]
+            root, folder = (Path(plain_path(each)) for each in words[3:5])
+            found.append(
+                Mount(
+                    int(words[0]), os.makedev(int(major), int(minor)), folder, plain_path(source), root, kind,
+                    frozenset(options.split(",")),
+                )
+            )  # fmt: skip
         except (ValueError, IndexError):
             continue
     return found

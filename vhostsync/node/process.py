@@ -9,7 +9,7 @@ it. It opens no disk, and keeps nothing of a request: a child has the descriptor
 directory of whoever asked, and nothing of the node's but its memory as it was before the first request.
 
 A child is the node's user, with a session of its own; its sandbox it makes itself, as every backend. It
-belongs to the cgroup of whoever asked, where this user may put it there. It outlives the node.
+belongs to the cgroups of whoever asked, where this user may put it there. It outlives the node.
 """
 
 import ctypes
@@ -38,6 +38,7 @@ import vhostsync
 from vhostsync import daemon
 from vhostsync import log as logging
 from vhostsync.errors import ConfigError
+from vhostsync.host.cgroups import Cgroup, groups_apart
 from vhostsync.host.owned_fd import OwnedFd, close_all
 from vhostsync.host.parcel import receive_parcel, send_parcel
 from vhostsync.host.peer import peer_process, peer_uid
@@ -205,15 +206,15 @@ class _Node:
 
     def _fork(self, request: Request, fds: Sequence[OwnedFd], asker: socket.socket) -> _Child:
         """OSError."""
-        cgroup = _cgroup_of(peer_process(asker))
+        cgroups = _cgroups_of(peer_process(asker))
         process = os.fork()
         if process == 0:
-            self._be_backend(request, fds, asker, cgroup)
+            self._be_backend(request, fds, asker, cgroups)
         log.info("backend forked", process=process, asked_by=peer_process(asker))
         return _Child(process, asker)
 
     def _be_backend(
-        self, request: Request, fds: Sequence[OwnedFd], asker: socket.socket, cgroup: Path | None
+        self, request: Request, fds: Sequence[OwnedFd], asker: socket.socket, cgroups: Sequence[Cgroup]
     ) -> NoReturn:
         """In the child, which never comes back from here."""
         code = 1
@@ -230,7 +231,7 @@ class _Node:
             _take_descriptors([fd.take() for fd in fds], request.descriptors)
             logging.configure(self._config.log_format, self._config.log_level)
             os.setsid()
-            if cgroup is not None:
+            for cgroup in cgroups:
                 _enter(cgroup)
             os.chdir(request.directory)
             os.umask(request.umask)
@@ -263,22 +264,21 @@ def _take_descriptors(arrived: Sequence[int], numbers: Sequence[int]) -> None:
         os.close(fd)
 
 
-def _cgroup_of(process: int) -> Path | None:
-    """Of whoever asked, if it is another one than the node's; it waits for the answer, so it is still that
+def _cgroups_of(process: int) -> list[Cgroup]:
+    """Of whoever asked, if they are others than the node's; it waits for the answer, so it is still that
     process."""
     try:
-        there, here = (Path(f"/proc/{each}/cgroup").read_text().strip() for each in (process, "self"))
+        return groups_apart(process)
     except OSError:
-        return None
-    place = there.rpartition("::")[2]
-    return Path("/sys/fs/cgroup") / place.lstrip("/") if there != here and there.startswith("0::") else None
+        return []
 
 
-def _enter(cgroup: Path) -> None:
+def _enter(cgroup: Cgroup) -> None:
     try:
-        (cgroup / "cgroup.procs").write_text("0")
+        cgroup.enter()
     except OSError as error:
-        log.warning("stays in the node's cgroup", error=error.strerror or str(error), asked_for=str(cgroup))
+        asked_for = str(cgroup.folder or cgroup.path)
+        log.warning("stays in the node's cgroup", error=error.strerror or str(error), asked_for=asked_for)
 
 
 def _has_gone(asker: socket.socket) -> bool:
