@@ -19,7 +19,7 @@ from tests.daemon.rig import BLOCK, block_of, flush, image, loop_device, same_co
 from tests.guest.backends import vhostsync_command
 from tests.sizes import MIB
 from vhostsync.fleet import evacuation
-from vhostsync.fleet.disks import ask, known_disks
+from vhostsync.fleet.disks import host_disks
 from vhostsync.fleet.evacuation import Progress
 from vhostsync.fleet.evacuation_plan import plan_moves
 
@@ -184,7 +184,7 @@ def test_one_that_says_nothing_holds_up_no_other(host: Evacuated, monkeypatch: p
                 os.kill(served[0].pid, signal.SIGSTOP)
 
         async def evacuate() -> dict[int, Progress]:
-            found = await ask(known_disks(host.state, host.run))
+            found = await host_disks(host.state, host.run)
             moves = plan_moves(found, str(host.old), str(host.new))
             running = evacuation.Evacuation(moves, parallel=1, total_speed=MIB, switch=True, tell=tell)
             with anyio.fail_after(200):

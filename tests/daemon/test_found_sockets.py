@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from tests.daemon.node_rig import ForkedServed, Node
 from tests.daemon.rig import WAIT_S, Served, image, need_root
 from tests.guest.backends import vhostsync_command
 from tests.hanging_disk import Op, hanging_disk
-from tests.watched.exporter import up
+from tests.watched.exporter import Exporter, up
 from vhostsync.fleet.disks import ANSWER_S, host_disks
 from vhostsync.record.names import find_name
 from vhostsync.record.state_file import backend_link
@@ -225,6 +226,32 @@ def test_a_backend_is_not_called_stopped_while_it_is_upgraded(
                 states.update(each.state for each in anyio.run(host_disks))
             assert upgraded.result() == 0
     assert "stopped" not in states and states["passthrough"] > 10, states
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_backend_is_not_missed_while_it_is_upgraded(work: Path, elsewhere: bool) -> None:
+    """By the exporter, nor by commands that name it, where it listens in the place of its name."""
+    host, disk = Host(work), image(work / "a.img")
+    host.tell("create", "vm1", "--disk", disk)
+    control = None if elsewhere else host.run / "vm1" / "control"
+    (host.run / "vm1").mkdir(parents=True)
+    pages, asked = Counter[str](), 0
+    with (
+        Served(work, disk, control=control) as served,
+        Exporter(work, env=host.environment) as exporter,
+        ThreadPoolExecutor(1) as upgrader,
+    ):
+        for _ in range(5):
+            upgraded = upgrader.submit(served.hand_over)
+            while not upgraded.done():
+                pages.update(re.findall(r"^vhostsync_(?:up|stopped){.*$", exporter.page(), re.MULTILINE))
+                if not elsewhere:
+                    asked += bool(host.tell("status", "--name", "vm1"))
+            assert upgraded.result() == 0
+        said = [each["message"] for each in exporter.lines]
+    assert set(pages) == {'vhostsync_up{vm="vm1"} 1', 'vhostsync_stopped{vm="vm1"} 0'}, pages
+    assert pages.total() >= 10 and "backend is down" not in said
+    assert elsewhere or asked >= 5
 
 
 @pytest.mark.parametrize("how", ["itself", "with a socket from outside", "by a node", "in a namespace"])

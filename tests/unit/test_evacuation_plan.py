@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from vhostsync.errors import ConfigError, DiskError
-from vhostsync.fleet.disks import HostDisk
 from vhostsync.fleet.evacuation_plan import Move, lies_at, plan_moves
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.storage.file import create_image
 
 

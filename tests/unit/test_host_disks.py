@@ -13,7 +13,7 @@ import pytest
 from vhostsync.cli.host_commands import _json
 from vhostsync.control.found_socket import FoundSocket
 from vhostsync.fleet import disks
-from vhostsync.fleet.disks import HostDisk, ask
+from vhostsync.fleet.host_disk import HostDisk
 
 pytestmark = pytest.mark.anyio
 
@@ -23,6 +23,11 @@ MIRROR: dict[str, Any] = {
     **dict.fromkeys(FIGURES, 0), "state": "steady", "destination": "/b", "worth": "up-to-date", "counts": {},
     "copy-remaining-s": None, "reason": None, "last-error": None,
 }  # fmt: skip
+
+
+async def ask(monkeypatch: pytest.MonkeyPatch, known: list[HostDisk]) -> list[HostDisk]:
+    monkeypatch.setattr(disks, "known_disks", lambda *_: known)
+    return await disks.host_disks()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +55,7 @@ async def test_an_answer_that_is_none_is_told_of_that_disk(
         return path, [status, mirror] if path.name == "bad" else [STATUS, MIRROR]
 
     monkeypatch.setattr(disks, "ask_found", ask_found)
-    found = await ask([HostDisk(control=Path("/run/bad")), HostDisk(control=Path("/run/good"))])
+    found = await ask(monkeypatch, [HostDisk(control=Path("/run/bad")), HostDisk(control=Path("/run/good"))])
     bad, good = _json(found)
     assert bad["problem"].startswith("the backend at /run/bad answers with what is no ")
     assert (bad["state"], good["state"], good["problem"]) == ("unknown", "steady", None)
@@ -66,7 +71,7 @@ async def test_one_that_was_found_in_two_ways_is_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(disks, "ask_found", ask_found)
     held = replace(control, lock=tmp_path / "lock", holders=frozenset({1}))
     known = HostDisk(name="vm1", record_path=record, control=held, in_use=True)
-    found = await ask([known, HostDisk(control=control)])
+    found = await ask(monkeypatch, [known, HostDisk(control=control)])
     assert [(each.name, each.running) for each in found] == [("vm1", True)]
 
 
@@ -79,7 +84,7 @@ async def test_no_answer_is_that_of_a_record_that_nobody_uses(monkeypatch: pytes
 
     monkeypatch.setattr(disks, "ask_found", ask_found)
     asked = [HostDisk(name=name, record_path=Path(f"/r/{name}"), control=Path(name)) for name in answers]
-    found = await ask([*asked, HostDisk(name="vm3", record_path=Path("/r/vm3"))])
+    found = await ask(monkeypatch, [*asked, HostDisk(name="vm3", record_path=Path("/r/vm3"))])
     assert [(each.name, each.running) for each in found] == [
         ("vm1", True), ("vm2", False), (None, True), ("vm3", False),
     ]  # fmt: skip
@@ -100,14 +105,20 @@ async def test_no_answer_is_that_of_a_record_whose_lock_another_one_holds(
     places = {name: tmp_path / name / "control" for name in records}
     locks = {name: Path(f"{record}.lock") for name, record in records.items()}
     found = await ask(
+        monkeypatch,
         [
-            HostDisk(name=name, record_path=records[name], control=FoundSocket(places[name], lock, holders))
+            HostDisk(
+                name=name,
+                record_path=records[name],
+                in_use=lock is not None,
+                control=FoundSocket(places[name], lock, holders),
+            )
             for name, lock, holders in (
                 ("vm1", locks["vm1"], frozenset({1})),
                 ("vm2", locks["vm2"], frozenset({2})),
                 ("vm3", None, frozenset()),  # which has let go of its lock
             )
-        ]
+        ],
     )
     shown = [(each.name, each.other, str(each.control)) for each in found]
     assert shown == [

@@ -21,7 +21,7 @@ from tests.unit.command_line import PROGRAM, ROOT
 from tests.unit.control_fakes import FakeBackend, running, status
 from vhostsync.cli.top_view import HELP, HELP_OF_DETAILS, View, trouble
 from vhostsync.control.command import dashed
-from vhostsync.fleet.disks import HostDisk
+from vhostsync.fleet.host_disk import HostDisk
 
 
 def disk(name: str, *, writes: int = 0, **changes: Any) -> HostDisk:

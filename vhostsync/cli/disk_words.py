@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tables of disks say of one."""
 
-from vhostsync.fleet.disks import HostDisk
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.printable import size
 
 

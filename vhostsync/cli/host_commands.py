@@ -12,8 +12,9 @@ import anyio
 from vhostsync.cli.disk_words import lag, state
 from vhostsync.cli.show import table
 from vhostsync.errors import ConfigError
-from vhostsync.fleet.disks import HostDisk, host_disks
+from vhostsync.fleet.disks import host_disks
 from vhostsync.fleet.group import groups_of, is_one_instant, what_is_left, worth_of_group
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.mirror_target import MirrorTarget
 from vhostsync.printable import printable
 from vhostsync.record.names import Names

@@ -193,7 +193,7 @@ def _controls(options: argparse.Namespace) -> "list[Control]":
     controls: list[Control] = options.control or []
     names: list[str] = [options.name] if isinstance(options.name, str) else options.name or []
     if names:
-        from vhostsync.fleet.disks import find_control
+        from vhostsync.fleet.known_disks import find_control
 
         controls = [*controls, *map(find_control, names)]
     return controls

@@ -8,7 +8,7 @@ from typing import Final
 
 from vhostsync.cli import show
 from vhostsync.cli.disk_words import lag, state
-from vhostsync.fleet.disks import HostDisk
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.printable import printable, size
 
 HELP: Final = "sort: t trouble  l lag  r rate  n name   up/down   Enter details   q quit"

@@ -22,6 +22,8 @@ from ..host.flocks import lock_holders
 from ..host.peer import peer_process
 from . import sockets
 
+AGAIN_S: Final = (0.1, 0.2, 0.3)
+"""After so long each it is tried again to reach a backend that seems to be between two processes."""
 PLACE_S: Final = 1.0
 """How long a place may take where there is another one."""
 

@@ -11,7 +11,7 @@ A backend may hang, or have been taken over by its guest. So
 
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +22,10 @@ import anyio
 import anyio.abc
 import structlog
 
-from vhostsync.control.client import RefusedError, ask_once
-from vhostsync.control.found_socket import Control, FoundSocket
+from vhostsync.control.client import RefusedError, ask_once, may_come_back
+from vhostsync.control.found_socket import AGAIN_S, Control, FoundSocket
 from vhostsync.errors import ControlError, StateRecordError, VhostsyncError
-from vhostsync.fleet.disks import known_disks
+from vhostsync.fleet.known_disks import settled_disks
 from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.lineage_name import runtime_directory
 from vhostsync.metrics import page_of
@@ -74,7 +74,7 @@ def look_around(directories: Iterable[Path] = ()) -> Found:
     if directories := list(directories):
         return Found(find_places(directories), [])
     try:
-        disks = known_disks()
+        disks = settled_disks()
     except StateRecordError as error:
         log.warning("the disks of this host cannot be told by their records", reason=str(error))
         return Found(find_places([runtime_directory(), RECEIVERS]), [])
@@ -130,83 +130,103 @@ def _name_of(control: Path) -> str:
     return control.name.removesuffix(".control").removesuffix(".sock")
 
 
+class Question:
+    """One that is asked again and again, where the answer may hang: at most one is under way, and nobody
+    waits beyond a deadline, which runs from when it was asked."""
+
+    def __init__(self, ask: Callable[[], Awaitable[None]], tasks: anyio.abc.TaskGroup) -> None:
+        self._ask = ask
+        self._tasks = tasks
+        self._began = 0.0
+        self._answered = anyio.Event()
+        self._answered.set()
+
+    def begin(self) -> None:
+        """Unless the last one is under way still."""
+        if self._answered.is_set():
+            self._answered, self._began = anyio.Event(), anyio.current_time()
+            self._tasks.start_soon(self._carry_out, self._answered)
+
+    async def _carry_out(self, answered: anyio.Event) -> None:
+        try:
+            await self._ask()
+        finally:
+            answered.set()
+
+    async def is_answered(self, deadline_s: float) -> bool:
+        """Within so long after it was asked."""
+        with anyio.CancelScope(deadline=self._began + deadline_s):
+            await self._answered.wait()
+        return self._answered.is_set()
+
+
 class Surroundings:
-    """Who is there, over the scrapes. The disk with the records may hang: then all is as it was found last,
-    and at most one look is under way."""
+    """Who is there, over the scrapes. The disk with the records may hang: then all is as it was found
+    last."""
 
     def __init__(self, directories: Iterable[Path], tasks: anyio.abc.TaskGroup) -> None:
         self._directories = directories
-        self._tasks = tasks
         self._found: Found | None = None
-        self._began = 0.0
-        self._looked = anyio.Event()
-        self._looked.set()
+        self._question = Question(self._look, tasks)
 
     async def found(self, deadline_s: float) -> Found:
         """Within so long after the look began. ControlError: nothing was found before."""
-        if self._looked.is_set():
-            self._looked, self._began = anyio.Event(), anyio.current_time()
-            self._tasks.start_soon(self._look, self._looked)
-        with anyio.CancelScope(deadline=self._began + deadline_s):
-            await self._looked.wait()
-        if not self._looked.is_set():
+        self._question.begin()
+        if not await self._question.is_answered(deadline_s):
             log.warning("the disks of this host cannot be told", reason=f"no answer within {deadline_s:g} s")
         if self._found is None:
             raise ControlError("It cannot be told which disks this host has: to list them hangs, or fails.")
         return self._found
 
-    async def _look(self, looked: anyio.Event) -> None:
+    async def _look(self) -> None:
         try:
             self._found = await ask_unless_cancelled(partial(look_around, self._directories))
         except Exception:
             log.exception("the disks of this host cannot be told")
-        finally:
-            looked.set()
 
 
 class Asked:
-    """A backend over the scrapes. At most one question to it is under way."""
+    """A backend over the scrapes."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, tasks: anyio.abc.TaskGroup) -> None:
         self.place = place
-        self._began = -GIVE_UP_S
-        self._under_way = False
-        self._answered = anyio.Event()
-        self._was_up: bool | None = None
         self.page: Page | None = None
+        self._question = Question(self._ask, tasks)
+        self._was_up: bool | None = None
 
-    def ask(self, tasks: anyio.abc.TaskGroup) -> None:
+    def ask(self) -> None:
         """Begin, unless the last question is under way still."""
-        if self._under_way:
-            return
-        self._under_way = True
-        self._began = anyio.current_time()
-        self._answered = anyio.Event()
-        tasks.start_soon(self._ask)
+        self._question.begin()
 
     async def wait(self, deadline_s: float) -> Page | None:
         """Its figures; None where it did not answer in time: within so long after it was asked."""
-        with anyio.CancelScope(deadline=self._began + deadline_s):
-            await self._answered.wait()
-        page = self.page if self._answered.is_set() else None
-        if not self._answered.is_set():
-            self._tell(False, f"no answer within {deadline_s:g} s")
-        return page
+        if await self._question.is_answered(deadline_s):
+            return self.page
+        self._tell(False, f"no answer within {deadline_s:g} s")
+        return None
 
     async def _ask(self) -> None:
         self.page = None
         reason = f"no answer within {GIVE_UP_S:g} s"
         try:
             with anyio.move_on_after(GIVE_UP_S):
-                self.page = await _page_from(self.place)
+                self.page = await self._ask_again()
         except VhostsyncError as error:
             reason = str(error)
         except Exception as error:  # whatever it has answered
             reason = f"it answers with what is none of our figures ({type(error).__name__}: {error})"
-        finally:
-            self._under_way = False
-            self._answered.set()
         self._tell(self.page is not None, reason)
+
+    async def _ask_again(self) -> Page:
+        """It may be between two processes."""
+        for pause_s in AGAIN_S:
+            try:
+                return await _page_from(self.place)
+            except ControlError as error:
+                if not may_come_back(self.place.control, error):
+                    raise
+            await anyio.sleep(pause_s)
+        return await _page_from(self.place)
 
     def _tell(self, is_up: bool, reason: str) -> None:
         """Log a change."""

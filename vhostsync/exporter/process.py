@@ -52,7 +52,7 @@ class Exporter:
         for name in around.stopped:
             stopped(1, name)
         for each in backends.values():
-            each.ask(self._tasks)
+            each.ask()
         for name, each in backends.items():
             found = await each.wait(self._config.deadline_s)
             up(int(found is not None), name)
@@ -67,7 +67,7 @@ class Exporter:
         former, self._asked = self._asked, {}
         for place in places:
             before = former.get(place.name)
-            asked = before if before is not None and before.place.is_of(place) else Asked(place)
+            asked = before if before is not None and before.place.is_of(place) else Asked(place, self._tasks)
             asked.place = place  # another process may hold the lock of its record by now
             self._asked[place.name] = asked
         return self._asked

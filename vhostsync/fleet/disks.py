@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks of this host, one after the other: `known_disks` finds them, `ask` asks their backends.
+"""The disks of this host, with what their backends say of themselves.
 
-A disk is known by a state record of the state directory (or of one below it, where each backend has its own),
-or by a control socket in the place that sockets have by name. A record's backend is the process that holds
-the record's lock, and it listens in the place that its socket has by the record's name, else where the link
-beside the record leads. Where the lock is held, nobody else is asked, whatever listens there
-(control/found_socket.py).
-
-What a disk's backend has said, or has put in a directory of its own, may lead to a file system that hangs. No
-record or name there that is a link is followed, and a socket or a record that it names is looked up by a
-thread that is not waited for beyond ANSWER_S."""
+A disk's backend may hang, or have been taken over by its guest, and what it says may lead to a file system
+that hangs. So each is asked by a task of its own, for ANSWER_S; what it answers is held against what it
+should be; and a record that it names is looked up by a thread that nobody waits for beyond that. One that
+seems to be between two backends is looked at again."""
 
 import os
-import stat
-import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,275 +17,19 @@ import anyio
 
 from vhostsync.control import qmp
 from vhostsync.control.client import LostError, RefusedError, ask_found
-from vhostsync.control.found_socket import Control, FoundSocket
-from vhostsync.errors import ControlError, StateRecordError
+from vhostsync.control.found_socket import AGAIN_S
+from vhostsync.errors import ControlError
+from vhostsync.fleet.host_disk import HostDisk
+from vhostsync.fleet.known_disks import found_again, known_disks
 from vhostsync.host.errands import ask_unless_cancelled
-from vhostsync.host.flocks import Flocks, the_one
-from vhostsync.lineage_name import control_below, control_of, is_lineage_name, runtime_directory
-from vhostsync.record.names import Lineage, Names, all_names, find_name, names_of
-from vhostsync.record.record_report import linked_socket, records_in, socket_by_command
-from vhostsync.record.state_file import StateFile
-from vhostsync.record.state_index import default_directory
-from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.record.state_record import Worth
 from vhostsync.typed_fields import is_text
 
 ASKED_AT_ONCE: Final = 64
 ANSWER_S: Final = 5.0
-AGAIN_S: Final = (0.1, 0.2, 0.3)
-"""After so long each it is looked again for a disk that seems to be between two backends."""
 ALL_AGAIN_S: Final = 1.0
-"""And for so long in all: one of them may hang."""
-SETTLED_S: Final = 1.0
-"""Who begins or ends has written the record less than so long ago, and is to be looked at again."""
+"""How long it is looked again for disks that seem to be between two backends: one of them may hang."""
 
-Answer = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostDisk:
-    """One disk of this host. `name` and `group` are those that `vhostsync create` has given it; `record` is
-    None where nothing could be read. `control`: where its backend listens. `status` and `mirror` are what it
-    has answered (query-status, query-mirror); None: none runs, or it does not answer (`problem`). `in_use`: a
-    process holds the record's lock. `settled`: it was not written just now. `passing`: why there was no
-    answer, where there may be one in a moment. `real_record`: where the record is in truth, and `said`: where
-    that is of which the backend says that it uses it."""
-
-    name: str | None = None
-    group: str | None = None
-    record_path: Path | None = None
-    record: StateRecord | None = None
-    in_use: bool = False
-    settled: bool = True
-    real_record: str | None = None
-    control: Control | None = None
-    passing: str | None = None
-    said: str | None = None
-    status: Answer | None = None
-    mirror: Answer | None = None
-    problem: str | None = None
-
-    @property
-    def running(self) -> bool:
-        return self.status is not None
-
-    @property
-    def own(self) -> str | None:
-        """Its record, as it is told from others."""
-        if self.real_record is not None or self.record_path is None:
-            return self.real_record
-        return str(self.record_path)
-
-    def may_come_back(self, looked: int) -> bool:
-        """It seems to be between two backends, after so many looks. (One that has no control socket at all is
-        not waited for.)"""
-        silent = self.status is None and self.problem is None and self.record_path is not None
-        begins = self.in_use and self.control is None and looked == 1
-        return self.passing is not None or (silent and (begins or not self.settled))
-
-    @property
-    def shown_name(self) -> str:
-        """What people call it: its name, else what its backend is called, else the record."""
-        if self.name is not None:
-            return self.name
-        label = str(self.status["name"]) if self.status is not None else ""
-        if label or self.record_path is None:
-            return label or str(self.control)
-        return self.record_path.name
-
-    @property
-    def state(self) -> str:
-        """Of the mirror, where a backend runs; else `stopped`, or `unknown` where it cannot be told."""
-        if self.mirror is not None:
-            return str(self.mirror["state"])
-        return "stopped" if self.problem is None else "unknown"
-
-    @property
-    def disk(self) -> str | None:
-        """The current one."""
-        if self.status is not None:
-            return str(self.status["disk"])
-        return self.record.current.path if self.record is not None else None
-
-    @property
-    def other(self) -> str | None:
-        """The destination, or the last one."""
-        if self.mirror is not None:
-            return None if self.mirror["destination"] is None else str(self.mirror["destination"])
-        peer = self.record.peer if self.record is not None else None
-        return peer.path if peer is not None else None
-
-    @property
-    def worth(self) -> str | None:
-        """Of that, if the current disk were lost now."""
-        if self.mirror is not None:
-            return None if self.mirror["worth"] is None else str(self.mirror["worth"])
-        worth = self.record.peer_worth if self.record is not None else None
-        return str(worth) if worth is not None else None
-
-    @property
-    def guest(self) -> str | None:
-        """`runs` (it has the disk in use), `connected`, `none`; None: no backend runs."""
-        if self.status is None:
-            return None
-        if self.status["active"]:
-            return "runs"
-        return "connected" if self.status["frontends"] else "none"
-
-    def in_json(self) -> dict[str, Any]:
-        mirror = self.mirror or {}
-        return {
-            "name": self.name,
-            "group": self.group,
-            "label": self.shown_name,
-            "running": self.running,
-            "state": self.state,
-            "disk": self.disk,
-            "other": self.other,
-            "worth": self.worth,
-            "guest": self.guest,
-            "lag-bytes": mirror.get("lag-bytes"),
-            "lag-ms": mirror.get("lag-ms"),
-            "capacity": self.status["capacity"] if self.status is not None else None,
-            "copy-bytes-done": mirror.get("copy-bytes-done"),
-            "copy-bytes-total": mirror.get("copy-bytes-total"),
-            "copy-remaining-s": mirror.get("copy-remaining-s"),
-            "last-error": mirror.get("last-error"),
-            "control": str(self.control) if self.control is not None else None,
-            "record": str(self.record_path) if self.record_path is not None else None,
-            "problem": self.problem,
-        }
-
-
-# ---- which there are ------------------------------------------------------------------
-
-
-def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[HostDisk]:
-    """All of them, none asked yet; by name, those without one last. Blocks. StateRecordError where the state
-    directory cannot be read."""
-    runtime = runtime if runtime is not None else runtime_directory()
-    # In the order in which a backend begins from the end: one that listens by now is seen to hold its record.
-    listening = control_sockets(runtime)
-    flocks = Flocks()
-    found: list[HostDisk] = []
-    for names in all_names(state if state is not None else default_directory()):
-        try:
-            records, lineages = records_in(names.directory), names.all()
-        except StateRecordError as error:
-            found.append(HostDisk(record_path=names.directory, problem=str(error)))
-            continue
-        of_record = {each.record.name: each for each in lineages}
-        found += [_recorded(names, path, of_record.get(path.name), flocks, runtime) for path in records]
-        there = {path.name for path in records}
-        found += [_lost(each) for each in lineages if each.record.name not in there]
-    known = {place for each in found for place in _places(each.control)}
-    found += [HostDisk(control=FoundSocket(path)) for path in listening if path not in known]
-    return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
-
-
-def _places(control: Control | None) -> Sequence[Path]:
-    if isinstance(control, FoundSocket):
-        return control.places
-    return () if control is None else (control,)
-
-
-def _found_again(disks: Sequence[HostDisk]) -> list[HostDisk]:
-    """Those with a record, as they are by now. Blocks."""
-    base, runtime, flocks = default_directory(), runtime_directory(), Flocks()
-    found = []
-    for disk in disks:
-        path = disk.record_path
-        assert path is not None
-        lineage = Lineage(disk.name, path, disk.group) if disk.name is not None else None
-        found.append(_recorded(names_of(path.parent, base), path, lineage, flocks, runtime))
-    return found
-
-
-def _recorded(
-    names: Names, path: Path, lineage: Lineage | None, flocks: Flocks, runtime: Path
-) -> HostDisk:
-    disk = HostDisk(record_path=path, real_record=names.real(path))
-    if lineage is not None:
-        disk = replace(disk, name=lineage.name, group=lineage.group)
-    try:
-        disk = replace(disk, record=StateFile(path, files=names.files).load())
-    except StateRecordError as error:
-        disk = replace(disk, problem=str(error))
-    by_name = control_below(runtime, lineage.name) if lineage is not None else None
-    holders = flocks.holders_of(_lock_of(path))
-    control = _find_socket(path, by_name, holders)
-    return replace(disk, in_use=bool(holders), settled=_is_settled(path), control=control)
-
-
-def _lock_of(record: Path) -> Path:
-    return Path(f"{record}.lock")
-
-
-def _is_settled(record: Path) -> bool:
-    try:
-        return abs(time.time() - record.lstat().st_mtime) > SETTLED_S
-    except OSError:
-        return True
-
-
-def _find_socket(record: Path, by_name: Path | None, holders: frozenset[int]) -> FoundSocket | None:
-    """Of the record's backend: what lies in the place of its name may be left over, and so may the link."""
-    places = [by_name] if by_name is not None and _is_socket(by_name) else []
-    if holders:
-        told = linked_socket(record)
-        if told is None and (process := the_one(holders)) is not None:
-            told = socket_by_command(process)
-        places += [told] if told is not None and told not in places else []
-    if not places:
-        return None
-    if not holders:
-        return FoundSocket(places[0])
-    return FoundSocket(places[0], _lock_of(record), holders, tuple(places[1:]))
-
-
-def _lost(lineage: Lineage) -> HostDisk:
-    return HostDisk(
-        name=lineage.name, group=lineage.group, record_path=lineage.record,
-        problem=f"the state record {lineage.record} is missing; restore it, or vhostsync record --name "
-        f"{lineage.name} --forget",
-    )  # fmt: skip
-
-
-def control_sockets(runtime: Path) -> list[Path]:
-    """Of all backends that have their place by name."""
-    try:
-        folders = sorted(runtime.iterdir())
-    except OSError:
-        return []
-    return [each / "control" for each in folders if _is_socket(each / "control")]
-
-
-def _is_socket(path: Path) -> bool:
-    try:
-        return stat.S_ISSOCK(path.lstat().st_mode)
-    except OSError:
-        return False
-
-
-def find_control(name: str) -> FoundSocket:
-    """Where the backend of this name listens, or would. Blocks. ConfigError."""
-    place = control_of(name)
-    try:
-        record = find_name(name, default_directory()).record if is_lineage_name(name) else None
-    except StateRecordError:
-        record = None  # a name that only its backend has
-    if record is None:
-        return FoundSocket(place)
-    return _find_socket(record, place, Flocks().holders_of(_lock_of(record))) or FoundSocket(place)
-
-
-# ---- what their backends say -----------------------------------------------------------
-
-
-async def ask(disks: Sequence[HostDisk]) -> list[HostDisk]:
-    """The same, with what their backends say of themselves."""
-    asked = list(disks)
-    await _ask_each(dict(enumerate(disks)), asked)
-    return _each_once(asked)
 
 
 async def _ask_each(disks: Mapping[int, HostDisk], asked: list[HostDisk]) -> None:
@@ -311,10 +48,10 @@ async def _ask_each(disks: Mapping[int, HostDisk], asked: list[HostDisk]) -> Non
                 asked[at] = disk
 
 
-async def host_disks() -> list[HostDisk]:
+async def host_disks(state: Path | None = None, runtime: Path | None = None) -> list[HostDisk]:
     """All disks of this host, as they are now. StateRecordError, ControlError."""
     try:
-        disks = await ask_unless_cancelled(known_disks)
+        disks = await ask_unless_cancelled(partial(known_disks, state, runtime))
         await _ask_each(dict(enumerate(disks)), disks)
         with anyio.move_on_after(ALL_AGAIN_S):
             for looked, pause_s in enumerate(AGAIN_S, start=1):
@@ -322,8 +59,8 @@ async def host_disks() -> list[HostDisk]:
                 if not unclear:
                     break
                 await anyio.sleep(pause_s)
-                found = await ask_unless_cancelled(partial(_found_again, [disks[at] for at in unclear]))
-                await _ask_each(dict(zip(unclear, found, strict=True)), disks)
+                look = partial(found_again, [disks[at] for at in unclear], state, runtime)
+                await _ask_each(dict(zip(unclear, await ask_unless_cancelled(look), strict=True)), disks)
     except OSError as error:
         raise ControlError(f"The disks of this host cannot be looked for: {error.strerror}.") from error
     return _each_once(list(map(_not_as_stopped, disks)))
@@ -417,28 +154,23 @@ def _not_in_form(answer: Any, form: _Form) -> str | None:
     return None
 
 
-def _is_held(disk: HostDisk) -> bool:
-    """Whether a process holds the record's lock. Then nobody else is asked (found_socket.py)."""
-    return isinstance(disk.control, FoundSocket) and disk.control.lock is not None
-
-
 def _each_once(disks: list[HostDisk]) -> list[HostDisk]:
     """What answers at the place of a name may be the backend of another record: each answer goes to the
     record that its backend names, and what is left has none. But of a record that is held, the answer is
     that of its holder, who may say what he will: commands go where an answer has come from. And who runs
     elsewhere than in a record's place is not its backend while no process holds it."""
-    held = {each.own for each in disks if _is_held(each)}
+    held = {each.own for each in disks if each.holder_known}
     used = {each.own for each in disks if each.in_use}
     records = [each.own for each in disks]
     named = [_record_of_answer(each, held, used) for each in disks]
-    taken = {place for each in disks if each.record_path is not None for place in _places(each.control)}
+    taken = {place for each in disks if each.record_path is not None for place in each.places}
     answers = {place: each for each, place in zip(disks, named, strict=True) if place is not None}
     known = set(records)
     found = []
     for disk, own, place in zip(disks, records, named, strict=True):
         if own is not None:
             found.append(_with_answer(disk, answers.get(own)))
-        if own is None and disk.control is not None and taken.intersection(_places(disk.control)):
+        if own is None and disk.control is not None and taken.intersection(disk.places):
             continue  # it was asked in the place of its record, too, which was found later
         if disk.status is not None and (place is None or place not in known):
             found.append(HostDisk(control=disk.control, status=disk.status, mirror=disk.mirror))

@@ -15,8 +15,8 @@ import anyio.to_thread
 
 from vhostsync.control.client import ControlClient, RefusedError, connect
 from vhostsync.errors import DiskError, MirrorError, UnreachableError, VhostsyncError
-from vhostsync.fleet.disks import HostDisk
 from vhostsync.fleet.evacuation_plan import Move, is_same_place
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.fleet.speed_budget import SpeedBudget
 from vhostsync.record.state_file import StateFile
 from vhostsync.storage.identity import same

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vhostsync.errors import ConfigError, VhostsyncError
-from vhostsync.fleet.disks import HostDisk
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.storage.file import is_in_dev
 from vhostsync.storage.kinds import absolute_name, is_absolute
 

@@ -8,7 +8,8 @@ import anyio
 
 from vhostsync.control.found_socket import Control
 from vhostsync.errors import ControlError, StateRecordError
-from vhostsync.fleet.disks import HostDisk, host_disks
+from vhostsync.fleet.disks import host_disks
+from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.record.names import all_names
 from vhostsync.record.state_index import default_directory
 
