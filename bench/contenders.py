@@ -264,11 +264,13 @@ class Ours(Backend):
         self._start([
             sys.executable, "-m", "vhostsync", "serve", "--socket-path", str(self.socket), "--blk-file",
             str(source), "--cache", self._cache, "--num-queues", str(queues),
-            "--control", str(self._monitor_path),
-            "--state-file", str(self._directory / "state"), *options,
+            "--control", str(self._monitor_path), *self._state_options(), *options,
         ])
         if destination is not None:
             self._mirror_or_end(destination)
+
+    def _state_options(self) -> tuple[str, ...]:
+        return ("--state-file", str(self._directory / "state"))
 
     def begin_mirror(self, destination: Path | str, *, full: bool = True) -> None:
         assert self.qmp is not None

@@ -19,7 +19,7 @@ from bench.disk_sizes import SIZES, measure_size, own_mib
 from bench.files import make_file
 from bench.generator import load_beside
 from bench.idle import on_cpu_ns
-from bench.node_growth import ForkedOurs, median_start_ms, node_at, pss_mib
+from bench.node_growth import ForkedOurs, Host, asking_s, median_start_ms, node_at, pss_mib
 from bench.plan import GIB, Plan
 from bench.report import describe, describe_machine
 from bench.rows import Tell
@@ -223,34 +223,38 @@ def _forked_backends(plan: Plan) -> list[Table]:
     """As the idle ones, forked from a node; until the limit on locked memory or on processes is reached."""
     columns = (
         "backends", "PSS of each, MiB", "of all and the node, MiB", "CPU of all, % of a core", "wake-ups/s",
-        "start ms",
+        "start ms", "list s", "evacuate --dry-run s", "one scrape s",
     )  # fmt: skip
     rows: list[tuple[str | float | None, ...]] = []
     with _folder(plan.directory_of["memory"]) as folder, contextlib.ExitStack() as stack:
         running: list[ForkedOurs] = []
-        node = stack.enter_context(node_at(folder / "node"))
+        host = Host(folder)
+        host.disks.mkdir()
+        host.away.mkdir()
+        node = stack.enter_context(node_at(host.node))
         for count in FORKED[:2] if plan.quick else FORKED:
             try:
                 while len(running) < count:
-                    _start_forked(folder, stack, running)
+                    _start_forked(host, stack, running)
             except (BenchError, OSError) as error:
                 why = f"{count}: after {len(running)}, {error}"
                 rows.append((why, *(None,) * (len(columns) - 1)))
                 break
             _, _, _, core_percent, sleeps = _idle(running)
             pss = pss_mib([node, *(each.pid for each in running)])
-            rows.append((count, pss / count, pss, core_percent, sleeps, median_start_ms(running)))
+            asking = asking_s(host, count)
+            rows.append((count, pss / count, pss, core_percent, sleeps, median_start_ms(running), *asking))
     title = "Idle backends of a node: guest connected, mirror steady, 16 MiB of disk, a log of 8 MiB"
     return [Table(title, columns, rows)]
 
 
-def _start_forked(folder: Path, stack: contextlib.ExitStack, running: list[ForkedOurs]) -> None:
-    number = len(running)
+def _start_forked(host: Host, stack: contextlib.ExitStack, running: list[ForkedOurs]) -> None:
+    number, folder = len(running), host.disks
     source, to = (
         make_file(folder / f"{number}-{name}.img", 16 * MIB, direct=False) for name in ("from", "to")
     )
     ours = ForkedOurs(
-        folder / "node", f"ours {number}", folder, source, direct=False, destination=to, queues=1,
+        host, f"ours {number}", folder, source, direct=False, destination=to, queues=1,
         options=("--log-size", "8M"),
     )  # fmt: skip
     stack.callback(ours.close)

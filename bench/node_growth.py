@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Idle backends that a node has forked (`./run bench --growth node`): what many disks on a host cost, the
-node and the pages that they share included."""
+node and the pages that they share included, and how long it takes to ask all of them."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,45 @@ from bench.sample import BenchError
 from vhostsync.node.request import Request, Started, start
 
 NODE_S = 15.0
+ASKED_TIMES = 3
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host of the bench's own: its backends find their place there, and commands find the backends."""
+
+    folder: Path
+
+    @property
+    def node(self) -> Path:
+        return self.folder / "node"
+
+    @property
+    def disks(self) -> Path:
+        return self.folder / "disks"
+
+    @property
+    def away(self) -> Path:
+        return self.folder / "away"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"STATE_DIRECTORY": self.folder / "state", "VHOSTSYNC_RUNTIME_DIRECTORY": self.folder / "run"}
+        return {**os.environ, **{name: str(place) for name, place in own.items()}}
+
+    def median_s(self, *words: str, says: str, times: int) -> float:
+        """Of so many runs of a command that asks all disks; BenchError unless it says that, so often."""
+        took = []
+        for _ in range(ASKED_TIMES):
+            began = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-m", "vhostsync", *words], env=self.environment, capture_output=True,
+                text=True, check=False,
+            )  # fmt: skip
+            took.append(time.monotonic() - began)
+            if done.stdout.count(says) != times:
+                raise BenchError(f"{words[0]} did not reach all backends: {done.stderr[-300:]}")
+        return statistics.median(took)
 
 
 class _Process:
@@ -46,17 +86,20 @@ class _Process:
 class ForkedOurs(Ours):
     """`start_ms`: from the request until it answers on its control socket."""
 
-    def __init__(self, node: Path, *arguments: Any, **named: Any) -> None:
-        self._node = node
+    def __init__(self, host: Host, *arguments: Any, **named: Any) -> None:
+        self._host = host
         self.start_ms = 0.0
         super().__init__(*arguments, **named)
+
+    def _state_options(self) -> tuple[str, ...]:
+        return ()
 
     def _spawn(self, command: Sequence[str]) -> Any:
         words = tuple(command[command.index("serve") + 1 :])
         with self._log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
-            request = Request(words, os.environ, str(self._directory), 0o077, (0, 1, 2))
+            request = Request(words, self._host.environment, str(self._directory), 0o077, (0, 1, 2))
             began = time.monotonic()
-            started = start(self._node, request, [nothing.fileno(), log.fileno(), log.fileno()])
+            started = start(self._host.node, request, [nothing.fileno(), log.fileno(), log.fileno()])
             while not self._monitor_path.exists() and time.monotonic() < began + NODE_S:
                 time.sleep(0.001)
             self.start_ms = (time.monotonic() - began) * 1000
@@ -91,3 +134,13 @@ def pss_mib(processes: Sequence[int]) -> float:
 
 def median_start_ms(running: Sequence[ForkedOurs]) -> float:
     return statistics.median(each.start_ms for each in running)
+
+
+def asking_s(host: Host, count: int) -> tuple[float, float, float]:
+    """How long `list`, a dry run of `evacuate` and one scrape take over all of them."""
+    evacuate = ("evacuate", str(host.disks), "--to", str(host.away), "--dry-run", "--json")
+    return (
+        host.median_s("list", "--json", says='"state": "steady"', times=count),
+        host.median_s(*evacuate, says='"why-not"', times=count),
+        host.median_s("exporter", "--once", says="vhostsync_up{", times=count),
+    )
