@@ -100,19 +100,21 @@ class ControlClient:
                     f"The backend at {self._path} answered with what is no reply: {_shown(message)}."
                 )
 
-    async def execute_all(self, *commands: str) -> list[Any]:
-        """What each of them returns, or its RefusedError. Asked in one go, so in one turn of the other
-        side."""
-        first, self._next_id = self._next_id, self._next_id + len(commands)
-        lines = (json.dumps({"execute": each, "id": first + at}) + "\n" for at, each in enumerate(commands))
+    async def ask_at_once(self, *commands: str) -> list[Any]:
+        """Before it was greeted: what each of these returns, or its RefusedError. All is sent at once, so the
+        other side, which is woken for the connection, may find it there."""
+        wanted = (qmp.CAPABILITIES, *commands)
+        lines = (json.dumps({"execute": each, "id": at}) + "\n" for at, each in enumerate(wanted, start=1))
         try:
             await sockets.send_all(self._connection, "".join(lines).encode("ascii"))
         except OSError as error:
             raise self._lost() from error
+        await self._be_greeted()
+        await self._answer(1)
         answers: list[Any] = []
-        while len(answers) < len(commands):
+        for at in range(2, 2 + len(commands)):
             try:
-                answers.append(await self._answer(first + len(answers)))
+                answers.append(await self._answer(at))
             except RefusedError as refused:
                 answers.append(refused)
         return answers
@@ -258,11 +260,7 @@ async def ask_found(control: Control, *commands: str) -> tuple[Control, list[Any
         raise UnreachableError(_why(Path(error.filename or path), error)) from error
     with connection:
         client = ControlClient(connection, Path(control), RATION_BYTES)
-        await client._be_greeted()
-        negotiated, *answers = await client.execute_all(qmp.CAPABILITIES, *commands)
-        if isinstance(negotiated, RefusedError):
-            raise negotiated
-        return control, answers
+        return control, await client.ask_at_once(*commands)
 
 
 def _shown(said: Any) -> str:

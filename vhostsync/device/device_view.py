@@ -52,8 +52,7 @@ class DeviceView:
         }
 
     async def query_stats(self) -> dict[str, Any]:
-        snapshot = await self._engine.snapshot()
-        queues = await self._engine.queue_stats()
+        snapshot, queues = await self._engine.snapshot_with_queues()
         places = {"source": self._mirror.source, "destination": self._mirror.destination}
         return {
             "queues": [

@@ -467,10 +467,20 @@ class Engine:
         lib.vs_engine_snapshot(self._handle, c_snapshot)
         return snapshot_of(c_snapshot, ATTACHMENTS_MAX)
 
+    async def snapshot_with_queues(self) -> tuple[Snapshot, list[QueueStats]]:
+        """And of each queue that the device has."""
+        snapshot = await self.snapshot()
+        c_stats = ffi.new("struct vs_queue_stats *")
+        queues = []
+        for queue in range(self.config.num_queues):
+            lib.vs_engine_queue_stats(self._handle, queue, c_stats)
+            queues.append(queue_stats_of(c_stats))
+        return snapshot, queues
+
     async def rings(self) -> RingsSeen:
         """What becomes of the rings that frontends have started."""
-        active = (await self.snapshot()).active_attachment
-        queues = await self.queue_stats()
+        snapshot, queues = await self.snapshot_with_queues()
+        active = snapshot.active_attachment
         return RingsSeen(
             None if active is None else self.attachment(active),
             any(queue.running or queue.broken is not None for queue in queues),
@@ -480,13 +490,3 @@ class Engine:
                 for queue in queues
             ],
         )
-
-    async def queue_stats(self) -> list[QueueStats]:
-        """Of each queue that the device has."""
-        await self.command(lib.VS_CMD_SNAPSHOT, "looking at the data plane")
-        c_stats = ffi.new("struct vs_queue_stats *")
-        found = []
-        for queue in range(self.config.num_queues):
-            lib.vs_engine_queue_stats(self._handle, queue, c_stats)
-            found.append(queue_stats_of(c_stats))
-        return found
