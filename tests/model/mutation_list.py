@@ -749,7 +749,7 @@ MUTATIONS = [
         "packed-element-not-logged",
         "live migration: every byte that is written into the guest's memory is marked",
         "virtqueue_packed.c",
-        "    log_element(vq, index);\n    c->next_in_batch",
+        "    log_elements(vq, index, 1);\n    c->next_in_batch",
         "    c->next_in_batch",
         "rings/test_dirty_log.py::test_elements_of_a_packed_ring_on_different_pages",
     ),

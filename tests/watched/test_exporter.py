@@ -31,6 +31,7 @@ from vhostsync.control.client import RATION_BYTES
 from vhostsync.exporter.backends import Place, find_places
 from vhostsync.exporter.exporter_config import ExporterConfig
 from vhostsync.exporter.process import Exporter as Collector
+from vhostsync.record.names import find_name
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -77,6 +78,15 @@ def test_all_disks_of_the_host_are_there_by_their_names(work: Path) -> None:
     assert up(page) == {"vm1": 1, "vm3": 0}
     stopped = dict(re.findall(r'^vhostsync_stopped\{vm="(.*)"\} (\d)$', page, re.MULTILINE))
     assert stopped == {"vm1": "0", "vm2": "1", "vm3": "0"}
+
+
+def test_a_disk_that_was_just_stopped_is_not_waited_for_beyond_the_deadline(work: Path) -> None:
+    """It might be between two backends."""
+    host = Host(work)
+    host.tell("create", "vm1", "--disk", image(work / "a.img"))
+    record = find_name("vm1", host.state).record
+    record.touch()
+    assert 'vhostsync_stopped{vm="vm1"} 1\n' in host.tell("exporter", "--once", "--deadline", "500ms")
 
 
 @pytest.mark.parametrize("used", [False, True])

@@ -16,8 +16,9 @@ from typing import Any, Final
 import anyio
 
 from vhostsync.cli import show
-from vhostsync.control.client import ControlClient, RefusedError, connect
-from vhostsync.errors import MirrorError, UnreachableError
+from vhostsync.control.client import ControlClient, RefusedError, connect, may_come_back
+from vhostsync.control.found_socket import AGAIN_S
+from vhostsync.errors import ControlError, MirrorError, UnreachableError
 from vhostsync.limits import KINDS, NO_LIMIT
 from vhostsync.printable import printable, size
 
@@ -30,6 +31,9 @@ EXIT_TIMED_OUT: Final = 4
 REPLY_GRACE_S: Final = 30.0
 """How long after its own deadline `switch` may take to answer (it aborts, and tells why)."""
 
+AGAIN_WITHIN_S: Final = 1.0
+"""Who asks a backend that was upgraded meanwhile asks the next one, if the first has not taken longer."""
+
 LOOK_EVERY_S: Final = 1.0
 LOOK_EVERY_TERMINAL_S: Final = 0.2
 
@@ -38,6 +42,19 @@ Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
 
 async def run(command: Command, options: argparse.Namespace) -> int:
     """Connect, then `command`. UnreachableError, RefusedError, ControlError, MirrorError."""
+    began_s = time.monotonic()
+    for pause_s in AGAIN_S if command in (status, stats) else ():
+        try:
+            return await _run_once(command, options)
+        except ControlError as error:
+            late = time.monotonic() - began_s > AGAIN_WITHIN_S
+            if late or not may_come_back(options.control, error):
+                raise
+        await anyio.sleep(pause_s)
+    return await _run_once(command, options)
+
+
+async def _run_once(command: Command, options: argparse.Namespace) -> int:
     async with connect(options.control) as client:
         return await command(client, options)
 

@@ -19,7 +19,7 @@ import anyio.lowlevel
 from ..errors import ControlError, UnreachableError
 from ..host import peer
 from . import qmp, sockets
-from .found_socket import AGAIN_S, Control, FoundSocket, connect_to
+from .found_socket import Control, FoundSocket, connect_to
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENTS_MAX: Final = 1024
@@ -194,35 +194,17 @@ class ControlClient:
         )
 
 
-@asynccontextmanager
-async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncIterator[ControlClient]:
-    """A client of that control socket; where its backend is between two processes, of the next one.
-    UnreachableError where nobody answers, in `patience_s`."""
-    client = await _reached(control, patience_s)
-    with client._connection:
-        yield client
-
-
-async def _reached(control: Control, patience_s: float) -> ControlClient:
-    for pause_s in AGAIN_S:
-        try:
-            return await _negotiated(control, patience_s)
-        except ControlError as error:
-            if not may_come_back(control, error):
-                raise
-        await anyio.sleep(pause_s)
-    return await _negotiated(control, patience_s)
-
-
 def may_come_back(control: Control, error: ControlError) -> bool:
     """Whether a process that held the record's lock has ended in order, it seems: then another one may go on
-    in its place."""
+    in its place. Who only asks may ask again; a command was meant for the one that was there."""
     gone = isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError)
     ends = isinstance(error, LostError) or (isinstance(error, RefusedError) and str(error) == qmp.GOING_DOWN)
     return (gone or ends) and isinstance(control, FoundSocket) and control.lock is not None
 
 
-async def _negotiated(control: Control, patience_s: float) -> ControlClient:
+@asynccontextmanager
+async def connect(control: Control, patience_s: float = CONNECT_S) -> AsyncIterator[ControlClient]:
+    """A client of that control socket. UnreachableError where nobody answers, in `patience_s`."""
     path = Path(control)
     try:
         with anyio.fail_after(patience_s):
@@ -230,17 +212,15 @@ async def _negotiated(control: Control, patience_s: float) -> ControlClient:
     except OSError as error:  # also TimeoutError
         raise UnreachableError(_why(Path(error.filename or path), error)) from error
     path = Path(control)
-    client = ControlClient(connection, path)
-    try:
-        with anyio.fail_after(patience_s):
-            await client._be_greeted()
-            await client.execute(qmp.CAPABILITIES)
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, TimeoutError):
+    with connection:
+        client = ControlClient(connection, path)
+        try:
+            with anyio.fail_after(patience_s):
+                await client._be_greeted()
+                await client.execute(qmp.CAPABILITIES)
+        except TimeoutError as error:
             raise UnreachableError(f"The backend at {path} does not answer.") from error
-        raise
-    return client
+        yield client
 
 
 async def ask_once(control: Control, *commands: str) -> list[Any]:

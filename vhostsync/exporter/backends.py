@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 
 GIVE_UP_S: Final = 300.0
 """After this long a backend that does not answer is asked anew."""
+PATIENCE: Final = 0.25
+"""Which part of the deadline is waited for disks that are between two backends."""
 SAMPLES_MAX: Final = 20_000
 """Of one backend: 64 queues have a quarter of it."""
 
@@ -68,13 +70,13 @@ class Found:
 RECEIVERS: Final = Path("/run/vhostsync-receive")
 
 
-def look_around(directories: Iterable[Path] = ()) -> Found:
+def look_around(directories: Iterable[Path] = (), patience_s: float = 0) -> Found:
     """In these directories alone; where there are none, all disks of this host that records or sockets tell
-    of, and its receivers. Blocks."""
+    of, and its receivers. `patience_s`: for those that are between two backends. Blocks."""
     if directories := list(directories):
         return Found(find_places(directories), [])
     try:
-        disks = settled_disks()
+        disks = settled_disks(patience_s)
     except StateRecordError as error:
         log.warning("the disks of this host cannot be told by their records", reason=str(error))
         return Found(find_places([runtime_directory(), RECEIVERS]), [])
@@ -166,11 +168,13 @@ class Surroundings:
 
     def __init__(self, directories: Iterable[Path], tasks: anyio.abc.TaskGroup) -> None:
         self._directories = directories
+        self._patience_s = 0.0
         self._found: Found | None = None
         self._question = Question(self._look, tasks)
 
     async def found(self, deadline_s: float) -> Found:
         """Within so long after the look began. ControlError: nothing was found before."""
+        self._patience_s = deadline_s * PATIENCE
         self._question.begin()
         if not await self._question.is_answered(deadline_s):
             log.warning("the disks of this host cannot be told", reason=f"no answer within {deadline_s:g} s")
@@ -180,7 +184,8 @@ class Surroundings:
 
     async def _look(self) -> None:
         try:
-            self._found = await ask_unless_cancelled(partial(look_around, self._directories))
+            look = partial(look_around, self._directories, self._patience_s)
+            self._found = await ask_unless_cancelled(look)
         except Exception:
             log.exception("the disks of this host cannot be told")
 

@@ -55,12 +55,14 @@ def known_disks(state: Path | None = None, runtime: Path | None = None) -> list[
     return sorted(found, key=lambda each: (each.name is None, each.name or each.shown_name))
 
 
-def settled_disks() -> list[HostDisk]:
-    """As `known_disks`, but none is called stopped that is between two backends. Blocks, also for that."""
+def settled_disks(patience_s: float) -> list[HostDisk]:
+    """As `known_disks`, but none is called stopped that is between two backends; for that it waits so long at
+    most. Blocks."""
     disks = known_disks()
     for pause_s in AGAIN_S:
         unclear = [at for at, disk in enumerate(disks) if disk.control is None and not disk.settled]
-        if not unclear:
+        patience_s -= pause_s
+        if not unclear or patience_s < 0:
             break
         time.sleep(pause_s)
         again = found_again([disks[at] for at in unclear])

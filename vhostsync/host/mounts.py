@@ -25,7 +25,7 @@ class Mount:
 def read_mounts() -> list[Mount]:
     """Empty where they cannot be told."""
     try:
-        lines = MOUNTS.read_text(errors="surrogateescape").splitlines()
+        lines = os.fsdecode(MOUNTS.read_bytes()).split("\n")
     except OSError:
         return []
     found = []

@@ -19,7 +19,8 @@ def send_parcel(to: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     parcel = _LENGTH.pack(len(data)) + data
     sent = to.sendmsg([parcel], rights, socket.MSG_NOSIGNAL)
-    to.sendall(parcel[sent:], socket.MSG_NOSIGNAL)
+    if sent < len(parcel):  # else whoever has read it may be gone by now
+        to.sendall(parcel[sent:], socket.MSG_NOSIGNAL)
 
 
 def receive_parcel(

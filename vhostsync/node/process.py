@@ -269,7 +269,8 @@ def _cgroups_of(process: int) -> list[Cgroup]:
     process."""
     try:
         return groups_apart(process)
-    except OSError:
+    except (OSError, ValueError) as error:
+        log.warning("stays in the node's cgroup", error=str(error), asked_by=process)
         return []
 
 
