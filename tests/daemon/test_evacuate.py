@@ -6,10 +6,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
-from contextlib import ExitStack
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -18,12 +24,46 @@ from tests.daemon.evacuated_host import Evacuated, lines_of
 from tests.daemon.rig import BLOCK, block_of, flush, image, loop_device, same_content, tmpfs, write_block
 from tests.guest.backends import vhostsync_command
 from tests.sizes import MIB
+from tests.unit.test_host_disks import MIRROR, STATUS
 from vhostsync.fleet import evacuation
 from vhostsync.fleet.disks import host_disks
 from vhostsync.fleet.evacuation import Progress
 from vhostsync.fleet.evacuation_plan import plan_moves
 
 pytestmark = pytest.mark.timeout(300)  # many programs are started, one after the other
+
+
+@contextmanager
+def played_backend(control: Path, answers: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+    """What it says to each command, one after the other, the last of them again and again."""
+    asked = Counter[str]()
+
+    def converse(connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as lines, suppress(OSError, ValueError):
+            connection.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\n')
+            for line in lines:
+                request = json.loads(line)
+                known = answers.get(request["execute"], [{}])
+                said = known[min(asked[request["execute"]], len(known) - 1)]
+                asked[request["execute"]] += 1
+                connection.sendall(json.dumps({"return": said, "id": request["id"]}).encode() + b"\n")
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=converse, args=(listener.accept()[0],), daemon=True).start()
+
+    control.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(control))
+        listener.listen()
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join()
 
 
 @pytest.fixture
@@ -185,7 +225,7 @@ def test_one_that_says_nothing_holds_up_no_other(host: Evacuated, monkeypatch: p
 
         async def evacuate() -> dict[int, Progress]:
             found = await host_disks(host.state, host.run)
-            moves = plan_moves(found, str(host.old), str(host.new))
+            moves = await plan_moves(found, str(host.old), str(host.new))
             running = evacuation.Evacuation(moves, parallel=1, total_speed=MIB, switch=True, tell=tell)
             with anyio.fail_after(200):
                 await running.run()
@@ -196,6 +236,59 @@ def test_one_that_says_nothing_holds_up_no_other(host: Evacuated, monkeypatch: p
             evacuation.FAILED, evacuation.MOVED, evacuation.MOVED
         ]  # fmt: skip
         assert "does not answer" in str(ends["vm0"].error)
+
+
+def test_no_guest_is_moved_to_a_place_that_is_gone(host: Evacuated) -> None:
+    disks = [image(host.old / f"{at}.img", 4, filled_mib=2) for at in range(2)]
+    with host.serve_all(*disks):
+        host.evacuate()
+        shutil.rmtree(host.new)
+        host.new.mkdir()
+        out, err = host.evacuate("--switch", code=1)
+        assert out.splitlines()[-1] == "0 of 2 moved" and err.count("does not lead to the disk") == 2
+        assert [host.status(f"vm{at}")["disk"] for at in range(2)] == [str(disk) for disk in disks]
+
+
+def test_there_is_one_evacuation_of_a_place_at_a_time(host: Evacuated) -> None:
+    disks = [image(host.old / f"{at}.img", 8, filled_mib=8) for at in range(2)]
+    with host.serve_all(*disks):
+        with host.begin("--switch", "--total-speed", "1M", "--json") as program:
+            assert program.stdout is not None
+            assert json.loads(program.stdout.readline())["phase"] in ("copying", "waiting")
+            _, err = host.evacuate("--switch", code=1)
+            assert "is under way; wait until that has ended" in err
+            assert json.loads(host.evacuate("--dry-run", "--json")[0])["plan"]
+            program.send_signal(signal.SIGINT)
+            program.communicate(timeout=60)
+        assert host.evacuate("--switch")[0].splitlines()[-1] == "2 of 2 moved"
+
+
+def test_output_that_nobody_takes_is_no_traceback(host: Evacuated) -> None:
+    disks = [image(host.old / f"{at}.img", 4, filled_mib=2) for at in range(2)]
+    words = [*vhostsync_command(), "evacuate", host.old, "--to", host.new]
+    with host.serve_all(*disks), Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [str(word) for word in words], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, **host.environment}, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        1, "vhostsync: The output cannot be written: No space left on device.\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [{}, [], {"source": "/\0"}, {"copy-bytes-done": "x"}, {"worth": 10**400}])
+def test_a_backend_that_answers_nonsense_costs_no_other_disk(host: Evacuated, said: Any) -> None:
+    """Once it was asked which disk it has: it may have been taken over by its guest meanwhile."""
+    good = {**MIRROR, "state": "passthrough", "destination": None, "worth": None, "source": "/x"}
+    status = {**STATUS, "name": "evil", "disk": str(host.old / "evil.img")}
+    answers = {"query-status": [status], "query-mirror": [good, {**good, **said} if said else said]}
+    with (
+        host.serve_all(image(host.old / "a.img", 4, filled_mib=2)),
+        played_backend(host.run / "evil" / "control", answers),
+    ):
+        out, err = host.evacuate("--switch", code=1)
+        assert "Traceback" not in err and "vhostsync: evil: " in err
+        assert out.splitlines()[-1] == "1 of 2 moved"
 
 
 def test_a_terminal_gets_a_bar_for_each_and_one_for_all(host: Evacuated) -> None:

@@ -61,6 +61,34 @@ def test_a_switch_under_load(work: Path, threads: int) -> None:
         served.stop()
 
 
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced", "its folder removed"])
+def test_no_guest_is_moved_to_a_disk_that_nobody_would_find_again(work: Path, how: str) -> None:
+    """Nor is a copy called one that has no name."""
+    (work / "to").mkdir()
+    other, aside = work / "to" / "b.img", work / "aside.img"
+    with Served(work, image(work / "a.img")) as served, served.guest() as guest:
+        served.start_mirror(other, create=True)
+        write_block(guest, 1, 1)
+        flush(guest)
+        other.rename(aside)
+        if how == "removed":
+            aside.unlink()
+        elif how == "replaced":
+            image(other, filled_mib=0)
+        elif how == "its folder removed":
+            (work / "to").rmdir()
+        with pytest.raises(QmpError, match="does not lead to the disk that is mirrored to any more"):
+            served.qmp.execute("switch")
+        assert served.qmp.execute("query-status")["disk"] == str(work / "a.img")
+        assert served.state == "steady"
+        write_block(guest, 2, 2)
+        flush(guest)
+        if how == "renamed":
+            aside.rename(other)
+            served.qmp.execute("switch")
+            assert served.qmp.execute("query-status")["disk"] == str(other)
+
+
 @pytest.mark.timeout(60 + SWITCHES)
 def test_there_and_back_with_the_mirror_kept(work: Path) -> None:
     disks = image(work / "a.img"), image(work / "b.img")

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from vhostsync.errors import ConfigError, DiskError
+from vhostsync.fleet import evacuation_plan
 from vhostsync.fleet.evacuation_plan import Move, lies_at, plan_moves
 from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.storage.file import create_image
@@ -34,7 +37,7 @@ class Places:
         )  # fmt: skip
 
     def plan(self, *disks: HostDisk, to: str | None = None, where: str | None = None) -> dict[str, Move]:
-        moves = plan_moves(disks, where or str(self.old), to or str(self.new))
+        moves = anyio.run(plan_moves, disks, where or str(self.old), to or str(self.new))
         return {move.label: move for move in moves}
 
 
@@ -85,6 +88,44 @@ def test_two_of_one_name_get_their_own(places: Places) -> None:
     assert found["vm2"].destination == f"{places.new}/disk-vm2.img"
 
 
+def test_no_two_get_one_name(places: Places) -> None:
+    one, other = (places.disk(name, places.old / name / "disk.img") for name in ("vm1", "vm2"))
+    called_so = places.disk("vm3", places.old / "disk-vm2.img")
+    found = places.plan(one, other, called_so)
+    destinations = [move.destination for move in found.values() if move.destination is not None]
+    assert len(destinations) == len(set(destinations)) == 2
+    assert "another disk gets that name" in str(found["vm3"].why_not)
+
+
+def test_a_file_system_that_hangs_costs_those_disks_that_lie_there(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it may be that they do not."""
+    released, look = threading.Event(), evacuation_plan._look
+
+    def hangs(name: str, where: str, to: str) -> evacuation_plan._Lies:
+        if name.startswith("/hung"):
+            released.wait(60)
+        return look(name, where, to)
+
+    monkeypatch.setattr(evacuation_plan, "_look", hangs)
+    monkeypatch.setattr(evacuation_plan, "LOOK_S", 0.3)
+    try:
+        hung = [places.disk(f"vm{at}", f"/hung/{at}.img") for at in range(3)]
+        found = places.plan(*hung, places.disk("vm9", places.old / "a.img"))
+    finally:
+        released.set()
+    assert found["vm9"].destination == f"{places.new}/a.img"
+    assert all("does not answer" in str(found[f"vm{at}"].why_not) for at in range(3))
+
+
+def test_a_place_that_is_not_there(places: Places) -> None:
+    with pytest.raises(ConfigError, match="There is no"):
+        places.plan(where=str(places.old / "none"))
+    gone = places.disk("vm1", f"{places.old}/none/a.img")
+    assert set(places.plan(gone, where=str(places.old / "none"))) == {"vm1"}
+
+
 def test_images_of_a_pool_have_no_suffix_and_devices_become_files(
     places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +173,7 @@ def test_where_nothing_can_go(places: Places, tmp_path: Path) -> None:
 def test_no_image_file_is_made_among_the_device_nodes() -> None:
     """There it would lie in memory, and the guest with it."""
     with pytest.raises(ConfigError, match="would lie in memory"):
-        plan_moves([], "/mnt/old", "/dev")
+        anyio.run(plan_moves, [], "/mnt/old", "/dev")
     with pytest.raises(DiskError, match="would lie in memory"):
         create_image(Path("/dev/vhostsync-test.img"), 4096)
     assert not os.path.lexists("/dev/vhostsync-test.img")

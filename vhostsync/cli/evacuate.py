@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Final, TextIO
 
 import anyio
-import anyio.to_thread
 
 from vhostsync.cli import show
 from vhostsync.fleet.disks import host_disks
@@ -23,8 +22,8 @@ from vhostsync.fleet.evacuation import (
     WAITING,
     Evacuation,
     Progress,
-    free_bytes,
-    needed_bytes,
+    alone,
+    needed_and_free,
 )
 from vhostsync.fleet.evacuation_plan import Move, plan_moves
 from vhostsync.printable import printable, size
@@ -39,9 +38,14 @@ _HEADINGS: Final = ("NAME", "STATE", "SIZE", "DISK", "DESTINATION")
 async def run(options: argparse.Namespace) -> int:
     """The exit code. ConfigError, StateRecordError."""
     disks = await host_disks()
-    moves = await anyio.to_thread.run_sync(plan_moves, disks, options.place, options.to)
+    moves = await plan_moves(disks, options.place, options.to)
     if options.dry_run:
         return await _show_plan(moves, options)
+    async with alone(options.place, options.to):
+        return await _evacuate(moves, options)
+
+
+async def _evacuate(moves: Sequence[Move], options: argparse.Namespace) -> int:
     shown: Shown = JsonLines() if options.json else Bars(sys.stdout) if sys.stdout.isatty() else Lines()
     evacuation = Evacuation(
         moves, parallel=options.parallel, total_speed=options.total_speed, switch=options.switch,
@@ -53,14 +57,21 @@ async def run(options: argparse.Namespace) -> int:
         shown.end()
         sys.stderr.write("vhostsync: The copies that run go on; start it again to go on with the rest.\n")
         raise
+    except BaseExceptionGroup as several:  # each disk's task has failed to tell
+        raise _first(several) from several
     shown.end()
     return _show_result(list(evacuation.progress.values()), options)
 
 
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 async def _show_plan(moves: Sequence[Move], options: argparse.Namespace) -> int:
     possible = [move for move in moves if move.why_not is None]
-    needed = await anyio.to_thread.run_sync(needed_bytes, possible)
-    free = await anyio.to_thread.run_sync(free_bytes, options.to)
+    needed, free = await needed_and_free(possible, options.to)
     if options.json:
         plan = [
             {"label": move.label, "disk": move.disk.disk, "destination": move.destination,

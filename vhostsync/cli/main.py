@@ -8,6 +8,7 @@ Only what parsing needs is imported here, so that --help and --print-capabilitie
 the C extension."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -118,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Ends the process itself where argparse does (--help, wrong
     usage)."""
     _fill_standard_descriptors()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of disks are not all ASCII, some encodings are
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(_with_serve(sys.argv[1:] if arguments is None else arguments))
@@ -174,6 +178,8 @@ def _run(words: list[str]) -> int:
         if not inherited:
             parser.error("which backend? Give --name NAME or --control PATH, or set VHOSTSYNC_CONTROL")
         controls = [Path(inherited)]
+    if len(controls) > 1 and (accepted := _accepted_by_one_alone(options)) is not None:
+        parser.error(f"{accepted} is for one disk: switch that by itself")
     if len(controls) > 1 or options.command == "snapshot":
         return _operate_group(options, controls)
     options.control = controls[0]
@@ -197,6 +203,11 @@ def _controls(options: argparse.Namespace) -> "list[Control]":
 
         controls = [*controls, *map(find_control, names)]
     return controls
+
+
+def _accepted_by_one_alone(options: argparse.Namespace) -> str | None:
+    given = [name for name in ("accept_unreadable", "accept_different") if getattr(options, name, False)]
+    return f"--{given[0].replace('_', '-')}" if given else None
 
 
 def _drop_output() -> None:

@@ -97,7 +97,7 @@ async def _ask(disk: HostDisk) -> HostDisk:
         if isinstance(answer, RefusedError):
             going = str(answer) == qmp.GOING_DOWN and disk.record_path is not None
             return replace(disk, problem=str(answer), passing=str(answer) if going else None)
-    if (wrong := _not_in_form(status, _STATUS) or _not_in_form(mirror, _MIRROR)) is not None:
+    if (wrong := not_in_form(status, _STATUS) or not_in_form(mirror, MIRROR)) is not None:
         return replace(disk, problem=f"the backend at {disk.control} answers with what is no {wrong}")
     return replace(disk, control=control, status=status, mirror=mirror, said=said)
 
@@ -134,7 +134,7 @@ _STATUS: Final[_Form] = {
     "name": (is_text, False), "disk": (is_text, False), "active": (_is_number, False),
     "frontends": (_is_number, False), "capacity": (_is_number, False), "record": (is_text, True),
 }  # fmt: skip
-_MIRROR: Final[_Form] = {
+MIRROR: Final[_Form] = {
     "state": (is_text, False), "destination": (is_text, True), "worth": (_is_worth, True),
     "lag-bytes": (_is_number, False), "lag-ms": (_is_number, False), "counts": (_are_counts, False),
     "copy-bytes-done": (_is_number, False), "copy-bytes-total": (_is_number, False),
@@ -143,7 +143,7 @@ _MIRROR: Final[_Form] = {
 }  # fmt: skip
 
 
-def _not_in_form(answer: Any, form: _Form) -> str | None:
+def not_in_form(answer: Any, form: _Form) -> str | None:
     """What of it is missing, or is not what it should be."""
     if not isinstance(answer, Mapping):
         return "answer"

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves many disks of this host to another place, so many at a time. It holds no state: what a disk's mirror
-does, its backend and its record say. So whoever starts it again goes on where the last one was, and two at
-once do the same, each by what it finds."""
+does, its backend and its record say. So whoever starts it again goes on where the last one was. Of one place,
+and to one place, there is one evacuation at a time (`alone`): two would undo each other's mirrors and limits.
 
+A backend may have been taken over by its guest: what it answers is held against what it should be, and costs
+no disk but its own. Files are looked at by threads that nobody has to wait for."""
+
+import errno
+import fcntl
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from vhostsync.control.client import ControlClient, RefusedError, connect
-from vhostsync.errors import DiskError, MirrorError, UnreachableError, VhostsyncError
+from vhostsync.errors import ControlError, DiskError, MirrorError, UnreachableError, VhostsyncError
+from vhostsync.fleet.disks import MIRROR, not_in_form
 from vhostsync.fleet.evacuation_plan import Move, is_same_place
 from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.fleet.speed_budget import SpeedBudget
+from vhostsync.host.errands import ask_unless_cancelled, bring_unless_cancelled
+from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.record.state_file import StateFile
 from vhostsync.storage.identity import same
 from vhostsync.storage.kinds import identify
+from vhostsync.typed_fields import is_text
 
 LOOK_EVERY_S: Final = 0.5
 COME_BACK_S: Final = 30.0
@@ -40,6 +50,8 @@ SWITCHING: Final = "switching"
 MOVED: Final = "moved"
 FAILED: Final = "failed"
 ENDS: Final = (STEADY, MOVED, FAILED)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,9 +132,9 @@ class Evacuation:
         move = self._moves[at]
         assert move.disk.control is not None and move.destination is not None
         async with connect(move.disk.control) as client:
-            mirror = await _execute(client, "query-mirror")
+            mirror = await _query_mirror(client)
             self._answered_s[at] = time.monotonic()
-            if is_same_place(mirror["source"], move.destination):
+            if await _is_same(mirror["source"], move.destination):
                 self._note(at, phase=MOVED, bytes_done=self.progress[at].bytes_total)
                 return
             await self._begin_mirror(client, mirror, move, speed)
@@ -141,26 +153,26 @@ class Evacuation:
         destination = move.destination
         assert destination is not None
         if mirror["state"] not in ATTACHED:
-            create = await anyio.to_thread.run_sync(_must_be_made, move.disk, destination)
+            create = await _told_in_time(partial(_must_be_made, move.disk, destination), destination)
             arguments = {"destination": destination, "create": create} | ({"speed": speed} if speed else {})
             try:
                 await _execute(client, "mirror-start", arguments, COMMAND_S)
                 return
             except RefusedError:
                 # Somebody else may have been quicker: another evacuation, or the backend, which resumes.
-                mirror = await _execute(client, "query-mirror")
+                mirror = await _query_mirror(client)
                 if mirror["state"] not in ATTACHED:
                     raise
-        if not is_same_place(str(mirror["destination"]), destination):
+        if not await _is_same(str(mirror["destination"]), destination):
             raise MirrorError(f"it is mirrored to {mirror['destination']}; cancel that mirror first")
 
     async def _until_steady(self, at: int, client: ControlClient, destination: str) -> None:
         """MirrorError where it will not become steady."""
         while True:
-            mirror = await _execute(client, "query-mirror")
+            mirror = await _query_mirror(client)
             self._answered_s[at] = time.monotonic()
             state = mirror["state"]
-            if state not in ATTACHED or not is_same_place(str(mirror["destination"]), destination):
+            if state not in ATTACHED or not await _is_same(str(mirror["destination"]), destination):
                 why = mirror["last-error"] or mirror["reason"] or "another command has ended it"
                 raise MirrorError(f"the mirror to {destination} failed: {why}")
             total = mirror["copy-bytes-total"] or self.progress[at].bytes_total
@@ -187,6 +199,61 @@ async def _execute(
             return await client.execute(command, arguments)
     except TimeoutError as error:
         raise UnreachableError(f"The backend does not answer ({command}, for {limit_s:g} s).") from error
+
+
+async def _query_mirror(client: ControlClient) -> Mapping[str, Any]:
+    """ControlError where it is no such answer."""
+    mirror = await _execute(client, "query-mirror")
+    if (wrong := not_in_form(mirror, MIRROR)) is not None or not is_text(mirror.get("source")):
+        raise ControlError(f"The backend answers with what is no {wrong or 'source'}.")
+    assert isinstance(mirror, Mapping)
+    return mirror
+
+
+async def _told_in_time(ask: Callable[[], T], what: str) -> T:
+    """What `ask` returns or raises. MirrorError where its file system hangs."""
+    try:
+        with anyio.fail_after(ANSWER_S):
+            return await ask_unless_cancelled(ask)
+    except TimeoutError as error:
+        raise MirrorError(f"the file system of {what} does not answer") from error
+    except ValueError as error:  # of a name that no file can have
+        raise MirrorError(f"{what!r} is no name of a disk") from error
+
+
+async def _is_same(one: str, other: str) -> bool:
+    return one == other or await _told_in_time(partial(is_same_place, one, other), one)
+
+
+@asynccontextmanager
+async def alone(*places: str) -> AsyncIterator[None]:
+    """Those of them that are directories are locked meanwhile. MirrorError: another evacuation has one."""
+    async with AsyncExitStack() as stack:
+        for place in dict.fromkeys(each for each in places if each.startswith("/")):
+            lock = partial(_locked, place)
+            with anyio.move_on_after(ANSWER_S):
+                locked: OwnedFd = await bring_unless_cancelled(lock, OwnedFd.close)
+                stack.enter_context(locked)
+        yield
+
+
+def _locked(place: str) -> OwnedFd:
+    """Blocks. One that cannot be locked (there are file systems without locks, and places without a
+    directory) is taken as it is."""
+    try:
+        fd = OwnedFd(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:
+        return OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            fd.close()
+            raise MirrorError(
+                f"Another evacuation of {place}, or to it, is under way; wait until that has ended, or end "
+                f"it and start again."
+            ) from error
+    return fd
 
 
 def _must_be_made(disk: HostDisk, destination: str) -> bool:
@@ -220,14 +287,22 @@ async def _switch(client: ControlClient, destination: str) -> int | None:
     try:
         result = await _execute(client, "switch", {"deadline-ms": SWITCH_DEADLINE_MS}, COMMAND_S)
     except RefusedError:
-        mirror = await _execute(client, "query-mirror")
-        if is_same_place(str(mirror["source"]), destination):
-            return None  # another evacuation has done it
+        if await _is_same((await _query_mirror(client))["source"], destination):
+            return None  # somebody else has done it
         raise
-    return int(result["pause-us"])
+    pause_us = result.get("pause-us") if isinstance(result, Mapping) else None
+    return pause_us if isinstance(pause_us, int) else None
 
 
-def free_bytes(to: str) -> int | None:
+async def needed_and_free(moves: Sequence[Move], to: str) -> tuple[int, int | None]:
+    """How many bytes they need at most, and are free in the target; 0 and None where a file system hangs."""
+    with anyio.move_on_after(ANSWER_S):
+        needed = await ask_unless_cancelled(partial(_needed_bytes, moves))
+        return needed, await ask_unless_cancelled(partial(_free_bytes, to))
+    return 0, None
+
+
+def _free_bytes(to: str) -> int | None:
     """Of a directory. Blocks."""
     if not to.startswith("/"):
         return None
@@ -235,7 +310,7 @@ def free_bytes(to: str) -> int | None:
     return status.f_bavail * status.f_frsize
 
 
-def needed_bytes(moves: Sequence[Move]) -> int:
+def _needed_bytes(moves: Sequence[Move]) -> int:
     """At most: what is allocated of image files, and all of other disks; of those that have to be made yet.
     Blocks."""
     return sum(_allocated(move) for move in moves if move.destination and not _is_there(move.destination))

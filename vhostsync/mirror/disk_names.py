@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the names of the disks that are open still lead to them: if not, the next start finds another disk,
-or none. Looked at when somebody asks for figures, and never waited for: a file system may hang."""
+or none. Looked at when somebody asks for figures, or before a guest is moved, and never waited for: a file
+system may hang."""
 
 import os
 import time
@@ -12,6 +13,8 @@ from vhostsync.storage import kinds
 
 LOOK_EVERY_S: Final = 10.0
 PATIENCE_S: Final = 0.2
+CERTAIN_S: Final = 2.0
+"""For who must not go on without: a file system that has not answered by then is taken at its word."""
 KNOWN_MAX: Final = 8
 
 
@@ -33,6 +36,21 @@ class DiskNames:
             return await self._errands.answer(lambda: self._look(place), PATIENCE_S)
         except TimeoutError:
             return None
+
+    async def why_not_found(self, place: Place) -> str | None:
+        """Looked at now: why the next start would not find that disk by its name. None: it would, or it
+        cannot be told."""
+        try:
+            replaced = await self._errands.answer(lambda: _is_replaced(place), CERTAIN_S)
+        except TimeoutError:
+            return None
+        if not replaced:
+            return None
+        return (
+            f"{place.name} does not lead to the disk that is mirrored to any more (it was removed, renamed "
+            f"or replaced, or its file system is not mounted), so nobody would find that later; give it its "
+            f"name back, or mirror anew (mirror cancel, mirror start)"
+        )
 
     def _look(self, place: Place) -> bool | None:
         """In a thread of its own; what it finds late is told when somebody asks again."""

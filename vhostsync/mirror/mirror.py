@@ -36,6 +36,7 @@ from vhostsync.mirror.destination import (
     put_mark_back,
     was_of_this_guest,
 )
+from vhostsync.mirror.disk_names import DiskNames
 from vhostsync.mirror.fence import Fence, Means
 from vhostsync.mirror.group_snapshot import SnapshotSteps, snapshot_steps
 from vhostsync.mirror.group_switch import GroupSwitchSteps
@@ -95,7 +96,8 @@ class Mirror:
         self.group_cut = self._keeper.group
         self._fence = fence
         self._course = Course(engine, self._roles, self._keeper, hub, self._waits_for)
-        self._switch = Switch(engine, self._roles, self._keeper, hub)
+        self._names = DiskNames()
+        self._switch = Switch(engine, self._roles, self._keeper, hub, self._names)
         self._catch_up = CatchUp(engine, self._keeper)
         self._end = MirrorEnd(engine, self._roles, self._keeper, self._course, self._catch_up)
 
@@ -395,6 +397,9 @@ class Mirror:
     async def snapshot_in_steps(self, max_pause_ms: float, cut: str | None) -> AsyncIterator[SnapshotSteps]:
         """The same for a snapshot, at whose end the destination is closed. MirrorError, EngineError."""
         async with self.turns.take("snapshot"):
+            destination = self._roles.destination
+            if destination is not None and (why := await self._names.why_not_found(destination)) is not None:
+                raise MirrorError(why)
             rooms = self._engine, self._roles, self._keeper
             async with snapshot_steps(*rooms, self.state, max_pause_ms, cut) as steps:
                 yield steps

@@ -17,6 +17,7 @@ from vhostsync.errors import EngineError, SwitchError, VhostsyncError
 from vhostsync.events import EventHub
 from vhostsync.host import patience
 from vhostsync.mirror.bad_ranges import BadRanges
+from vhostsync.mirror.disk_names import DiskNames
 from vhostsync.mirror.group_switch import GroupSwitchSteps
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Switched, SwitchPlan, SwitchResult
@@ -32,7 +33,10 @@ RETRY_S: Final = 0.05
 class Switch:
     """Nothing else may command the mirror meanwhile (turns.py)."""
 
-    def __init__(self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub) -> None:
+    def __init__(
+        self, engine: Engine, roles: Roles, keeper: RecordKeeper, hub: EventHub, names: DiskNames
+    ) -> None:
+        self._names = names
         self._engine = engine
         self._roles = roles
         self._keeper = keeper
@@ -46,6 +50,9 @@ class Switch:
                 how = "the destination was too slow and catches up by itself; wait until it is steady"
             raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
         self._check_serves()
+        destination = self._roles.destination
+        if destination is not None and (why := await self._names.why_not_found(destination)) is not None:
+            raise SwitchError(why)
         if self._keeper.different_since is not None and not plan.accept_different:
             raise SwitchError(self._different(f"known since {self._keeper.different_since}"))
         bad = BadRanges.of(await self._engine.snapshot())
