@@ -242,9 +242,15 @@ class ReceivePlace(OverLink):
             os.kill(server, signal.SIGCONT)
 
     def _restart(self, run: FaultRun) -> None:
+        run.let_rest("receive", self._receiving.process.pid, self._use_a_thread)
         self._receiving.process.kill()
         run.forget_holding("receive")
         self._receiving = self._begin()
+
+    def _use_a_thread(self) -> None:
+        """The disk is looked at in one."""
+        with Qmp(self._receiving.control) as qmp:
+            qmp.execute("query-status")
 
     def _stop_receive(self, _: FaultRun) -> None:
         self._receiving.process.signal(signal.SIGSTOP)

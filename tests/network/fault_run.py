@@ -222,6 +222,10 @@ class FaultRun:
 
     # ---- what faults need -------------------------------------------------------------
 
+    def let_rest(self, name: str, pid: int, use_a_thread: Callable[[], None]) -> None:
+        """Before that process is ended: what it has for a while only is not taken for a leak."""
+        self._leaks.look_at_rest(name, pid, use_a_thread)
+
     def forget_holding(self, name: str) -> None:
         """That process ends, and another one takes its place."""
         self._leaks.judge(name)
