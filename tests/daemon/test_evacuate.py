@@ -21,7 +21,18 @@ import anyio
 import pytest
 
 from tests.daemon.evacuated_host import Evacuated, lines_of
-from tests.daemon.rig import BLOCK, block_of, flush, image, loop_device, same_content, tmpfs, write_block
+from tests.daemon.rig import (
+    BLOCK,
+    await_true,
+    block_of,
+    flush,
+    image,
+    loop_device,
+    need_root,
+    same_content,
+    tmpfs,
+    write_block,
+)
 from tests.guest.backends import vhostsync_command
 from tests.sizes import MIB
 from tests.unit.test_host_disks import MIRROR, STATUS
@@ -29,6 +40,7 @@ from vhostsync.fleet import evacuation
 from vhostsync.fleet.disks import host_disks
 from vhostsync.fleet.evacuation import Progress
 from vhostsync.fleet.evacuation_plan import plan_moves
+from vhostsync.host.flocks import lock_holders
 
 pytestmark = pytest.mark.timeout(300)  # many programs are started, one after the other
 
@@ -256,11 +268,28 @@ def test_there_is_one_evacuation_of_a_place_at_a_time(host: Evacuated) -> None:
             assert program.stdout is not None
             assert json.loads(program.stdout.readline())["phase"] in ("copying", "waiting")
             _, err = host.evacuate("--switch", code=1)
-            assert "is under way; wait until that has ended" in err
+            assert f"is locked by process {program.pid}: another evacuation" in err
             assert json.loads(host.evacuate("--dry-run", "--json")[0])["plan"]
             program.send_signal(signal.SIGINT)
             program.communicate(timeout=60)
         assert host.evacuate("--switch")[0].splitlines()[-1] == "2 of 2 moved"
+
+
+def test_nobody_else_keeps_a_place_from_being_evacuated(host: Evacuated) -> None:
+    """Whoever may read a directory may lock it."""
+    need_root()
+    host.old.chmod(0o755)
+    disk = image(host.old / "a.img", 4, filled_mib=2)
+    with host.serve_all(disk), ExitStack() as stack:
+        fd = os.open(host.old, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        locks = [*nobody, "flock", "--shared", f"/proc/self/fd/{fd}", "cat"]
+        with subprocess.Popen(locks, stdin=subprocess.PIPE, pass_fds=(fd,)) as holder:
+            await_true(lambda: lock_holders(host.old) != frozenset(), "it is locked")
+            assert host.evacuate("--switch")[0].splitlines()[-1] == "1 of 1 moved"
+            assert lock_holders(host.old) != frozenset()
+            holder.communicate()
 
 
 def test_output_that_nobody_takes_is_no_traceback(host: Evacuated) -> None:

@@ -26,6 +26,7 @@ from vhostsync.fleet.evacuation_plan import Move, is_same_place
 from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.fleet.speed_budget import SpeedBudget
 from vhostsync.host.errands import ask_unless_cancelled, bring_unless_cancelled
+from vhostsync.host.flocks import lock_holders
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.record.state_file import StateFile
 from vhostsync.storage.identity import same
@@ -239,7 +240,8 @@ async def alone(*places: str) -> AsyncIterator[None]:
 
 def _locked(place: str) -> OwnedFd:
     """Blocks. One that cannot be locked (there are file systems without locks, and places without a
-    directory) is taken as it is."""
+    directory) is taken as it is, and so is one that somebody else holds than an evacuation could: whoever may
+    read a directory may lock it."""
     try:
         fd = OwnedFd(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError:
@@ -247,13 +249,25 @@ def _locked(place: str) -> OwnedFd:
     try:
         fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
+        holders = lock_holders(Path(os.path.realpath(place))) if error.errno == errno.EWOULDBLOCK else ()
+        ours = [str(process) for process in holders if _may_evacuate(process)]
+        if ours:
             fd.close()
             raise MirrorError(
-                f"Another evacuation of {place}, or to it, is under way; wait until that has ended, or end "
-                f"it and start again."
+                f"{place} is locked by process {', '.join(ours)}: another evacuation of it, or to it, is "
+                f"under way, it seems; wait until that has ended, or end it and start again."
             ) from error
     return fd
+
+
+def _may_evacuate(process: int) -> bool:
+    """By its user, whom not the owner of its folder tells: that may be root's, whoever it is."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return False  # it has ended, or is not of this host
+    [users] = [line.split()[1:] for line in lines if line.startswith("Uid:")]
+    return process != os.getpid() and int(users[1]) in (0, os.geteuid())
 
 
 def _must_be_made(disk: HostDisk, destination: str) -> bool:

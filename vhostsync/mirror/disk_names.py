@@ -21,6 +21,7 @@ KNOWN_MAX: Final = 8
 class DiskNames:
     def __init__(self) -> None:
         self._errands = Errands()
+        self._hangs: set[Place] = set()  # or is being looked at by whoever must not go on without
         self._looking: set[Place] = set()  # a look that has not come back; there is no second one
         self._found: dict[Place, tuple[float, bool | None]] = {}
 
@@ -40,8 +41,11 @@ class DiskNames:
     async def why_not_found(self, place: Place) -> str | None:
         """Looked at now: why the next start would not find that disk by its name. None: it would, or it
         cannot be told."""
+        if place in self._hangs:
+            return None
+        self._hangs.add(place)
         try:
-            replaced = await self._errands.answer(lambda: _is_replaced(place), CERTAIN_S)
+            replaced = await self._errands.answer(lambda: self._look_once(place), CERTAIN_S)
         except TimeoutError:
             return None
         if not replaced:
@@ -51,6 +55,13 @@ class DiskNames:
             f"or replaced, or its file system is not mounted), so nobody would find that later; give it its "
             f"name back, or mirror anew (mirror cancel, mirror start)"
         )
+
+    def _look_once(self, place: Place) -> bool | None:
+        """In a thread of its own. One that never comes back is the only one of that place."""
+        try:
+            return _is_replaced(place)
+        finally:
+            self._hangs.discard(place)
 
     def _look(self, place: Place) -> bool | None:
         """In a thread of its own; what it finds late is told when somebody asks again."""

@@ -50,9 +50,6 @@ class Switch:
                 how = "the destination was too slow and catches up by itself; wait until it is steady"
             raise SwitchError(f"a switch needs the mirror in the steady state, and it is {state}; {how}")
         self._check_serves()
-        destination = self._roles.destination
-        if destination is not None and (why := await self._names.why_not_found(destination)) is not None:
-            raise SwitchError(why)
         if self._keeper.different_since is not None and not plan.accept_different:
             raise SwitchError(self._different(f"known since {self._keeper.different_since}"))
         bad = BadRanges.of(await self._engine.snapshot())
@@ -133,8 +130,12 @@ class Switch:
             await anyio.sleep(RETRY_S * attempts)
 
     async def drain(self, plan: SwitchPlan) -> None:
-        """The guest running: the lag shrinks, and the destination shows that it can flush. EngineError."""
+        """The guest running: the lag shrinks, and the destination shows that it can flush, and that it is
+        found by its name. EngineError, SwitchError."""
         await self._engine.mirror_drain(both_disks=plan.keep_mirror)
+        destination = self._roles.destination
+        if destination is not None and (why := await self._names.why_not_found(destination)) is not None:
+            raise SwitchError(why)
 
     def _result(self, switched: Switched, attempts: int) -> SwitchResult:
         destination = self._roles.destination
