@@ -120,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage)."""
     _fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of disks are not all ASCII, some encodings are
+        # Names of disks are not all ASCII, some encodings are. In a fork of a node it was done before.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
