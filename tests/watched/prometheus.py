@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import http
 import json
 import re
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -42,7 +44,7 @@ class Prometheus:
         )  # fmt: skip
         self._listening = re.compile(r'msg="Listening on" address=(\S+)')
         try:
-            await_true(self._is_ready, "Prometheus listens")
+            await_true(self._is_ready, "Prometheus answers queries")
         except BaseException:
             self._process.kill()
             raise
@@ -53,19 +55,30 @@ class Prometheus:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
 
+    def _address(self) -> str | None:
+        found = self._listening.search(self._process.log.read_text())
+        return found[1] if found is not None else None
+
     def _is_ready(self) -> bool:
+        """It refuses queries between listening and having read its log ("Service Unavailable")."""
         assert self._process.running, self._process.last_output()
-        return self._listening.search(self._process.log.read_text()) is not None
+        address = self._address()
+        if address is None:
+            return False
+        try:
+            urllib.request.urlopen(f"http://{address}/-/ready", timeout=30).close()
+        except urllib.error.HTTPError as error:
+            assert error.code == http.HTTPStatus.SERVICE_UNAVAILABLE, error
+            return False
+        return True
 
     def _ask(self, path: str, **parameters: str | float) -> Any:
-        found = self._listening.search(self._process.log.read_text())
-        assert found is not None
-        url = f"http://{found[1]}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        url = f"http://{self._address()}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
                 shown = json.load(answer)
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"{parameters}: {json.load(error)}") from error
+            raise AssertionError(f"{parameters}: {error.read().decode()}") from error
         assert shown["status"] == "success", shown
         return shown["data"]
 
