@@ -19,7 +19,7 @@ from bench.disk_sizes import SIZES, measure_size, own_mib
 from bench.files import make_file
 from bench.generator import load_beside
 from bench.idle import on_cpu_ns
-from bench.node_growth import ForkedOurs, Host, asking_s, median_start_ms, node_at, pss_mib
+from bench.node_growth import ForkedOurs, Host, asking_s, median_start_ms, node_at, pss_mib, user_of
 from bench.plan import GIB, Plan
 from bench.report import describe, describe_machine
 from bench.rows import Tell
@@ -34,6 +34,7 @@ THREADS_DISK_BYTES = 256 << 20
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BACKENDS = (1, 4, 16, 64)
 FORKED = (1, 8, 64, 250, 500)
+FORKED_BYTES = 4 * MIB  # twice 500 of them are to fit in memory
 RAMP_S = 0.3
 IDLE_S = 4.0
 Json = dict[str, Any]
@@ -220,7 +221,8 @@ def _idle_backends(plan: Plan) -> list[Table]:
 
 
 def _forked_backends(plan: Plan) -> list[Table]:
-    """As the idle ones, forked from a node; until the limit on locked memory or on processes is reached."""
+    """As the idle ones, forked from a node, with users of their own where the bench is root; until a limit is
+    reached."""
     columns = (
         "backends", "PSS of each, MiB", "of all and the node, MiB", "CPU of all, % of a core", "wake-ups/s",
         "start ms", "list s", "evacuate --dry-run s", "one scrape s",
@@ -244,17 +246,20 @@ def _forked_backends(plan: Plan) -> list[Table]:
             pss = pss_mib([node, *(each.pid for each in running)])
             asking = asking_s(host, count)
             rows.append((count, pss / count, pss, core_percent, sleeps, median_start_ms(running), *asking))
-    title = "Idle backends of a node: guest connected, mirror steady, 16 MiB of disk, a log of 8 MiB"
+    title = "Idle backends of a node: guest connected, mirror steady, 4 MiB of disk, a log of 8 MiB"
     return [Table(title, columns, rows)]
 
 
 def _start_forked(host: Host, stack: contextlib.ExitStack, running: list[ForkedOurs]) -> None:
     number, folder = len(running), host.disks
+    user = user_of(number)
     source, to = (
-        make_file(folder / f"{number}-{name}.img", 16 * MIB, direct=False) for name in ("from", "to")
+        make_file(folder / f"{number}-{name}.img", FORKED_BYTES, direct=False) for name in ("from", "to")
     )
+    if user is not None:
+        user.give(source, to)
     ours = ForkedOurs(
-        host, f"ours {number}", folder, source, direct=False, destination=to, queues=1,
+        host, user, f"ours {number}", folder, source, direct=False, destination=to, queues=1,
         options=("--log-size", "8M"),
     )  # fmt: skip
     stack.callback(ours.close)

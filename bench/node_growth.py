@@ -4,6 +4,7 @@ node and the pages that they share included, and how long it takes to ask all of
 
 import contextlib
 import os
+import pwd
 import re
 import socket
 import statistics
@@ -23,6 +24,30 @@ from vhostsync.node.request import Request, Started, start
 
 NODE_S = 15.0
 ASKED_TIMES = 3
+OF_ONE_USER = 100  # rings of more are over the usual limit on locked memory, 8 MiB, which is a user's
+
+
+@dataclass(frozen=True)
+class User:
+    """Whom backends run as (--user)."""
+
+    name: str
+    uid: int
+    gid: int
+
+    def give(self, *paths: Path) -> None:
+        for path in paths:
+            os.chown(path, self.uid, self.gid)
+
+
+def user_of(number: int) -> User | None:
+    """Of the backend of this number: one for each OF_ONE_USER, of those that the system has. None: the
+    bench's own user, who may not become another one."""
+    if os.geteuid() != 0:
+        return None
+    others = sorted((each.pw_uid, each.pw_gid, each.pw_name) for each in pwd.getpwall() if each.pw_uid)
+    uid, gid, name = others[number // OF_ONE_USER]
+    return User(name, uid, gid)
 
 
 @dataclass(frozen=True)
@@ -43,9 +68,15 @@ class Host:
     def away(self) -> Path:
         return self.folder / "away"
 
-    @property
-    def environment(self) -> dict[str, str]:
-        own = {"STATE_DIRECTORY": self.folder / "state", "VHOSTSYNC_RUNTIME_DIRECTORY": self.folder / "run"}
+    def state_of(self, user: User) -> Path:
+        return self.folder / "state" / user.name
+
+    def environment(self, user: User | None = None) -> dict[str, str]:
+        """Of a backend of this user, or of a command."""
+        own = {
+            "STATE_DIRECTORY": self.state_of(user) if user is not None else self.folder / "state",
+            "VHOSTSYNC_RUNTIME_DIRECTORY": self.folder / "run",
+        }
         return {**os.environ, **{name: str(place) for name, place in own.items()}}
 
     def median_s(self, *words: str, says: str, times: int) -> float:
@@ -54,7 +85,7 @@ class Host:
         for _ in range(ASKED_TIMES):
             began = time.monotonic()
             done = subprocess.run(
-                [sys.executable, "-m", "vhostsync", *words], env=self.environment, capture_output=True,
+                [sys.executable, "-m", "vhostsync", *words], env=self.environment(), capture_output=True,
                 text=True, check=False,
             )  # fmt: skip
             took.append(time.monotonic() - began)
@@ -90,18 +121,23 @@ class _Process:
 class ForkedOurs(Ours):
     """`start_ms`: from the request until it answers on its control socket."""
 
-    def __init__(self, host: Host, *arguments: Any, **named: Any) -> None:
+    def __init__(self, host: Host, user: User | None, *arguments: Any, **named: Any) -> None:
         self._host = host
+        self._user = user
         self.start_ms = 0.0
         super().__init__(*arguments, **named)
 
     def _state_options(self) -> tuple[str, ...]:
-        return ()
+        return ("--user", self._user.name) if self._user is not None else ()
 
     def _spawn(self, command: Sequence[str]) -> Any:
+        if self._user is not None:
+            state = self._host.state_of(self._user)
+            state.mkdir(parents=True, exist_ok=True)
+            self._user.give(state, self._directory)
         words = tuple(command[command.index("serve") + 1 :])
         with self._log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
-            request = Request(words, self._host.environment, str(self._directory), 0o077, (0, 1, 2))
+            request = Request(words, self._host.environment(self._user), str(self._directory), 0o077, (0, 1, 2))
             began = time.monotonic()
             started = start(self._host.node, request, [nothing.fileno(), log.fileno(), log.fileno()])
             while not self._monitor_path.exists() and time.monotonic() < began + NODE_S:
@@ -157,7 +193,7 @@ def _scrape_s(host: Host, count: int) -> float:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "vhostsync", "exporter", "--listen", address, "--log-level", "error"]
     took: list[float] = []
-    with subprocess.Popen(command, env=host.environment) as exporter:
+    with subprocess.Popen(command, env=host.environment()) as exporter:
         try:
             until = time.monotonic() + NODE_S
             while len(took) < ASKED_TIMES:
