@@ -137,7 +137,8 @@ class ForkedOurs(Ours):
             self._user.give(state, self._directory)
         words = tuple(command[command.index("serve") + 1 :])
         with self._log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
-            request = Request(words, self._host.environment(self._user), str(self._directory), 0o077, (0, 1, 2))
+            environment, place = self._host.environment(self._user), str(self._directory)
+            request = Request(words, environment, place, 0o077, (0, 1, 2))
             began = time.monotonic()
             started = start(self._host.node, request, [nothing.fileno(), log.fileno(), log.fileno()])
             while not self._monitor_path.exists() and time.monotonic() < began + NODE_S:

@@ -49,7 +49,7 @@ from vhostsync.lineage_name import is_lineage_name, socket_of
 from vhostsync.metrics import serve_metrics
 from vhostsync.option_values import TakeOver
 from vhostsync.record.names import Member, follow_name
-from vhostsync.record.state_index import default_directory, make_directory
+from vhostsync.record.state_index import default_directory, know_pointers, make_directory
 from vhostsync.storage import kinds
 from vhostsync.storage.network import use_network
 from vhostsync.storage.signatures import load_library
@@ -128,6 +128,8 @@ def _take_over(config: ServeConfig, *, log_too: bool) -> TakenOver | None:
         raise ConfigError("--take-over needs --control, which says whose guest is taken over.")
     load_modules()
     kinds.kind_of(config.disk)  # loads its module: the guest does not wait for that
+    if config.state_file is None and not config.no_state_file:
+        know_pointers(default_directory())  # nor for these to be read, which may be many
     predecessor = anyio.run(ask, config.control_socket, config.socket_path, config.disk)
     inheritance = predecessor.inherit() if predecessor is not None else None
     if predecessor is None or inheritance is None:

@@ -25,7 +25,8 @@ from vhostsync.errors import StateRecordError
 from vhostsync.host import kernel
 from vhostsync.option_values import Answer
 from vhostsync.record import bitmap, who_may_serve
-from vhostsync.record.state_file import RealFileSystem, StateFile
+from vhostsync.record.files import RealFileSystem
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import Index
 from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.record.who_may_serve import check_start

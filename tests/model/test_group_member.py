@@ -22,7 +22,8 @@ from vhostsync.errors import MirrorError, StateRecordError, VhostsyncError
 from vhostsync.mirror import group_member
 from vhostsync.mirror.group_member import GroupMember
 from vhostsync.mirror.mirror_state import MirrorState
-from vhostsync.record.state_file import RealFileSystem, StateFile
+from vhostsync.record.files import RealFileSystem
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, Worth
 
 

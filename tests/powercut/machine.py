@@ -77,7 +77,7 @@ class Servers(Fence):
 
 
 class RecordFiles:
-    """state_file.FileSystem in memory, every change of the record noted."""
+    """files.FileSystem in memory, every change of the record noted."""
 
     def __init__(self, text: bytes | None, recorder: Recorder | None = None) -> None:
         self.text = text
@@ -106,6 +106,9 @@ class RecordFiles:
 
     def names(self, path: Path) -> list[str]:
         return [each.name for each in self._other]
+
+    def versions(self, path: Path, suffix: str) -> dict[str, None]:
+        return dict.fromkeys(name for name in self.names(path) if name.endswith(suffix))
 
 
 @dataclass(frozen=True)

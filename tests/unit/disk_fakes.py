@@ -58,6 +58,7 @@ class VolatileFileSystem:
         self.durable: dict[int, bytes] = {}
         self.changes: list[dict[PurePath, int]] = [{}]  # the directory, oldest (durable) first
         self.steps_left = 1 << 30
+        self.cuts = 0
 
     def _step(self) -> None:
         if self.steps_left == 0:
@@ -104,8 +105,13 @@ class VolatileFileSystem:
     def names(self, path: Path) -> list[str]:
         return sorted(name.name for name in self.names_now)
 
+    def versions(self, path: Path, suffix: str) -> dict[str, object]:
+        there = sorted(self.names_now.items())
+        return {name.name: (self, self.cuts, inode) for name, inode in there if name.name.endswith(suffix)}
+
     def power_cut(self, data: st.DataObject) -> None:
         self.steps_left = 1 << 30
+        self.cuts += 1
         cut: dict[PurePath, int] = {}
         for name in sorted({name for state in self.changes for name in state}):
             inodes = list(dict.fromkeys(state.get(name) for state in self.changes))

@@ -11,8 +11,8 @@ from tests.unit.test_names import recorded
 from vhostsync.errors import ControlError
 from vhostsync.fleet.group import controls_of_group, is_one_instant
 from vhostsync.fleet.host_disk import HostDisk
+from vhostsync.record.files import RealFileSystem
 from vhostsync.record.names import Lineage, Names
-from vhostsync.record.state_file import RealFileSystem
 from vhostsync.record.state_record import StateRecord, Worth
 from vhostsync.storage.identity import DiskIdentity
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem
 from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.option_values import Answer
+from vhostsync.record import files as record_files
+from vhostsync.record.files import RealFileSystem
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import Index, default_directory, open_state_file
 from vhostsync.record.state_record import StateRecord, Worth
@@ -243,3 +245,39 @@ def test_a_crash_anywhere_in_a_switch_lets_exactly_the_recorded_disk_serve(data:
         assert serving in ({A.path}, {B.path})
     else:
         assert A.path in serving
+
+
+class CountedFiles(RealFileSystem):
+    def __init__(self) -> None:
+        self.read_names: list[str] = []
+
+    def read(self, path: Path) -> bytes:
+        self.read_names.append(path.name)
+        return super().read(path)
+
+
+def test_a_pointer_is_read_again_only_once_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node has thousands of them, and each start looks at all of them several times."""
+
+    def seen() -> tuple[list[Path], list[str]]:
+        files = CountedFiles()
+        return [pointer.path for pointer in Index(tmp_path, files).pointers()], files.read_names
+
+    run(tmp_path, A, B)
+    names = sorted(path.name for path in tmp_path.glob("*.disk.json"))
+    paths = [tmp_path / name for name in names]
+    assert seen() == (paths, names)
+    assert seen() == (paths, names), "changed just now, they may do so again within a tick of the clock"
+    monkeypatch.setattr(record_files, "SETTLED_NS", 0)
+    assert seen() == (paths, names)
+    assert seen() == (paths, [])
+    text = paths[0].read_bytes()
+    paths[0].unlink()
+    assert seen() == (paths[1:], [])
+    paths[0].write_bytes(text)
+    assert seen() == (paths, names[:1])
+    (tmp_path / names[1]).write_bytes(b"damaged")
+    assert seen() == (paths[:1], names[1:])
+    assert seen() == (paths[:1], names[1:]), "what is damaged is looked at each time"

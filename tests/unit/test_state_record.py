@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.unit.disk_fakes import A, B, C, CrashError, VolatileFileSystem, disk, identities
 from vhostsync.errors import StateRecordError, SupersededError, UnsettledRecordError
 from vhostsync.record import state_record
-from vhostsync.record.state_file import RealFileSystem, StateFile
+from vhostsync.record.files import RealFileSystem
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import (
     SUPERSEDED_MAX,
     GuestDisk,

@@ -23,8 +23,9 @@ from vhostsync.mirror.destination import (
     open_destination,
 )
 from vhostsync.mirror_target import MirrorTarget
+from vhostsync.record.files import RealFileSystem
 from vhostsync.record.names import Lineage, Names
-from vhostsync.record.state_file import RealFileSystem, StateFile
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import Index, default_directory, make_directory
 from vhostsync.record.state_record import Wanted, named
 from vhostsync.record.who_may_serve import check_start

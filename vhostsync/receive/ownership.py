@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from vhostsync.errors import StateRecordError
 from vhostsync.host.own_file import ForeignFileError, open_regular, seems_to_be
-from vhostsync.record.state_file import RealFileSystem
+from vhostsync.record.files import RealFileSystem
 from vhostsync.record.state_record import NewerVersionError, decode_checked, encode_checked
 from vhostsync.storage.identity import DiskIdentity, decode_identity
 

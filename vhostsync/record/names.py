@@ -21,7 +21,8 @@ from vhostsync.config import ServeConfig
 from vhostsync.errors import StateRecordError
 from vhostsync.lineage_name import is_lineage_name
 from vhostsync.option_values import Answer
-from vhostsync.record.state_file import FileSystem, OthersFiles, RealFileSystem, StateFile
+from vhostsync.record.files import FileSystem, OthersFiles, RealFileSystem
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import default_directory
 from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked, named
 from vhostsync.storage.look import look

@@ -20,8 +20,9 @@ import structlog
 from vhostsync.errors import StateRecordError
 from vhostsync.host.flocks import lock_holder
 from vhostsync.printable import printable_lines
+from vhostsync.record.files import RealFileSystem
 from vhostsync.record.names import Lineage, Names, find_name
-from vhostsync.record.state_file import RealFileSystem, StateFile, backend_link, remove_backend_link
+from vhostsync.record.state_file import StateFile, backend_link, remove_backend_link
 from vhostsync.record.state_index import RECORD_SUFFIX, Index, default_directory
 from vhostsync.record.state_record import StateRecord, Superseded, Worth, named
 from vhostsync.storage.condition import Condition, Look

@@ -37,7 +37,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import structlog
 
@@ -56,6 +56,7 @@ from vhostsync.host.own_file import (
     remove_leftover,
     seems_to_be,
 )
+from vhostsync.record.files import FileSystem, RealFileSystem
 from vhostsync.record.record_store import Mark, Prepared, RecordStore
 from vhostsync.record.state_record import (
     NewerVersionError,
@@ -72,72 +73,7 @@ from vhostsync.storage.identity import DiskIdentity
 log = structlog.get_logger(__name__)
 
 
-class FileSystem(Protocol):
-    """What the record needs of the operating system; tests put one with crashes in its place. OSError.
-    `write_durable` makes a new file, in the place of what a crash has left of an earlier one."""
-
-    def read(self, path: Path) -> bytes: ...
-    def write_durable(self, path: Path, text: bytes) -> None: ...
-    def rename(self, old: Path, new: Path) -> None: ...
-    def sync_directory(self, path: Path) -> None: ...
-    def unlink(self, path: Path) -> None: ...
-    def names(self, path: Path) -> list[str]: ...
-
-
-class RealFileSystem:
-    def read(self, path: Path) -> bytes:
-        return self._read(Path(os.path.realpath(path)))
-
-    def _read(self, path: Path) -> bytes:
-        fd = open_regular(path, os.O_RDONLY)
-        with os.fdopen(fd, "rb") as file:
-            text = file.read(TEXT_BYTES_MAX + 1)
-            if text is None:  # a file of the kernel's that has nothing at the moment
-                raise ForeignFileError(seems_to_be(fd))
-            if len(text) > TEXT_BYTES_MAX:
-                raise ForeignFileError(seems_to_be(fd))
-            return text
-
-    def write_durable(self, path: Path, text: bytes) -> None:
-        remove_leftover(path, "state-")
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            view = memoryview(text)
-            while view:
-                view = view[os.write(fd, view):]
-            os.fsync(fd)
-        except BaseException:
-            path.unlink()
-            raise
-        finally:
-            os.close(fd)
-
-    def rename(self, old: Path, new: Path) -> None:
-        old.rename(new)
-
-    def sync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def unlink(self, path: Path) -> None:
-        path.unlink()
-
-    def names(self, path: Path) -> list[str]:
-        return sorted(entry.name for entry in path.iterdir())
-
-
-class OthersFiles(RealFileSystem):
-    """In a directory of another user, who may have put a link there to what hangs, or is none of theirs."""
-
-    def read(self, path: Path) -> bytes:
-        return self._read(path)
-
-
 MARK_BYTES = 4096  # the file's; a page, so that none is missing behind its end
-TEXT_BYTES_MAX = 4 * 1024 * 1024  # of a record; a disk of that name is not read into memory
 
 
 def backend_link(record: Path) -> Path:

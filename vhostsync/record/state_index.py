@@ -17,16 +17,19 @@ pointer to another record that does not exist means "no record".
 import hashlib
 import os
 import re
+from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import structlog
 
 from vhostsync.errors import DamagedRecordError, StateRecordError
 from vhostsync.host import directory as own_directory
 from vhostsync.option_values import Answer
-from vhostsync.record.state_file import FileSystem, RealFileSystem, StateFile
+from vhostsync.record.files import FileSystem, RealFileSystem
+from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked, named
 from vhostsync.record.who_may_serve import claims
 from vhostsync.storage.identity import DiskIdentity, Likeness, decode_identity, same
@@ -91,9 +94,20 @@ def make_directory(path: Path, owner: tuple[int, int] | None = None) -> None:
         ) from error
 
 
+def know_pointers(directory: Path) -> None:
+    """Reads what a start will ask for, before it has to be quick. Blocks; what is wrong the start says."""
+    with suppress(StateRecordError):
+        Index(directory, RealFileSystem()).pointers()
+
+
 class Index:
     """Pointer files of one directory. What a disk is goes before what it is called; a pointer's name is made
-    from what the disk is, so the pointer of one never replaces that of another."""
+    from what the disk is, so the pointer of one never replaces that of another.
+
+    A node full of disks has thousands of them, and one start looks at all of them several times. So each is
+    read again only once it has changed: `_read`, of this process, by directory and name."""
+
+    _read: ClassVar[dict[Path, dict[str, tuple[Hashable, "Pointer"]]]] = {}
 
     def __init__(self, directory: Path, files: FileSystem) -> None:
         self._directory = directory
@@ -223,32 +237,37 @@ class Index:
         """All of them. StateRecordError if that of the wanted disk is damaged; others are passed over."""
         found = []
         try:
-            names = self._files.names(self._directory)
+            versions = self._files.versions(self._directory, POINTER_SUFFIX)
         except OSError as error:
             raise StateRecordError(
                 f"the directory of the state records, {self._directory}, cannot be read: {error.strerror}; "
                 f"be the user that it belongs to, or name a --state-file"
             ) from error
-        for name in names:
-            if not name.endswith(POINTER_SUFFIX):
-                continue
-            path = self._directory / name
+        former, current = self._read.get(self._directory, {}), {}
+        for name, version in versions.items():
             try:
-                body: dict[str, Any] = decode_checked("state-pointer", self._files.read(path))
-                record = self._directory / Path(str(body["record"])).name
-                disk, kept = decode_identity(body["disk"]), bool(body.get("kept", False))
-                found.append(Pointer(path, disk, record, kept))
+                known = former.get(name)
+                if known is None or version is None or known[0] != version:
+                    known = version, self._pointer_at(self._directory / name)
+                current[name] = known
+                found.append(known[1])
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
                 if wanted is not None and _may_be_of(name, wanted):
                     raise StateRecordError(
-                        f"{path}, which says where the state record of this disk is, is damaged ({error}); "
-                        f"name the record with --state-file, or remove that file if the disk is certainly "
-                        f"the current one"
+                        f"{self._directory / name}, which says where the state record of this disk is, is "
+                        f"damaged ({error}); name the record with --state-file, or remove that file if the "
+                        f"disk is certainly the current one"
                     ) from error
                 log.warning("a damaged pointer to a state record is passed over", path=name, error=str(error))
+        self._read[self._directory] = current
         return found
+
+    def _pointer_at(self, path: Path) -> "Pointer":
+        body: dict[str, Any] = decode_checked("state-pointer", self._files.read(path))
+        record = self._directory / Path(str(body["record"])).name
+        return Pointer(path, decode_identity(body["disk"]), record, bool(body.get("kept", False)))
 
 
 @dataclass(frozen=True)
