@@ -52,6 +52,26 @@ async def test_each_has_a_part_and_all_never_more(tmp_path: Path) -> None:
         assert copies.most == 900
 
 
+async def test_a_copy_that_is_not_ours_keeps_its_limit(tmp_path: Path) -> None:
+    """The evacuation has found that its disk is mirrored elsewhere, and leaves it alone."""
+    copies, budget = Copies(), SpeedBudget(900, 2)
+    async with AsyncExitStack() as stack:
+        ours, other = [await copies.add(stack, tmp_path / name) for name in ("ours", "other")]
+        copies.note(ours, await budget.join(ours))
+        for _ in range(2):  # its backend was restarted meanwhile
+            await budget.settle(ours)
+        copies.note(other, 77)
+        await budget.join(other)
+        assert copies.limits == {ours: 450, other: 77}
+        await budget.leave(other)
+        assert copies.limits == {ours: 900, other: 77}
+        await budget.leave(ours)
+        assert copies.limits == {ours: 0, other: 77}
+        copies.note(other, await budget.join(other))
+        await budget.settle(other)
+        assert copies.limits == {ours: 0, other: 900}
+
+
 async def test_a_backend_that_is_gone_keeps_nobody_from_its_part(tmp_path: Path) -> None:
     copies, budget = Copies(), SpeedBudget(900, 2)
     async with AsyncExitStack() as stack:

@@ -22,27 +22,31 @@ class SpeedBudget:
         self._bytes_per_s = bytes_per_s
         self._least = max(bytes_per_s // copies_max, 1) if bytes_per_s else 0
         self._copies: list[Control] = []
+        self._limited: list[Control] = []  # by us; another copy that was found there has its own limit
         self._turn = anyio.Lock()
 
     async def join(self, control: Control) -> int:
         """The copy of this backend is about to begin, or runs already: the speed to begin it with."""
         async with self._turn:
-            others = list(self._copies)
             self._copies.append(control)
-            await self._set(others, self._part)
+            await self._set(self._limited, self._part)
             return self._least
 
     async def settle(self, control: Control) -> None:
-        """It has begun: from here on it has its part."""
+        """It has begun: from here on it has its part. May be said again, after a restart of its backend."""
         async with self._turn:
+            if control not in self._limited:
+                self._limited.append(control)
             await self._set([control], self._part)
 
     async def leave(self, control: Control) -> None:
-        """It is over: the others share what it had, and it has no limit of ours any more."""
+        """It is over, or has not begun: the others share what it had, and it has no limit of ours any more."""
         async with self._turn:
             self._copies.remove(control)
-            await self._set([control], 0)
-            await self._set(self._copies, self._part)
+            if control in self._limited:
+                self._limited.remove(control)
+                await self._set([control], 0)
+            await self._set(self._limited, self._part)
 
     @property
     def _part(self) -> int:
