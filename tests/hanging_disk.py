@@ -64,6 +64,7 @@ class HangingDisk:
         self._hangs: set[Op] = set()
         self._held: list[tuple[Op, int, int, bytes]] = []
         self.attributes: dict[bytes, bytes] = {}
+        self.remembered_s = 1  # so long the kernel asks for no name or attribute again
         self.killable = False  # who waits can be killed, as on NFS; else is waited for, too
         self._mount(folder)
         self._thread = threading.Thread(target=self._serve, name="hanging-disk")
@@ -187,9 +188,10 @@ class HangingDisk:
         if op is Op.LOOKUP:
             if body.rstrip(b"\0") != NAME:
                 raise OSError(errno.ENOENT, "")
-            return struct.pack("<QQQQII", FILE, 0, 1, 1, 0, 0) + self._attributes(FILE)
+            times_s = self.remembered_s, self.remembered_s
+            return struct.pack("<QQQQII", FILE, 0, *times_s, 0, 0) + self._attributes(FILE)
         if op in (Op.GETATTR, Op.SETATTR):
-            return struct.pack("<QII", 1, 0, 0) + self._attributes(node)
+            return struct.pack("<QII", self.remembered_s, 0, 0) + self._attributes(node)
         if op is Op.OPEN:
             return struct.pack("<QII", 1, 0, 0)
         if op is Op.STATFS:

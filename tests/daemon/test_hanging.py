@@ -4,6 +4,8 @@ control plane."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from tests.daemon.rig import (
     write_block,
 )
 from tests.frontend import Frontend
+from tests.guest.backends import vhostsync_command
 from tests.guest.qmp_client import QmpError
 from tests.hanging_disk import HangingDisk, Op, hanging_disk
 from tests.sizes import MIB
@@ -102,6 +105,24 @@ def test_a_destination_that_hangs_in_its_close(work: Path, hanging: HangingDisk)
         assert_both_go_on(served, guest, 1)
         hanging.go_on()
         served.start_mirror(hanging.path)
+
+
+def test_a_snapshot_that_cannot_be_looked_at_is_told_all_the_same(work: Path, hanging: HangingDisk) -> None:
+    """What is seen of it later may be somebody else's change, so it does not count."""
+    source = image(work / "a.img", 16, filled_mib=1)
+    hanging.remembered_s = 0
+    with running(hanging, work, source) as (served, guest):
+        served.start_mirror(hanging.path)
+        hanging.hang(Op.LOOKUP)
+        command = [*vhostsync_command(), "snapshot", "--control", str(served.control)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert hanging.holds(Op.LOOKUP) and "Copies of one instant" in done.stdout
+        assert_both_go_on(served, guest, 1)
+        hanging.go_on()
+        served.start_mirror(hanging.path)
+        [*_, copied] = [line for line in served.process.log.read_text().splitlines() if '"copying"' in line]
+        assert json.loads(copied)["everything_because"] == "no earlier copy of it is known"
 
 
 def while_it_hangs(

@@ -38,10 +38,10 @@ class DiskNames:
         except TimeoutError:
             return None
 
-    async def why_not_found(self, place: Place) -> str | None:
+    async def why_not_found(self, place: Place | None) -> str | None:
         """Looked at now: why the next start would not find that disk by its name. None: it would, or it
-        cannot be told."""
-        if place in self._hangs:
+        cannot be told, or there is none."""
+        if place is None or place in self._hangs:
             return None
         self._hangs.add(place)
         try:

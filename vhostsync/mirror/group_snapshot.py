@@ -21,6 +21,7 @@ import anyio
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import MirrorError, StateRecordError
 from vhostsync.mirror.bad_ranges import why_no_copy
+from vhostsync.mirror.disk_names import DiskNames
 from vhostsync.mirror.mirror_state import MirrorState
 from vhostsync.mirror.mirror_status import Opened
 from vhostsync.mirror.record_keeper import RecordKeeper
@@ -101,12 +102,14 @@ class SnapshotSteps:
 
 @asynccontextmanager
 async def snapshot_steps(
-    engine: Engine, roles: Roles, keeper: RecordKeeper, state: MirrorState, max_pause_ms: float,
-    cut: str | None,
+    engine: Engine, roles: Roles, keeper: RecordKeeper, names: DiskNames, state: MirrorState,
+    max_pause_ms: float, cut: str | None,
 ) -> AsyncIterator[SnapshotSteps]:
     """One attempt, with the record's lock. MirrorError, EngineError."""
     await _refuse_unless_possible(engine, keeper, state)
     await engine.mirror_drain()
+    if (why := await names.why_not_found(roles.destination)) is not None:
+        raise MirrorError(why)
     async with keeper.lock:
         steps = SnapshotSteps(engine, roles, keeper, max_pause_ms, cut)
         try:

@@ -397,10 +397,7 @@ class Mirror:
     async def snapshot_in_steps(self, max_pause_ms: float, cut: str | None) -> AsyncIterator[SnapshotSteps]:
         """The same for a snapshot, at whose end the destination is closed. MirrorError, EngineError."""
         async with self.turns.take("snapshot"):
-            destination = self._roles.destination
-            if destination is not None and (why := await self._names.why_not_found(destination)) is not None:
-                raise MirrorError(why)
-            rooms = self._engine, self._roles, self._keeper
+            rooms = self._engine, self._roles, self._keeper, self._names
             async with snapshot_steps(*rooms, self.state, max_pause_ms, cut) as steps:
                 yield steps
             await self._end.see_it_off()

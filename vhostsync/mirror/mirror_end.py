@@ -6,11 +6,11 @@ from typing import Final
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 import structlog
 
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
+from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.group_cut import CUT_S
 from vhostsync.mirror.mirror_course import Course
@@ -83,9 +83,15 @@ class MirrorEnd:
 
     async def see_it_off(self) -> None:
         """Whoever changes the destination after the command has returned is to be noticed."""
+        peer, place = self._roles.peer, self._roles.peer.place
         with anyio.move_on_after(SEEN_OFF_S):
             await self._course.wait_unfenced()
-            await anyio.to_thread.run_sync(self._roles.peer.look)
+            with anyio.move_on_after(SEEN_OFF_S, shield=True) as looking:
+                await ask_unless_cancelled(peer.look)
+            if looking.cancelled_caught and peer.place is place:
+                # What is seen late may be somebody else's change: it does not count any more.
+                log.warning("the disk that was let go of cannot be looked at", path=str(place))
+                peer.forget()
 
     # ---- the end of the backend ----------------------------------------------------------
 

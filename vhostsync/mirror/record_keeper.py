@@ -29,6 +29,7 @@ from vhostsync.engine.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.engine.snapshot import State
 from vhostsync.errors import EngineError, StateRecordError, SupersededError, VhostsyncError
 from vhostsync.events import EventHub
+from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.mirror.bad_ranges import why_no_copy
 from vhostsync.mirror.claims import Claims
 from vhostsync.mirror.destination import Place, look_again
@@ -199,7 +200,7 @@ class RecordKeeper(RecordWriter):
         while True:
             await self._fence_clear.wait()
             self._fence_clear = anyio.Event()
-            await anyio.to_thread.run_sync(self._roles.peer.look)
+            await ask_unless_cancelled(self._roles.peer.look)
             await self._until_written(self._record_answered, "a restart would want a fence without need")
 
     def is_unfenced(self, name: str) -> bool:

@@ -133,8 +133,7 @@ class Switch:
         """The guest running: the lag shrinks, and the destination shows that it can flush, and that it is
         found by its name. EngineError, SwitchError."""
         await self._engine.mirror_drain(both_disks=plan.keep_mirror)
-        destination = self._roles.destination
-        if destination is not None and (why := await self._names.why_not_found(destination)) is not None:
+        if (why := await self._names.why_not_found(self._roles.destination)) is not None:
             raise SwitchError(why)
 
     def _result(self, switched: Switched, attempts: int) -> SwitchResult:
