@@ -269,6 +269,10 @@ def test_there_is_one_evacuation_of_a_place_at_a_time(host: Evacuated) -> None:
             assert json.loads(program.stdout.readline())["phase"] in ("copying", "waiting")
             _, err = host.evacuate("--switch", code=1)
             assert f"is locked by process {program.pid}: another evacuation" in err
+            inner = host.old / "inner"
+            inner.mkdir()
+            _, err = host.evacuate("--switch", code=1, where=inner)
+            assert f"{host.old} is locked by process {program.pid}: another evacuation" in err
             assert json.loads(host.evacuate("--dry-run", "--json")[0])["plan"]
             program.send_signal(signal.SIGINT)
             program.communicate(timeout=60)

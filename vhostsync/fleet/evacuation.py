@@ -11,7 +11,7 @@ import fcntl
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from vhostsync.host.errands import ask_unless_cancelled, bring_unless_cancelled
 from vhostsync.host.flocks import lock_holders
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.record.state_file import StateFile
+from vhostsync.record.state_index import default_directory
 from vhostsync.storage.identity import same
 from vhostsync.storage.kinds import identify
 from vhostsync.typed_fields import is_text
@@ -228,44 +229,62 @@ async def _is_same(one: str, other: str) -> bool:
 
 @asynccontextmanager
 async def alone(*places: str) -> AsyncIterator[None]:
-    """Those of them that are directories are locked meanwhile. MirrorError: another evacuation has one."""
+    """Those of them that are directories are locked meanwhile, and what they lie in is shared with others:
+    of a place within a place there is one evacuation, too. MirrorError: another evacuation has one."""
     async with AsyncExitStack() as stack:
         for place in dict.fromkeys(each for each in places if each.startswith("/")):
-            lock = partial(_locked, place)
+            lock = partial(_locked, place, places)
             with anyio.move_on_after(ANSWER_S):
-                locked: OwnedFd = await bring_unless_cancelled(lock, OwnedFd.close)
+                locked: ExitStack = await bring_unless_cancelled(lock, ExitStack.close)
                 stack.enter_context(locked)
         yield
 
 
-def _locked(place: str) -> OwnedFd:
-    """Blocks. One that cannot be locked (there are file systems without locks, and places without a
-    directory) is taken as it is, and so is one that somebody else holds than an evacuation could: whoever may
-    read a directory may lock it."""
+def _locked(place: str, places: Sequence[str]) -> ExitStack:
+    """Blocks. What lies below the state directory is not shared: whoever gives names has that alone."""
+    own = {Path(os.path.realpath(each)) for each in places if each.startswith("/")}
+    state = Path(os.path.realpath(default_directory()))
+    here = Path(os.path.realpath(place))
+    with ExitStack() as held:
+        _lock(held, here, fcntl.LOCK_EX)
+        for above in here.parents:
+            if above not in own and not above.is_relative_to(state):
+                _lock(held, above, fcntl.LOCK_SH)
+        return held.pop_all()
+
+
+def _lock(held: ExitStack, directory: Path, how: int) -> None:
+    """One that cannot be locked (there are file systems without locks, and places without a directory) is
+    taken as it is, and so is one that somebody else holds than an evacuation could: whoever may read a
+    directory may lock it."""
     try:
-        fd = OwnedFd(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        fd = OwnedFd(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError:
-        return OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        return
+    held.enter_context(fd)
     try:
-        fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd.fileno(), how | fcntl.LOCK_NB)
     except OSError as error:
-        holders = lock_holders(Path(os.path.realpath(place))) if error.errno == errno.EWOULDBLOCK else ()
+        holders = lock_holders(directory) if error.errno == errno.EWOULDBLOCK else ()
         ours = [str(process) for process in holders if _may_evacuate(process)]
         if ours:
-            fd.close()
             raise MirrorError(
-                f"{place} is locked by process {', '.join(ours)}: another evacuation of it, or to it, is "
+                f"{directory} is locked by process {', '.join(ours)}: another evacuation of it, or to it, is "
                 f"under way, it seems; wait until that has ended, or end it and start again."
             ) from error
-    return fd
 
 
 def _may_evacuate(process: int) -> bool:
-    """By its user, whom not the owner of its folder tells: that may be root's, whoever it is."""
+    """By its user, whom not the owner of its folder tells (that may be root's, whoever it is), and by its
+    command: others lock directories for a moment as well, to clean them up."""
+    folder = Path(f"/proc/{process}")
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = (folder / "status").read_text().splitlines()
+        words = (folder / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return False  # it has ended, or is not of this host
+    if b"evacuate" not in words:
+        return False
     [users] = [line.split()[1:] for line in lines if line.startswith("Uid:")]
     return process != os.getpid() and int(users[1]) in (0, os.geteuid())
 

@@ -40,7 +40,7 @@ class SpeedBudget:
             await self._set([control], self._part)
 
     async def leave(self, control: Control) -> None:
-        """It is over, or has not begun: the others share what it had, and it has no limit of ours any more."""
+        """It is over, or has not begun: others share what it had, and it has no limit of ours any more."""
         async with self._turn:
             self._copies.remove(control)
             if control in self._limited:
