@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -42,6 +43,7 @@ from vhostsync.group_members import OtherMembers
 from vhostsync.hand_over import ENVIRONMENT, Inheritance, Predecessor, Successor, ask
 from vhostsync.host import directory as own_directory
 from vhostsync.host import patience
+from vhostsync.host.errands import bring_in_time
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.host.service_manager import ServiceManager
 from vhostsync.host.signals import watch_signals
@@ -49,10 +51,11 @@ from vhostsync.lineage_name import is_lineage_name, socket_of
 from vhostsync.metrics import serve_metrics
 from vhostsync.option_values import TakeOver
 from vhostsync.record.names import Member, follow_name
-from vhostsync.record.state_index import default_directory, know_pointers, make_directory
+from vhostsync.record.state_index import default_directory, know_pointers_beside, make_directory
 from vhostsync.storage import kinds
 from vhostsync.storage.network import use_network
 from vhostsync.storage.signatures import load_library
+from vhostsync.typed_fields import is_text
 from vhostsync.vhost_user import listener
 from vhostsync.vhost_user.heritage import Heritage
 
@@ -60,6 +63,9 @@ log = structlog.get_logger(__name__)
 
 SOURCE_S = 5.0
 """How long the end waits for the source: longer than the destination may take, or once it is forced."""
+
+POINTERS_S = 5.0
+"""How long it may take to read what leads to records, before a guest is taken over."""
 
 RELEASE_S = 10.0  # frontends that are not let go of in this time connect again to the successor
 
@@ -128,9 +134,8 @@ def _take_over(config: ServeConfig, *, log_too: bool) -> TakenOver | None:
         raise ConfigError("--take-over needs --control, which says whose guest is taken over.")
     load_modules()
     kinds.kind_of(config.disk)  # loads its module: the guest does not wait for that
-    if config.state_file is None and not config.no_state_file:
-        know_pointers(default_directory())  # nor for these to be read, which may be many
-    predecessor = anyio.run(ask, config.control_socket, config.socket_path, config.disk)
+    get_ready = partial(_know_pointers, config)  # nor for these to be read, which may be many
+    predecessor = anyio.run(ask, config.control_socket, config.socket_path, config.disk, get_ready)
     inheritance = predecessor.inherit() if predecessor is not None else None
     if predecessor is None or inheritance is None:
         return None
@@ -139,6 +144,18 @@ def _take_over(config: ServeConfig, *, log_too: bool) -> TakenOver | None:
         if log_too:
             os.dup2(former_log.fileno(), sys.stderr.fileno())
     return TakenOver(predecessor, inheritance)
+
+
+def _know_pointers(config: ServeConfig, record: object) -> None:
+    """`record`: which the predecessor says that it uses. HandOverError where its directory hangs: the start
+    would, too, and the guest wait for it. Not as root in that of another user, who may have put links there.
+    Blocks."""
+    if config.user is not None or not isinstance(record, str) or not is_text(record):
+        return
+    try:
+        bring_in_time(partial(know_pointers_beside, record), lambda _: None, POINTERS_S)
+    except TimeoutError as error:
+        raise HandOverError(f"The directory of {record} does not answer, and nothing was changed.") from error
 
 
 def _start(config: ServeConfig, taken_over: TakenOver | None) -> Started:

@@ -22,7 +22,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,12 +179,17 @@ class Predecessor:
             self._socket.send(_SERVING, socket.MSG_NOSIGNAL)
 
 
-async def ask(control: Path, socket_path: Path | None, disk: str) -> Predecessor | None:
-    """The backend with this control socket begins to hand over, if it serves this disk. None: it is of an
-    older version that hands nothing over, and has ended. HandOverError, ControlError: it goes on."""
+async def ask(
+    control: Path, socket_path: Path | None, disk: str, get_ready: Callable[[object], None]
+) -> Predecessor | None:
+    """The backend with this control socket begins to hand over, if it serves this disk. `get_ready` is told
+    its record, before anything changes; it blocks, and nobody else has anything of this event loop. None: it
+    is of an older version that hands nothing over, and has ended. HandOverError, ControlError: it goes on."""
     async with connect(control) as client:
-        served = str((await client.execute("query-status"))["disk"])
+        status = await client.execute("query-status")
+        served = str(status["disk"])
         _check_disk(disk, served)
+        get_ready(status.get("record"))
         with _meeting(control, client.user) as listener:
             try:
                 told = {"disk": served} | ({} if socket_path is None else {"socket": str(socket_path)})

@@ -39,7 +39,7 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     if kind is int:
         return lambda value: _if(type(value) is int and value in INTEGERS, kind, value)
     if kind is str:
-        return lambda value: _if(is_text(value), kind, value)
+        return lambda value: _if(type(value) is str and is_text(value), kind, value)
     return lambda value: _if(type(value) is kind, kind, value)
 
 

@@ -89,6 +89,9 @@ class RecordFiles:
             raise FileNotFoundError(2, "no record", str(path))
         return self.text
 
+    def read_version(self, path: Path) -> tuple[bytes, None]:
+        return self.read(path), None
+
     def write_durable(self, path: Path, text: bytes) -> None:
         self._other[path] = text
 

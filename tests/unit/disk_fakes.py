@@ -73,6 +73,10 @@ class VolatileFileSystem:
             raise FileNotFoundError(path)
         return self.contents[self.names_now[path]]
 
+    def read_version(self, path: Path) -> tuple[bytes, object]:
+        text = self.read(path)
+        return text, self.versions(path.parent, path.name)[path.name]
+
     def write_durable(self, path: Path, text: bytes) -> None:
         self._step()
         inode = len(self.contents)

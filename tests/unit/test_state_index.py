@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Either disk of a lineage finds its record, whatever it is called by now."""
 
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from vhostsync.record import files as record_files
 from vhostsync.record.files import RealFileSystem
 from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_index import Index, default_directory, open_state_file
-from vhostsync.record.state_record import StateRecord, Worth
+from vhostsync.record.state_record import StateRecord, Worth, encode_checked
 from vhostsync.record.who_may_serve import check_start
 from vhostsync.storage.identity import DiskIdentity
 
@@ -251,9 +252,9 @@ class CountedFiles(RealFileSystem):
     def __init__(self) -> None:
         self.read_names: list[str] = []
 
-    def read(self, path: Path) -> bytes:
+    def read_version(self, path: Path) -> tuple[bytes, Hashable]:
         self.read_names.append(path.name)
-        return super().read(path)
+        return super().read_version(path)
 
 
 def test_a_pointer_is_read_again_only_once_it_has_changed(
@@ -282,3 +283,45 @@ def test_a_pointer_is_read_again_only_once_it_has_changed(
     (tmp_path / names[1]).write_bytes(b"damaged")
     assert seen() == (paths[:1], names[1:])
     assert seen() == (paths[:1], names[1:]), "what is damaged is looked at each time"
+
+
+class SwitchedLink(RealFileSystem):
+    """The link leads elsewhere between the look at it and the reading, and back afterwards."""
+
+    def __init__(self, link: Path, elsewhere: Path) -> None:
+        self._link, self._elsewhere = link, elsewhere
+
+    def versions(self, path: Path, suffix: str) -> dict[str, Hashable]:
+        found = super().versions(path, suffix)
+        self._home = self._link.readlink()
+        self._link.unlink()
+        self._link.symlink_to(self._elsewhere)
+        return found
+
+    def read_version(self, path: Path) -> tuple[bytes, Hashable]:
+        try:
+            return super().read_version(path)
+        finally:
+            self._link.unlink()
+            self._link.symlink_to(self._home)
+
+
+def test_what_is_known_of_a_pointer_is_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_files, "SETTLED_NS", 0)
+    place, targets = tmp_path / "state", tmp_path / "targets"
+    place.mkdir()
+    targets.mkdir()
+    run(targets, A, B)
+    home, elsewhere = sorted(targets.glob("*.disk.json"))
+    link = place / home.name
+    link.symlink_to(home)
+    [misled] = Index(place, SwitchedLink(link, elsewhere)).pointers()
+    [found] = Index(place, RealFileSystem()).pointers()
+    assert (misled.disk.path, found.disk.path) == (B.path, A.path)
+
+
+@pytest.mark.parametrize("name", ["", "..", "/", "a\0b", 7, None])
+def test_a_pointer_that_names_no_record_is_damaged(tmp_path: Path, name: object) -> None:
+    body = {"disk": asdict(A), "record": name, "kept": False}
+    (tmp_path / "odd.disk.json").write_bytes(encode_checked("state-pointer", body))
+    assert Index(tmp_path, RealFileSystem()).pointers() == []

@@ -2,6 +2,7 @@
 """What state records and all that leads to them need of the operating system: small files that are replaced
 durably, in directories that somebody else may have put something into."""
 
+import errno
 import os
 import time
 from collections.abc import Hashable, Mapping
@@ -20,9 +21,11 @@ SETTLED_NS = 2_000_000_000
 class FileSystem(Protocol):
     """What the record needs of the operating system; tests put one with crashes in its place. OSError.
     `write_durable` makes a new file, in the place of what a crash has left of an earlier one. `versions`: of
-    each name that ends so; while it is the same, so is what is read there. None: that cannot be told."""
+    each name that ends so. While it is the one that `read_version` has told with a text, that is what there
+    is to read. None: it cannot be told."""
 
     def read(self, path: Path) -> bytes: ...
+    def read_version(self, path: Path) -> tuple[bytes, Hashable]: ...
     def write_durable(self, path: Path, text: bytes) -> None: ...
     def rename(self, old: Path, new: Path) -> None: ...
     def sync_directory(self, path: Path) -> None: ...
@@ -33,22 +36,27 @@ class FileSystem(Protocol):
 
 class RealFileSystem:
     def read(self, path: Path) -> bytes:
+        return self.read_version(path)[0]
+
+    def read_version(self, path: Path) -> tuple[bytes, Hashable]:
         try:
             return self._read(path)
-        except ForeignFileError:
-            if not path.is_symlink():
+        except OSError as error:
+            if not isinstance(error, ForeignFileError) and error.errno != errno.ELOOP:
                 raise
-            return self._read(Path(os.path.realpath(path)))
+            return self._read(Path(os.path.realpath(path)))  # it is a link, or was one just now
 
-    def _read(self, path: Path) -> bytes:
+    def _read(self, path: Path) -> tuple[bytes, Hashable]:
         fd = open_regular(path, os.O_RDONLY)
         try:
+            # Of what is read, whatever the path leads to by now; what is written meanwhile changes it.
+            version = _version(os.fstat(fd))
             text = b""
             while part := os.read(fd, READ_BYTES):
                 text += part
                 if len(text) > TEXT_BYTES_MAX:
                     raise ForeignFileError(seems_to_be(fd))
-            return text
+            return text, version
         except BlockingIOError as error:  # a file of the kernel's that has nothing at the moment
             raise ForeignFileError(seems_to_be(fd)) from error
         finally:
@@ -85,18 +93,20 @@ class RealFileSystem:
         return sorted(entry.name for entry in path.iterdir())
 
     def versions(self, path: Path, suffix: str) -> dict[str, Hashable]:
-        now_ns = time.time_ns()
         with os.scandir(path) as entries:
             wanted = sorted((each for each in entries if each.name.endswith(suffix)), key=attrgetter("name"))
-        return {each.name: _version(each, now_ns) for each in wanted}
+        return {each.name: _version_of(each) for each in wanted}
 
 
-def _version(entry: "os.DirEntry[str]", now_ns: int) -> Hashable:
+def _version_of(entry: "os.DirEntry[str]") -> Hashable:
     try:
-        found = entry.stat()
+        return _version(entry.stat())
     except OSError:
         return None
-    if found.st_ctime_ns > now_ns - SETTLED_NS:
+
+
+def _version(found: os.stat_result) -> Hashable:
+    if found.st_ctime_ns > time.time_ns() - SETTLED_NS:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
@@ -104,5 +114,5 @@ def _version(entry: "os.DirEntry[str]", now_ns: int) -> Hashable:
 class OthersFiles(RealFileSystem):
     """In a directory of another user, who may have put a link there to what hangs, or is none of theirs."""
 
-    def read(self, path: Path) -> bytes:
+    def read_version(self, path: Path) -> tuple[bytes, Hashable]:
         return self._read(path)

@@ -33,6 +33,7 @@ from vhostsync.record.state_file import StateFile
 from vhostsync.record.state_record import StateRecord, decode_checked, encode_checked, named
 from vhostsync.record.who_may_serve import claims
 from vhostsync.storage.identity import DiskIdentity, Likeness, decode_identity, same
+from vhostsync.typed_fields import typed
 
 log = structlog.get_logger(__name__)
 
@@ -94,10 +95,13 @@ def make_directory(path: Path, owner: tuple[int, int] | None = None) -> None:
         ) from error
 
 
-def know_pointers(directory: Path) -> None:
-    """Reads what a start will ask for, before it has to be quick. Blocks; what is wrong the start says."""
-    with suppress(StateRecordError):
-        Index(directory, RealFileSystem()).pointers()
+def know_pointers_beside(record: str) -> None:
+    """Reads what a start will ask for, before it has to be quick, if that record lies where a start looks for
+    records: whoever names it may mean to mislead. Blocks; what is wrong the start says."""
+    directory = os.path.realpath(default_directory())
+    if os.path.dirname(record) == directory:  # noqa: PTH120 as it is said
+        with suppress(StateRecordError):
+            Index(default_directory(), RealFileSystem()).pointers()
 
 
 class Index:
@@ -248,7 +252,7 @@ class Index:
             try:
                 known = former.get(name)
                 if known is None or version is None or known[0] != version:
-                    known = version, self._pointer_at(self._directory / name)
+                    known = self._pointer_at(self._directory / name)
                 current[name] = known
                 found.append(known[1])
             except FileNotFoundError:
@@ -264,10 +268,15 @@ class Index:
         self._read[self._directory] = current
         return found
 
-    def _pointer_at(self, path: Path) -> "Pointer":
-        body: dict[str, Any] = decode_checked("state-pointer", self._files.read(path))
-        record = self._directory / Path(str(body["record"])).name
-        return Pointer(path, decode_identity(body["disk"]), record, bool(body.get("kept", False)))
+    def _pointer_at(self, path: Path) -> tuple[Hashable, "Pointer"]:
+        """And in which version it was read."""
+        text, version = self._files.read_version(path)
+        body: dict[str, Any] = decode_checked("state-pointer", text)
+        name = Path(typed(str, body["record"])).name
+        if name in ("", ".."):
+            raise ValueError("it names no record")
+        disk, kept = decode_identity(body["disk"]), bool(body.get("kept", False))
+        return version, Pointer(path, disk, self._directory / name, kept)
 
 
 @dataclass(frozen=True)
