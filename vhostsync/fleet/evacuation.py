@@ -10,8 +10,8 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,9 @@ from vhostsync.fleet.evacuation_plan import Move, is_same_place
 from vhostsync.fleet.host_disk import HostDisk
 from vhostsync.fleet.speed_budget import SpeedBudget
 from vhostsync.host.errands import ask_unless_cancelled, bring_unless_cancelled
-from vhostsync.host.flocks import lock_holders
+from vhostsync.host.flocks import Flocks, lock_holders
 from vhostsync.host.owned_fd import OwnedFd
 from vhostsync.record.state_file import StateFile
-from vhostsync.record.state_index import default_directory
 from vhostsync.storage.identity import same
 from vhostsync.storage.kinds import identify
 from vhostsync.typed_fields import is_text
@@ -229,31 +228,30 @@ async def _is_same(one: str, other: str) -> bool:
 
 @asynccontextmanager
 async def alone(*places: str) -> AsyncIterator[None]:
-    """Those of them that are directories are locked meanwhile, and what they lie in is shared with others:
-    of a place within a place there is one evacuation, too. MirrorError: another evacuation has one."""
+    """Those of them that are directories are locked meanwhile. MirrorError: another evacuation has one, or
+    what that lies in, or something in it."""
     async with AsyncExitStack() as stack:
         for place in dict.fromkeys(each for each in places if each.startswith("/")):
-            lock = partial(_locked, place, places)
+            lock = partial(_locked, place)
             with anyio.move_on_after(ANSWER_S):
                 locked: ExitStack = await bring_unless_cancelled(lock, ExitStack.close)
                 stack.enter_context(locked)
         yield
 
 
-def _locked(place: str, places: Sequence[str]) -> ExitStack:
-    """Blocks. What lies below the state directory is not shared: whoever gives names has that alone."""
-    own = {Path(os.path.realpath(each)) for each in places if each.startswith("/")}
-    state = Path(os.path.realpath(default_directory()))
+def _locked(place: str) -> ExitStack:
+    """Blocks. Of two that begin at once, each sees the other: first the lock, then the look."""
     here = Path(os.path.realpath(place))
     with ExitStack() as held:
-        _lock(held, here, fcntl.LOCK_EX)
-        for above in here.parents:
-            if above not in own and not above.is_relative_to(state):
-                _lock(held, above, fcntl.LOCK_SH)
+        _lock(held, here)
+        for process in filter(_may_evacuate, Flocks().processes):
+            for other in _locked_by(process):
+                if here.is_relative_to(other) or other.is_relative_to(here):
+                    raise _locked_error(other, str(process))
         return held.pop_all()
 
 
-def _lock(held: ExitStack, directory: Path, how: int) -> None:
+def _lock(held: ExitStack, directory: Path) -> None:
     """One that cannot be locked (there are file systems without locks, and places without a directory) is
     taken as it is, and so is one that somebody else holds than an evacuation could: whoever may read a
     directory may lock it."""
@@ -263,15 +261,26 @@ def _lock(held: ExitStack, directory: Path, how: int) -> None:
         return
     held.enter_context(fd)
     try:
-        fcntl.flock(fd.fileno(), how | fcntl.LOCK_NB)
+        fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         holders = lock_holders(directory) if error.errno == errno.EWOULDBLOCK else ()
-        ours = [str(process) for process in holders if _may_evacuate(process)]
-        if ours:
-            raise MirrorError(
-                f"{directory} is locked by process {', '.join(ours)}: another evacuation of it, or to it, is "
-                f"under way, it seems; wait until that has ended, or end it and start again."
-            ) from error
+        if ours := [str(process) for process in holders if _may_evacuate(process)]:
+            raise _locked_error(directory, ", ".join(ours)) from error
+
+
+def _locked_error(directory: Path, processes: str) -> MirrorError:
+    return MirrorError(
+        f"{directory} is locked by process {processes}: another evacuation of it, or to it, is under way, it "
+        f"seems; wait until that has ended, or end it and start again."
+    )
+
+
+def _locked_by(process: int) -> Iterator[Path]:
+    """Directories, as the kernel tells of its descriptors: no file system is asked."""
+    with suppress(OSError):  # it has ended
+        for info in Path(f"/proc/{process}/fdinfo").iterdir():
+            if "FLOCK" in info.read_text():
+                yield Path(f"/proc/{process}/fd/{info.name}").readlink()
 
 
 def _may_evacuate(process: int) -> bool:

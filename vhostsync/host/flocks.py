@@ -41,6 +41,11 @@ class Flocks:
                 self._holders.setdefault(words[5], set()).add(max(int(words[4]), 0))
         self._devices: dict[int, str] = {}  # as files tell them, and as locks do
 
+    @property
+    def processes(self) -> frozenset[int]:
+        """All that hold one."""
+        return frozenset().union(*self._holders.values())
+
     def holders_of(self, lock: Path) -> frozenset[int]:
         """The process that holds it. There may be several: the subvolumes of a btrfs have their inode numbers
         each, and one device number in the list of locks. Blocks. Who takes a lock follows no link that has
