@@ -91,6 +91,13 @@ class HangingDisk:
         """No hole is left."""
         os.pwrite(self._backing, b"\xa5" * os.fstat(self._backing).st_size, 0)
 
+    def write(self, offset: int, data: bytes) -> None:
+        """As somebody else would, at the server."""
+        os.pwrite(self._backing, data, offset)
+
+    def content(self) -> bytes:
+        return os.pread(self._backing, os.fstat(self._backing).st_size, 0)
+
     def hang(self, *ops: Op) -> None:
         with self._lock:
             self._hangs |= set(ops)
@@ -170,7 +177,14 @@ class HangingDisk:
         size = os.fstat(self._backing).st_size if is_file else 0
         mode = 0o100600 if is_file else 0o040700
         blocks = os.fstat(self._backing).st_blocks if is_file else 0
-        return ATTRIBUTES.pack(node, size, blocks, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+        times_s, times_ns = self._times()
+        return ATTRIBUTES.pack(node, size, blocks, *times_s, *times_ns, mode, 1, 0, 0, 0, 4096, 0)
+
+    def _times(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the last access, and of the last change of content and attributes: seconds, and the rest."""
+        status = os.fstat(self._backing)
+        times_ns = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+        return tuple(each // 10**9 for each in times_ns), tuple(each % 10**9 for each in times_ns)
 
     def _answer(self, op: Op, unique: int, node: int, body: bytes) -> None:
         if op in (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT):

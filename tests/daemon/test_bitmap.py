@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.daemon.rig import Served, await_true, flush, image, refused_start, write_block
+from tests.daemon.rig import WAIT_S, Served, await_true, flush, image, refused_start, write_block
+from tests.guest.backends import vhostsync_command
 from vhostsync.record.bitmap import HEADER_BYTES, Header
 from vhostsync.record.heartbeat import LANDING_NS
 from vhostsync.record.heartbeat import WORDS as HEARTBEAT
@@ -136,6 +138,22 @@ def test_what_somebody_else_writes_after_a_crash_is_noticed(disks: Disks, change
         disks.settled(served)
         served.stop()
     assert disks.equal()
+
+
+@pytest.mark.parametrize("command", [("mirror", "cancel"), ("snapshot",)])
+def test_what_somebody_else_writes_to_what_was_let_go_of_is_noticed_after_a_crash(
+    disks: Disks, command: Sequence[str]
+) -> None:
+    """As soon as the command has returned."""
+    with disks.settled_mirror() as served:
+        words = [*vhostsync_command(), *command, "--control", str(served.control)]
+        subprocess.run(words, check=True, capture_output=True, timeout=WAIT_S)
+        with disks.destination.open("r+b") as file:
+            file.seek(100 * REGION)
+            file.write(b"somebody else")
+        served.kill()
+    copied, why = disks.copied_at_the_next_start()
+    assert copied == SIZE and f"somebody else has written to {disks.destination}" in str(why)
 
 
 def test_a_clock_that_was_set_back_after_a_crash_costs_a_full_copy(disks: Disks) -> None:

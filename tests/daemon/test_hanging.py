@@ -125,6 +125,56 @@ def test_a_snapshot_that_cannot_be_looked_at_is_told_all_the_same(work: Path, ha
         assert json.loads(copied)["everything_because"] == "no earlier copy of it is known"
 
 
+@pytest.mark.parametrize("op", [Op.FLUSH, Op.LOOKUP])
+def test_a_change_of_a_disk_that_was_let_go_of_late_is_not_missed(
+    work: Path, hanging: HangingDisk, op: Op
+) -> None:
+    """It hangs where it is closed, or looked at; then somebody writes to it, and then it goes on."""
+    hanging.remembered_s = 0
+    source = image(work / "a.img", 16, filled_mib=1)
+    with running(hanging, work, source) as (served, guest):
+        served.start_mirror(hanging.path)
+        hanging.hang(op)
+        served.qmp.execute("mirror-cancel")
+        hanging.await_hanging(op, WAIT_S)
+        hanging.write(100 * BLOCK, b"somebody else's".ljust(BLOCK, b"!"))
+        hanging.go_on()
+        served.start_mirror(hanging.path)
+        flush(guest)
+        assert hanging.content() == source.read_bytes()
+
+
+def test_a_change_while_it_does_not_close_is_not_missed_after_a_crash(
+    work: Path, hanging: HangingDisk
+) -> None:
+    """Though the bitmap's heartbeat goes on until it is closed."""
+    source, options = image(work / "a.img", 16, filled_mib=1), ("--bitmap", str(work / "bits"))
+    hanging.remembered_s = 0
+    with running(hanging, work, source, *options) as (served, guest):
+        served.start_mirror(hanging.path)
+        hanging.hang(Op.FLUSH)
+        served.qmp.execute("mirror-cancel")
+        hanging.await_hanging(Op.FLUSH, WAIT_S)
+        hanging.write(100 * BLOCK, b"somebody else's".ljust(BLOCK, b"!"))
+        hanging.go_on()
+        served.kill()
+    with running(hanging, work, source, *options) as (served, guest):
+        served.start_mirror(hanging.path)
+        flush(guest)
+        assert hanging.content() == source.read_bytes()
+
+
+def test_the_end_while_a_steady_destination_cannot_be_looked_at(work: Path, hanging: HangingDisk) -> None:
+    hanging.killable, hanging.remembered_s = True, 0
+    with running(hanging, work, image(work / "a.img", 16)) as (served, guest):
+        served.start_mirror(hanging.path)
+        hanging.hang(Op.LOOKUP)
+        guest.close()
+        assert served.process.terminate(WAIT_S) == 0
+        record = served.record()
+        assert record is not None and not record.clean
+
+
 def while_it_hangs(
     hanging: HangingDisk, op: Op, served: Served, guest: Frontend, command: str, **arguments: Any
 ) -> None:

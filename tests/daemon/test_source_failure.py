@@ -128,6 +128,34 @@ def test_what_is_in_doubt_outlives_a_kill(work: Path, options: tuple[str, ...]) 
         assert other.read_bytes()[doubt[0]["offset"] :][:MIB] == good
 
 
+def test_what_somebody_has_changed_since_is_not_spared(work: Path) -> None:
+    """After a clean end, too."""
+    other = image(work / "b.img", 64, filled_mib=0)
+    with small_disk(work) as device:
+        with Served(work, device) as served, served.guest() as guest:
+            served.start_mirror(other)
+            statuses: list[int | None] = []
+            while Status.IOERR not in statuses:
+                request = guest.write(len(statuses) * MIB, b"x" * MIB)
+                guest.wait(request)
+                statuses.append(request.status)
+            [doubt] = served.mirror()["doubt"]
+            (record,) = served.state_directory.glob("*.record.json")
+            await_true(lambda: decode_record(record.read_bytes()).spared != (), "it is recorded")
+            served.qmp.execute("mirror-cancel")
+            somebodys = b"evil" * (MIB // 4)
+            with other.open("r+b") as file:
+                file.seek(doubt["offset"])
+                file.write(somebodys)
+            guest.close()
+            served.stop()
+        with Served(work, device) as served:
+            served.start_mirror(other)
+            assert served.mirror()["doubt"] == [doubt]
+            served.stop()
+        assert other.read_bytes()[doubt["offset"] :][:MIB] != somebodys
+
+
 # ---- reads from the destination -----------------------------------------------------
 
 

@@ -47,3 +47,27 @@ def test_a_change_shows_where_a_look_that_began_before_it_ends_after_it(
     now = identify(str(path))
     disk = cast(Disk, SimpleNamespace(identity=now, as_it_is=lambda: now))
     assert peer.why_full(disk) == "it was changed since (ctime) since the mirror let go of it"
+
+
+def test_what_was_not_seen_in_time_does_not_count(tmp_path: Path) -> None:
+    """Nor is anything believed that the disk could hold: somebody may have changed it unseen."""
+    place = Place.of_identity(identify(str(image(tmp_path / "b.img", 1))))
+    peer = Peer()
+
+    def known() -> tuple[bool, bool, bool]:
+        return peer.place is place, peer.left is not None, peer.may_be_changed
+
+    peer.attached(place)
+    peer.give_up(place)
+    assert known() == (True, False, False)
+    peer.detached()
+    assert known() == (True, False, True)
+    peer.give_up(place)
+    peer.look()
+    assert known() == (False, False, True) and peer.forgotten
+    peer.attached(place)
+    assert known() == (True, False, False)
+    peer.detached()
+    peer.look()
+    peer.give_up(place)
+    assert known() == (True, True, False)

@@ -307,7 +307,8 @@ class Mirror:
         full_copy_reason = "it was asked for" if target.full else why_full
         resync = full_copy_reason is None
         # A peer that is known and gets everything has not the content any more that the mirror has left.
-        as_left = not target.full and (resync or self._roles.peer.place is None)
+        unknown = self._roles.peer.place is None and not self._roles.peer.forgotten
+        as_left = not target.full and (resync or unknown)
         async with self._keeper.lock_for_good():
             former = self._keeper.record
             place = Place.of(marked)

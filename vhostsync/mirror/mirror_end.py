@@ -10,18 +10,21 @@ import structlog
 
 from vhostsync.engine.engine import Engine
 from vhostsync.errors import EngineError, MirrorError, StateRecordError, VhostsyncError
-from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.mirror.catch_up import CatchUp
 from vhostsync.mirror.group_cut import CUT_S
 from vhostsync.mirror.mirror_course import Course
 from vhostsync.mirror.mirror_state import MirrorState
+from vhostsync.mirror.peer import look_in_time
 from vhostsync.mirror.record_keeper import RecordKeeper
 from vhostsync.mirror.record_writer import outdated
 from vhostsync.mirror.roles import Roles
+from vhostsync.record.heartbeat import AHEAD_NS, LANDING_NS
 
 log = structlog.get_logger(__name__)
 
 SEEN_OFF_S: Final = 2.0
+OWN_CHANGES_S: Final = (AHEAD_NS + LANDING_NS) / 1e9
+"""After a crash, what has changed the disk until so long after it was let go of is taken for the mirror's."""
 GROUP_S: Final = 2 * CUT_S
 """A loss waits for the group for so long at most, and for another one before it."""
 
@@ -82,16 +85,24 @@ class MirrorEnd:
                 await self._engine.mirror_stop()
 
     async def see_it_off(self) -> None:
-        """Whoever changes the destination after the command has returned is to be noticed."""
+        """Whoever changes the destination after the command has returned is to be noticed. Where it does not
+        close, or cannot be looked at, in time, nobody could tell such a change from the mirror's own."""
         peer, place = self._roles.peer, self._roles.peer.place
-        with anyio.move_on_after(SEEN_OFF_S):
+        with anyio.move_on_after(SEEN_OFF_S) as closing:
             await self._course.wait_unfenced()
-            with anyio.move_on_after(SEEN_OFF_S, shield=True) as looking:
-                await ask_unless_cancelled(peer.look)
-            if looking.cancelled_caught and peer.place is place:
-                # What is seen late may be somebody else's change: it does not count any more.
-                log.warning("the disk that was let go of cannot be looked at", path=str(place))
-                peer.forget()
+        if closing.cancelled_caught or not await look_in_time(peer, SEEN_OFF_S):
+            peer.give_up(place)
+            await self._disbelieve_bitmap()
+        elif self._keeper.bitmap is not None:
+            await anyio.sleep(OWN_CHANGES_S)
+
+    async def _disbelieve_bitmap(self) -> None:
+        """A restart after a crash would take all changes for the mirror's, until the disk was closed."""
+        async with self._keeper.lock:
+            record = self._keeper.record
+            if record.bitmap is not None:
+                why = "a restart would believe what the dirty bitmap says of the disk that was let go of"
+                await self._keeper.write_back(record.with_bitmap(None), why)
 
     # ---- the end of the backend ----------------------------------------------------------
 

@@ -9,19 +9,25 @@ mirror has left it: a disk that is another one, or that somebody has written to 
 from threading import Lock
 from typing import Final
 
+import anyio
+import structlog
+
+from vhostsync.host.errands import ask_unless_cancelled
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.record.heartbeat import why_changed
 from vhostsync.storage.disk import Disk
 from vhostsync.storage.identity import DiskIdentity, Likeness
 from vhostsync.storage.kinds import kind_of
 
+log = structlog.get_logger(__name__)
+
 NO_EARLIER_COPY: Final = "no earlier copy of it is known"
 
 
 class Peer:
-    """What is known of the peer. None of this awaits; `look` and `why_full` block. Several threads may look
-    at once, for whoever waits for the end of a mirror looks, too. The first that has seen it counts: what a
-    later one sees may be somebody else's change."""
+    """What is known of the peer. None of its methods awaits; `look` and `why_full` block. Several threads may
+    look at once, for whoever waits for the end of a mirror looks, too. The first that has seen it counts:
+    what a later one sees may be somebody else's change."""
 
     def __init__(self) -> None:
         self._one_at_a_time = Lock()  # nobody who has it waits for a disk
@@ -30,19 +36,22 @@ class Peer:
         self._until_ns: int | None = None  # after a crash: until when its changes were the mirror's
         self._why_changed: str | None = None  # later than that
         self._attached = False
+        self.forgotten = False  # there was one, and what it holds by now may be somebody else's
+        self._let_go = False  # in this run
 
     def attached(self, place: Place) -> None:
         """The mirror writes to it from here on."""
         self.forget()
-        self.place, self._attached = place, True
+        self.place, self._attached, self.forgotten = place, True, False
 
     def detached(self) -> None:
         """The mirror has let go of it; what it has under way may still change it, so `look` comes later."""
-        self._attached = False
+        self._attached, self._let_go = False, True
 
     def forget(self) -> None:
         """No peer is known any more."""
-        self.place, self._left, self._attached = None, None, False
+        self.forgotten = self.forgotten or self.place is not None
+        self.place, self._left, self._attached, self._let_go = None, None, False, False
         self._until_ns = self._why_changed = None
 
     def known(self, identity: DiskIdentity, left: DiskIdentity | None, until_ns: int | None = None) -> None:
@@ -50,6 +59,24 @@ class Peer:
         until when its changes were that process's own."""
         self.forget()
         self.place, self._left, self._until_ns = Place.of_identity(identity), left, until_ns
+        self.forgotten = False
+
+    @property
+    def left(self) -> DiskIdentity | None:
+        """How it looked when the mirror let go of it, if somebody has seen it."""
+        return self._left
+
+    @property
+    def may_be_changed(self) -> bool:
+        """The mirror of this run has let go of it, and nobody has seen how it looked then."""
+        return self.forgotten or (self._let_go and self._left is None)
+
+    def give_up(self, place: Place | None) -> None:
+        """It could not be looked at in time: what is seen later may be somebody else's change."""
+        with self._one_at_a_time:
+            if place is not None and self.place is place and self._left is None and not self._attached:
+                log.warning("the disk that was let go of cannot be looked at", path=place.name)
+                self.forget()
 
     def look(self) -> None:
         """The last request to it is over: note how it looks."""
@@ -82,3 +109,13 @@ class Peer:
             return self._why_changed
         changed = disk.as_it_is().changed_since(self._left)
         return None if changed is None else f"{changed} since the mirror let go of it"
+
+
+async def look_in_time(peer: Peer, timeout_s: float) -> bool:
+    """At the one that was let go of. False: its file system hangs, and everything is copied the next time."""
+    place = peer.place
+    with anyio.move_on_after(timeout_s) as looking:
+        await ask_unless_cancelled(peer.look)
+    if looking.cancelled_caught:
+        peer.give_up(place)
+    return not looking.cancelled_caught

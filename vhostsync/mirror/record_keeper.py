@@ -17,6 +17,7 @@ import errno
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import anyio
@@ -29,22 +30,27 @@ from vhostsync.engine.engine_event import EngineEvent, EventKind, Reason
 from vhostsync.engine.snapshot import State
 from vhostsync.errors import EngineError, StateRecordError, SupersededError, VhostsyncError
 from vhostsync.events import EventHub
-from vhostsync.host.errands import ask_unless_cancelled
+from vhostsync.host.errands import bring_in_time
 from vhostsync.mirror.bad_ranges import why_no_copy
 from vhostsync.mirror.claims import Claims
 from vhostsync.mirror.destination import Place, look_again
 from vhostsync.mirror.group_cut import GroupCut
+from vhostsync.mirror.peer import look_in_time
 from vhostsync.mirror.record_writer import RecordWriter, outdated
 from vhostsync.mirror.roles import Roles
 from vhostsync.mirror.under_way import CLOSED, UnderWay
 from vhostsync.record.bitmap import BitmapFile
 from vhostsync.record.record_store import RecordStore
 from vhostsync.record.state_record import StateRecord, Worth, timestamp
-from vhostsync.storage.identity import DiskIdentity
+from vhostsync.storage.identity import DiskIdentity, same
 
 log = structlog.get_logger(__name__)
 
 RETRY_S: Final = 1.0
+LOOK_S: Final = 30.0
+"""At a destination that was lost, and has answered since."""
+END_LOOK_S: Final = 2.0
+"""At the end, at each disk. A file system that hangs keeps nobody from ending; it is no clean end then."""
 
 _TO_RECORD: Final = (EventKind.DEGRADED, EventKind.BITMAP_FAILED)
 
@@ -120,16 +126,20 @@ class RecordKeeper(RecordWriter):
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
         if self._store is None:
             return
-        current, peer = look_again(self._roles.source), self.record.peer
+        current, peer, spared = _as_left(self._roles.source), self.record.peer, self._spared
         if current is None:
             return
         if peer is not None and self._roles.destination is not None:
-            peer = look_again(self._roles.destination)
+            peer = _as_left(self._roles.destination)
             if peer is None:
                 return
+        elif peer is not None and (left := self._roles.peer.left) is not None and same(left, peer):
+            peer = left
+        elif self._roles.peer.may_be_changed:
+            spared = ()  # what is there may be somebody else's
         record = self._under_way.after_the_end(self.record, self._engine.unanswered)
         try:
-            self._store.change(record.detached(current, peer, self._spared))
+            self._store.change(record.detached(current, peer, spared))
         except StateRecordError as error:
             log.error("the state record could not note the clean end", error=str(error))
 
@@ -167,7 +177,7 @@ class RecordKeeper(RecordWriter):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._write_late)
             tasks.start_soon(self._follow_doubt)
-            tasks.start_soon(self._follow_fence)
+            tasks.start_soon(self._follow_fence, tasks)
             tasks.start_soon(self._follow_steady)
             tasks.start_soon(self._follow_verified)
             tasks.start_soon(self._follow, EventKind.BITMAP_FAILED, self._give_up_bitmap)
@@ -194,13 +204,13 @@ class RecordKeeper(RecordWriter):
             await self._unsettled.wait()
             self._unsettled = anyio.Event()
 
-    async def _follow_fence(self) -> None:
+    async def _follow_fence(self, tasks: anyio.abc.TaskGroup) -> None:
         """Not in turn with the rest, which may wait for the record's disk: whoever changes the lost one
         meanwhile is to be noticed."""
         while True:
             await self._fence_clear.wait()
             self._fence_clear = anyio.Event()
-            await ask_unless_cancelled(self._roles.peer.look)
+            tasks.start_soon(look_in_time, self._roles.peer, LOOK_S)  # it keeps nobody waiting who hangs
             await self._until_written(self._record_answered, "a restart would want a fence without need")
 
     def is_unfenced(self, name: str) -> bool:
@@ -375,3 +385,12 @@ class RecordKeeper(RecordWriter):
                 log.error("writes wait until the state record can be written", error=str(error))
                 await anyio.sleep(RETRY_S)
         await self._engine.bitmap_void()
+
+
+def _as_left(place: Place) -> DiskIdentity | None:
+    """How it looks at the end; None: it cannot be told."""
+    try:
+        return bring_in_time(partial(look_again, place), lambda _: None, END_LOOK_S)
+    except (TimeoutError, OSError) as error:
+        log.error("a disk cannot be looked at at the end", path=place.name, error=str(error) or "it hangs")
+        return None
