@@ -12,7 +12,8 @@ import structlog
 
 @pytest.fixture
 def own_logging() -> Iterator[None]:
-    """What the test does to the log is undone."""
+    """What the test does to the log is undone, and what others have done does not count."""
+    structlog.reset_defaults()
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield

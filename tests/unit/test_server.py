@@ -326,6 +326,7 @@ async def test_rubbish_is_answered_and_the_client_goes_on(path: Path, connect: C
         await client.negotiate()
 
 
+@pytest.mark.usefixtures("own_logging")
 async def test_a_defect_in_a_command_is_told_and_survived(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
