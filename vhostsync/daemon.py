@@ -156,6 +156,8 @@ def _know_pointers(config: ServeConfig, record: object) -> None:
         bring_in_time(partial(know_pointers_beside, record), lambda _: None, POINTERS_S)
     except TimeoutError as error:
         raise HandOverError(f"The directory of {record} does not answer, and nothing was changed.") from error
+    except OSError as error:
+        raise HandOverError(f"Nothing was changed, for {record} cannot be read: {error.strerror}.") from error
 
 
 def _start(config: ServeConfig, taken_over: TakenOver | None) -> Started:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -294,6 +295,22 @@ def test_nobody_else_keeps_a_place_from_being_evacuated(host: Evacuated) -> None
             assert host.evacuate("--switch")[0].splitlines()[-1] == "1 of 1 moved"
             assert lock_holders(host.old) != frozenset()
             holder.communicate()
+
+
+def test_a_lock_of_a_file_or_of_an_odd_process_keeps_nobody_from_evacuating(host: Evacuated) -> None:
+    """As that of a wrapper, which lets one run at a time."""
+    disk = image(host.old / "a.img", 4, filled_mib=2)
+    lock = host.old / ".lock"
+    odd = "import sys; open('/proc/self/comm', 'wb').write(b'\\xff'); sys.stdin.read()"
+    words = ["flock", "--no-fork", lock, sys.executable, "-c", odd, "evacuate"]
+    with (
+        host.serve_all(disk),
+        subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE) as holder,
+    ):
+        comm = Path(f"/proc/{holder.pid}/comm")
+        await_true(lambda: comm.read_bytes() == b"\xff\n" and lock_holders(lock) != frozenset(), "it is odd")
+        assert host.evacuate("--switch")[0].splitlines()[-1] == "1 of 1 moved"
+        holder.communicate()
 
 
 def test_output_that_nobody_takes_is_no_traceback(host: Evacuated) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -71,3 +72,20 @@ def test_what_was_not_seen_in_time_does_not_count(tmp_path: Path) -> None:
     peer.look()
     peer.give_up(place)
     assert known() == (True, True, False)
+
+
+def test_a_change_after_a_crash_is_no_state_that_the_mirror_has_left(tmp_path: Path) -> None:
+    """The next clean end is not to record it as one."""
+    path = image(tmp_path / "b.img", 1)
+    peer = Peer()
+    peer.known(identify(str(path)), None, until_ns=1)
+    peer.look()
+    assert peer.left is None and peer.may_be_changed
+
+
+def test_of_a_disk_whose_changes_do_not_show_nothing_is_given_up(tmp_path: Path) -> None:
+    place = Place.of_identity(replace(identify(str(image(tmp_path / "b.img", 1))), kind="block"))
+    peer = Peer()
+    peer.attached(place)
+    peer.detached()
+    assert not peer.may_be_changed and not peer.give_up(place) and peer.place is place

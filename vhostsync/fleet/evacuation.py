@@ -9,6 +9,7 @@ no disk but its own. Files are looked at by threads that nobody has to wait for.
 import errno
 import fcntl
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
@@ -276,11 +277,17 @@ def _locked_error(directory: Path, processes: str) -> MirrorError:
 
 
 def _locked_by(process: int) -> Iterator[Path]:
-    """Directories, as the kernel tells of its descriptors: no file system is asked."""
+    """Directories, as the kernel tells of its descriptors: no file system is asked. Nothing is known of a
+    process that one may not look at (a user of root's), or that has other mounts."""
+    folder = Path(f"/proc/{process}")
     with suppress(OSError):  # it has ended
-        for info in Path(f"/proc/{process}/fdinfo").iterdir():
-            if "FLOCK" in info.read_text():
-                yield Path(f"/proc/{process}/fd/{info.name}").readlink()
+        if (folder / "ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink():
+            return
+        for info in (folder / "fdinfo").iterdir():
+            text = info.read_bytes()
+            flags = re.search(rb"^flags:\s*([0-7]+)$", text, re.MULTILINE)
+            if b"FLOCK" in text and flags is not None and int(flags[1], 8) & os.O_DIRECTORY:
+                yield (folder / "fd" / info.name).readlink()
 
 
 def _may_evacuate(process: int) -> bool:
@@ -288,13 +295,12 @@ def _may_evacuate(process: int) -> bool:
     command: others lock directories for a moment as well, to clean them up."""
     folder = Path(f"/proc/{process}")
     try:
-        lines = (folder / "status").read_text().splitlines()
-        words = (folder / "cmdline").read_bytes().split(b"\0")
+        if b"evacuate" not in (folder / "cmdline").read_bytes().split(b"\0"):
+            return False
+        lines = (folder / "status").read_bytes().splitlines()
     except OSError:
         return False  # it has ended, or is not of this host
-    if b"evacuate" not in words:
-        return False
-    [users] = [line.split()[1:] for line in lines if line.startswith("Uid:")]
+    [users] = [line.split()[1:] for line in lines if line.startswith(b"Uid:")]
     return process != os.getpid() and int(users[1]) in (0, os.geteuid())
 
 

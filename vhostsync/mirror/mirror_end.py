@@ -23,8 +23,9 @@ from vhostsync.record.heartbeat import AHEAD_NS, LANDING_NS
 log = structlog.get_logger(__name__)
 
 SEEN_OFF_S: Final = 2.0
-OWN_CHANGES_S: Final = (AHEAD_NS + LANDING_NS) / 1e9
-"""After a crash, what has changed the disk until so long after it was let go of is taken for the mirror's."""
+OWN_CHANGES_S: Final = (AHEAD_NS + LANDING_NS) / 1e9 + 0.02
+"""After a crash, what has changed the disk until so long after it was let go of is taken for the mirror's: by
+its ctime, which is some milliseconds behind."""
 GROUP_S: Final = 2 * CUT_S
 """A loss waits for the group for so long at most, and for another one before it."""
 
@@ -91,8 +92,8 @@ class MirrorEnd:
         with anyio.move_on_after(SEEN_OFF_S) as closing:
             await self._course.wait_unfenced()
         if closing.cancelled_caught or not await look_in_time(peer, SEEN_OFF_S):
-            peer.give_up(place)
-            await self._disbelieve_bitmap()
+            if peer.give_up(place):
+                await self._disbelieve_bitmap()
         elif self._keeper.bitmap is not None:
             await anyio.sleep(OWN_CHANGES_S)
 

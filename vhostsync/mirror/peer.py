@@ -63,20 +63,28 @@ class Peer:
 
     @property
     def left(self) -> DiskIdentity | None:
-        """How it looked when the mirror let go of it, if somebody has seen it."""
-        return self._left
+        """How it looked when the mirror of this run let go of it, if somebody has seen it."""
+        return self._left if self._let_go else None
 
     @property
     def may_be_changed(self) -> bool:
-        """The mirror of this run has let go of it, and nobody has seen how it looked then."""
-        return self.forgotten or (self._let_go and self._left is None)
+        """By somebody else: that was seen, or nobody has seen how it looked when the mirror let go of it."""
+        unseen = self._let_go and self._left is None and self._changes_show
+        return self.forgotten or unseen or self._why_changed is not None
 
-    def give_up(self, place: Place | None) -> None:
-        """It could not be looked at in time: what is seen later may be somebody else's change."""
+    @property
+    def _changes_show(self) -> bool:
+        return self.place is not None and self.place.identity.changes_show
+
+    def give_up(self, place: Place | None) -> bool:
+        """It could not be looked at in time: what is seen later may be somebody else's change. False: its
+        changes never show, or it was seen."""
         with self._one_at_a_time:
-            if place is not None and self.place is place and self._left is None and not self._attached:
+            unseen = self.place is place and self._left is None and not self._attached and self._changes_show
+            if unseen and place is not None:
                 log.warning("the disk that was let go of cannot be looked at", path=place.name)
                 self.forget()
+        return unseen or self.forgotten
 
     def look(self) -> None:
         """The last request to it is over: note how it looks."""

@@ -43,6 +43,7 @@ from vhostsync.record.bitmap import BitmapFile
 from vhostsync.record.record_store import RecordStore
 from vhostsync.record.state_record import StateRecord, Worth, timestamp
 from vhostsync.storage.identity import DiskIdentity, same
+from vhostsync.storage.kinds import kind_of
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ RETRY_S: Final = 1.0
 LOOK_S: Final = 30.0
 """At a destination that was lost, and has answered since."""
 END_LOOK_S: Final = 2.0
-"""At the end, at each disk. A file system that hangs keeps nobody from ending; it is no clean end then."""
+"""At the end, at each disk here. One that hangs keeps nobody from ending; it is no clean end then."""
 
 _TO_RECORD: Final = (EventKind.DEGRADED, EventKind.BITMAP_FAILED)
 
@@ -126,22 +127,30 @@ class RecordKeeper(RecordWriter):
         """After the engine was closed: how both disks look, so that a later change is seen. Blocks."""
         if self._store is None:
             return
-        current, peer, spared = _as_left(self._roles.source), self.record.peer, self._spared
-        if current is None:
+        record = self._under_way.after_the_end(self.record, self._engine.unanswered)
+        ended = self._at_clean_end(record) or record
+        if ended == self.record:
             return
-        if peer is not None and self._roles.destination is not None:
+        try:
+            self._store.change(ended)
+        except StateRecordError as error:
+            log.error("the state record could not note the clean end", error=str(error))
+
+    def _at_clean_end(self, record: StateRecord) -> StateRecord | None:
+        """None: a disk cannot be looked at, so the end is no clean one."""
+        current, known, spared = _as_left(self._roles.source), record.peer, self._spared
+        if current is None:
+            return None
+        peer, left = known, self._roles.peer.left
+        if known is not None and self._roles.destination is not None:
             peer = _as_left(self._roles.destination)
             if peer is None:
-                return
-        elif peer is not None and (left := self._roles.peer.left) is not None and same(left, peer):
+                return None
+        elif known is not None and left is not None and same(left, known):
             peer = left
         elif self._roles.peer.may_be_changed:
             spared = ()  # what is there may be somebody else's
-        record = self._under_way.after_the_end(self.record, self._engine.unanswered)
-        try:
-            self._store.change(record.detached(current, peer, spared))
-        except StateRecordError as error:
-            log.error("the state record could not note the clean end", error=str(error))
+        return record.detached(current, peer, spared)
 
     # ---- following the engine ----------------------------------------------------
 
@@ -388,7 +397,10 @@ class RecordKeeper(RecordWriter):
 
 
 def _as_left(place: Place) -> DiskIdentity | None:
-    """How it looks at the end; None: it cannot be told."""
+    """How it looks at the end; None: it cannot be told. One over a network takes as long as its kind lets it,
+    and is asked for no longer than that."""
+    if kind_of(place.name).over_network:
+        return look_again(place)
     try:
         return bring_in_time(partial(look_again, place), lambda _: None, END_LOOK_S)
     except (TimeoutError, OSError) as error:
