@@ -343,6 +343,8 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
             await serving.start(started.manager.follow, device.status_line, device.events)
             if started.taken_over is not None:
                 started.manager.tell(MAINPID=os.getpid())
+                # Or it might see its main process end before it hears of this one, and stop all of it.
+                await anyio.to_thread.run_sync(started.manager.await_heard)
                 await anyio.to_thread.run_sync(started.taken_over.predecessor.tell_serving)
             await process.wait_stopped()
             device.mirror.group_cut.part()

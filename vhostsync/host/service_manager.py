@@ -6,6 +6,7 @@ The protocol is a datagram; a library for it would be longer than this.
 """
 
 import os
+import select
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -20,6 +21,7 @@ from vhostsync.printable import printable
 
 log = structlog.get_logger(__name__)
 
+HEARD_S: Final = 5
 TELLING: Final = (events.MIRROR_STATE_CHANGE, events.SWITCH_COMPLETED, events.SOURCE_FAILOVER)
 
 
@@ -55,6 +57,26 @@ class ServiceManager:
                 self._socket.send(message.encode())
         except OSError as error:
             log.warning("the service manager was not told", what=message, error=error.strerror)
+
+    def await_heard(self) -> None:
+        """Until it has dealt with all that it was told (sd_notify(3), BARRIER=1), but no longer than HEARD_S.
+        Blocks."""
+        if self._socket is None:
+            return
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                socket.send_fds(self._socket, [b"BARRIER=1"], [theirs])
+            finally:
+                os.close(theirs)
+            heard = select.poll()
+            heard.register(ours, 0)  # its end is told all the same, once the manager has closed the other one
+            if not heard.poll(HEARD_S * 1000):
+                log.warning("the service manager does not say that it has heard", seconds=HEARD_S)
+        except OSError as error:
+            log.warning("the service manager cannot be asked whether it has heard", error=error.strerror)
+        finally:
+            os.close(ours)
 
     async def follow(
         self,
