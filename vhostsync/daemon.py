@@ -349,7 +349,9 @@ async def _serve_device(config: ServeConfig, started: Started) -> tuple[Device, 
             await process.wait_stopped()
             device.mirror.group_cut.part()
             device.events.publish(events.SHUTDOWN, {"force": process.forced})
-            started.manager.tell(STOPPING=1, STATUS="bringing the mirror up to date")
+            if process.successor is None:  # else all of the service would be stopped after its reload
+                started.manager.tell(STOPPING=1)
+            started.manager.tell(STATUS="bringing the mirror up to date")
             lasting.start_soon(_abandon_if_forced, process, device)
             if process.successor is not None:
                 with anyio.move_on_after(RELEASE_S):
