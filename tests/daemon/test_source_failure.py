@@ -25,7 +25,7 @@ from tests.daemon.rig import (
     tmpfs,
     write_block,
 )
-from tests.frontend import Status
+from tests.frontend import Frontend, Status
 from tests.guest.images import fill_random, new_image
 from tests.guest.qmp_client import QmpError
 from tests.sizes import MIB
@@ -36,6 +36,15 @@ SIZE_MIB = 16
 GOOD_MIB = 12
 UNKNOWN = "what the last run's copy lacks is not known, for no --bitmap has kept it"
 LAST = SIZE_MIB * MIB // BLOCK - 1
+
+
+def write_until_one_fails(guest: Frontend) -> None:
+    """One MiB after the other, until the disk has no room."""
+    status, number = None, 0
+    while status != Status.IOERR:
+        request = guest.write(number * MIB, b"x" * MIB)
+        guest.wait(request)
+        status, number = request.status, number + 1
 
 
 @contextmanager
@@ -98,11 +107,7 @@ def test_what_is_in_doubt_outlives_a_kill(work: Path, options: tuple[str, ...]) 
     with small_disk(work) as device:
         with Served(work, device, *options) as served, served.guest() as guest:
             served.start_mirror(other)
-            statuses: list[int | None] = []
-            while Status.IOERR not in statuses:
-                request = guest.write(len(statuses) * MIB, b"x" * MIB)
-                guest.wait(request)
-                statuses.append(request.status)
+            write_until_one_fails(guest)
             doubt = served.mirror()["doubt"]
             assert [row["length"] for row in doubt] == [MIB]
             (record,) = served.state_directory.glob("*.record.json")
@@ -134,11 +139,7 @@ def test_what_somebody_has_changed_since_is_not_spared(work: Path) -> None:
     with small_disk(work) as device:
         with Served(work, device) as served, served.guest() as guest:
             served.start_mirror(other)
-            statuses: list[int | None] = []
-            while Status.IOERR not in statuses:
-                request = guest.write(len(statuses) * MIB, b"x" * MIB)
-                guest.wait(request)
-                statuses.append(request.status)
+            write_until_one_fails(guest)
             [doubt] = served.mirror()["doubt"]
             (record,) = served.state_directory.glob("*.record.json")
             await_true(lambda: decode_record(record.read_bytes()).spared != (), "it is recorded")
